@@ -1,0 +1,131 @@
+"""The settings of a Titans model: one frozen value that training, evaluation and export all read.
+
+It imports nothing of ours and nothing of Megatron-core, so that the exported Hugging Face folder can carry it.
+Letters used for shapes in the whole project: B batch, T time, C chunk, S segment, H heads, D head width, E model
+width, L memory layers, N persistent tokens, W window, V vocabulary.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+Variant = Literal["mac", "mag", "mal", "lmm", "transformer"]
+VARIANTS: tuple[str, ...] = ("mac", "mag", "mal", "lmm", "transformer")
+NETWORKS: tuple[str, ...] = ("residual_norm", "plain")
+
+
+@dataclass(frozen=True)
+class TitansConfig:
+    """Every setting that changes the function a model computes.
+
+    Raises:
+        ValueError: At construction, when settings do not fit together; the message names the setting, the value and
+            what to change.
+    """
+
+    variant: Variant = "mac"
+    """Token mixer of every block: memory as context (mac), as gate (mag), as layer (mal), the memory alone (lmm), or
+    the attention baseline Transformer++ (transformer)."""
+    vocab_size: int = 32_000
+    """Pieces of the tokenizer, before padding."""
+    num_layers: int = 12
+    """Blocks."""
+    dim: int = 768
+    """Model width E."""
+    num_heads: int = 16
+    """Heads H of the memory and of the attention; each is dim / num_heads wide."""
+    ffn_dim: int = 2_048
+    """Hidden width of the SwiGLU feed-forward network."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as output matrix too."""
+    norm_eps: float = 1e-5
+    """Epsilon of the RMSNorms."""
+    init_std: float = 0.02
+    """Standard deviation of the initial matrices; those that write to the residual stream are divided by
+    sqrt(2 * num_layers)."""
+
+    memory_depth: int = 2
+    """Weight matrices L_M of the memory network, 1 to 4; 1 is the linear memory."""
+    memory_expansion: int = 4
+    """Hidden width of the memory network over the head width (depth 2 and more)."""
+    memory_network: Literal["residual_norm", "plain"] = "residual_norm"
+    """residual_norm: x + LayerNorm(MLP(x)), as in the camera-ready paper; plain: MLP(x)."""
+    chunk_size: int = 16
+    """Tokens b whose inner gradients are taken at the same memory state; part of the model, not a speed setting."""
+    theta_max: float = 0.1
+    """Largest inner learning rate: theta = theta_max * sigmoid(linear(x))."""
+    conv_kernel: int = 4
+    """Width of the causal depthwise convolution on queries, keys and values; 1 switches it off."""
+    persistent_tokens: int = 128
+    """Learned, input-independent tokens N in front of the sequence (mac: of every segment), per block."""
+
+    segment_length: int = 512
+    """mac: tokens per segment; a multiple of chunk_size."""
+    window: int = 2_048
+    """mag, mal, transformer: tokens each query sees, itself included; 0 means all earlier tokens."""
+    rope_base: float = 10_000.0
+    """Base of the rotary position embedding."""
+
+    memory_backend: Literal["auto", "chunked", "oracle"] = "auto"
+    """How the memory is computed; same results, different speed. oracle is the literal per-token loop."""
+    attention_backend: Literal["auto", "sdpa", "flash", "dense"] = "auto"
+    """How attention is computed; same results, different speed. dense is the masked softmax written out."""
+
+    def __post_init__(self) -> None:
+        _choice("variant", self.variant, VARIANTS)
+        _choice("memory_network", self.memory_network, NETWORKS)
+        _choice("memory_backend", self.memory_backend, ("auto", "chunked", "oracle"))
+        _choice("attention_backend", self.attention_backend, ("auto", "sdpa", "flash", "dense"))
+        for name in ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "memory_expansion", "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("norm_eps", "init_std", "theta_max", "rope_base"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("persistent_tokens", "window"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them")
+        if self.head_dim % 2:
+            raise ValueError(f"dim / num_heads is {self.head_dim}; rotary positions need an even head width")
+        if not 1 <= self.memory_depth <= 4:
+            raise ValueError(f"memory_depth is {self.memory_depth}; it must be 1, 2, 3 or 4")
+        if not 1 <= self.chunk_size <= 512:
+            raise ValueError(f"chunk_size is {self.chunk_size}; it must be between 1 and 512")
+        if self.variant == "mac" and (self.segment_length < 1 or self.segment_length % self.chunk_size):
+            raise ValueError(
+                f"segment_length {self.segment_length} is not a multiple of chunk_size {self.chunk_size}; "
+                "memory chunks may not cross a segment"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width D of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def memory_widths(self) -> list[int]:
+        """Widths of the memory network from input to output, L + 1 numbers: D, hidden ..., D."""
+        hidden = self.head_dim * self.memory_expansion
+        return [self.head_dim, *[hidden] * (self.memory_depth - 1), self.head_dim]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for files."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "TitansConfig":
+        """The configuration of a saved file.
+
+        Raises:
+            ValueError: A setting is unknown or does not fit.
+        """
+        unknown = sorted(set(settings) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown model settings: {', '.join(unknown)}; written by another version of the model?")
+        return cls(**settings)
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
