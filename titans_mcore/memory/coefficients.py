@@ -1,0 +1,55 @@
+"""Gates to the coefficients of the dual form, for all chunks at once (shared/titans.md's E, A, a, m, f).
+
+Products of decays between two tokens are sums of logs taken over a masked matrix, never a ratio of cumulative products
+(they underflow) and never a difference of cumulative logs (it cancels after a token that clears the memory).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Coefficients:
+    """For one weight matrix; leading axes (..., b) are the chunk's tokens, t the reader and j the writer.
+
+    Attributes:
+        keep: a_t, what is left of the chunk's first weights, (..., b).
+        carried: f_t, how much of the chunk's first momentum has reached the weights, (..., b).
+        momentum: m_t, what is left of the chunk's first momentum, (..., b).
+        writes: A E, how much of token j's step has reached the weights at t, (..., b, b), lower triangular.
+        decay: E, how much of token j's step is in the momentum at t, (..., b, b), lower triangular.
+    """
+
+    keep: Tensor
+    carried: Tensor
+    momentum: Tensor
+    writes: Tensor
+    decay: Tensor
+
+
+def coefficients(eta: Tensor, alpha: Tensor) -> Coefficients:
+    """Coefficients of chunks whose gates are eta and alpha, both (..., b) in [0, 1]."""
+    log_eta, log_keep = _log(eta), _log(1.0 - alpha)
+    decay, keep_between = _products_between(log_eta), _products_between(log_keep)
+    momentum = log_eta.cumsum(-1).exp()
+    return Coefficients(
+        keep=log_keep.cumsum(-1).exp(),
+        carried=(keep_between @ momentum.unsqueeze(-1)).squeeze(-1),
+        momentum=momentum,
+        writes=keep_between @ decay,
+        decay=decay,
+    )
+
+
+def _log(factor: Tensor) -> Tensor:
+    return factor.clamp_min(torch.finfo(factor.dtype).tiny).log()
+
+
+def _products_between(log_factor: Tensor) -> Tensor:
+    """exp(sum of the logs of tokens j+1..t) at [..., t, j] for j <= t, else 0."""
+    length = log_factor.shape[-1]
+    ones = torch.ones(length, length, dtype=torch.bool, device=log_factor.device)
+    terms = log_factor.unsqueeze(-1).expand(*log_factor.shape, length).masked_fill(~ones.tril(-1), 0.0)
+    return terms.cumsum(-2).exp().masked_fill(~ones.tril(), 0.0)

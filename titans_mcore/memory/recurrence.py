@@ -1,0 +1,114 @@
+"""The oracle: the paper's memory as a literal loop over tokens, gradients from autograd. Slow, for every dtype.
+
+Everything faster is proven equal to this file. It follows the paper's section 3.1 (equations 8 to 15) with the one
+change that makes chunks possible: all gradients of a chunk are taken at the weights the chunk began with.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .network import LAYER_NORM_EPS, Network
+from .stability import gain, into_ball, step_mass, step_scale
+
+
+def recurrent_scan(
+    network: Network,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    chunk_size: int,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Update and read the memory token by token, beginning at the start of a chunk.
+
+    Args:
+        network: The memory network.
+        queries: (B, T, H, D); so are keys and values.
+        theta: (B, T, H, L); so are eta and alpha.
+        weights: L of (B, H, d_in, d_out) before the first token; momentum alike.
+        chunk_size: Tokens that share the point at which their gradients are taken.
+
+    Returns:
+        What each token reads, (B, T, H, D), and the weights and momentum after the last one.
+    """
+    reads = []
+    for t in range(queries.shape[1]):
+        if t % chunk_size == 0:
+            chunk_start, chunk = weights, []
+        token = _inner_gradient(network, chunk_start, keys[:, t], values[:, t])
+        token.step_masses = list(step_mass(theta[:, t], eta[:, t]).unbind(-1))
+        chunk.append(token)
+        scale = step_scale(_load(chunk))
+        new_weights, new_momentum = [], []
+        for layer, gradient in enumerate(token.gradients):
+            theta_t, eta_t, alpha_t = (gate[:, t, :, layer, None, None] for gate in (theta, eta, alpha))
+            surprise = eta_t * momentum[layer] - theta_t * scale[..., None, None] * gradient
+            new_weights.append((1.0 - alpha_t) * weights[layer] + surprise)
+            new_momentum.append(surprise)
+        weights, momentum = new_weights, new_momentum
+        reads.append(_memory(network, weights, queries[:, t])[0])
+        if (t + 1) % chunk_size == 0:
+            weights, momentum = [into_ball(w) for w in weights], [into_ball(s) for s in momentum]
+    return torch.stack(reads, 1), weights, momentum
+
+
+@dataclass
+class _Token:
+    """One token's inner gradient, by matrix: gradients (B, H, d_in, d_out), inputs (B, H, d_in), gains (B, H)."""
+
+    gradients: list[Tensor]
+    inputs: list[Tensor]
+    gains: list[Tensor]
+    step_masses: list[Tensor]
+
+
+def _memory(network: Network, weights: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """M(x) for x (B, H, D), with the input and the output of each matrix."""
+    inputs, outputs = [], []
+    h = x
+    for weight in weights:
+        inputs.append(h)
+        outputs.append((h.unsqueeze(-2) @ weight).squeeze(-2))
+        h = F.gelu(outputs[-1])
+    if not network.residual_norm:
+        return outputs[-1], inputs, outputs
+    normed = F.layer_norm(outputs[-1], outputs[-1].shape[-1:], eps=LAYER_NORM_EPS)
+    if network.norm_weight is not None:
+        normed = normed * network.norm_weight
+    if network.norm_bias is not None:
+        normed = normed + network.norm_bias
+    return x + normed, inputs, outputs
+
+
+def _inner_gradient(network: Network, weights: list[Tensor], key: Tensor, value: Tensor) -> _Token:
+    """Gradient of |M(key) - value|^2; differentiable itself when the caller's gradients are on."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        weights = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        answer, inputs, outputs = _memory(network, weights, key)
+        error = answer - value
+        wanted = [*weights, *outputs]
+        found = torch.autograd.grad(error.square().sum(), wanted, create_graph=differentiable)
+        gains = [gain(delta, 2.0 * error) for delta in found[len(weights) :]]
+    token = _Token(list(found[: len(weights)]), inputs, gains, [])
+    if not differentiable:
+        token.inputs, token.gains = [h.detach() for h in inputs], [g.detach() for g in gains]
+    return token
+
+
+def _load(chunk: list[_Token]) -> Tensor:
+    """The step bound's load (B, H) of the newest token of a chunk, summed over its tokens and the matrices."""
+    now = chunk[-1]
+    load = torch.zeros_like(now.gains[0])
+    for token in chunk:
+        for layer, mass in enumerate(token.step_masses):
+            similarity = (token.inputs[layer] * now.inputs[layer]).sum(-1).abs()
+            load = load + 2.0 * mass * token.gains[layer] * now.gains[layer] * similarity
+    return load

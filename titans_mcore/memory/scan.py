@@ -1,0 +1,183 @@
+"""memory_scan: the one entrance to the memory, for training, streaming and the exported model."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .chunked import chunked_scan
+from .network import Network, forward
+from .recurrence import recurrent_scan
+from .state import MemoryState, OpenChunk
+
+NETWORKS = ("residual_norm", "plain")
+BACKENDS = ("auto", "chunked", "oracle")
+
+
+def memory_scan(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    network: str = "residual_norm",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    chunk_size: int = 16,
+    state: MemoryState | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState]:
+    """Run the neural memory over a piece of a sequence: every token writes, then reads (paper, section 3.1).
+
+    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2, M_t = (1 - alpha_t) M_{t-1} + S_t, y_t = M_t(q_t), gradients
+    taken at the weights of the chunk's start, steps bounded as STABILITY.md says. A sequence gives the same reads
+    whether it comes in one piece or in many, wherever they are cut.
+
+    Args:
+        queries: (B, T, H, D), any floating dtype; keys and values alike.
+        theta: Inner learning rates (B, T, H, L), the step itself, 0 or more.
+        eta: Momentum decays (B, T, H, L) in [0, 1].
+        alpha: Forget rates (B, T, H, L) in [0, 1]; 1 - alpha of the weights is kept.
+        weights: Initial memory M_0, L = 1 to 4 matrices (H, d_in, d_out) from width D to width D. Used when state is
+            None.
+        network: "residual_norm" for x + LayerNorm(MLP(x)), "plain" for the MLP alone.
+        norm_weight: LayerNorm's scale (H, D); None is 1. residual_norm only, like norm_bias.
+        norm_bias: LayerNorm's shift (H, D); None is 0.
+        chunk_size: Tokens b that share the point at which their gradients are taken.
+        state: What an earlier piece of the same sequence returned; None starts at M_0 without momentum.
+        backend: "chunked" is the dual form, "oracle" the literal loop, "auto" the fastest that fits.
+
+    Returns:
+        The reads (B, T, H, D) in the queries' dtype, and the state after the last token. The computation and the state
+        are float32, or float64 when the queries are.
+
+    Raises:
+        ValueError: An argument does not fit; the message names it, what came and what is allowed.
+    """
+    weights = list(weights)
+    gates = (theta, eta, alpha)
+    _check_settings(network, norm_weight, norm_bias, chunk_size, backend, queries)
+    _check_shapes(queries, keys, values, gates, weights)
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    if state is None:
+        state = _initial_state(weights, queries.shape[0], dtype)
+    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
+    scan = recurrent_scan if backend == "oracle" else chunked_scan
+    tokens = [x.to(dtype) for x in (queries, keys, values, *gates)]
+    reads, end = _scan_pieces(scan, net, tokens, state, chunk_size)
+    return reads.to(queries.dtype), end
+
+
+def memory_read(
+    queries: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    network: str = "residual_norm",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+) -> Tensor:
+    """Retrieve without updating, M(q) (paper, equation 15).
+
+    Args:
+        queries: (B, T, H, D), any floating dtype.
+        weights: State of a memory, L matrices of (B, H, d_in, d_out), or (H, d_in, d_out) for all rows.
+        network: As for memory_scan, like norm_weight and norm_bias.
+
+    Returns:
+        (B, T, H, D) in the queries' dtype, computed in float32 at least.
+    """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
+    answer = forward(net, [w.to(dtype) for w in weights], queries.to(dtype).transpose(1, 2)).output
+    return answer.transpose(1, 2).to(queries.dtype)
+
+
+def _scan_pieces(
+    scan: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]],
+    network: Network,
+    tokens: list[Tensor],
+    state: MemoryState,
+    chunk_size: int,
+) -> tuple[Tensor, MemoryState]:
+    """Go on inside an open chunk, run the whole chunks, begin a new open chunk with the rest."""
+    weights, momentum, opened = state.weights, state.momentum, 0
+    if state.open_chunk is not None:
+        chunk = state.open_chunk
+        weights, momentum, opened = chunk.weights, chunk.momentum, chunk.keys.shape[1]
+        earlier = (torch.zeros_like(chunk.keys), chunk.keys, chunk.values, chunk.theta, chunk.eta, chunk.alpha)
+        tokens = [torch.cat([old.to(new.dtype), new], 1) for old, new in zip(earlier, tokens, strict=True)]
+    whole = tokens[0].shape[1] // chunk_size * chunk_size
+    reads = []
+    if whole:
+        read, weights, momentum = scan(network, *(x[:, :whole] for x in tokens), weights, momentum, chunk_size)
+        reads.append(read)
+    end = MemoryState(weights, momentum)
+    rest = [x[:, whole:] for x in tokens]
+    if rest[0].shape[1]:
+        read, *after = scan(network, *rest, weights, momentum, chunk_size)
+        reads.append(read)
+        end = MemoryState(*after, OpenChunk(weights, momentum, *rest[1:]))
+    return torch.cat(reads, 1)[:, opened:], end
+
+
+def _initial_state(weights: list[Tensor], batch: int, dtype: torch.dtype) -> MemoryState:
+    start = [w.to(dtype).expand(batch, *w.shape) for w in weights]
+    return MemoryState(start, [torch.zeros_like(w) for w in start])
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _check_settings(
+    network: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    chunk_size: int,
+    backend: str,
+    queries: Tensor,
+) -> None:
+    if network not in NETWORKS:
+        raise ValueError(f"network is {network!r}; it must be one of {', '.join(NETWORKS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; it must be at least 1")
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor is None:
+            continue
+        if network == "plain":
+            raise ValueError(f"{name} was given, but network 'plain' has no LayerNorm; leave it out")
+        if tensor.shape != queries.shape[2:]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (H, D) = {tuple(queries.shape[2:])}")
+
+
+def _check_shapes(
+    queries: Tensor, keys: Tensor, values: Tensor, gates: tuple[Tensor, ...], weights: list[Tensor]
+) -> None:
+    if queries.dim() != 4 or not queries.is_floating_point() or not queries.shape[1]:
+        raise ValueError(
+            f"queries are {queries.dtype} of shape {tuple(queries.shape)}; floating point (B, T >= 1, H, D) is needed"
+        )
+    if not 1 <= len(weights) <= 4:
+        raise ValueError(f"weights holds {len(weights)} matrices; the memory takes 1 to 4")
+    batch, length, heads, width = queries.shape
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.shape != queries.shape:
+            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, the queries {tuple(queries.shape)}; make them equal")
+    wanted = (batch, length, heads, len(weights))
+    for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
+        if gate.shape != wanted:
+            raise ValueError(f"{name} has shape {tuple(gate.shape)}; it must be (B, T, H, L) = {wanted}")
+    d_in = width
+    for layer, weight in enumerate(weights):
+        last = layer == len(weights) - 1
+        if weight.dim() != 3 or weight.shape[:2] != (heads, d_in) or (last and weight.shape[2] != width):
+            end = width if last else "any width"
+            raise ValueError(
+                f"weights[{layer}] has shape {tuple(weight.shape)}; it must be (H, d_in, d_out) = ({heads}, {d_in}, {end})"
+            )
+        d_in = weight.shape[2]

@@ -1,0 +1,39 @@
+"""The bound that keeps the chunked rule stable on every stream. Derivation: STABILITY.md beside this file.
+
+Two parts, both of the rule itself (the oracle has them too), both inactive, bit for bit, on well-behaved data:
+
+- *Step bound.* The b gradients of a chunk are taken at one point, so what they add up to must not overshoot. Token t's
+  step is scaled by min(1, 1 / load_t)^2, where load_t measures how far the steps of the chunk's tokens up to t, with all
+  their momentum to come, would move the memory's answer to token t (1: exactly to its target).
+- *State ball.* After a chunk's last token each matrix and each momentum is scaled back to a root mean square of at most
+  STATE_RMS_LIMIT, which bounds the state under gates for which the rule itself has no fixed point.
+"""
+
+import torch
+from torch import Tensor
+
+STATE_RMS_LIMIT = 16.0
+_SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must give a large load, not an infinite one
+_TINY = 1e-20
+
+
+def step_mass(theta: Tensor, eta: Tensor) -> Tensor:
+    """All of a step that momentum will ever make of it, theta / (1 - eta); any shape."""
+    return theta / (1.0 - eta).clamp_min(_SMALLEST_DECAY)
+
+
+def gain(delta: Tensor, output_error: Tensor) -> Tensor:
+    """Growth of the output's error on its way back to one matrix, |delta| / |output error|, over the last axis."""
+    return ((delta.square().sum(-1) + _TINY) / (output_error.square().sum(-1) + _TINY)).sqrt()
+
+
+def step_scale(load: Tensor) -> Tensor:
+    """Factor on theta for a load, any shape: 1 up to a load of 1, then its inverse square."""
+    return load.clamp_min(1.0).reciprocal().square()
+
+
+def into_ball(matrix: Tensor) -> Tensor:
+    """(..., d_in, d_out) scaled back to the largest root mean square allowed, unchanged below it."""
+    mean_square = matrix.square().mean((-1, -2), keepdim=True)
+    scale = STATE_RMS_LIMIT * torch.rsqrt(mean_square.clamp_min(STATE_RMS_LIMIT**2))
+    return torch.where(mean_square > STATE_RMS_LIMIT**2, matrix * scale, matrix)

@@ -1,0 +1,162 @@
+"""The start of every process: torch.distributed, Megatron's groups, threads and random seeds, in this order."""
+
+import math
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from titans_mcore.parallel.cpu import enable_cpu
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def start(tensor_parallel: int = 1, *, seed: int, timeout_seconds: float = 1800) -> ProcessGroupCollection:
+    """Joins this process to its run: gloo without CUDA, NCCL for device tensors with it.
+
+    Under torchrun the run has WORLD_SIZE processes; without it the run is this one process and needs no environment.
+    The default CPU generator starts at `seed` on every rank, so that weights initialised on the CPU are the same
+    function of the seed at every layout. On the CPU the cores are shared out between the processes of the host.
+
+    Args:
+        tensor_parallel: Ranks that share one copy of the model; the remaining factor of the world is data parallel.
+        seed: Seed of the weights and of Megatron's random streams.
+        timeout_seconds: A collective that waits longer fails.
+
+    Returns:
+        Megatron's groups (`tp`, `dp`, `dp_cp`, ...), to be passed to the layers.
+
+    Raises:
+        ValueError: The number of processes is not a multiple of `tensor_parallel`. Every rank raises it before it
+            talks to another one.
+        RuntimeError: `start` was called already, without `stop`.
+    """
+    world_size = _check_layout(tensor_parallel)
+    if dist.is_initialized() or parallel_state.model_parallel_is_initialized():
+        raise RuntimeError("torch.distributed is running already in this process; call stop() before start()")
+    on_cpu = enable_cpu()
+    torch.set_flush_denormal(True)
+    # Megatron overlaps gradients' all-reduce with compute by the order of launches, which one hardware queue keeps.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if on_cpu:
+        _share_cores()
+    else:
+        torch.cuda.set_device(local_rank())
+    _initialize_distributed(world_size, on_cpu, timedelta(seconds=timeout_seconds))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def stop() -> None:
+    """Leaves the groups. Does nothing in a process that never started.
+
+    A process without a launcher may `start` again; under torchrun the rendezvous of the first start is used up.
+    """
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Index of this process on its host: also the index of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _launched() else 0
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _launched() -> bool:
+    return all(name in os.environ for name in _LAUNCHER_VARIABLES)
+
+
+def _check_layout(tensor_parallel: int) -> int:
+    world_size = int(os.environ["WORLD_SIZE"]) if _launched() else 1
+    if tensor_parallel < 1:
+        raise ValueError(f"tensor parallel size is {tensor_parallel}; it must be at least 1")
+    if world_size % tensor_parallel:
+        raise ValueError(
+            f"{world_size} process{'es' if world_size > 1 else ''} cannot be divided into tensor-parallel groups of "
+            f"{tensor_parallel}; start a multiple of {tensor_parallel} processes or change the tensor-parallel size"
+        )
+    if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank()} of this host has no GPU, there are {torch.cuda.device_count()}; "
+            "start one process for each GPU"
+        )
+    return world_size
+
+
+def _share_cores() -> None:
+    """torchrun gives each process one thread; an even share of the cores is faster and starves nobody."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _launched() else 1
+    threads = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
+def _initialize_distributed(world_size: int, on_cpu: bool, timeout: timedelta) -> None:
+    # CPU tensors go over gloo on GPU machines too: small exchanges of sizes and names need no device.
+    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+    if _launched():
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=world_size, timeout=timeout)
+
+
+class DeepSpeedGroups:
+    """Megatron's groups under the names by which DeepSpeed asks its `mpu` for them.
+
+    DeepSpeed's data-parallel group is data x context: ranks that hold different tokens of the same weights.
+    """
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.get_model_parallel_group().size()
+
+    def get_model_parallel_rank(self) -> int:
+        return self.get_model_parallel_group().rank()
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_src_rank()
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_pipeline_model_parallel_group()
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_world_size()
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return parallel_state.get_pipeline_model_parallel_rank()

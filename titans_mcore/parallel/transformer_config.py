@@ -1,0 +1,79 @@
+"""From the model's settings to the TransformerConfig that Megatron-core's layers read."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal, scaled_init_method_normal
+
+from titans_mcore.config import TitansConfig
+
+_VOCABULARY_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding matrix: the vocabulary rounded up to 128, the same at every tensor-parallel size."""
+    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
+def transformer_config(
+    config: TitansConfig, *, tensor_parallel: int = 1, dtype: torch.dtype = torch.float32
+) -> TransformerConfig:
+    """Megatron's view of a Titans model.
+
+    Weights are initialised on the CPU, whole, and then cut: they are the same function of the seed at every
+    tensor-parallel size. Matrices that write to the residual stream start smaller by sqrt(2 * num_layers).
+
+    Args:
+        config: The model.
+        tensor_parallel: Ranks that share the model.
+        dtype: Type of the parameters when they are built.
+
+    Raises:
+        ValueError: Heads, feed-forward width or vocabulary cannot be divided by `tensor_parallel`.
+    """
+    _check_divisible(config, tensor_parallel)
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.dim,
+        num_attention_heads=config.num_heads,
+        ffn_hidden_size=config.ffn_dim,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=config.init_std,
+        init_method=init_method_normal(config.init_std),
+        output_layer_init_method=scaled_init_method_normal(config.init_std, config.num_layers),
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=tensor_parallel,
+        # Megatron's fused kernels come from Apex or Transformer Engine, which we do not require.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=False,
+        persist_layer_norm=False,
+        cuda_graph_scope=[],  # the default is a deprecated spelling of the same, with a warning
+    )
+
+
+def _check_divisible(config: TitansConfig, tensor_parallel: int) -> None:
+    if tensor_parallel < 1:
+        raise ValueError(f"tensor parallel size is {tensor_parallel}; it must be at least 1")
+    padded = padded_vocab_size(config.vocab_size)
+    for name, number in (
+        ("num_heads", config.num_heads),
+        ("ffn_dim", config.ffn_dim),
+        (f"vocab_size {config.vocab_size}, padded", padded),
+    ):
+        if number % tensor_parallel:
+            raise ValueError(
+                f"{name} {number} cannot be divided by tensor parallel size {tensor_parallel}; "
+                f"choose a tensor parallel size that divides {number}, or change the model"
+            )
