@@ -82,7 +82,7 @@ def _one_chunk(
     trace = forward(network, weights, chunk.keys)
     output_error = 2.0 * (trace.output - chunk.values)
     deltas = back_propagate(network, weights, trace, output_error)
-    scale = step_scale(_loads(chunk, trace.inputs, deltas, output_error))
+    scale = step_scale(*_loads(chunk, trace.inputs, deltas, output_error))
     theta = chunk.theta * scale.unsqueeze(-2)  # (B, H, L, b)
     writes = chunk.writes * theta.unsqueeze(-2)  # G
     x = chunk.queries
@@ -103,12 +103,13 @@ def _one_chunk(
     return finish(network, chunk.queries, x), new_weights, new_momentum
 
 
-def _loads(chunk: _Chunk, inputs: list[Tensor], deltas: list[Tensor], output_error: Tensor) -> Tensor:
-    """The step bound's load of every token of a chunk, (B, H, b)."""
-    load = torch.zeros_like(output_error[..., 0])
+def _loads(chunk: _Chunk, inputs: list[Tensor], deltas: list[Tensor], output_error: Tensor) -> tuple[Tensor, Tensor]:
+    """For every token what it adds to the step bound's load and the load, both (B, H, b)."""
+    own, load = torch.zeros_like(output_error[..., 0]), torch.zeros_like(output_error[..., 0])
     for layer, (h, delta) in enumerate(zip(inputs, deltas, strict=True)):
         reach = gain(delta, output_error)
+        moved = chunk.mass[:, :, layer] * reach
         similarity = (h @ h.transpose(-1, -2)).abs().tril()
-        earlier = similarity @ (chunk.mass[:, :, layer] * reach).unsqueeze(-1)
-        load = load + 2.0 * reach * earlier.squeeze(-1)
-    return load
+        load = load + 2.0 * reach * (similarity @ moved.unsqueeze(-1)).squeeze(-1)
+        own = own + 2.0 * reach * similarity.diagonal(dim1=-2, dim2=-1) * moved
+    return own, load

@@ -45,7 +45,7 @@ def recurrent_scan(
         token = _inner_gradient(network, chunk_start, keys[:, t], values[:, t])
         token.step_masses = list(step_mass(theta[:, t], eta[:, t]).unbind(-1))
         chunk.append(token)
-        scale = step_scale(_load(chunk))
+        scale = step_scale(*_load(chunk))
         new_weights, new_momentum = [], []
         for layer, gradient in enumerate(token.gradients):
             theta_t, eta_t, alpha_t = (gate[:, t, :, layer, None, None] for gate in (theta, eta, alpha))
@@ -103,12 +103,14 @@ def _inner_gradient(network: Network, weights: list[Tensor], key: Tensor, value:
     return token
 
 
-def _load(chunk: list[_Token]) -> Tensor:
-    """The step bound's load (B, H) of the newest token of a chunk, summed over its tokens and the matrices."""
+def _load(chunk: list[_Token]) -> tuple[Tensor, Tensor]:
+    """What the newest token of a chunk adds to the step bound's load, and the load with it; both (B, H)."""
     now = chunk[-1]
-    load = torch.zeros_like(now.gains[0])
+    parts = []
     for token in chunk:
+        part = torch.zeros_like(now.gains[0])
         for layer, mass in enumerate(token.step_masses):
             similarity = (token.inputs[layer] * now.inputs[layer]).sum(-1).abs()
-            load = load + 2.0 * mass * token.gains[layer] * now.gains[layer] * similarity
-    return load
+            part = part + 2.0 * mass * token.gains[layer] * now.gains[layer] * similarity
+        parts.append(part)
+    return parts[-1], torch.stack(parts).sum(0)
