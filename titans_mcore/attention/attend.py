@@ -1,0 +1,133 @@
+"""One attention for every variant: causal, over a window, with a prefix that every query sees.
+
+The prefix (persistent tokens) has no position: queries meet it unrotated, so that its weight does not depend on how
+far into a sequence the query stands.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BACKENDS = ("auto", "sdpa", "flash", "dense")
+_QUERY_BLOCK = 512  # tokens; bounds the mask and the scores of a long piece
+
+
+@dataclass
+class Prefix:
+    """Keys that every query sees.
+
+    Attributes:
+        queries: The queries without rotation, (B, T, H, D).
+        keys: (B, N, H, D), without rotation.
+        values: (B, N, H, D).
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    window: int = 0,
+    keys_per_token: int = 1,
+    prefix: Prefix | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of the last T tokens over themselves and what came before.
+
+    Args:
+        queries: (B, T, H, D), positions applied.
+        keys: (B, (P + T) * keys_per_token, H, D), positions applied: those of P earlier tokens, then those of the
+            queries' own tokens.
+        values: Like keys.
+        window: Tokens that a query sees, its own included; 0 means all earlier ones.
+        keys_per_token: Keys that stand beside each token, all visible from that token on (2 in a MAC segment: the
+            token's and its recalled memory's).
+        prefix: Keys that every query sees, none if None.
+        backend: "dense" is the written-out softmax over a mask (the oracle), "sdpa" torch's attention in blocks of
+            queries, "flash" FlashAttention (CUDA), "auto" flash where it can be used and sdpa elsewhere.
+
+    Returns:
+        (B, T, H, D).
+
+    Raises:
+        ValueError: The backend is unknown or cannot be used here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "flash" if _flash_fits(queries, keys_per_token) else "sdpa"
+    if backend == "flash":
+        from .flash import flash_attend
+
+        return flash_attend(queries, keys, values, window, keys_per_token, prefix)
+    if backend == "dense":
+        return _dense(queries, keys, values, window, keys_per_token, prefix)
+    return _sdpa(queries, keys, values, window, keys_per_token, prefix)
+
+
+def visible(
+    first: int, queries: int, first_key: int, keys: int, window: int, keys_per_token: int, device: torch.device
+) -> Tensor:
+    """Mask (queries, keys), True where token first + i sees key first_key + j."""
+    token = torch.arange(first, first + queries, device=device)[:, None]
+    key_token = torch.arange(first_key, first_key + keys, device=device)[None] // keys_per_token
+    mask = key_token <= token
+    return mask & (key_token > token - window) if window else mask
+
+
+def _dense(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int, keys_per_token: int, prefix: Prefix | None
+) -> Tensor:
+    length, past = queries.shape[1], keys.shape[1] // keys_per_token - queries.shape[1]
+    scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys)
+    mask = visible(past, length, 0, keys.shape[1], window, keys_per_token, queries.device)
+    scores = scores.masked_fill(~mask, -math.inf)
+    if prefix is not None:
+        scores = torch.cat([torch.einsum("bqhd,bkhd->bhqk", prefix.queries, prefix.keys), scores], -1)
+        values = torch.cat([prefix.values, values], 1)
+    weights = (scores.float() if scores.dtype != torch.float64 else scores) / math.sqrt(queries.shape[-1])
+    return torch.einsum("bhqk,bkhd->bqhd", weights.softmax(-1).to(values.dtype), values)
+
+
+def _sdpa(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int, keys_per_token: int, prefix: Prefix | None
+) -> Tensor:
+    length, past = queries.shape[1], keys.shape[1] // keys_per_token - queries.shape[1]
+    scale = 1.0 / math.sqrt(queries.shape[-1])
+    if prefix is not None:
+        # One softmax over two kinds of scores: the rotated halves meet the keys, the plain ones meet the prefix.
+        queries = torch.cat([queries, prefix.queries], -1)
+        keys = torch.cat([keys, torch.zeros_like(keys)], -1)
+        prefix_keys = torch.cat([torch.zeros_like(prefix.keys), prefix.keys], -1)
+    outputs = []
+    for start in range(0, length, _QUERY_BLOCK):
+        stop = min(start + _QUERY_BLOCK, length)
+        first_key = max(0, past + start - window + 1) * keys_per_token if window else 0
+        last_key = (past + stop) * keys_per_token
+        k, v = keys[:, first_key:last_key], values[:, first_key:last_key]
+        mask = visible(
+            past + start, stop - start, first_key, last_key - first_key, window, keys_per_token, queries.device
+        )
+        if prefix is not None:
+            k, v = torch.cat([prefix_keys, k], 1), torch.cat([prefix.values, v], 1)
+            mask = F.pad(mask, (prefix.keys.shape[1], 0), value=True)
+        q = queries[:, start:stop].transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, 1)
+
+
+def _flash_fits(queries: Tensor, keys_per_token: int) -> bool:
+    if not queries.is_cuda or keys_per_token != 1 or queries.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    from .flash import flash_installed
+
+    return flash_installed()

@@ -1,0 +1,56 @@
+"""One block: x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x))."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ..config import TitansConfig
+from ..mixers import make_mixer
+from .parts import MegatronParts, MixerSubmodules
+
+
+@dataclass
+class TitansLayerSubmodules:
+    """Parts of a block, each a ModuleSpec or a class."""
+
+    input_norm: ModuleSpec | type
+    mixer: MixerSubmodules
+    pre_mlp_norm: ModuleSpec | type
+    mlp: ModuleSpec | type
+
+
+class TitansLayer(MegatronModule):
+    """A block of any variant, with Megatron's layout outside: hidden states are (T, B, E).
+
+    Args:
+        config: Megatron's configuration.
+        submodules: Parts of the block.
+        titans_config: The model's settings, which choose the mixer.
+        pg_collection: Megatron's process groups.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TitansLayerSubmodules,
+        titans_config: TitansConfig,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        size, eps = config.hidden_size, config.layernorm_epsilon
+        self.input_norm = build_module(submodules.input_norm, config=config, hidden_size=size, eps=eps)
+        self.mixer = make_mixer(titans_config, MegatronParts(config, submodules.mixer, pg_collection))
+        self.pre_mlp_norm = build_module(submodules.pre_mlp_norm, config=config, hidden_size=size, eps=eps)
+        self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
+
+    def forward(self, hidden_states: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Hidden states (T, B, E) and the mixer's state after them; a state of None begins a sequence."""
+        mixed, state = self.mixer(self.input_norm(hidden_states).transpose(0, 1), state)
+        hidden_states = hidden_states + mixed.transpose(0, 1)
+        output, _ = self.mlp(self.pre_mlp_norm(hidden_states))
+        return hidden_states + output, state

@@ -1,0 +1,152 @@
+"""The long-term memory as a layer: projections, convolution and gates in front of memory_scan, norm and gate behind."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import TitansConfig
+from ..memory import MemoryState, TensorTree, memory_read, memory_scan
+from ..memory.network import initial_weights
+from .parts import Parts, causal_conv, heads_of, linear, rms_norm, unit_norm
+
+
+@dataclass
+class NeuralMemoryState(TensorTree):
+    """What the layer carries through time.
+
+    Attributes:
+        memory: Weights and momentum after the last token.
+        query_tail: The last K - 1 tokens that went into the queries' convolution, (B, K - 1, H, D).
+        key_value_tail: Likewise for keys and values, (B, K - 1, H, 2 D).
+    """
+
+    memory: MemoryState
+    query_tail: Tensor
+    key_value_tail: Tensor
+
+
+class NeuralMemory(nn.Module):
+    """Long-term memory of H heads (paper, sections 3.1 and 4.4), each a network of its own.
+
+    q, k and v are projected, convolved and passed through SiLU, q and k normalised. The gates are functions of the token,
+    one for each weight matrix and head. What is read is normalised for each head and gated with SiLU; the projection
+    back to the model's width belongs to the mixer around.
+
+    Args:
+        config: The model's settings.
+        parts: Makes the parameters.
+    """
+
+    def __init__(self, config: TitansConfig, parts: Parts) -> None:
+        super().__init__()
+        self.config, self.heads = config, parts.heads
+        heads, width, depth = config.num_heads, config.head_dim, config.memory_depth
+        self.query_gate = parts.column(config.dim, 2 * width)  # a head: query, output gate
+        self.key_value = parts.column(config.dim, 2 * width + 3 * depth)  # a head: key, value, theta, eta, alpha
+        taps = config.conv_kernel
+        self.query_kernel = parts.per_head(torch.randn(heads, width, taps) / math.sqrt(taps))
+        self.key_value_kernel = parts.per_head(torch.randn(heads, 2 * width, taps) / math.sqrt(taps))
+        self.gate_bias = parts.per_head(initial_gate_bias(heads, depth))
+        normed = config.memory_network == "residual_norm"
+        start = initial_weights(heads, config.memory_widths, residual_norm=normed)
+        self.initial_weights = nn.ParameterList([parts.per_head(weight) for weight in start])
+        self.norm_weight = parts.per_head(torch.ones(heads, width)) if normed else None
+        self.norm_bias = parts.per_head(torch.zeros(heads, width)) if normed else None
+        self.output_norm = parts.per_head(torch.ones(heads, width))
+
+    def forward(
+        self, x: Tensor, state: NeuralMemoryState | None = None, recall: "Recall | None" = None
+    ) -> tuple[Tensor, "NeuralMemoryState | Recall"]:
+        """Write and read every token of x (B, T, E), which has passed Parts.enter().
+
+        With `recall` the tokens read a memory that stands still, and nothing is written. Both ways go through forward
+        because sharded parameters can be read only here.
+
+        Returns:
+            (B, T, heads, D) for the output projection, and the state (or the recall) after the last token.
+        """
+        projected = heads_of(linear(self.query_gate, x), self.heads)
+        query, output_gate = projected.chunk(2, -1)
+        if recall is not None:
+            weights = [w.expand(x.shape[0], *w.shape) if w.dim() == 3 else w for w in recall.weights or self._initial()]
+            queries, tail = self._queries(query, recall.query_tail)
+            reads = memory_read(queries, weights, **self._network())
+            return self._finish(reads, output_gate), Recall(weights, tail)
+        queries, query_tail = self._queries(query, None if state is None else state.query_tail)
+        tail = None if state is None else state.key_value_tail
+        keys, values, gates, key_value_tail = self._keys_values_gates(x, tail)
+        reads, memory = memory_scan(
+            queries,
+            keys,
+            values,
+            *gates,
+            self._initial(),
+            **self._network(),
+            chunk_size=self.config.chunk_size,
+            state=None if state is None else state.memory,
+            backend=self.config.memory_backend,
+        )
+        return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
+
+    def _queries(self, query: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        query, tail = causal_conv(query, self._tail(query, tail), self.query_kernel)
+        return unit_norm(F.silu(query)), tail
+
+    def _keys_values_gates(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
+        width, depth = self.config.head_dim, self.config.memory_depth
+        projected = heads_of(linear(self.key_value, x), self.heads)
+        key_value, gates = projected.split([2 * width, 3 * depth], -1)
+        key_value, tail = causal_conv(key_value, self._tail(key_value, tail), self.key_value_kernel)
+        keys, values = F.silu(key_value).chunk(2, -1)
+        # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
+        theta, eta, alpha = torch.sigmoid(gates.to(self._wide(x)) + self.gate_bias.to(self._wide(x))).chunk(3, -1)
+        return unit_norm(keys), values, (self.config.theta_max * theta, eta, alpha), tail
+
+    def _finish(self, reads: Tensor, output_gate: Tensor) -> Tensor:
+        return rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)
+
+    def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
+        return x.new_zeros(x.shape[0], self.config.conv_kernel - 1, *x.shape[2:]) if tail is None else tail
+
+    def _initial(self) -> list[Tensor]:
+        return list(self.initial_weights)
+
+    def _network(self) -> dict[str, Any]:
+        return {
+            "network": self.config.memory_network,
+            "norm_weight": self.norm_weight,
+            "norm_bias": self.norm_bias,
+        }
+
+    @staticmethod
+    def _wide(x: Tensor) -> torch.dtype:
+        return torch.promote_types(x.dtype, torch.float32)
+
+
+@dataclass
+class Recall(TensorTree):
+    """A memory that is read and not written.
+
+    Attributes:
+        weights: L of (B, H, d_in, d_out); None is the learned initial memory.
+        query_tail: The last K - 1 tokens that went into the queries' convolution; None at the start of a sequence.
+    """
+
+    weights: list[Tensor] | None = None
+    query_tail: Tensor | None = None
+
+
+def initial_gate_bias(heads: int, depth: int) -> Tensor:
+    """Biases (H, 3 L) of theta, eta and alpha, by matrix: where the gates stand before training.
+
+    Steps start at a tenth of theta_max and momentum lasts two tokens. Forgetting is spread over the heads, from a horizon
+    of about 30 tokens to one of about 3,000, so that some heads hold on from the first step of training.
+    """
+    theta = torch.full((heads, depth), -2.2)
+    eta = torch.zeros(heads, depth)
+    alpha = torch.linspace(-3.5, -8.0, heads).unsqueeze(-1).expand(heads, depth)
+    return torch.cat([theta, eta, alpha], -1)

@@ -1,0 +1,115 @@
+"""The language model: embedding, blocks, norm, output matrix and loss, on Megatron-core's parallel layers."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from .config import TitansConfig
+from .layer_specs import titans_layer_spec
+from .layers.norm import RMSNorm
+from .parallel import padded_vocab_size
+
+
+class TitansModel(MegatronModule):
+    """A Titans language model, or this tensor-parallel rank's share of it.
+
+    Args:
+        config: The model's settings.
+        transformer_config: Megatron's, from parallel.transformer_config().
+        pg_collection: Megatron's process groups; None takes those that parallel.start() made.
+    """
+
+    def __init__(
+        self,
+        config: TitansConfig,
+        transformer_config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=transformer_config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self.titans_config, self.tp_group = config, groups.tp
+        padded = padded_vocab_size(config.vocab_size)
+        self.embedding = tensor_parallel.VocabParallelEmbedding(
+            padded,
+            config.dim,
+            init_method=transformer_config.init_method,
+            config=transformer_config,
+            tp_group=groups.tp,
+        )
+        spec = titans_layer_spec(config)
+        self.layers = nn.ModuleList(
+            build_module(spec, config=transformer_config, pg_collection=groups) for _ in range(config.num_layers)
+        )
+        self.final_norm = RMSNorm(transformer_config, config.dim, config.norm_eps)
+        self.output_layer = tensor_parallel.ColumnParallelLinear(
+            config.dim,
+            padded,
+            config=transformer_config,
+            init_method=transformer_config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=config.tie_embeddings,
+            tp_group=groups.tp,
+        )
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """One pass over whole sequences.
+
+        Args:
+            tokens: (B, T) ids.
+            labels: (B, T) ids of the tokens to predict, or None.
+
+        Returns:
+            With labels the cross-entropy of each token in nats, float32 (B, T); without, the logits (B, T, V).
+        """
+        hidden, _ = self._blocks(tokens, None)
+        logits = self._local_logits(hidden)
+        if labels is None:
+            return self._whole_logits(logits)
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
+        return losses.transpose(0, 1)
+
+    def stream(self, tokens: Tensor, states: list[Any] | None, last: int | None = None) -> tuple[Tensor, list[Any]]:
+        """The next piece of sequences that go on.
+
+        Args:
+            tokens: (B, T) ids that follow those of earlier calls.
+            states: What the earlier call returned, one state a block; None begins the sequences.
+            last: Give logits for the last so many tokens only; None for all.
+
+        Returns:
+            Logits (B, last or T, V), and the states, of constant size whatever has been read (for
+            variant "transformer", where the window is not 0).
+        """
+        hidden, states = self._blocks(tokens, states)
+        return self._whole_logits(self._local_logits(hidden if last is None else hidden[-last:])), states
+
+    def _blocks(self, tokens: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
+        hidden = self.embedding(tokens).transpose(0, 1)  # Megatron's layout, (T, B, E)
+        after = []
+        for index, layer in enumerate(self.layers):
+            hidden, state = layer(hidden, None if states is None else states[index])
+            after.append(state)
+        return self.final_norm(hidden), after
+
+    def _local_logits(self, hidden: Tensor) -> Tensor:
+        """(T, B, V / TP); the padding of the vocabulary gets no probability."""
+        weight = self.embedding.weight if self.titans_config.tie_embeddings else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        first = self.tp_group.rank() * logits.shape[-1]
+        real = self.titans_config.vocab_size - first
+        if real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= real
+            logits = logits.masked_fill(padding, -math.inf)
+        return logits
+
+    def _whole_logits(self, logits: Tensor) -> Tensor:
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
+        return whole[..., : self.titans_config.vocab_size].transpose(0, 1)
