@@ -1,0 +1,1 @@
+"""From text to Megatron shards: sources, tokenizer, encoding, manifest, verification."""

@@ -1,0 +1,92 @@
+"""Small corpora, a small tokenizer, and the commands as a user starts them."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tokenization.train import TrainSettings, train
+
+REPOSITORY = Path(__file__).parents[2]
+WORDS = (
+    "the",
+    "memory",
+    "of",
+    "a",
+    "model",
+    "learns",
+    "at",
+    "test",
+    "time",
+    "what",
+    "surprise",
+    "tells",
+    "it",
+    "to",
+    "keep",
+)
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def make_texts(count: int, words: int = 40, seed: int = 0) -> list[str]:
+    """Different texts with line ends, indents, digits and characters that no small vocabulary holds."""
+    generator = random.Random(seed)
+    extras = ["\n", "\n\n    ", "\t", "  ", " 1984 ", " é", " 記憶 ", "🙂", "\r\n"]
+    return [
+        f"text {index}: "
+        + "".join(generator.choice(WORDS) + generator.choice([" "] * 6 + extras) for _ in range(words))
+        for index in range(count)
+    ]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(60)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train(TrainSettings(input=(str(corpus),), output=path, vocab_size=400))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Starts `python -m tokenization.NAME ARGUMENTS...` and returns it when it has ended."""
+
+    def start(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"tokenization.{name}", *map(str, arguments)]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def fails(run: Run) -> Callable[..., str]:
+    """Starts a command that must end with status 2 and one sentence, which is returned."""
+
+    def start(name: str, *arguments: object) -> str:
+        result = run(name, *arguments)
+        assert result.returncode == 2, (result.stdout, result.stderr)
+        lines = result.stderr.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return start

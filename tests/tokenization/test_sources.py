@@ -1,0 +1,169 @@
+"""Every kind of input is read, in one order, and what cannot be read is counted."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenization.documents
+from tokenization.documents import read_documents
+from tokenization.errors import TokenizationError
+from tokenization.sources import Skipped, Source, find_sources
+
+
+def read(*inputs: Path | str) -> tuple[list[str], dict[str, int]]:
+    skipped = Skipped()
+    sources = find_sources([str(item) for item in inputs], skipped)
+    return [document.text for source in sources for document in read_documents(source, skipped)], dict(skipped.counts)
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def write_all_formats(folder: Path, texts: list[str]) -> dict[str, Path]:
+    paths = {name: folder / f"corpus{name}" for name in (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")}
+    paths[".jsonl"].write_bytes(jsonl(texts))
+    paths[".jsonl.gz"].write_bytes(gzip.compress(jsonl(texts)))
+    paths[".jsonl.zst"].write_bytes(zstandard.compress(jsonl(texts)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), paths[".parquet"], row_group_size=7)
+    return paths
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_every_format_gives_the_same_documents(tmp_path, texts, suffix):
+    assert read(write_all_formats(tmp_path, texts)[suffix]) == (texts, {})
+
+
+def test_rows_count_the_lines_of_the_file_so_that_a_document_can_be_found_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\nnot json\n{"text": "three"}\n')
+    (source,) = find_sources([str(path)], Skipped())
+    assert [document.row for document in read_documents(source, Skipped())] == [0, 2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lines=st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"")), max_size=8),
+    block_bytes=st.integers(1, 9),
+)
+def test_lines_do_not_depend_on_where_blocks_end(lines, block_bytes):
+    data = b"\n".join(lines)
+    blocks = (data[start : start + block_bytes] for start in range(0, len(data), block_bytes))
+    assert list(
+        tokenization.documents._lines(
+            blocks,
+        )
+    ) == data.split(b"\n")
+
+
+def test_files_of_several_gzip_members_and_zstd_frames_are_read_to_the_end(tmp_path, texts):
+    for suffix, compress in ((".gz", gzip.compress), (".zst", zstandard.compress)):
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(compress(jsonl(texts[:30])) + compress(jsonl(texts[30:])))
+        assert read(path) == (texts, {})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_a_broken_file_is_counted_and_the_next_one_is_read(tmp_path, texts, suffix, damage):
+    path = write_all_formats(tmp_path, texts)[suffix]
+    data = path.read_bytes()
+    path.write_bytes({"cut": data[: len(data) // 2], "garbage": b"garbage" * 9, "empty": b""}[damage])
+    good = tmp_path / "good.txt"
+    good.write_text("a good text")
+    documents, skipped = read(path, good)
+    assert documents[-1] == "a good text"
+    assert documents[:-1] == texts[: len(documents) - 1]
+    # an empty file is a valid, empty .jsonl.gz or .jsonl.zst
+    assert skipped == ({} if damage == "empty" and suffix != ".parquet" else {"broken_file": 1})
+
+
+def test_unusable_records_are_counted_by_kind_and_the_rest_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        *(b'{"text": "good"}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"text": ""}', b'{"text": " \\n\\t"}'),
+        *(b'{"text": null}', b'{"other": 1}', b'{"text": 3}', b"{broken", b'["text"]', b"[" * 100_000, b""),
+        *(b"\r", b'{"text": "last"}'),
+    ]
+    path.write_bytes(b"\n".join(lines))
+    assert read(path) == (
+        ["good", "last"],
+        {"invalid_utf8": 2, "empty_text": 2, "missing_text": 2, "text_not_string": 1, "bad_json": 3},
+    )
+
+
+def test_one_parquet_value_that_is_not_utf8_costs_one_document(tmp_path):
+    path = tmp_path / "a.parquet"
+    binary = pyarrow.array([b"good", b"\xff\xfe", None, b" ", b"last"])
+    strings = pyarrow.StringArray.from_buffers(5, binary.buffers()[1], binary.buffers()[2], binary.buffers()[0])
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3, 4, 5], "text": strings}), path)
+    assert read(path) == (["good", "last"], {"invalid_utf8": 1, "missing_text": 1, "empty_text": 1})
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "large_string", "string_view", "binary"])
+def test_parquet_text_is_read_whatever_arrow_type_it_has(tmp_path, kind):
+    types = {"dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), "binary": pyarrow.binary()}
+    column_type = types.get(kind) or getattr(pyarrow, kind)()
+    column = pyarrow.array(["one", "two", "one"]).cast(column_type)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == (["one", "two", "one"], {})
+
+
+def test_parquet_without_texts_is_counted(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["a", "b"]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2, 3]}), tmp_path / "b.parquet")
+    assert read(tmp_path) == ([], {"missing_text": 2, "text_not_string": 3})
+
+
+def test_text_files_that_are_not_utf8_or_empty_are_counted(tmp_path):
+    for name, data in {"a.txt": b"\xffno", "b.md": b"", "c.txt": b" \n", "d.md": "\ufeffé\r\n".encode()}.items():
+        (tmp_path / name).write_bytes(data)
+    assert read(tmp_path) == (["é\r\n"], {"invalid_utf8": 1, "empty_text": 2})
+
+
+def test_a_folder_is_read_in_sorted_order_with_what_lies_below(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/b/c.TXT", "c/a.txt", ".hidden/x.txt", ".y.txt", "a/picture.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path)[0] == ["a/b/c.TXT", "a/z.md", "b.txt", "c/a.txt"]
+
+
+def test_links_are_followed_once_and_dead_ones_counted(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "in" / "up").symlink_to(tmp_path)
+    (tmp_path / "z.txt").symlink_to(tmp_path / "in" / "a.txt")
+    (tmp_path / "dead.txt").symlink_to(tmp_path / "nowhere")
+    assert read(tmp_path) == (["a"], {"unreadable_file": 1, "repeated_file": 1})
+
+
+def test_a_file_that_vanishes_while_reading_is_counted(tmp_path):
+    skipped = Skipped()
+    assert list(read_documents(Source(tmp_path / "gone.txt", ".txt", 1), skipped)) == []
+    assert skipped.counts == {"unreadable_file": 1}
+
+
+def test_stdlib_means_the_sources_of_the_running_python_without_its_tests():
+    paths = [source.path for source in find_sources(["stdlib"], Skipped())]
+    assert any(path.name == "argparse.py" for path in paths)
+    assert not {"site-packages", "test", "tests", "__pycache__"} & {part for path in paths for part in path.parts}
+    assert paths == sorted(paths, key=lambda path: path.parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("nowhere", "no such file"), ("a.pdf", "not read"), ("folder", "no readable file"), (None, "empty")],
+)
+def test_unusable_inputs_are_refused_by_name(tmp_path, name, sentence):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(TokenizationError, match=sentence) as fault:
+        find_sources([str(tmp_path / name)] if name else [], Skipped())
+    assert name is None or name in str(fault.value)

@@ -1,0 +1,134 @@
+"""From the `--input` arguments to the list of files to read, in an order that depends on their names alone."""
+
+import hashlib
+import os
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenization.errors import TokenizationError
+
+STDLIB = "stdlib"
+SUFFIXES: tuple[str, ...] = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+STDLIB_SUFFIXES: tuple[str, ...] = (".py", ".txt", ".rst", ".md")
+_STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read documents from."""
+
+    path: Path
+    """Where it lies."""
+    suffix: str
+    """Decides how it is read; one of SUFFIXES or STDLIB_SUFFIXES, lower case."""
+    bytes: int
+    """Its size."""
+
+
+@dataclass
+class Skipped:
+    """What was left out, by kind: the one place that every reader reports to, so that nothing vanishes."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """Kind to number of documents (or of files, for kinds that end in `_file`)."""
+
+    def add(self, kind: str) -> None:
+        """Counts one document or file left out."""
+        self.counts[kind] += 1
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items())) or "nothing"
+
+
+def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
+    """Lists the files behind the `--input` arguments, arguments in their order, folders by sorted path.
+
+    A folder is searched with everything below it, symbolic links included; names that start with a dot and files of
+    other types are left alone. A file that is reached twice is read once and counted as `repeated_file`.
+
+    Args:
+        inputs: Paths of files or folders, or the word `stdlib` for the running Python's standard library.
+        skipped: Receives files that cannot be opened and files reached twice.
+
+    Returns:
+        At least one source.
+
+    Raises:
+        TokenizationError: No input, no such path, a file of an unsupported type, a folder without a readable file.
+    """
+    if not inputs:
+        raise TokenizationError(f"--input is empty; give files, folders or the word {STDLIB}")
+    sources: list[Source] = []
+    seen: set[str] = set()
+    for argument in inputs:
+        for source in _sources_of(argument, skipped):
+            real = os.path.realpath(source.path)
+            if real in seen:
+                skipped.add("repeated_file")
+                continue
+            seen.add(real)
+            sources.append(source)
+    return sources
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hexadecimal, read block by block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sources_of(argument: str, skipped: Skipped) -> list[Source]:
+    if argument == STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        return _sources_below(root, STDLIB_SUFFIXES, _STDLIB_LEFT_OUT, skipped)
+    path = Path(argument)
+    if path.is_dir():
+        return _sources_below(path, SUFFIXES, frozenset(), skipped)
+    if not path.exists():
+        raise TokenizationError(f"--input {argument}: no such file or folder; check the path")
+    suffix = _suffix_of(path.name, SUFFIXES)
+    if suffix is None:
+        raise TokenizationError(f"--input {argument}: this type of file is not read; give {', '.join(SUFFIXES)}")
+    if not path.is_file() or not os.access(path, os.R_OK):
+        raise TokenizationError(f"--input {argument}: cannot be read; check that it is a file and its rights")
+    return [Source(path, suffix, path.stat().st_size)]
+
+
+def _sources_below(root: Path, suffixes: Iterable[str], left_out: frozenset[str], skipped: Skipped) -> list[Source]:
+    found: list[Source] = []
+    for path in sorted(_files_below(root, left_out), key=lambda path: path.relative_to(root).parts):
+        suffix = _suffix_of(path.name, suffixes)
+        if suffix is None:
+            continue
+        if path.is_file() and os.access(path, os.R_OK):
+            found.append(Source(path, suffix, path.stat().st_size))
+        else:
+            skipped.add("unreadable_file")
+    if not found:
+        raise TokenizationError(
+            f"--input {root}: the folder holds no readable file of the types {', '.join(suffixes)}; give another folder"
+        )
+    return found
+
+
+def _files_below(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
+    visited: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads back up would be walked for ever
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith("."))
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def _suffix_of(name: str, suffixes: Iterable[str]) -> str | None:
+    return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)

@@ -1,0 +1,90 @@
+"""The sentencepiece model behind every token: loading it with its faults named, and the Llama-2-compatible settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenization.errors import TokenizationError
+from tokenization.sources import sha256_of
+
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What ties shards, runs and exports to one tokenizer file."""
+
+    sha256: str
+    """Of the .model file."""
+    vocab_size: int
+    """Pieces."""
+    bos_id: int
+    """Token in front of every document."""
+    eos_id: int
+    """Token behind every document."""
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Loads a sentencepiece model that has a start and an end token.
+
+    Args:
+        path: A `.model` file.
+
+    Returns:
+        The `sentencepiece.SentencePieceProcessor`.
+
+    Raises:
+        TokenizationError: No such file, not a sentencepiece model, no start or end token.
+    """
+    import sentencepiece
+
+    if not path.is_file():
+        raise TokenizationError(f"tokenizer {path}: no such file; train one with `python -m tokenization.train`")
+    data = path.read_bytes()
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data) if data else None
+    except RuntimeError:
+        processor = None
+    if processor is None or processor.vocab_size() == 0:
+        raise TokenizationError(
+            f"tokenizer {path}: not a sentencepiece model ({len(data):,} bytes); give a .model file"
+        )
+    if processor.bos_id() < 0 or processor.eos_id() < 0:
+        raise TokenizationError(
+            f"tokenizer {path}: lacks a start or an end token (bos {processor.bos_id()}, eos {processor.eos_id()}); "
+            "train it with both"
+        )
+    return processor
+
+
+def describe_tokenizer(path: Path) -> TokenizerInfo:
+    """Loads a tokenizer file and returns what identifies it; raises TokenizationError as `load_tokenizer` does."""
+    processor = load_tokenizer(path)
+    return TokenizerInfo(sha256_of(path), processor.vocab_size(), processor.bos_id(), processor.eos_id())
+
+
+def llama_settings(vocab_size: int) -> dict[str, Any]:
+    """Trainer settings that give a tokenizer of Llama-2's kind.
+
+    Text comes back exactly from its tokens, except that U+2581, which sentencepiece uses for the space, comes back
+    as a space. No piece spans a line end: the line feed is always the single byte token <0x0A>.
+    """
+    return {
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": True,
+        "character_coverage": 0.99995,
+        "pretokenization_delimiter": "\n",
+        "unk_id": UNK_ID,
+        "bos_id": BOS_ID,
+        "eos_id": EOS_ID,
+        "pad_id": -1,
+        "max_sentence_length": 1 << 20,  # bytes; a longer sentence would be dropped without a word
+        "num_threads": 1,  # the number is stored in the file, and the file must not depend on the machine
+        "minloglevel": 2,
+    }
