@@ -73,7 +73,8 @@ class TitansModel(MegatronModule):
         logits = self._local_logits(hidden)
         if labels is None:
             return self._whole_logits(logits)
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
         return losses.transpose(0, 1)
 
     def stream(self, tokens: Tensor, states: list[Any] | None, last: int | None = None) -> tuple[Tensor, list[Any]]:

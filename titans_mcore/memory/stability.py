@@ -4,8 +4,8 @@ Two parts, both of the rule itself (the oracle has them too), both inactive, bit
 
 - *Step bound.* The b gradients of a chunk are taken at one point, so what they add up to must not overshoot. A token's
   load is how far the steps of the chunk's tokens up to it, with all their momentum to come, would move the memory's
-  answer to it (1: exactly to its target). Steps are scaled so that loads past 1 saturate at 2, where an answer would
-  end as wrong as it began.
+  answer to it (1: exactly to its target). Steps are scaled so that loads past 1/2 saturate at 1: a chunk never carries
+  an answer beyond its target.
 - *State ball.* After a chunk's last token each matrix and each momentum is scaled back to a root mean square of at most
   STATE_RMS_LIMIT, which bounds the state under gates for which the rule itself has no fixed point.
 """
@@ -31,13 +31,13 @@ def gain(delta: Tensor, output_error: Tensor) -> Tensor:
 def step_scale(own: Tensor, load: Tensor) -> Tensor:
     """Factor on theta of a token that raises the load from load - own to load; any shape.
 
-    The difference quotient of the load's allowed part, which is load up to 1 and 2 - 1 / load beyond: for a repeated
-    key the parts telescope, and their sum stays below 2 however large theta is.
+    The difference quotient of the load's allowed part, which is load up to 1/2 and 1 - 1 / (4 load) beyond: for a
+    repeated key the parts telescope, and their sum stays below 1 however large theta is.
     """
     before = load - own
-    past_one = load - before.clamp_min(1.0)
-    allowed = (1.0 - before).clamp_min(0.0) + past_one / (before.clamp_min(1.0) * load)
-    return torch.where(load > 1.0, allowed / own.clamp_min(_TINY), 1.0)
+    from_half = before.clamp_min(0.5)
+    allowed = (0.5 - before).clamp_min(0.0) + (load - from_half) / (4.0 * from_half * load)
+    return torch.where(load > 0.5, allowed / own.clamp_min(_TINY), 1.0)
 
 
 def into_ball(matrix: Tensor) -> Tensor:

@@ -1,0 +1,153 @@
+"""The chunked dual form is the oracle: outputs, states and every outer gradient, in float64."""
+
+import pytest
+import torch
+
+from titans_mcore.memory import MemoryState, memory_scan
+
+from .streams import Stream, make_stream
+
+
+def results(stream: Stream, backend: str, chunk_size: int, pieces: list[int]) -> list[torch.Tensor]:
+    """Reads, end state and gradients of a random functional of them, by a scan in the given pieces."""
+    leaves = stream.leaves()
+    reads, state, start = [], None, 0
+    for length in pieces:
+        piece = stream.piece(start, start + length)
+        read, state = memory_scan(
+            *piece.tokens, stream.weights, **stream.settings, chunk_size=chunk_size, state=state, backend=backend
+        )
+        reads.append(read)
+        start += length
+    outputs = [torch.cat(reads, 1), *state.weights, *state.momentum]
+    generator = torch.Generator().manual_seed(1)
+    functional = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in outputs)
+    return [*outputs, *torch.autograd.grad(functional, leaves)]
+
+
+def largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    with torch.no_grad():
+        return max(float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 37])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_dual_form_equals_the_oracle(network: str, depth: int, length: int) -> None:
+    stream = make_stream(length, depth, network)
+    ours = results(stream, "chunked", 16, [length])
+    assert largest_difference(ours, results(stream, "oracle", 16, [length])) < 1e-10
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_dual_form_equals_the_oracle_from_a_carried_state(network: str, depth: int) -> None:
+    stream = make_stream(45, depth, network)
+    ours = results(stream, "chunked", 8, [13, 32])  # the first piece leaves a chunk open
+    assert largest_difference(ours, results(stream, "oracle", 8, [13, 32])) < 1e-10
+
+
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_dual_form_equals_the_oracle_where_the_bound_acts(network: str) -> None:
+    stream = make_stream(20, 2, network, theta=1.0)
+    within = make_stream(20, 2, network, theta=1e-3)
+    ours, oracle = results(stream, "chunked", 8, [20]), results(stream, "oracle", 8, [20])
+    assert largest_difference(ours, oracle) < 1e-10
+    assert largest_difference(ours[:1], results(within, "oracle", 8, [20])[:1]) > 1e-3
+
+
+@pytest.mark.parametrize("pieces", [[37], [16, 21], [1] * 37, [5, 11, 3, 18], [20, 17]])
+@pytest.mark.parametrize("backend", ["chunked", "oracle"])
+def test_any_split_gives_the_result_of_one_pass(backend: str, pieces: list[int]) -> None:
+    stream = make_stream(37, 2)
+    whole = results(stream, backend, 8, [37])
+    assert largest_difference(results(stream, backend, 8, pieces), whole) < 1e-10
+
+
+def test_outer_gradient_is_the_derivative_of_the_scan() -> None:
+    stream = make_stream(5, 2, batch=1, heads=1, width=3, theta=2.0)  # with the step bound at work
+    leaves = stream.leaves()
+
+    def scan(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        norm = dict(zip(("norm_weight", "norm_bias"), leaves[8:], strict=True))
+        reads, state = memory_scan(*leaves[:6], list(leaves[6:8]), **norm, chunk_size=4)
+        return (reads, *state.weights, *state.momentum)
+
+    assert torch.autograd.gradcheck(scan, tuple(leaves), atol=1e-6)
+
+
+def test_full_forgetting_clears_the_memory() -> None:
+    stream = make_stream(12, 1, "plain")
+    stream.alpha[:, 5] = 1.0
+    stream.eta[:, 5] = 0.0
+    stream.theta[:, 5] = 0.0
+    _, after_clear = memory_scan(*stream.piece(0, 6).tokens, stream.weights, network="plain", chunk_size=4)
+    assert max(float(x.abs().max()) for x in (*after_clear.weights, *after_clear.momentum)) < 1e-200
+
+
+def test_without_momentum_the_past_surprise_is_forgotten() -> None:
+    stream = make_stream(12, 1, "plain")
+    stream.eta[:] = 0.0
+    _, state = memory_scan(*stream.tokens, stream.weights, network="plain", chunk_size=4)
+    _, other = memory_scan(*stream.piece(0, 11).tokens, stream.weights, network="plain", chunk_size=4)
+    stepped = state.weights[0] - (1 - stream.alpha[:, 11, :, 0, None, None]) * other.weights[0]
+    torch.testing.assert_close(stepped, state.momentum[0])
+
+
+def test_a_read_does_not_depend_on_later_tokens_of_its_chunk() -> None:
+    stream, changed = make_stream(16, 2, theta=1.0), make_stream(16, 2, theta=1.0)
+    changed.keys[:, 9:] += 1.0
+    changed.values[:, 9:] *= 3.0
+    reads, _ = memory_scan(*stream.tokens, stream.weights, **stream.settings)
+    moved, _ = memory_scan(*changed.tokens, stream.weights, **stream.settings)
+    assert torch.equal(reads[:, :9], moved[:, :9])
+    assert not torch.equal(reads[:, 9:], moved[:, 9:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_state_stays_float32_and_reads_keep_their_dtype(dtype: torch.dtype) -> None:
+    stream = make_stream(20, 2, dtype=dtype)
+    reads, state = memory_scan(*stream.tokens, stream.weights, **stream.settings)
+    assert reads.dtype == dtype
+    assert {x.dtype for x in (*state.weights, *state.momentum)} == {torch.float32}
+
+
+def test_state_has_the_size_it_had_whatever_was_read() -> None:
+    stream = make_stream(400, 2)
+    _, after_16 = memory_scan(*stream.piece(0, 16).tokens, stream.weights, **stream.settings)
+    _, after_400 = memory_scan(*stream.tokens, stream.weights, **stream.settings)
+    assert after_400.bytes() == after_16.bytes()
+
+
+def test_state_selects_expands_and_detaches_rows() -> None:
+    stream = make_stream(21, 2)
+    stream.leaves()
+    _, state = memory_scan(*stream.tokens, stream.weights, **stream.settings)
+    beams: MemoryState = state.detach().select(torch.tensor([1, 1, 0]))
+    assert beams.open_chunk is not None
+    assert torch.equal(beams.weights[0][1], state.weights[0][1])
+    assert torch.equal(beams.open_chunk.keys[2], state.open_chunk.keys[0])
+    assert not beams.weights[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"keys": torch.zeros(2, 5, 3, 6)}, "keys have shape"),
+        ({"theta": torch.zeros(2, 4, 3, 2)}, "theta has shape"),
+        ({"weights": []}, "1 to 4"),
+        ({"weights": [torch.zeros(3, 6, 5)]}, r"weights\[0\]"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"network": "mlp"}, "network is 'mlp'"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"network": "plain"}, "norm_weight was given"),
+        ({"norm_bias": torch.zeros(6)}, "norm_bias has shape"),
+        ({"queries": torch.zeros(2, 0, 3, 6)}, "T >= 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change: dict[str, object], sentence: str) -> None:
+    stream = make_stream(4, 1)
+    names = ("queries", "keys", "values", "theta", "eta", "alpha")
+    arguments = {**dict(zip(names, stream.tokens, strict=True)), "weights": stream.weights, **stream.settings}
+    with pytest.raises(ValueError, match=sentence):
+        memory_scan(**{**arguments, **change})

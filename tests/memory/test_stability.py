@@ -1,0 +1,150 @@
+"""The bound: finite and bounded on hostile streams, untouched on ordinary ones, useful afterwards."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from titans_mcore.memory import MemoryState, memory_scan
+from titans_mcore.memory.network import initial_weights
+from titans_mcore.memory.stability import STATE_RMS_LIMIT, into_ball, step_scale
+
+WIDTH = 8
+
+
+def constant(length: int, depth: int, value: float) -> torch.Tensor:
+    return torch.full((1, length, 1, depth), value)
+
+
+def run(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    gates: tuple[float, float, float],
+    *,
+    network: str,
+    depth: int,
+    chunk_size: int,
+    state: MemoryState | None = None,
+) -> tuple[torch.Tensor, MemoryState]:
+    widths = [WIDTH, *[2 * WIDTH] * (depth - 1), WIDTH]
+    generator = torch.Generator().manual_seed(0)
+    weights = initial_weights(1, widths, residual_norm=network == "residual_norm", generator=generator)
+    constants = [constant(keys.shape[1], depth, gate) for gate in gates]
+    with torch.no_grad():
+        return memory_scan(
+            keys, keys, values, *constants, weights, network=network, chunk_size=chunk_size, state=state
+        )
+
+
+def pairs(length: int, distinct: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (1, T, 1, D) drawn from a few pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(0, distinct, (length,), generator=generator)
+    keys = F.normalize(torch.randn(distinct, WIDTH, generator=generator), dim=-1)
+    values = torch.randn(distinct, WIDTH, generator=generator)
+    return keys[index][None, :, None], values[index][None, :, None]
+
+
+def largest_rms(state: MemoryState) -> float:
+    return max(float(x.square().mean((-1, -2)).sqrt().max()) for x in (*state.weights, *state.momentum))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_one_key_repeated_100_000_times_at_the_largest_gates_stays_bounded(network: str, depth: int) -> None:
+    keys, values = pairs(1, 1)
+    state = None
+    for _ in range(10):
+        repeated = keys.expand(1, 10_000, 1, WIDTH), values.expand(1, 10_000, 1, WIDTH)
+        reads, state = run(*repeated, (1.0, 1.0, 0.0), network=network, depth=depth, chunk_size=16, state=state)
+    assert reads.isfinite().all()
+    assert largest_rms(state) <= STATE_RMS_LIMIT * 1.001
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 64])
+def test_one_key_repeated_is_remembered_however_large_the_step(chunk_size: int) -> None:
+    keys, values = pairs(1, 1)
+    repeated = keys.expand(1, 4_096, 1, WIDTH), values.expand(1, 4_096, 1, WIDTH)
+    reads, _ = run(*repeated, (0.3, 0.9, 0.0), network="plain", depth=1, chunk_size=chunk_size)
+    assert (reads[:, -1] - values[:, -1]).norm() < 0.1 * values.norm()
+
+
+STREAMS = {
+    "alternating": lambda k, v: (k.clone().index_copy(1, torch.arange(1, k.shape[1], 2), -k[:, 1::2]), v),
+    "opposite values": lambda k, v: (
+        k[:, :1].expand_as(k),
+        v[:, :1] * torch.tensor([1.0, -1.0]).repeat(v.shape[1] // 2)[None, :, None, None],
+    ),
+    "scaled by 1e4": lambda k, v: (k * 1e4, v * 1e4),
+    "zero keys": lambda k, v: (torch.zeros_like(k), v),
+    "bfloat16": lambda k, v: (k.bfloat16().float(), v.bfloat16().float()),
+}
+
+
+@pytest.mark.parametrize("gates", [(1.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.1, 0.99, 1e-3)])
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_hostile_streams_stay_bounded_and_the_next_stream_is_learned(
+    stream: str, network: str, gates: tuple[float, float, float]
+) -> None:
+    keys, values = STREAMS[stream](*pairs(1_024, 8))
+    _, state = run(keys, values, gates, network=network, depth=2, chunk_size=16)
+    assert largest_rms(state) <= STATE_RMS_LIMIT * 1.001
+    after, targets = pairs(4_096, 3, seed=1)
+    gentle = (0.05, 0.5, 2e-3)
+    reads, _ = run(after, targets, gentle, network=network, depth=2, chunk_size=16, state=state)
+    fresh, _ = run(after, targets, gentle, network=network, depth=2, chunk_size=16)
+
+    def error(reads: torch.Tensor) -> float:
+        return float((reads - targets)[:, -200:].square().sum() / targets[:, -200:].square().sum())
+
+    assert error(reads) < 1.5 * error(fresh) + 0.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    chunk_size=st.sampled_from([1, 4, 16, 64]),
+    depth=st.integers(1, 3),
+    network=st.sampled_from(["residual_norm", "plain"]),
+    theta=st.sampled_from([0.0, 1e-3, 0.1, 1.0, 100.0]),
+    eta=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    alpha=st.sampled_from([0.0, 1e-3, 0.5, 1.0]),
+    scale=st.sampled_from([0.0, 1e-4, 1.0, 1e4]),
+)
+def test_no_stream_leaves_the_ball(
+    seed: int, chunk_size: int, depth: int, network: str, theta: float, eta: float, alpha: float, scale: float
+) -> None:
+    keys, values = pairs(128, 1 + seed % 9, seed)
+    reads, state = run(
+        keys, values * scale, (theta, eta, alpha), network=network, depth=depth, chunk_size=chunk_size
+    )
+    assert reads.isfinite().all()
+    assert largest_rms(state) <= STATE_RMS_LIMIT * 1.001
+
+
+def test_bound_leaves_ordinary_data_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, values = pairs(512, 512)
+    gates = (0.01, 0.5, 0.01)
+    reads, state = run(keys, values, gates, network="plain", depth=2, chunk_size=16)
+    monkeypatch.setattr("titans_mcore.memory.chunked.step_scale", lambda own, load: torch.ones_like(load))
+    monkeypatch.setattr("titans_mcore.memory.chunked.into_ball", lambda matrix: matrix)
+    unbounded, unbounded_state = run(keys, values, gates, network="plain", depth=2, chunk_size=16)
+    assert torch.equal(reads, unbounded)
+    assert all(torch.equal(a, b) for a, b in zip(state.weights, unbounded_state.weights, strict=True))
+
+
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=50))
+def test_allowed_steps_of_a_repeated_key_never_pass_the_target(own: list[float]) -> None:
+    steps = torch.tensor(own, dtype=torch.float64)
+    allowed = steps * step_scale(steps, steps.cumsum(0))
+    assert float(allowed.sum()) <= 1.0 + 1e-9
+    assert (allowed >= 0).all()
+    assert (allowed <= steps).all()
+
+
+def test_ball_keeps_what_is_inside_and_the_direction_of_what_is_not() -> None:
+    inside, outside = torch.randn(4, 4), 1e3 * torch.randn(4, 4)
+    assert torch.equal(into_ball(inside), inside)
+    torch.testing.assert_close(into_ball(outside) / into_ball(outside).norm(), outside / outside.norm())

@@ -1,0 +1,314 @@
+"""Native weights: what a checkpoint holds of the model itself, readable without pickle, Megatron or DeepSpeed.
+
+A checkpoint folder has `weights/model.json` (the model's settings) and one `weights/tp-RR-of-SS.safetensors` for each
+tensor-parallel rank, fp32. The metadata of each file says, for every tensor, how ranks share it: a rule of Megatron's
+(dimension, stride), or none when every rank holds the whole. `checkpoint.json`, written last, lists every file of the
+folder; a folder without it, or with other files than it lists, is not a checkpoint.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from titans_mcore.config import TitansConfig
+
+FORMAT = 1
+WEIGHTS_FOLDER = "weights"
+MARKER = "checkpoint.json"
+_CHECKPOINT_NAME = re.compile(r"step-\d+")
+_SPEED_SETTINGS = ("memory_backend", "attention_backend")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How tensor-parallel ranks share a tensor.
+
+    The whole tensor is cut along `dim` into `stride` blocks (two for a gated linear: gate and value in one matrix),
+    and every rank holds its part of each block, one after the other.
+    """
+
+    dim: int
+    stride: int = 1
+
+    def take(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """The part of rank `rank` of `size`."""
+        return torch.cat(whole.chunk(size * self.stride, self.dim)[rank::size], self.dim)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The whole tensor from the parts of all ranks, in rank order."""
+        blocks = [part.chunk(self.stride, self.dim) for part in parts]
+        return torch.cat([block[i] for i in range(self.stride) for block in blocks], self.dim)
+
+    def whole_shape(self, part_shape: torch.Size, size: int) -> list[int]:
+        """Shape of the whole tensor, from the shape of one of `size` parts."""
+        return [n * size if i == self.dim else n for i, n in enumerate(part_shape)]
+
+
+def split_of(parameter: Tensor) -> Split | None:
+    """The rule in Megatron's attributes of a parameter; None when every rank holds the whole."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return Split(parameter.partition_dim, getattr(parameter, "partition_stride", 1))  # type: ignore[attr-defined]
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold: parameters, and buffers that are part of the state; tied ones once."""
+    saved = set(model.state_dict())
+    tensors: dict[str, Tensor] = {name: p.data for name, p in model.named_parameters()}
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return tensors
+
+
+def save_shard(
+    folder: Path,
+    model: nn.Module,
+    config: TitansConfig,
+    *,
+    rank: int,
+    size: int,
+    step: int,
+    tokens: int,
+    values: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes one tensor-parallel rank's weights; rank 0 writes `model.json` too.
+
+    Args:
+        folder: The `weights` folder; made when missing.
+        model: Its parameters' attributes give the rules.
+        config: Settings of the model.
+        rank: Tensor-parallel rank that writes.
+        size: Tensor-parallel ranks.
+        step: Optimizer steps done.
+        tokens: Tokens trained on.
+        values: Tensors by name when the model does not hold them itself: fp32 masters, gathered ZeRO 3 parameters.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters())
+    rules = {name: split_of(p) for name, p in parameters.items()}
+    tensors = {
+        name: value.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, value in (model_tensors(model) if values is None else values).items()
+    }
+    metadata = {"rules": json.dumps({name: asdict(rule) if (rule := rules.get(name)) else None for name in tensors})}
+    save_file(tensors, folder / _shard_name(rank, size), metadata)
+    if rank == 0:
+        description = {"format": FORMAT, "tensor_parallel": size, "step": step, "tokens": tokens}
+        text = json.dumps({**description, "model": config.to_dict()}, indent=2)
+        (folder / "model.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_config(checkpoint: Path) -> TitansConfig:
+    """The settings of the model in a checkpoint folder.
+
+    Raises:
+        ValueError: No readable description is there.
+    """
+    return TitansConfig.from_dict(_description(_weights_folder(checkpoint))["model"])
+
+
+def load_full(checkpoint: Path) -> tuple[TitansConfig, dict[str, Tensor]]:
+    """The whole weights, fp32, whatever the number of tensor-parallel ranks that wrote them.
+
+    Args:
+        checkpoint: A checkpoint folder, or its `weights` folder.
+
+    Raises:
+        ValueError: Files are missing or damaged, or the ranks disagree about a tensor that all of them hold.
+    """
+    folder = _weights_folder(checkpoint)
+    description = _description(folder)
+    size = description["tensor_parallel"]
+    shards: list[dict[str, Tensor]] = []
+    rules: dict[str, Split | None] = {}
+    for rank in range(size):
+        tensors, rules = _read_shard(folder / _shard_name(rank, size))
+        shards.append(tensors)
+    state = {}
+    for name, rule in rules.items():
+        parts = [_tensor(shard, name, folder) for shard in shards]
+        if rule is None:
+            if any(not torch.equal(parts[0].view(torch.int32), part.view(torch.int32)) for part in parts[1:]):
+                raise ValueError(f"{folder}: the ranks hold different values of {name}, which all of them should share")
+            state[name] = parts[0]
+        else:
+            state[name] = rule.join(parts)
+    return TitansConfig.from_dict(description["model"]), state
+
+
+def load_into(
+    model: nn.Module, state: Mapping[str, Tensor], *, rank: int | None = None, size: int | None = None
+) -> None:
+    """Copies this rank's part of the whole weights into a model.
+
+    Args:
+        model: Built at any tensor-parallel size.
+        state: Whole tensors by name, as `load_full` returns them.
+        rank: Tensor-parallel rank; Megatron's by default, 0 where Megatron's groups are not started.
+        size: Tensor-parallel ranks; likewise.
+
+    Raises:
+        ValueError: Names or shapes are not the model's; nothing is copied then.
+    """
+    if rank is None or size is None:
+        rank, size = _tensor_parallel_place()
+    targets = model_tensors(model)
+    rules = {name: split_of(p) for name, p in model.named_parameters()}
+    _check_names(targets, state)
+    for name, target in targets.items():
+        rule = rules.get(name)
+        expected = rule.whole_shape(target.shape, size) if rule else list(target.shape)
+        if list(state[name].shape) != expected:
+            raise ValueError(
+                f"checkpoint of another model: {name} is {list(state[name].shape)} there and {expected} here"
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            rule = rules.get(name)
+            target.copy_(rule.take(state[name], rank, size) if rule else state[name])
+
+
+def check_same_model(saved: TitansConfig, wanted: TitansConfig, where: Path) -> None:
+    """Compares settings, except those that change speed alone.
+
+    Raises:
+        ValueError: They differ; the message names every setting with both values.
+    """
+    names = [field.name for field in fields(TitansConfig) if field.name not in _SPEED_SETTINGS]
+    differing = [
+        f"{name} is {getattr(saved, name)!r} there and {getattr(wanted, name)!r} here"
+        for name in names
+        if getattr(saved, name) != getattr(wanted, name)
+    ]
+    if differing:
+        raise ValueError(f"{where} is a checkpoint of another model: {'; '.join(differing)}")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest whole checkpoint of a run folder, or the checkpoint folder itself.
+
+    Args:
+        path: A run folder (with `checkpoints/` in it), that `checkpoints` folder, or one checkpoint.
+
+    Raises:
+        ValueError: Nothing is there, or nothing whole; the message says what is wrong with the newest one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"no checkpoint at {path}: there is no such folder")
+    if (path / MARKER).is_file() or (path / WEIGHTS_FOLDER).is_dir():
+        if reason := damage(path):
+            raise ValueError(f"{path} is not a whole checkpoint: {reason}")
+        return path
+    reasons = []
+    for folder in checkpoints_newest_first(path):
+        if (reason := damage(folder)) is None:
+            return folder
+        reasons.append(f"{folder.name}: {reason}")
+    raise ValueError(f"no whole checkpoint in {path}" + (f" ({reasons[0]})" if reasons else ""))
+
+
+def checkpoints_newest_first(run: Path) -> Iterator[Path]:
+    """Folders named like checkpoints in a run folder or its `checkpoints` folder; they need not be whole."""
+    parent = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    names = (
+        (f for f in parent.iterdir() if f.is_dir() and _CHECKPOINT_NAME.fullmatch(f.name)) if parent.is_dir() else ()
+    )
+    yield from sorted(names, key=lambda f: int(f.name.removeprefix("step-")), reverse=True)
+
+
+def damage(checkpoint: Path, *, read_files: bool = False) -> str | None:
+    """What is wrong with a checkpoint folder; None when it is whole.
+
+    Args:
+        checkpoint: The folder.
+        read_files: Compare the checksum of every file too, not the sizes alone.
+    """
+    try:
+        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"{MARKER} is missing, so it was not finished"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MARKER} cannot be read ({error})"
+    for name, known in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != known["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {known['bytes']}"
+        if read_files and file_sha256(file) != known["sha256"]:
+            return f"{name} has changed since it was written (its sha256 differs)"
+    return None
+
+
+def file_sha256(file: Path) -> str:
+    """Checksum of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _shard_name(rank: int, size: int) -> str:
+    return f"tp-{rank:02d}-of-{size:02d}.safetensors"
+
+
+def _weights_folder(checkpoint: Path) -> Path:
+    return checkpoint / WEIGHTS_FOLDER if (checkpoint / WEIGHTS_FOLDER).is_dir() else checkpoint
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    file = folder / "model.json"
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+        written = description["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read the description of the weights, {file}: {error}") from error
+    if written != FORMAT:
+        raise ValueError(f"{file} has format {written}; this version reads format {FORMAT}")
+    return description
+
+
+def _read_shard(file: Path) -> tuple[dict[str, Tensor], dict[str, Split | None]]:
+    try:
+        with safe_open(file, "pt") as shard:
+            rules = json.loads(shard.metadata()["rules"])
+            tensors = {name: shard.get_tensor(name) for name in rules}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot read the weights in {file}: {error}") from error
+    return tensors, {name: Split(**rule) if rule else None for name, rule in rules.items()}
+
+
+def _tensor(shard: dict[str, Tensor], name: str, folder: Path) -> Tensor:
+    if name not in shard:
+        raise ValueError(f"{folder}: {name} is missing in the weights of one rank")
+    return shard[name]
+
+
+def _check_names(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    missing, unexpected = sorted(set(targets) - set(state)), sorted(set(state) - set(targets))
+    if missing or unexpected:
+        parts = [
+            f"{len(names)} tensors {what}, {names[0]} first"
+            for names, what in (
+                (missing, "of this model are missing there"),
+                (unexpected, "there are not in this model"),
+            )
+            if names
+        ]
+        raise ValueError(f"checkpoint of another model: {' and '.join(parts)}")
+
+
+def _tensor_parallel_place() -> tuple[int, int]:
+    # Imported at use: exporting and reading weights in one process needs no Megatron.
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return 0, 1
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
