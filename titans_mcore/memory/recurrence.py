@@ -91,7 +91,9 @@ def _inner_gradient(network: Network, weights: list[Tensor], key: Tensor, value:
     """Gradient of |M(key) - value|^2; differentiable itself when the caller's gradients are on."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        weights = [w if w.requires_grad else w.detach().requires_grad_() for w in weights]
+        # Through aliases of the weights: the key may depend on the same weights (MAC recalls them), and that path is
+        # no part of the inner gradient.
+        weights = [w.view_as(w) if differentiable and w.requires_grad else w.detach().requires_grad_() for w in weights]
         answer, inputs, outputs = _memory(network, weights, key)
         error = answer - value
         wanted = [*weights, *outputs]

@@ -1,0 +1,158 @@
+"""The four variants and the baseline: causal, the same in pieces, every parameter learning, constant state."""
+
+import pytest
+import torch
+
+from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.memory import TensorTree
+from titans_mcore.mixers import make_mixer
+
+from .plain_parts import PlainParts
+
+LENGTH = 75
+
+
+def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = TitansConfig(
+        **{  # type: ignore[arg-type]
+            "variant": variant,
+            "dim": 24,
+            "num_heads": 3,
+            "memory_expansion": 2,
+            "chunk_size": 8,
+            "persistent_tokens": 5,
+            "segment_length": 16,
+            "window": 12,
+            **settings,
+        }
+    )
+    return make_mixer(config, PlainParts(config.dim, config.num_heads, dtype))
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, LENGTH, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("position", [0, 7, 8, 15, 16, 40, LENGTH - 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_before_a_changed_token_moves(variant: str, position: int) -> None:
+    mixer, x = mixer_of(variant), inputs()
+    changed = x.clone()
+    changed[:, position] = 3.0 * torch.randn(24)
+    with torch.no_grad():
+        before, after = mixer(x, None)[0], mixer(changed, None)[0]
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert not torch.equal(before[:, position], after[:, position])
+
+
+@pytest.mark.parametrize("position", [0, 8, 15, 16, 40])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_gradient_reaches_a_later_token(variant: str, position: int) -> None:
+    mixer, x = mixer_of(variant), inputs().requires_grad_()
+    (gradient,) = torch.autograd.grad(mixer(x, None)[0][:, position].square().sum(), x)
+    assert not gradient[:, position + 1 :].any()
+    assert gradient[:, position].any()
+
+
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 4 + [11], [5, 1, 30, 2, 37], [74, 1]])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pieces_of_any_length_give_one_pass(variant: str, pieces: list[int]) -> None:
+    mixer, x = mixer_of(variant), inputs()
+    state, outputs = None, []
+    with torch.no_grad():
+        whole = mixer(x, None)[0]
+        for piece in x.split(pieces, 1):
+            output, state = mixer(piece, state)
+            outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_cross_pieces_through_the_state(variant: str) -> None:
+    mixer, x = mixer_of(variant, torch.float64), inputs(torch.float64)
+    parameters = list(mixer.parameters())
+    whole = torch.autograd.grad(mixer(x, None)[0].square().sum(), parameters)
+    first, state = mixer(x[:, :30], None)
+    second, _ = mixer(x[:, 30:], state)
+    pieces = torch.autograd.grad(first.square().sum() + second.square().sum(), parameters)
+    for a, b in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_learns(variant: str) -> None:
+    mixer = mixer_of(variant)
+    mixer(inputs(), None)[0].square().sum().backward()
+    silent = [name for name, p in mixer.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize("backend", ["oracle", "chunked"])
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
+def test_backends_compute_the_same_function(variant: str, backend: str) -> None:
+    x = inputs(torch.float64)
+    ours = mixer_of(variant, torch.float64, memory_backend=backend, attention_backend="dense")(x, None)[0]
+    expected = mixer_of(variant, torch.float64)(x, None)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_is_constant_size(variant: str) -> None:
+    mixer, x = mixer_of(variant), inputs()
+    sizes = []
+    with torch.no_grad():
+        state: TensorTree | None = None
+        for _ in range(6):
+            _, state = mixer(x[:, :32], state)
+            sizes.append(held_bytes(state))
+    assert sizes[1:] == sizes[1:2] * 5
+
+
+def held_bytes(state: TensorTree) -> int:
+    total = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    state.map(count)
+    return total
+
+
+@pytest.mark.parametrize("settings", [{"persistent_tokens": 0}, {"conv_kernel": 1}, {"memory_network": "plain"}])
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
+def test_ablations_run_and_stay_causal_in_pieces(variant: str, settings: dict[str, object]) -> None:
+    mixer, x = mixer_of(variant, **settings), inputs()
+    with torch.no_grad():
+        whole = mixer(x, None)[0]
+        first, state = mixer(x[:, :21], None)
+        second, _ = mixer(x[:, 21:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_persistent_tokens_keep_their_weight_however_far_a_query_stands() -> None:
+    """Two equal windows of tokens, far apart: the same attention output, since the prefix has no position."""
+    mixer = mixer_of("mag").attention
+    x = inputs()[:1]
+    prefix = torch.randn(1, 5, 24)
+    with torch.no_grad():
+        _, state = mixer(torch.cat([prefix, x[:, :20]], 1), None, 5)
+        near, _ = mixer(x[:, 20:40], state)
+        for _ in range(10):
+            _, state = mixer(x[:, :20], state)
+        far, _ = mixer(x[:, 20:40], state)
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-5)
+
+
+def test_recalled_memory_of_a_mac_token_comes_from_the_segment_before() -> None:
+    """Within a segment recall reads a memory that stands still, across the border it has moved on."""
+    mixer, x = mixer_of("mac"), inputs()
+    with torch.no_grad():
+        _, inside = mixer(x[:, :15], None)
+        _, border = mixer(x[:, :16], None)
+    start = list(mixer.memory.initial_weights)
+    assert torch.equal(inside.recall.weights[0][0], start[0])
+    assert not torch.equal(border.recall.weights[0][0], start[0])
+    assert torch.equal(border.recall.weights[0], border.written.memory.weights[0])
