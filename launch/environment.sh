@@ -1,0 +1,64 @@
+# shellcheck shell=bash
+# Sourced by quickstart.sh and test.sh: makes .venv when it is missing or out of date, and names its interpreter.
+# Sets root and PYTHON.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { printf '\n== %s\n' "$*"; }
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# The newest of the supported interpreters that is there.
+find_python() {
+    local candidate
+    for candidate in python3 python3.12 python3.11; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or 3.12 was found as python3, python3.12 or python3.11; install one of them"
+}
+
+has_cuda() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
+
+# torch comes first and alone: deepspeed looks for it when it is built.
+install_torch() {
+    local pip=("$root/.venv/bin/python" -m pip install --disable-pip-version-check -q)
+    if has_cuda; then
+        "${pip[@]}" 'torch>=2.6'
+        return
+    fi
+    pip+=(-c "$root/launch/constraints-cpu.txt")
+    "${pip[@]}" torch 2>/dev/null ||
+        "${pip[@]}" torch --extra-index-url https://download.pytorch.org/whl/cpu
+}
+
+# ensure_environment [EXTRA]: the packages of pyproject.toml, with an extra such as dev. Fast when nothing is to be done.
+ensure_environment() {
+    local extra=${1:-} wanted marker earlier python constraints=()
+    marker=$root/.venv/installed${extra:+-$extra}
+    wanted=$(cat "$root/pyproject.toml" "$root/launch/constraints-cpu.txt" | cksum)
+    PYTHON=$root/.venv/bin/python
+    # The extras hold all that the plain installation does.
+    for earlier in "$marker" "$root/.venv/installed-dev"; do
+        if [[ -f $earlier && $(<"$earlier") == "$wanted" ]]; then return; fi
+    done
+    if [[ ! -x $PYTHON ]]; then
+        python=$(find_python) || exit 2
+        say "Making .venv with $("$python" --version)"
+        "$python" -m venv "$root/.venv" ||
+            fail "python -m venv failed; on Debian and Ubuntu the package python3-venv is needed"
+    fi
+    say "Installing packages into .venv (some minutes the first time)"
+    install_torch || fail "torch could not be installed; the lines above say why"
+    if ! has_cuda; then constraints=(-c "$root/launch/constraints-cpu.txt"); fi
+    # deepspeed would compile its operators at install; those that a run needs are compiled when they are first used.
+    DS_BUILD_OPS=0 "$PYTHON" -m pip install --disable-pip-version-check -q ${constraints[@]+"${constraints[@]}"} \
+        -e "$root${extra:+[$extra]}" || fail "the packages could not be installed; the lines above say why"
+    echo "$wanted" >"$marker"
+}

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Runs the checks: ruff, mypy and the tests.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/test.sh [--fast] [PYTEST ARGUMENTS ...]
+
+Makes .venv when it is missing, then runs ruff, mypy and pytest. Works from any folder.
+
+  --fast    leave out the tests marked slow
+  --help    shows this
+
+With pytest arguments (for example tests/memory -k dual) only pytest runs.
+TEXT
+}
+
+for argument in "$@"; do
+    if [[ $argument == --help || $argument == -h ]]; then
+        usage
+        exit 0
+    fi
+done
+
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ensure_environment dev
+cd "$root"
+
+selection=()
+if [[ ${1:-} == --fast ]]; then
+    selection=(-m 'not slow')
+    shift
+fi
+if (($# == 0)); then
+    say "ruff"
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    say "mypy"
+    "$PYTHON" -m mypy
+fi
+say "pytest"
+exec "$PYTHON" -m pytest ${selection[@]+"${selection[@]}"} "$@"

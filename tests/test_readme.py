@@ -1,0 +1,118 @@
+"""The README's commands are run as they stand there, with small numbers in place of large ones."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a reader fills in, and what would take too long. Everything else is run to the letter.
+FILLED_IN = {
+    "FILES_OR_FOLDERS": "text",
+    "PATH": "text",
+    "--vocab-size 32000": "--vocab-size 400",
+    "--workers 8": "--workers 2",
+    "--lengths 1024 16384": "--lengths 300 600",
+}
+SMALL = {
+    "launch/quickstart.sh": " --steps 2 --lengths 512",
+    "launch/torchrun.sh": " --train.steps 2 --train.global-batch 4",
+}
+NOT_RUN_HERE = {"bash launch/test.sh"}  # it is what runs this test
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
+    cells = re.findall(r"^\|[^|]*\| `((?:bash|python) [^`]*)`", text, re.M)
+    return [*blocks, *cells]
+
+
+@pytest.fixture(scope="module")
+def fresh_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree as a user has it, with the environment that runs this test."""
+    if not (Path(sys.prefix) / "installed-dev").exists():
+        pytest.skip("needs the environment that launch/test.sh makes")
+    copy = tmp_path_factory.mktemp("readme") / "titans"
+    ignored = shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", ".*_cache", "*.egg-info")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / ".venv").symlink_to(sys.prefix)
+    text = copy / "text"
+    text.mkdir()
+    for name in ("argparse", "ast", "heapq", "json/decoder", "random", "shutil", "textwrap", "typing"):
+        source = Path(os.__file__).parent / f"{name}.py"
+        (text / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return copy
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment["PATH"] = f"{folder / '.venv/bin'}:{environment['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_command_of_the_readme_runs(fresh_copy: Path) -> None:
+    commands = [command for command in readme_commands() if command not in NOT_RUN_HERE]
+    assert len(commands) > 8
+    for written in commands:
+        command = written
+        for placeholder, value in FILLED_IN.items():
+            command = command.replace(placeholder, value)
+        if "--input text" in command and "quickstart" in command:
+            shutil.rmtree(fresh_copy / "runs" / "quickstart")  # another text asks for another folder
+        command += next((more for script, more in SMALL.items() if script in command), "")
+        result = run(command, fresh_copy)
+        assert result.returncode == 0, f"{written}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    quickstart = fresh_copy / "runs" / "quickstart"
+    for name in ("config.toml", "metrics.jsonl", "tokenizer/tokenizer.model", "summary.json", "eval/niah.png"):
+        assert (quickstart / name).is_file(), name
+
+
+def test_python_of_the_readme_runs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_path_the_readme_names_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"\((evals/results/[^)]+)\)", text) + re.findall(r"`((?:tests|titans_mcore)/[\w/.]+)`", text)
+    assert len(named) > 5
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("script", ["quickstart", "test", "torchrun"])
+def test_scripts_explain_themselves(script: str) -> None:
+    result = run(f"bash {ROOT}/launch/{script}.sh --help", Path("/"))
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: bash launch/")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--variant gpt", "--variant is 'gpt'; it must be mac, mag, mal, lmm or transformer"),
+        ("--steps many", "--steps is 'many'; it must be a whole number above 0"),
+        ("--steps", "--steps needs a value"),
+        ("--input", "--input needs at least one path"),
+        ("--input no/such/file.txt", "no/such/file.txt does not exist"),
+        ("--tokenizer no.model", "no.model does not exist"),
+        ("--epochs 3", "--epochs is not an option"),
+    ],
+)
+def test_quickstart_refuses_what_it_cannot_do_in_one_sentence(arguments: str, sentence: str) -> None:
+    result = run(f"bash {ROOT}/launch/quickstart.sh {arguments}", Path("/"))
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
