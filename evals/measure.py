@@ -1,0 +1,43 @@
+"""Peak memory of a stretch of work, and the size of what a model carries through time."""
+
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """The most memory held since `reset`: of the GPU on a GPU, resident memory of the process elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a new stretch. Where the system cannot reset its own record, the peak is that of the whole process."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        with suppress(OSError):
+            _CLEAR.write_text("5")  # Linux: the record of the peak starts again at the present size
+
+    def bytes(self) -> int:
+        """The peak since `reset`."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        try:
+            found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
+        except OSError:
+            found = None
+        return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def state_bytes(states: Any) -> int:
+    """Bytes of the states that `stream` returns, one TensorTree a block; 0 for a model that keeps none."""
+    return sum(state.bytes() for state in states if hasattr(state, "bytes")) if isinstance(states, list) else 0

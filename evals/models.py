@@ -1,0 +1,143 @@
+"""A trained model ready to be evaluated: weights, tokenizer, and what identifies both."""
+
+import hashlib
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from evals.command_line import EvaluationError
+from titans_mcore.config import TitansConfig
+
+
+class StreamingModel(Protocol):
+    """What an evaluation needs of a model: TitansModel has it, and so has anything else that reads piece by piece."""
+
+    def stream(self, tokens: Tensor, states: Any, last: int | None = None) -> tuple[Tensor, Any]:
+        """Logits (B, last or T, V) of the next piece (B, T), and the states after it; states of None begin."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A sentencepiece model and its file's hash."""
+
+    processor: Any
+    """The `sentencepiece.SentencePieceProcessor`."""
+    sha256: str
+    """Of the `.model` file."""
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    """A model under evaluation."""
+
+    network: StreamingModel
+    """Computes logits."""
+    config: TitansConfig
+    """Settings of the model."""
+    tokenizer: Tokenizer
+    """The tokenizer it was trained with."""
+    checkpoint: str
+    """Where the weights came from."""
+    checkpoint_sha256: str
+    """Over the weights' files."""
+    trained_length: int | None = None
+    """Tokens of a training sequence, where the run says so."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where it computes."""
+
+    def stream(self, tokens: Tensor, states: Any, last: int | None = None) -> tuple[Tensor, Any]:
+        """The next piece of sequences that go on; see TitansModel.stream. Tokens may lie on any device."""
+        return self.network.stream(tokens.to(self.device, torch.int64), states, last)
+
+
+def load_model(path: Path, tokenizer: Path | None = None) -> EvalModel:
+    """The model of a run, in fp32, on the GPU when there is one.
+
+    Args:
+        path: Run folder (its newest whole checkpoint is taken) or one checkpoint folder.
+        tokenizer: Tokenizer file; None takes RUN/tokenizer/tokenizer.model.
+
+    Raises:
+        EvaluationError: Checkpoint or tokenizer are missing, damaged, or do not belong together.
+    """
+    from titans_mcore import weights
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EvaluationError(
+            f"evaluation runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}; start it without torchrun"
+        )
+    try:
+        checkpoint = weights.find_checkpoint(path)
+        config = weights.load_config(checkpoint)
+    except ValueError as error:
+        raise EvaluationError(f"--checkpoint: {error}") from error
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    loaded = load_tokenizer(tokenizer or run / "tokenizer" / "tokenizer.model")
+    pieces = loaded.processor.vocab_size()
+    if pieces != config.vocab_size:
+        raise EvaluationError(
+            f"the tokenizer has {pieces:,} pieces but the model of {checkpoint} {config.vocab_size:,}; "
+            "give the tokenizer of this run with --tokenizer"
+        )
+    network, device = _build(checkpoint, config)
+    digest = _hash_weights(checkpoint / weights.WEIGHTS_FOLDER)
+    return EvalModel(network, config, loaded, str(checkpoint), digest, _trained_length(run), device)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A sentencepiece model that has a start and an end token.
+
+    Raises:
+        EvaluationError: No such file, not a sentencepiece model, no start or end token.
+    """
+    import sentencepiece
+
+    if not path.is_file():
+        raise EvaluationError(f"tokenizer {path}: no such file; give the run's tokenizer.model with --tokenizer")
+    data = path.read_bytes()
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data) if data else None
+    except RuntimeError:
+        processor = None
+    if processor is None or not processor.vocab_size():
+        raise EvaluationError(f"tokenizer {path}: not a sentencepiece model; give a .model file with --tokenizer")
+    if processor.bos_id() < 0 or processor.eos_id() < 0:
+        raise EvaluationError(
+            f"tokenizer {path}: it has no start or no end token; give the one the model was trained with"
+        )
+    return Tokenizer(processor, hashlib.sha256(data).hexdigest())
+
+
+def _build(checkpoint: Path, config: TitansConfig) -> tuple[StreamingModel, torch.device]:
+    from titans_mcore import parallel, weights
+    from titans_mcore.model import TitansModel
+
+    if not torch.distributed.is_initialized():
+        parallel.start(1, seed=0)
+    model = TitansModel(config, parallel.transformer_config(config))
+    try:
+        weights.load_into(model, weights.load_full(checkpoint)[1])
+    except ValueError as error:
+        raise EvaluationError(f"--checkpoint: {error}") from error
+    return model.to(parallel.device()).eval(), parallel.device()
+
+
+def _hash_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _trained_length(run: Path) -> int | None:
+    try:
+        length = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["train"]["sequence_length"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return length if isinstance(length, int) else None

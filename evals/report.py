@@ -1,0 +1,139 @@
+"""What every evaluation hands out: intervals, tables, plots, and files that appear whole or not at all."""
+
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion; (0, 1) without trials."""
+    if not trials:
+        return 0.0, 1.0
+    share, z2 = successes / trials, _Z_95**2
+    centre = share + z2 / (2 * trials)
+    half = _Z_95 * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    low, high = ((centre + sign * half) / (1 + z2 / trials) for sign in (-1, 1))
+    # The ends are exact at 0 and 1; rounding would leave 1e-17 there.
+    return (0.0 if successes == 0 else low, 1.0 if successes == trials else high)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to the right, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, *rows]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def bytes_text(size: float) -> str:
+    """A size in the unit that keeps it short."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.{0 if size >= 100 or unit == 'B' else 1}f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file so that a crash at any moment leaves the old one or the new one; makes missing folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a report; a number that is not finite is an error, JSON has none."""
+    write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """Writes a plot as PNG."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
+    write_bytes(path, image.getvalue())
+
+
+def heat_map(
+    title: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    cells: Mapping[tuple[int, float], tuple[float, int]],
+    trained_length: int | None,
+) -> "Figure":
+    """Accuracy over length and depth, with n in each cell and a line behind the trained length.
+
+    Args:
+        title: Above the plot.
+        lengths: Columns, ascending, tokens.
+        depths: Rows, percent.
+        cells: (length, depth) to accuracy and n; a cell that was not run is left empty.
+        trained_length: Tokens of a training sequence; None draws no line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 + 0.9 * len(lengths), 1.8 + 0.5 * len(depths)))
+    axes = figure.subplots()
+    accuracy = [[cells.get((length, depth), (math.nan, 0))[0] for length in lengths] for depth in depths]
+    image = axes.imshow(accuracy, cmap="YlGn", vmin=0, vmax=1, aspect="auto")
+    for (length, depth), (value, trials) in cells.items():
+        place = (lengths.index(length), depths.index(depth))
+        colour = "white" if value > 0.6 else "black"
+        axes.text(*place, f"{value:.2f}\nn={trials}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axes.set(xlabel="length (tokens)", ylabel="depth of the needle (%)", title=title)
+    if trained_length is not None:
+        trained = sum(length <= trained_length for length in lengths) - 0.5
+        axes.axvline(trained, color="black", linestyle="--", clip_on=False)
+        axes.annotate(
+            f"trained length {trained_length:,}",
+            (trained, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            fontsize=8,
+        )
+        axes.set_title(title, pad=18)
+    figure.colorbar(image, label="accuracy")
+    return figure
+
+
+def loss_plot(title: str, positions: Sequence[int], losses: Sequence[float], trained_length: int | None) -> "Figure":
+    """Loss in nats a token against the tokens read, log axis, with the trained length marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6))
+    axes = figure.subplots()
+    axes.plot(positions, losses, marker="o", markersize=4)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens read before the prediction", ylabel="held-out loss (nats/token)", title=title)
+    axes.grid(alpha=0.3)
+    if trained_length is not None:
+        axes.axvline(trained_length, color="black", linestyle="--", label=f"trained length {trained_length:,}")
+        axes.legend()
+    return figure

@@ -1,0 +1,133 @@
+"""The commands as a user meets them: help, results, and one sentence for each fault."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evals.command_line import EvaluationError, run_command
+from evals.models import load_model, load_tokenizer
+from evals.niah import __main__ as niah
+from evals.niah.settings import NiahSettings
+from tests.evals.conftest import MakeRun, train_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("module", ["evals.niah", "evals.position_perplexity"])
+def test_help_is_quick_and_documents_every_setting(module: str) -> None:
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert result.returncode == 0
+    assert time.monotonic() - started < 20
+    assert "--checkpoint" in result.stdout
+    assert "tokenizer.model" in result.stdout
+    assert "import time:" in result.stderr
+    assert "| torch\n" not in result.stderr.replace("|   ", "| "), "--help must not load torch"
+
+
+def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["evals", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    return int(ended.value.code or 0)
+
+
+def test_niah_command_writes_report_and_table(
+    mac_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--lengths", 450, 700, "--depths", 2, "--max-new-tokens", 8)
+    assert command(monkeypatch, niah.main, "--checkpoint", mac_run, "--output", tmp_path, *words) == 0
+    out, err = capsys.readouterr()
+    report = json.loads((tmp_path / "niah.json").read_text())
+    assert set(report["accuracy_by_length"]) == {"450", "700"}
+    assert (report["trained_length"], report["model"]["variant"]) == (128, "mac")
+    assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")
+    assert out.splitlines()[0].split()[:3] == ["length", "accuracy", "n"]
+    lines = err.splitlines()
+    assert lines[0].startswith("4 samples, 2,300 tokens: about")
+    assert [line.split(":")[0] for line in lines[1:]] == ["length 450", "length 700"]
+
+
+def fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert command(monkeypatch, niah.main, *words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_each_fault_is_one_sentence(
+    mac_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(*words: object, run: Path = mac_run, output: Path = tmp_path / "out") -> str:
+        return fault(monkeypatch, capsys, "--checkpoint", run, "--output", output, *words)
+
+    assert "no checkpoint at /nowhere" in says(run=Path("/nowhere"))
+    assert "no whole checkpoint" in says(run=tmp_path)
+    assert "/nowhere.model: no such file" in says("--tokenizer", "/nowhere.model")
+    (tmp_path / "text.model").write_text("not a model")
+    assert "not a sentencepiece model" in says("--tokenizer", tmp_path / "text.model")
+    (tmp_path / "empty.model").touch()
+    assert "not a sentencepiece model" in says("--tokenizer", tmp_path / "empty.model")
+    assert "--lengths 100: too short" in says("--lengths", 100, 2000)
+    assert "--samples is 0" in says("--samples", 0)
+    assert "--lengths is (0,)" in says("--lengths", 0)
+    assert not (tmp_path / "out").exists(), "a fault left files behind"
+    (tmp_path / "file").touch()
+    assert "cannot write niah.jsonl" in says("--lengths", 500, output=tmp_path / "file")
+
+
+def test_tokenizer_with_another_vocabulary_is_refused(mac_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.model").write_bytes(train_tokenizer(340))
+    with pytest.raises(EvaluationError, match=r"tokenizer has 340 pieces but the model of .* 360"):
+        load_model(mac_run, tmp_path / "other.model")
+
+
+def test_damaged_weights_are_named(make_run: MakeRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(make_run("mac"), run)
+    shard = next(run.rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(EvaluationError, match="safetensors"):
+        load_model(run)
+
+
+def test_model_knows_where_it_comes_from(mac_run: Path, tokenizer: Path) -> None:
+    model, again = load_model(mac_run), load_model(next((mac_run / "checkpoints").iterdir()))
+    assert model.checkpoint_sha256 == again.checkpoint_sha256
+    assert model.trained_length == again.trained_length == 128
+    assert model.tokenizer.sha256 == load_tokenizer(tokenizer).sha256
+    (mac_run / "config.toml").rename(mac_run / "away")
+    try:
+        assert load_model(mac_run).trained_length is None
+    finally:
+        (mac_run / "away").rename(mac_run / "config.toml")
+
+
+def test_more_than_one_process_is_refused(mac_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EvaluationError, match="one process"):
+        load_model(mac_run)
+
+
+def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(interrupted)
+    assert ended.value.code == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_one_depth_is_the_middle_and_many_reach_both_ends() -> None:
+    assert NiahSettings(Path(), Path(), depths=1).depth_percents == [50.0]
+    assert NiahSettings(Path(), Path(), depths=5).depth_percents == [0.0, 25.0, 50.0, 75.0, 100.0]

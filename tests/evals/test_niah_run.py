@@ -1,0 +1,145 @@
+"""Real tiny models: pieces, constant state, resuming after any interruption, what is kept apart."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evals.command_line import EvaluationError
+from evals.models import load_model
+from evals.niah.records import RecordFile
+from evals.niah.run import evaluate
+from evals.niah.settings import NiahSettings
+from tests.evals.conftest import MakeRun
+from tests.evals.planted import plant
+
+REPOSITORY = Path(__file__).parents[2]
+COSTS = {"batch", "prefill_seconds", "decode_ms_per_token", "peak_bytes", "state_bytes_per_sample"}
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    """Records without what differs between machines and batches, sorted."""
+    lines = [json.loads(line) for line in (folder / "niah.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in line.items() if name not in COSTS} for line in lines]
+    return sorted(kept, key=lambda line: (line["length"], line["depth"], line["sample"]))
+
+
+@pytest.mark.parametrize("variant", ["mac", "mag"])
+def test_answers_do_not_depend_on_the_pieces(make_run: MakeRun, tmp_path: Path, variant: str) -> None:
+    model = load_model(make_run(variant))
+    common = NiahSettings(Path(), tmp_path / "0", lengths=(420,), depths=2, max_new_tokens=12)
+    for piece in (64, 37, 4096):
+        evaluate(model, replace(common, output=tmp_path / str(piece), piece=piece))
+    assert results(tmp_path / "64") == results(tmp_path / "37") == results(tmp_path / "4096")
+    assert len({line["answer"] for line in results(tmp_path / "64")} - {""}) > 0
+
+
+@pytest.mark.parametrize(("variant", "window", "constant"), [("mac", 64, True), ("mag", 64, True), ("mag", 0, False)])
+def test_state_is_as_large_after_8k_tokens_as_after_1k(
+    make_run: MakeRun, tmp_path: Path, variant: str, window: int, constant: bool
+) -> None:
+    run = make_run(variant, window=window)
+    settings = NiahSettings(run, tmp_path, lengths=(1024, 8192), depths=1, piece=512, max_new_tokens=2)
+    short, long = evaluate(load_model(run), settings)["by_length"]
+    assert short["state_bytes_per_sample"] > 0
+    assert (short["state_bytes_per_sample"] == long["state_bytes_per_sample"]) is constant
+    assert short["peak_bytes"] > 0
+    assert short["prefill_tokens_per_second"] > 0
+
+
+def test_killed_run_goes_on_to_the_same_results(mac_run: Path, tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    settings = NiahSettings(mac_run, whole, lengths=(450, 600), depths=3, samples=4, max_new_tokens=12, batch=1)
+    evaluate(load_model(mac_run), settings)
+    grid = ["--lengths", "450", "600", "--depths", "3", "--samples", "4", "--max-new-tokens", "12", "--batch", "1"]
+    command = [sys.executable, "-m", "evals.niah", "--checkpoint", mac_run, "--output", killed, *grid]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    file = killed / "niah.jsonl"
+    while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = file.read_bytes()
+    assert 2 <= finished.count(b"\n") < 24, "killed too late to show anything"
+    with file.open("ab") as stream:
+        stream.write(finished.splitlines()[0][:40])
+    evaluate(load_model(mac_run), replace(settings, output=killed, batch=16))
+    assert file.read_bytes().startswith(finished[: finished.rindex(b"\n") + 1]), "finished lines were run again"
+    assert results(killed) == results(whole)
+
+
+def test_finished_samples_are_not_run_again_and_new_ones_are_added(tokenizer: Path, tmp_path: Path) -> None:
+    first = plant(tokenizer, lambda value: value)
+    settings = NiahSettings(Path(), tmp_path, lengths=(420,), depths=2)
+    evaluate(first, settings)
+    again = plant(tokenizer, lambda value: "never asked")
+    assert evaluate(again, settings)["accuracy_by_length"] == {"420": 1.0}
+    assert again.network.pieces == []  # type: ignore[attr-defined]
+    report = evaluate(again, replace(settings, seed=1))
+    assert report["accuracy_by_length"] == {"420": 0.5}
+    assert report["by_length"][0]["n"] == 4
+
+
+def test_results_of_other_weights_are_left_out(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = NiahSettings(Path(), tmp_path, lengths=(420,), depths=2)
+    evaluate(plant(tokenizer, lambda value: value), settings)
+    other = replace(plant(tokenizer, lambda value: "nothing"), checkpoint_sha256="1" * 64)
+    report = evaluate(other, settings)
+    assert report["accuracy_by_length"] == {"420": 0.0}
+    assert report["by_length"][0]["n"] == 2
+    assert "2 results of other weights" in capsys.readouterr().err
+
+
+def test_interrupt_keeps_finished_batches(tokenizer: Path, tmp_path: Path) -> None:
+    model = plant(tokenizer, lambda value: value)
+    replies = iter([lambda value: value] * 3)
+
+    def interrupt(value: str) -> str:
+        reply = next(replies, None)
+        if reply is None:
+            raise KeyboardInterrupt
+        return reply(value)
+
+    model.network.reply = interrupt  # type: ignore[attr-defined]
+    settings = NiahSettings(Path(), tmp_path, lengths=(1000,), depths=5, batch=1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, settings)
+    assert len(results(tmp_path)) == 3
+    assert evaluate(plant(tokenizer, lambda value: value), settings)["by_length"][0]["n"] == 5
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "niah.jsonl"
+    with RecordFile(path), pytest.raises(EvaluationError, match="another evaluation is writing"):
+        RecordFile(path)
+    with RecordFile(path):
+        pass
+
+
+def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "niah.jsonl"
+    path.write_text('{"length": 3}\n')
+    with pytest.raises(EvaluationError, match=r"niah.jsonl, line 1: not a result"):
+        RecordFile(path)
+    assert path.read_text() == '{"length": 3}\n'
+
+
+def test_logits_that_are_not_finite_are_no_answer(tokenizer: Path, tmp_path: Path) -> None:
+    class Broken:
+        def stream(self, tokens: torch.Tensor, states: Any, last: int | None = None) -> tuple[torch.Tensor, Any]:
+            return torch.full((len(tokens), 1, 360), torch.nan), None
+
+    model = replace(plant(tokenizer, str), network=Broken())
+    with pytest.raises(EvaluationError, match="not finite"):
+        evaluate(model, NiahSettings(Path(), tmp_path, lengths=(420,)))
+    assert (tmp_path / "niah.jsonl").read_bytes() == b""
