@@ -23,9 +23,7 @@ def tensors(length: int, past: int, prefix: int, keys_per_token: int = 1) -> lis
 def run(parts: list[torch.Tensor], backend: str, window: int, keys_per_token: int = 1) -> list[torch.Tensor]:
     queries, keys, values, plain, prefix_keys, prefix_values = parts
     prefix = Prefix(plain, prefix_keys, prefix_values) if prefix_keys.shape[1] else None
-    out = attend(
-        queries, keys, values, window=window, keys_per_token=keys_per_token, prefix=prefix, backend=backend
-    )
+    out = attend(queries, keys, values, window=window, keys_per_token=keys_per_token, prefix=prefix, backend=backend)
     used = parts if prefix else parts[:3]
     return [out, *torch.autograd.grad(out.square().sum(), used)]
 
@@ -93,7 +91,8 @@ def test_window_and_prefix_merge_exactly_whatever_kernels_compute_them(window: i
 @pytest.mark.parametrize("prefix", [0, 5])
 def test_flash_equals_the_dense_mask(prefix: int) -> None:
     pytest.importorskip("flash_attn", reason="the gpu extra is not installed")
-    halves = [p.detach().to("cuda", torch.bfloat16).repeat(1, 1, 1, 8).requires_grad_() for p in tensors(70, 13, prefix)]
+    parts = tensors(70, 13, prefix)
+    halves = [part.detach().to("cuda", torch.bfloat16).repeat(1, 1, 1, 8).requires_grad_() for part in parts]
     for ours, dense in zip(run(halves, "flash", 32), run(halves, "dense", 32), strict=True):
         torch.testing.assert_close(ours, dense, rtol=3e-2, atol=3e-2)
 

@@ -32,9 +32,9 @@ class NeuralMemoryState(TensorTree):
 class NeuralMemory(nn.Module):
     """Long-term memory of H heads (paper, sections 3.1 and 4.4), each a network of its own.
 
-    q, k and v are projected, convolved and passed through SiLU, q and k normalised. The gates are functions of the token,
-    one for each weight matrix and head. What is read is normalised for each head and gated with SiLU; the projection
-    back to the model's width belongs to the mixer around.
+    q, k and v are projected, convolved and passed through SiLU, q and k normalised. The gates are functions of the
+    token, one for each weight matrix and head. What is read is normalised for each head and gated with SiLU; the
+    projection back to the model's width belongs to the mixer around.
 
     Args:
         config: The model's settings.
@@ -69,22 +69,23 @@ class NeuralMemory(nn.Module):
         Returns:
             (B, T, heads, D) for the output projection, and the state (or the recall) after the last token.
         """
-        projected = heads_of(linear(self.query_gate, x), self.heads)
-        query, output_gate = projected.chunk(2, -1)
+        query, output_gate = heads_of(linear(self.query_gate, x), self.heads).chunk(2, -1)
         if recall is not None:
-            weights = [w.expand(x.shape[0], *w.shape) if w.dim() == 3 else w for w in recall.weights or self._initial()]
-            queries, tail = self._queries(query, recall.query_tail)
-            reads = memory_read(queries, weights, **self._network())
-            return self._finish(reads, output_gate), Recall(weights, tail)
+            reads, after = self._recalled(query, recall)
+            return self._finish(reads, output_gate), after
         queries, query_tail = self._queries(query, None if state is None else state.query_tail)
-        tail = None if state is None else state.key_value_tail
-        keys, values, gates, key_value_tail = self._keys_values_gates(x, tail)
+        keys, values, gates, key_value_tail = self._keys_values_gates(
+            x, None if state is None else state.key_value_tail
+        )
+        theta, eta, alpha = gates.chunk(3, -1)
         reads, memory = memory_scan(
             queries,
             keys,
             values,
-            *gates,
-            self._initial(),
+            self.config.theta_max * theta,
+            eta,
+            alpha,
+            list(self.initial_weights),
             **self._network(),
             chunk_size=self.config.chunk_size,
             state=None if state is None else state.memory,
@@ -92,19 +93,26 @@ class NeuralMemory(nn.Module):
         )
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
+    def _recalled(self, query: Tensor, recall: "Recall") -> tuple[Tensor, "Recall"]:
+        weights = recall.weights
+        if weights is None:
+            weights = [w.expand(query.shape[0], *w.shape) for w in self.initial_weights]
+        queries, tail = self._queries(query, recall.query_tail)
+        return memory_read(queries, weights, **self._network()), Recall(weights, tail)
+
     def _queries(self, query: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         query, tail = causal_conv(query, self._tail(query, tail), self.query_kernel)
         return unit_norm(F.silu(query)), tail
 
-    def _keys_values_gates(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
+    def _keys_values_gates(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         width, depth = self.config.head_dim, self.config.memory_depth
         projected = heads_of(linear(self.key_value, x), self.heads)
         key_value, gates = projected.split([2 * width, 3 * depth], -1)
         key_value, tail = causal_conv(key_value, self._tail(key_value, tail), self.key_value_kernel)
         keys, values = F.silu(key_value).chunk(2, -1)
         # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
-        theta, eta, alpha = torch.sigmoid(gates.to(self._wide(x)) + self.gate_bias.to(self._wide(x))).chunk(3, -1)
-        return unit_norm(keys), values, (self.config.theta_max * theta, eta, alpha), tail
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return unit_norm(keys), values, torch.sigmoid(gates.to(wide) + self.gate_bias.to(wide)), tail
 
     def _finish(self, reads: Tensor, output_gate: Tensor) -> Tensor:
         return rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)
@@ -112,19 +120,12 @@ class NeuralMemory(nn.Module):
     def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
         return x.new_zeros(x.shape[0], self.config.conv_kernel - 1, *x.shape[2:]) if tail is None else tail
 
-    def _initial(self) -> list[Tensor]:
-        return list(self.initial_weights)
-
     def _network(self) -> dict[str, Any]:
         return {
             "network": self.config.memory_network,
             "norm_weight": self.norm_weight,
             "norm_bias": self.norm_bias,
         }
-
-    @staticmethod
-    def _wide(x: Tensor) -> torch.dtype:
-        return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass
@@ -143,8 +144,8 @@ class Recall(TensorTree):
 def initial_gate_bias(heads: int, depth: int) -> Tensor:
     """Biases (H, 3 L) of theta, eta and alpha, by matrix: where the gates stand before training.
 
-    Steps start at a tenth of theta_max and momentum lasts two tokens. Forgetting is spread over the heads, from a horizon
-    of about 30 tokens to one of about 3,000, so that some heads hold on from the first step of training.
+    Steps start at a tenth of theta_max and momentum lasts two tokens. Forgetting is spread over the heads, from a
+    horizon of about 30 tokens to one of about 3,000, so that some heads hold on from the first step of training.
     """
     theta = torch.full((heads, depth), -2.2)
     eta = torch.zeros(heads, depth)
