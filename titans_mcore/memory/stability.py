@@ -35,9 +35,12 @@ def step_scale(own: Tensor, load: Tensor) -> Tensor:
     repeated key the parts telescope, and their sum stays below 1 however large theta is.
     """
     before = load - own
-    from_half = before.clamp_min(0.5)
-    allowed = (0.5 - before).clamp_min(0.0) + (load - from_half) / (4.0 * from_half * load)
-    return torch.where(load > 0.5, allowed / own.clamp_min(_TINY), 1.0)
+    low, high = before < 0.5, load > 0.5
+    # Each case in a form that neither cancels nor divides by zero: the branch not taken has a gradient too.
+    beyond = 0.25 / (before.clamp_min(0.5) * load.clamp_min(0.5))
+    part = (0.5 - before).clamp_min(0.0) + (load - 0.5).clamp_min(0.0) * (0.5 / load.clamp_min(0.5))
+    across = part / own.masked_fill(~(low & high), 1.0)
+    return torch.where(low, torch.where(high, across, 1.0), beyond)
 
 
 def into_ball(matrix: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""The command line of a run: `--config FILE --run-dir DIR` and a flag for every setting, `--train.steps 300`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pretrain.config import RunConfig, build, read_toml, setting_names, unknown_setting
+from titans_mcore.config import TitansConfig
+
+_FLAGS = ("--config", "--run-dir", "--variant")
+_USAGE = "python -m pretrain.train --config FILE --run-dir DIR [--SECTION.SETTING VALUE ...]"
+_DESCRIPTION = """Trains a model: --config FILE is a TOML file, --run-dir DIR takes everything that the run writes, and
+each flag below overrides one setting of the file. --variant X is short for --model.variant X. A run folder that holds
+checkpoints is continued."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line asks for."""
+
+    config: RunConfig
+    """The settings, complete."""
+    run_dir: Path
+    """Folder that takes everything the run writes."""
+
+
+def parse(arguments: Sequence[str]) -> CommandLine:
+    """Reads a command line and the files that it names.
+
+    Raises:
+        ValueError: Something is unknown, missing or illegal; the message says what and what to do.
+        SystemExit: After `--help` (0), or a value of the wrong type (2).
+    """
+    if "--help" in arguments or "-h" in arguments:
+        tyro.cli(tyro.conf.FlagConversionOff[RunConfig], args=["--help"], prog=_USAGE, description=_DESCRIPTION)
+    named, overrides = _split(arguments)
+    for flag in ("--config", "--run-dir"):
+        if flag not in named:
+            raise ValueError(f"{flag} is missing; usage: {_USAGE}")
+    if "--variant" in named:
+        overrides["model.variant"] = named["--variant"]
+    file = Path(named["--config"])
+    tree = read_toml(file)
+    base = build(tree, str(file))
+    config = _override(base, overrides)
+    if config.data.path:  # evaluation reads it back from RUN/config.toml, in another folder perhaps
+        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).resolve())))
+    if "vocab_size" not in tree.get("model", {}) and "model.vocab_size" not in overrides:
+        config = replace(config, model=_with_vocabulary_of_data(config))
+    return CommandLine(config, Path(named["--run-dir"]))
+
+
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Our own flags by name, and the settings by dotted name."""
+    named: dict[str, str] = {}
+    settings: dict[str, str] = {}
+    known = setting_names()
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected {word!r} on the command line; settings are written --section.setting value")
+        if flag not in _FLAGS and name not in known:
+            raise ValueError(unknown_setting(flag, "the command line", [*_FLAGS, *map(_flag, known)]))
+        if not equals:
+            value = next(words, "--")
+        if value.startswith("--"):
+            raise ValueError(f"{flag} needs a value")
+        if flag in _FLAGS:
+            named[flag] = value
+        else:
+            settings[name] = value
+    return named, settings
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _override(base: RunConfig, settings: dict[str, str]) -> RunConfig:
+    types = setting_names()
+    tree: dict[str, dict[str, Any]] = {}
+    for name, text in settings.items():
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = _value(name, text, types[name])
+    # All at once: two settings that only fit together may change in one command.
+    sections = {section: replace(getattr(base, section), **values) for section, values in tree.items()}
+    return replace(base, **sections)
+
+
+def _value(name: str, text: str, kind: Any) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text) if kind in (int, float) else text
+    except (ValueError, KeyError):
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise ValueError(f"{_flag(name)} is {text!r}; it must be {expected}") from None
+
+
+def _with_vocabulary_of_data(config: RunConfig) -> TitansConfig:
+    from tokenization.manifest import Manifest  # only here, so that --help needs no more than the settings
+
+    if not config.data.path:
+        raise ValueError("data.path is missing: name the folder of shards with --data.path DIR")
+    return replace(config.model, vocab_size=Manifest.load(Path(config.data.path)).tokenizer.vocab_size)

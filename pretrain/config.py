@@ -1,0 +1,303 @@
+"""The settings of a training run: a tree of frozen values, from a TOML file and dotted flags.
+
+`RunConfig` is complete when it exists: every value is legal, and the vocabulary is the data's. It is written to
+`RUN/config.toml`, from which resuming, evaluation and export read it back.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from titans_mcore.config import TitansConfig
+
+CONFIG_FILE = "config.toml"
+
+
+def _at_least(section: str, settings: object, **limits: float) -> None:
+    for name, limit in limits.items():
+        if not (value := getattr(settings, name)) >= limit:
+            raise ValueError(f"{section}.{name} is {value}; it must be at least {limit}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read."""
+
+    path: str = ""
+    """Folder of shards that `python -m tokenization.encode` wrote: manifest.json, train.bin, heldout.bin, ..."""
+    heldout_sequences: int = 64
+    """Held-out sequences of one evaluation; fewer when the held-out shard has fewer."""
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, heldout_sequences=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and in what portions."""
+
+    steps: int = 1_000
+    """Optimizer steps of the whole run."""
+    sequence_length: int = 4_096
+    """Tokens T of one sample."""
+    global_batch: int = 128
+    """Samples of one step over all ranks and micro-batches."""
+    micro_batch: int = 4
+    """Samples that one rank computes at a time; the rest of the global batch is accumulated."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the samples."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
+    evaluate_every_steps: int = 0
+    """Steps between evaluations of the held-out loss; there is always one at the end. 0: only that one."""
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
+        _at_least("train", self, evaluate_every_steps=0)
+        _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}; "
+                "change one of them"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step learns from."""
+        return self.global_batch * self.sequence_length
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Norms, gates and other vectors are not decayed."""
+
+    lr: float = 4e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """Added to the root of that mean."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer", self, lr=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
+
+    warmup_steps: int = 0
+    """Steps until the peak is reached."""
+    min_lr_fraction: float = 0.1
+    """Learning rate of the last step, as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        _at_least("schedule", self, warmup_steps=0, min_lr_fraction=0)
+        if self.min_lr_fraction > 1:
+            raise ValueError(f"schedule.min_lr_fraction is {self.min_lr_fraction}; it must be at most 1")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out; processes that tensor parallelism leaves over are data parallel."""
+
+    tensor: int = 1
+    """Ranks that share one copy of the model (Megatron's tensor parallelism)."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO: data ranks share the optimizer (1), the gradients too (2), the parameters too (3); 0: nothing."""
+    timeout_seconds: float = 1_800.0
+    """A collective that waits longer ends the run."""
+
+    def __post_init__(self) -> None:
+        _at_least("parallel", self, tensor=1, zero_stage=0, timeout_seconds=1)
+        if self.zero_stage > 3:
+            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept. A run started again goes on from its newest whole checkpoint."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; there is always one at the end. 0: only that one."""
+    keep: int = 3
+    """Newest checkpoints that are kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, every_steps=0, keep=1)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported; RUN/metrics.jsonl has every step whatever is set here."""
+
+    every_steps: int = 1
+    """Steps between the lines in the terminal."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases; offline writes to RUN/wandb and needs no network."""
+    wandb_project: str = "titans-mcore"
+    """Project there."""
+    wandb_name: str = ""
+    """Name of the run there; empty: the name of the run folder."""
+
+    def __post_init__(self) -> None:
+        _at_least("logging", self, every_steps=1)
+        _one_of("logging.wandb", self.wandb, ("off", "online", "offline"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes.
+
+    Raises:
+        ValueError: At construction, when a value is illegal or two do not fit; the message says what to change.
+    """
+
+    model: TitansConfig = field(default_factory=TitansConfig)
+    """The model. `model.vocab_size` left out is filled in from the data's manifest."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, and in what portions."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the run."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over processes."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """What is reported."""
+
+    def accumulation(self, data_parallel: int) -> int:
+        """Micro-batches of each rank in one step.
+
+        Raises:
+            ValueError: The global batch cannot be shared out evenly over `data_parallel` ranks.
+        """
+        portion = self.train.micro_batch * data_parallel
+        if self.train.global_batch % portion:
+            raise ValueError(
+                f"train.global_batch {self.train.global_batch} cannot be shared out over {data_parallel} data ranks in "
+                f"micro-batches of {self.train.micro_batch}; make it a multiple of {portion}, or change the micro-batch"
+            )
+        return self.train.global_batch // portion
+
+
+def write_run_config(config: RunConfig, run_dir: Path) -> None:
+    """Writes RUN/config.toml: the whole old file or the whole new one is there at any moment."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial = run_dir / f".{CONFIG_FILE}.partial"
+    with partial.open("wb") as stream:
+        tomli_w.dump(asdict(config), stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(run_dir / CONFIG_FILE)
+
+
+def load_run_config(run_dir: Path) -> RunConfig:
+    """The configuration of a run folder, as it was resolved.
+
+    Raises:
+        ValueError: It is not there, or holds something illegal.
+    """
+    file = Path(run_dir) / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}")
+    return build(read_toml(file), str(file))
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file as nested dictionaries.
+
+    Raises:
+        ValueError: It is not there or not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no configuration at {file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read the configuration {file}: {error}") from error
+
+
+SECTIONS: dict[str, Any] = {
+    "model": TitansConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}
+
+
+def build(tree: dict[str, Any], source: str) -> RunConfig:
+    """A configuration from nested dictionaries; what they leave out has its default.
+
+    Raises:
+        ValueError: A key is unknown (the nearest known one is suggested), a value has another type, or is illegal.
+    """
+    for section, values in tree.items():
+        if section not in SECTIONS:
+            raise ValueError(unknown_setting(section, source))
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{section} in {source} is {values!r}; it is a section: write [{section}] above its settings"
+            )
+    return RunConfig(**{name: _section(name, kind, tree.get(name, {}), source) for name, kind in SECTIONS.items()})
+
+
+def setting_names() -> dict[str, Any]:
+    """Every setting by its dotted name, with its type."""
+    return {f"{section}.{f.name}": f.type for section, kind in SECTIONS.items() for f in fields(kind)}
+
+
+def unknown_setting(name: str, source: str, known: Iterable[str] | None = None) -> str:
+    """The sentence for a setting that does not exist, with the nearest one that does."""
+    known = list(known) if known is not None else [*setting_names(), *SECTIONS]
+    same_key = [setting for setting in known if setting.rpartition(".")[2] == name.rpartition(".")[2].lstrip("-")]
+    near = same_key or difflib.get_close_matches(name, known, 1, 0.5)
+    return f"unknown setting {name} in {source}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _section(section: str, kind: Any, values: dict[str, Any], source: str) -> Any:
+    types = {f.name: f.type for f in fields(kind)}
+    for name in values:
+        if name not in types:
+            raise ValueError(unknown_setting(f"{section}.{name}", source))
+    return kind(**{name: _typed(f"{section}.{name}", value, types[name], source) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
+    kind = kind if isinstance(kind, type) else str  # the other settings are a choice of words
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} in {source} is {value!r}; it must be {_KIND_NAMES[kind]}")
+    return value
+
+
+_KIND_NAMES = {int: "a whole number", float: "a number", str: "a text in quotes", bool: "true or false"}

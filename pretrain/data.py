@@ -1,0 +1,189 @@
+"""From shards to batches: which samples a step learns from, and who reads which.
+
+The samples of a run are numbered 0, 1, 2, ... Sample i is a function of the data, the seed, the sequence length and i
+alone: every epoch is Megatron's GPTDataset over one pass of the documents, shuffled by (seed, epoch), so that neither
+the length of the run nor the number of ranks moves a sample. Step s learns from the samples s * global_batch and on;
+its micro-batches go round the data ranks, and all tensor-parallel ranks of one data rank read the same.
+"""
+
+import shutil
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import Tensor
+
+from pretrain.config import RunConfig
+from tokenization.manifest import Manifest
+
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens and labels, each (B, T) int64; a label is the token after its position."""
+
+
+def open_data(config: RunConfig) -> Manifest:
+    """The manifest of the run's data, checked against the files and the model.
+
+    Raises:
+        ValueError: There are no shards, they are not those of the manifest, or the model has another vocabulary.
+    """
+    if not config.data.path:
+        raise ValueError("data.path is missing: name the folder of shards with --data.path DIR")
+    folder = Path(config.data.path)
+    manifest = Manifest.load(folder)
+    manifest.check_quick(folder)
+    if manifest.tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {config.model.vocab_size} but the tokenizer of {folder} has "
+            f"{manifest.tokenizer.vocab_size} pieces; leave model.vocab_size out to take it from the data"
+        )
+    return manifest
+
+
+class Samples:
+    """The numbered samples of one shard, epoch after epoch.
+
+    Indices are built once, on rank 0, and memory-mapped by all; an index folder appears whole or not at all.
+    """
+
+    def __init__(self, prefix: Path, index_dir: Path, *, vocab_size: int, sequence_length: int, seed: int) -> None:
+        """Opens epoch 0.
+
+        Args:
+            prefix: Path of the shard without `.bin` and `.idx`.
+            index_dir: Folder of the index cache.
+            vocab_size: Pieces of the tokenizer.
+            sequence_length: Tokens T of a sample.
+            seed: Seed of the order.
+        """
+        self.prefix = Path(prefix).resolve()
+        self._index_dir = index_dir
+        self._tokenizer = _TokenizerFacts(vocab_size)
+        self._sequence_length = sequence_length
+        self._seed = seed
+        self._epochs: dict[int, GPTDataset] = {}
+        self._epochs[0] = self._build(0)
+        self.per_epoch = len(self._epochs[0])
+
+    def prepare(self, first: int, last: int) -> None:
+        """Opens the epochs of the samples `first` to `last`, and closes those before.
+
+        Collective: every rank calls it with the same numbers, in the main thread.
+        """
+        wanted = range(first // self.per_epoch, last // self.per_epoch + 1)
+        self._epochs = {e: self._epochs[e] if e in self._epochs else self._build(e) for e in wanted}
+
+    def micro_batch(self, indices: Iterable[int]) -> MicroBatch:
+        """The samples of these numbers, which `prepare` has opened."""
+        items = [self._epochs[i // self.per_epoch][i % self.per_epoch] for i in indices]
+        return torch.stack([item["tokens"] for item in items]), torch.stack([item["labels"] for item in items])
+
+    def _build(self, epoch: int) -> GPTDataset:
+        name = f"{self.prefix.name}-length-{self._sequence_length}-seed-{self._seed}-epoch-{epoch:05d}"
+        final, partial = self._index_dir / name, self._index_dir / f".{name}.partial"
+        ready = _agree(final.is_dir())
+        if not ready and dist.get_rank() == 0:
+            # What an earlier process left unfinished may hold half an index.
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dataset = self._one_epoch(epoch, final if ready else partial)
+        dist.barrier()
+        if not ready and dist.get_rank() == 0:
+            partial.rename(final)
+        return dataset
+
+    def _one_epoch(self, epoch: int, cache: Path) -> GPTDataset:
+        config = GPTDatasetConfig(
+            random_seed=int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]),
+            sequence_length=self._sequence_length,
+            blend=([str(self.prefix)], None),
+            split="1,0,0",
+            path_to_cache=str(cache),
+            tokenizer=self._tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        try:
+            dataset = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()[0]
+        except AssertionError as error:
+            raise ValueError(f"cannot read the shard {self.prefix}: {error}") from error
+        if not len(dataset):
+            raise ValueError(
+                f"{self.prefix} has fewer tokens than one sequence of train.sequence_length {self._sequence_length}; "
+                "encode more text or shorten the sequence"
+            )
+        return dataset
+
+
+class Batches:
+    """This rank's micro-batches, one step ahead in a thread."""
+
+    def __init__(self, samples: Samples, config: RunConfig, data_rank: int, data_parallel: int) -> None:
+        """Nothing is read before the first `fetch`.
+
+        Args:
+            samples: Numbered samples.
+            config: Gives global and micro-batch.
+            data_rank: This rank's place among the data ranks.
+            data_parallel: Data ranks.
+        """
+        self._samples = samples
+        self._global_batch = config.train.global_batch
+        self._micro_batch = config.train.micro_batch
+        self._data_rank, self._data_parallel = data_rank, data_parallel
+        self._last_step = config.train.steps - 1
+        self._thread = ThreadPoolExecutor(1, "batches")
+        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+        self.waited_seconds = 0.0
+        """Time that the last `fetch` waited."""
+
+    def fetch(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step counted from 0; every rank fetches the same steps in the same order."""
+        started = time.perf_counter()
+        ahead = self._ahead.pop(step, None) or self._submit(step)
+        micro_batches = ahead.result()
+        self.waited_seconds = time.perf_counter() - started
+        if step < self._last_step:
+            self._ahead[step + 1] = self._submit(step + 1)
+        return micro_batches
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _submit(self, step: int) -> "Future[list[MicroBatch]]":
+        first = step * self._global_batch
+        # Here and not in the thread: building an index is collective.
+        self._samples.prepare(first, first + self._global_batch - 1)
+        return self._thread.submit(self._read, first)
+
+    def _read(self, first: int) -> list[MicroBatch]:
+        size, stride = self._micro_batch, self._micro_batch * self._data_parallel
+        starts = range(first + self._data_rank * size, first + self._global_batch, stride)
+        return [self._samples.micro_batch(range(start, start + size)) for start in starts]
+
+
+class _TokenizerFacts:
+    """What GPTDataset asks a tokenizer for; shards hold tokens already, with their start and end tokens."""
+
+    eod = -2
+    pad = -1
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.unique_identifiers = {"vocab_size": vocab_size}
+
+
+def _agree(mine: bool) -> bool:
+    """Rank 0's answer on every rank."""
+    answer = [mine]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]

@@ -1,0 +1,218 @@
+"""The model inside a DeepSpeed engine, under Megatron's groups; one optimizer step, and the held-out loss."""
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.data import MicroBatch, Samples
+from titans_mcore.parallel import DeepSpeedGroups, device, transformer_config
+from titans_mcore.weights import model_tensors
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+# DeepSpeed chooses its accelerator when it is imported.
+import deepspeed
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param
+
+# DeepSpeed's collectives, which work; torch names successors that older versions lack.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
+_LARGEST_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step found out."""
+
+    loss: float
+    """Mean cross-entropy over the tokens of the global batch, nats, before the update."""
+    grad_norm: float
+    """2-norm of the whole gradient, before clipping."""
+
+
+def resolve_precision(config: RunConfig) -> torch.dtype:
+    """Type of the weights in forward and backward.
+
+    Raises:
+        ValueError: bf16 at a ZeRO stage that keeps no fp32 masters.
+    """
+    name = config.train.precision
+    if name == "auto":
+        name = "bf16" if torch.cuda.is_available() else "fp32"
+    if name == "bf16" and config.parallel.zero_stage == 0:
+        raise ValueError(
+            "parallel.zero_stage 0 keeps no fp32 masters of bf16 weights; use stage 1, 2 or 3, or train.precision fp32"
+        )
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def build_model(config: RunConfig, groups: ProcessGroupCollection) -> nn.Module:
+    """The model with its initial weights, a function of the seed that `start` set.
+
+    Raises:
+        ValueError: It cannot be divided over the tensor-parallel ranks.
+    """
+    from titans_mcore.model import TitansModel
+
+    megatron = transformer_config(config.model, tensor_parallel=config.parallel.tensor, dtype=resolve_precision(config))
+    return TitansModel(config.model, megatron, groups).to(device())
+
+
+def build_engine(model: nn.Module, config: RunConfig, data_parallel: int) -> DeepSpeedEngine:
+    """DeepSpeed's engine around the model; it owns optimizer, accumulation, clipping and data parallelism."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # It would compile C++ at start for an all-reduce that gloo has.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")
+    with without_chatter():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.optimizer),
+            config=deepspeed_config(model, config, data_parallel),
+            mpu=DeepSpeedGroups(),
+            dist_init_required=False,
+        )
+    return engine
+
+
+def without_chatter() -> contextlib.AbstractContextManager[object]:
+    """Drops what DeepSpeed prints on stdout while it builds and loads; warnings, errors and stderr stay."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with two groups: matrices, which are decayed, and vectors and marked parameters, which are not."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        free = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
+        (others if free else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=torch.cuda.is_available(),
+    )
+
+
+def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) -> dict[str, object]:
+    """DeepSpeed's settings, all derived from ours."""
+    bf16 = resolve_precision(config) == torch.bfloat16
+    # Buckets are allocated at full size whatever the model; a small one needs no gigabytes.
+    bucket = min(_LARGEST_BUCKET, max(1, sum(p.numel() for p in model.parameters())))
+    settings: dict[str, object] = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": config.accumulation(data_parallel),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "zero_optimization": {
+            "stage": config.parallel.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "overlap_comm": torch.cuda.is_available(),
+        },
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 2**31,
+    }
+    if bf16:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: float) -> StepResult:
+    """Forward, backward and update on this rank's micro-batches of one step.
+
+    Every micro-batch has the same number of tokens, so the mean of the means is the mean over all tokens, however the
+    global batch is shared out.
+
+    Args:
+        engine: Its model trains.
+        micro_batches: As many as the engine accumulates.
+        lr: Learning rate of this step.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    loss_sum = torch.zeros((), device=device())
+    for tokens_BT, labels_BT in micro_batches:
+        loss = engine(tokens_BT.to(device()), labels=labels_BT.to(device())).mean()
+        engine.backward(loss)
+        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+            unsharded_norm = _gradient_norm(engine.module)
+        engine.step()
+        loss_sum += loss.detach()
+    norm = unsharded_norm if engine.zero_optimization_stage() == 0 else engine.get_global_grad_norm()
+    return StepResult(_mean_over_data_ranks(loss_sum / len(micro_batches)), float(norm))
+
+
+def heldout_loss(engine: DeepSpeedEngine, samples: Samples, config: RunConfig) -> float:
+    """Mean cross-entropy, nats a token, over the first held-out sequences; the same at every layout.
+
+    Args:
+        engine: Its model is evaluated.
+        samples: Held-out samples.
+        config: Says how many, and the micro-batch.
+    """
+    groups = DeepSpeedGroups()
+    rank, ranks = groups.get_data_parallel_rank(), groups.get_data_parallel_world_size()
+    count, size = min(config.data.heldout_sequences, samples.per_epoch), config.train.micro_batch
+    total = torch.zeros(2, dtype=torch.float64, device=device())
+    engine.eval()
+    with torch.no_grad():
+        # All ranks make the same number of passes, which ZeRO 3 needs; what is past the end has no weight.
+        for i in range(math.ceil(count / (size * ranks))):
+            wanted = range((i * ranks + rank) * size, (i * ranks + rank + 1) * size)
+            tokens_BT, labels_BT = samples.micro_batch([min(n, count - 1) for n in wanted])
+            losses_BT = engine(tokens_BT.to(device()), labels=labels_BT.to(device())).double()
+            counted_B = torch.tensor([n < count for n in wanted], device=device())
+            total += torch.stack([losses_BT[counted_B].sum(), counted_B.sum() * losses_BT.shape[1]])
+    engine.train()
+    dist.all_reduce(total, group=groups.get_data_parallel_group())
+    return float(total[0] / total[1])
+
+
+def full_precision_values(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """This tensor-parallel rank's weights in fp32, whole over the data ranks, on the CPU.
+
+    Collective: every rank calls it.
+    """
+    module = engine.module
+    if engine.zero_optimization_stage() < 3 and not engine.bfloat16_enabled():
+        return {name: tensor.detach().cpu() for name, tensor in model_tensors(module).items()}
+    parameters = {name: safe_get_full_fp32_param(p).cpu() for name, p in module.named_parameters()}
+    return {name: parameters.get(name, tensor).cpu() for name, tensor in model_tensors(module).items()}
+
+
+def _mean_over_data_ranks(value: Tensor) -> float:
+    groups = DeepSpeedGroups()
+    dist.all_reduce(value, group=groups.get_data_parallel_group())
+    return float(value) / groups.get_data_parallel_world_size()
+
+
+def _gradient_norm(model: nn.Module) -> Tensor:
+    """DeepSpeed keeps no norm at stage 0. What every tensor-parallel rank holds is counted once."""
+    groups = DeepSpeedGroups()
+    first = groups.get_tensor_model_parallel_rank() == 0
+    counted = [
+        p.grad
+        for p in model.parameters()
+        if p.grad is not None and (first or getattr(p, "tensor_model_parallel", False))
+    ]
+    squares = torch.stack([grad.float().square().sum() for grad in counted] or [torch.zeros((), device=device())])
+    total = squares.sum()
+    dist.all_reduce(total, group=groups.get_tensor_model_parallel_group())
+    return total.sqrt()

@@ -1,0 +1,193 @@
+"""Trains a model: `python -m pretrain.train --config FILE --run-dir DIR`, alone or under launch/torchrun.sh."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint import Progress, checkpoint_folder, find_resume_point, on_rank_0, restore, save
+from pretrain.command_line import parse
+from pretrain.config import RunConfig, write_run_config
+from pretrain.data import Batches, Samples, open_data
+from pretrain.ending import EXIT_FAILED, StopRequest, TrainingFailed, end_with, mistakes_as_sentences
+from pretrain.engine import (
+    StepResult,
+    build_engine,
+    build_model,
+    heldout_loss,
+    resolve_precision,
+    train_step,
+)
+from pretrain.launcher import follow_launcher, record_success
+from pretrain.lock import lock_run_folder
+from pretrain.metrics import Metrics
+from pretrain.schedule import learning_rate
+from titans_mcore.parallel import DeepSpeedGroups, device, start, stop, transformer_config
+from titans_mcore.weights import find_checkpoint
+from tokenization.manifest import Manifest
+
+
+def train(arguments: Sequence[str]) -> None:
+    """The whole run, from the command line to the last checkpoint.
+
+    Raises:
+        SystemExit: 2 with a sentence on stderr for a mistake in what was asked.
+        TrainingFailed: The loss or the gradient is no longer a number.
+    """
+    with mistakes_as_sentences():
+        command = parse(arguments)
+        config, run_dir = command.config, command.run_dir
+        manifest = open_data(config)
+        transformer_config(
+            config.model, tensor_parallel=config.parallel.tensor
+        )  # the division over ranks, checked early
+        groups = start(config.parallel.tensor, seed=config.train.seed, timeout_seconds=config.parallel.timeout_seconds)
+        data_rank, data_parallel = groups.dp.rank(), groups.dp.size()
+        on_rank_0(lambda: lock_run_folder(run_dir))
+        resume = find_resume_point(config, manifest.fingerprint, run_dir)
+        progress = resume[1] if resume else Progress()
+        if progress.step >= config.train.steps:
+            say(f"{run_dir} is finished: step {progress.step} of {config.train.steps}; raise --train.steps to go on")
+            return
+        samples, heldout = open_samples(config, manifest, run_dir)
+        batches = Batches(samples, config, data_rank, data_parallel)
+        model = build_model(config, groups)
+        describe(model, config, data_parallel)
+        engine = build_engine(model, config, data_parallel)
+        if resume:
+            restore(engine, resume[0])
+            say(f"going on from {resume[0]}, after step {progress.step}")
+        if dist.get_rank() == 0:
+            write_run_config(config, run_dir)
+
+    metrics = Metrics(config, run_dir, resumed_step=progress.step, rank=dist.get_rank())
+    stop_request = StopRequest()
+    began = time.perf_counter()
+    for step in range(progress.step + 1, config.train.steps + 1):
+        started = time.perf_counter()
+        micro_batches = batches.fetch(step - 1)
+        lr = rate_of(step, config)
+        result = train_step(engine, micro_batches, lr)
+        values = measured(result, lr, step, config, time.perf_counter() - started, batches.waited_seconds)
+        check_finite(result, step, run_dir)
+        stopping = stop_request.seen_by_any_rank()
+        last = step == config.train.steps
+        if heldout and (last or due(step, config.train.evaluate_every_steps)):
+            values["heldout_loss"] = heldout_loss(engine, heldout, config)
+        metrics.step(step, values)
+        if last or stopping or due(step, config.checkpoint.every_steps):
+            save(engine, config, manifest.fingerprint, run_dir, step)
+        if stopping and not last:
+            say(f"stopped by {stopping} after step {step}, which is saved; the same command goes on from there")
+            break
+    else:
+        say(f"done: {summary(values, config, run_dir)}, {time.perf_counter() - began:.0f} s")
+    batches.close()
+    metrics.close()
+
+
+def open_samples(config: RunConfig, manifest: Manifest, run_dir: Path) -> tuple[Samples, Samples | None]:
+    """Training samples, and held-out ones unless none are asked for."""
+    settings = {
+        "vocab_size": config.model.vocab_size,
+        "sequence_length": config.train.sequence_length,
+        "seed": config.train.seed,
+    }
+    samples = Samples(Path(manifest.train_prefix(config.data.path)), run_dir / "index", **settings)
+    if not config.data.heldout_sequences:
+        return samples, None
+    return samples, Samples(Path(manifest.heldout_prefix(config.data.path)), run_dir / "index", **settings)
+
+
+def rate_of(step: int, config: RunConfig) -> float:
+    """Learning rate of a step counted from 1."""
+    return learning_rate(
+        step,
+        peak=config.optimizer.lr,
+        warmup_steps=config.schedule.warmup_steps,
+        total_steps=config.train.steps,
+        min_fraction=config.schedule.min_lr_fraction,
+    )
+
+
+def measured(
+    result: StepResult, lr: float, step: int, config: RunConfig, seconds: float, wait_seconds: float
+) -> dict[str, float]:
+    """The numbers of a step, under their names in metrics.jsonl."""
+    return {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": Progress.at(step, config).tokens,
+        "tokens_per_second": config.train.tokens_per_step / seconds,
+        "seconds": seconds,
+        "data_wait_seconds": wait_seconds,
+    }
+
+
+def check_finite(result: StepResult, step: int, run_dir: Path) -> None:
+    """Raises TrainingFailed when loss or gradient is not finite; all ranks have the same numbers."""
+    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+        if not abs(value) < float("inf"):
+            try:
+                saved = f"the newest checkpoint is {find_checkpoint(run_dir)}"
+            except ValueError:
+                saved = "no checkpoint is there yet"
+            raise TrainingFailed(
+                f"the {name} is {value} at step {step}; nothing of this step was saved, {saved}; "
+                "a smaller optimizer.lr or a longer schedule.warmup_steps is the usual remedy"
+            )
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Whether something happens after this step; every 0 steps is never."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> None:
+    """Says what is about to be trained, and on what."""
+    parameters = torch.tensor(sum(p.numel() for p in model.parameters() if is_counted(p)))
+    dist.all_reduce(parameters, group=DeepSpeedGroups().get_tensor_model_parallel_group())
+    say(
+        f"{config.model.variant}, {int(parameters):,} parameters, {resolve_precision(config)} on {device().type} | "
+        f"tensor {config.parallel.tensor} x data {data_parallel}, ZeRO {config.parallel.zero_stage}, "
+        f"{torch.get_num_threads()} threads | {config.train.tokens_per_step:,} tokens a step"
+    )
+    if config.schedule.warmup_steps >= config.train.steps:
+        say(f"note: the warm-up of {config.schedule.warmup_steps} steps is as long as the run")
+
+
+def is_counted(parameter: torch.Tensor) -> bool:
+    """Whether this rank counts a parameter: its part of a divided one, rank 0 those that all hold."""
+    first = DeepSpeedGroups().get_tensor_model_parallel_rank() == 0
+    return first or getattr(parameter, "tensor_model_parallel", False)
+
+
+def summary(values: dict[str, float], config: RunConfig, run_dir: Path) -> str:
+    """What the run ended with."""
+    loss = f"held-out loss {values['heldout_loss']:.4f} nats a token, " if "heldout_loss" in values else ""
+    return f"{loss}loss {values['loss']:.4f}, {checkpoint_folder(run_dir, config.train.steps)}"
+
+
+def say(sentence: str) -> None:
+    """Prints a line, once for all ranks."""
+    if dist.get_rank() == 0:
+        print(sentence, flush=True)
+
+
+def main() -> None:
+    """Runs the command line."""
+    follow_launcher()
+    try:
+        train(sys.argv[1:])
+    except TrainingFailed as error:
+        end_with(error, EXIT_FAILED)
+    stop()
+    record_success()
+
+
+if __name__ == "__main__":
+    main()

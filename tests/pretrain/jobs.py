@@ -1,0 +1,58 @@
+"""Commands as a user starts them, in processes of their own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Job:
+    """A command in a process group of its own."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": path}
+        # Threads that spin while they wait slow a shared machine down tenfold.
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait(self, timeout_seconds: float = 240) -> tuple[int, str, str]:
+        """Exit status, stdout, stderr."""
+        try:
+            out, err = self.process.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.process.communicate()
+            pytest.fail(f"did not end within {timeout_seconds} s:\n{out}\n{err}")
+        return self.process.returncode, out, err
+
+    def kill(self) -> None:
+        """kill -9 for every process of the job: torchrun puts each worker into a process group of its own."""
+        family = [self.process.pid]
+        for pid in family:
+            family += _children(pid)
+        for pid in family:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _children(parent: int) -> list[int]:
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process may end while we look
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                children.append(int(stat.parent.name))
+    return children

@@ -1,0 +1,143 @@
+"""Which tokens a step learns from."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_shards import BOS, EOS, write_shards
+
+from pretrain.config import DataConfig, RunConfig, TrainConfig
+from pretrain.data import Batches, Samples, open_data
+from titans_mcore.config import TitansConfig
+
+pytestmark = pytest.mark.usefixtures("one_process")
+GLOBAL_BATCH, STEPS = 12, 9
+
+
+def open_samples(shards, index_dir, seed=3):
+    return Samples(shards / "train", index_dir, vocab_size=96, sequence_length=32, seed=seed)
+
+
+def config_of(micro_batch, steps=STEPS):
+    return RunConfig(train=TrainConfig(steps=steps, global_batch=GLOBAL_BATCH, micro_batch=micro_batch))
+
+
+def rank_batches(shards, index_dir, *, ranks, micro_batch, steps, seed=3):
+    """For each step, the micro-batches of every rank."""
+    readers = []
+    for rank in range(ranks):
+        readers.append(Batches(open_samples(shards, index_dir, seed), config_of(micro_batch), rank, ranks))
+    batches = [[reader.fetch(step) for reader in readers] for step in steps]
+    for reader in readers:
+        reader.close()
+    return batches
+
+
+def samples_of(batches):
+    """For each step, its samples in the order in which the ranks go round."""
+    return [torch.cat([tokens for turn in zip(*of_ranks, strict=True) for tokens, _ in turn]) for of_ranks in batches]
+
+
+@pytest.fixture(scope="module")
+def reference(shards, tmp_path_factory):
+    """The global batches as one rank sees them; 9 steps of 12 pass the end of an epoch."""
+    index_dir = tmp_path_factory.mktemp("index")
+    assert open_samples(shards, index_dir).per_epoch < GLOBAL_BATCH * STEPS
+    return samples_of(rank_batches(shards, index_dir, ranks=1, micro_batch=GLOBAL_BATCH, steps=range(STEPS)))
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 1), (1, 3), (2, 3), (2, 6), (3, 2), (4, 3)])
+def test_global_batches_do_not_depend_on_data_ranks_or_micro_batches(shards, tmp_path, reference, ranks, micro_batch):
+    batches = rank_batches(shards, tmp_path, ranks=ranks, micro_batch=micro_batch, steps=range(STEPS))
+    assert all(len(of_rank) == GLOBAL_BATCH // ranks // micro_batch for step in batches for of_rank in step)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(samples_of(batches), reference, strict=True))
+
+
+def test_a_restart_with_another_number_of_ranks_goes_on_with_the_same_batches(shards, tmp_path, reference):
+    rank_batches(shards, tmp_path, ranks=1, micro_batch=4, steps=range(5))
+    later = rank_batches(shards, tmp_path, ranks=2, micro_batch=2, steps=range(5, STEPS))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(samples_of(later), reference[5:], strict=True))
+
+
+def test_a_longer_run_sees_the_same_first_batches(shards, tmp_path, reference):
+    reader = Batches(open_samples(shards, tmp_path), config_of(GLOBAL_BATCH, steps=10_000), 0, 1)
+    assert torch.equal(reader.fetch(0)[0][0], reference[0])
+    reader.close()
+
+
+def test_moving_the_data_does_not_move_the_samples(shards, tmp_path, reference):
+    moved = shutil.copytree(shards, tmp_path / "moved")
+    batches = rank_batches(moved, tmp_path / "index", ranks=1, micro_batch=GLOBAL_BATCH, steps=range(2))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(samples_of(batches), reference, strict=False))
+
+
+def test_another_seed_gives_another_order(shards, tmp_path, reference):
+    batches = rank_batches(shards, tmp_path, ranks=1, micro_batch=GLOBAL_BATCH, steps=range(1), seed=4)
+    assert not torch.equal(samples_of(batches)[0], reference[0])
+
+
+def test_two_epochs_have_the_same_samples_in_another_order_and_cut(shards, tmp_path):
+    samples = open_samples(shards, tmp_path)
+    count = samples.per_epoch
+    samples.prepare(0, 2 * count - 1)
+    first, _ = samples.micro_batch(range(count))
+    second, _ = samples.micro_batch(range(count, 2 * count))
+    assert not torch.equal(first, second)
+    # Each epoch goes through all documents once; only what is left over at its end differs.
+    difference = torch.bincount(first.flatten(), minlength=96) - torch.bincount(second.flatten(), minlength=96)
+    assert difference.abs().sum() <= 2 * 33
+
+
+def test_a_label_is_the_token_after_its_position(shards, tmp_path):
+    samples = open_samples(shards, tmp_path)
+    tokens, labels = samples.micro_batch(range(samples.per_epoch))
+    assert tokens.shape == labels.shape == (samples.per_epoch, 32)
+    assert torch.equal(tokens[:, 1:], labels[:, :-1])
+    ends = tokens == EOS
+    assert ends.sum() > 5
+    assert (labels[ends] == BOS).all()
+
+
+def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, reference):
+    open_samples(shards, tmp_path)
+    (whole,) = [folder for folder in tmp_path.iterdir() if folder.name.startswith("train")]
+    partial = whole.rename(tmp_path / f".{whole.name}.partial")
+    for file in partial.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    batches = rank_batches(shards, tmp_path, ranks=1, micro_batch=GLOBAL_BATCH, steps=range(1))
+    assert torch.equal(samples_of(batches)[0], reference[0])
+    assert not [folder for folder in tmp_path.iterdir() if folder.name.startswith(".")]
+
+
+def run_config(shards: Path, **model) -> RunConfig:
+    return RunConfig(model=TitansConfig(vocab_size=96, **model), data=DataConfig(path=str(shards)))
+
+
+def test_matching_data_is_opened(shards):
+    assert open_data(run_config(shards)).tokenizer.vocab_size == 96
+
+
+def test_a_model_with_another_vocabulary_is_refused(shards):
+    config = dataclasses.replace(run_config(shards), model=TitansConfig(vocab_size=95))
+    with pytest.raises(ValueError, match=r"model\.vocab_size is 95 but the tokenizer of .* has 96 pieces"):
+        open_data(config)
+
+
+def test_shards_that_do_not_match_their_manifest_are_refused(tmp_path):
+    folder = write_shards(tmp_path / "shards", documents=8)
+    with (folder / "train.bin").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(ValueError, match=r"train\.bin"):
+        open_data(run_config(folder))
+
+
+def test_a_missing_path_is_asked_for():
+    with pytest.raises(ValueError, match=r"data\.path is missing"):
+        open_data(RunConfig())
+
+
+def test_less_text_than_one_sequence_is_refused(shards, tmp_path):
+    with pytest.raises(ValueError, match=r"fewer tokens than one sequence of train\.sequence_length 100000"):
+        Samples(shards / "train", tmp_path, vocab_size=96, sequence_length=100_000, seed=0)

@@ -1,0 +1,84 @@
+"""launch/torchrun.sh and `python -m pretrain.train` as a user meets them."""
+
+import shutil
+import subprocess
+
+import pytest
+from jobs import ROOT, Job
+
+from pretrain.config import load_run_config
+from pretrain.metrics import read_metrics
+
+SCRIPT = ROOT / "launch" / "torchrun.sh"
+SHORT = ["--variant", "transformer", "--train.steps", "2"]
+
+
+def test_help_needs_nothing(tmp_path):
+    status, out, err = Job(["bash", str(SCRIPT), "--help"], tmp_path).wait()
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: bash launch/torchrun.sh")
+
+
+def test_the_script_is_clean():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed; bash accepts the script")
+    subprocess.run(["shellcheck", str(SCRIPT)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.step", "3"], "error: unknown setting --train.step in the command line; did you mean --train.steps?"),
+        (["--variant", "mega"], "error: variant is 'mega'; it must be one of mac, mag, mal, lmm, transformer"),
+        (["--data.path", "/nowhere"], "/nowhere"),
+        (["--nproc", "two"], "error: --nproc is 'two'; it must be a number of processes"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_before_any_process_starts(launch, tmp_path, arguments, message):
+    status, out, err = launch(tmp_path / "run", *arguments).wait(60)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_the_layout_does_not_divide_are_refused_in_one_line(launch, tmp_path):
+    status, out, err = launch(tmp_path / "run", "--parallel.tensor", "2", "--nproc", "3").wait()
+    assert (status, out) == (2, "")
+    assert err.startswith("error: 3 processes cannot be divided into tensor-parallel groups of 2; start a multiple")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_heads_that_the_layout_does_not_divide_are_refused_in_one_line(train, tmp_path):
+    status, out, err = train(tmp_path / "run", "--parallel.tensor", "2", "--model.num-heads", "1").wait()
+    assert (status, out) == (2, "")
+    assert err.startswith("error: num_heads 1 cannot be divided by tensor parallel size 2; choose")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_trains_without_torchrun(train, tmp_path):
+    status, out, err = train(tmp_path / "run", *SHORT, "--schedule.warmup-steps", "0").wait()
+    assert status == 0, err
+    assert err == ""
+    lines = out.splitlines()
+    assert "tensor 1 x data 1, ZeRO 1" in lines[0]
+    assert lines[1].startswith("step 1/2 | loss 4.")
+    assert "tokens/s" in lines[1]
+    assert "ETA 0:00:0" in lines[1]
+    assert lines[-1].startswith("done: held-out loss 4.")
+    assert load_run_config(tmp_path / "run").model.variant == "transformer"
+    (first, second) = read_metrics(tmp_path / "run")
+    assert list(first) == [
+        "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "data_wait_seconds"
+    ]  # fmt: skip
+    assert (second["step"], second["tokens"]) == (2, 2 * 4 * 32)
+
+
+def test_two_runs_share_a_host(launch, tmp_path):
+    jobs = [launch(tmp_path / name, *SHORT, "--nproc", "1") for name in ("one", "two")]
+    assert [job.wait()[0] for job in jobs] == [0, 0]
+    assert [len(read_metrics(tmp_path / name)) for name in ("one", "two")] == [2, 2]
