@@ -1,0 +1,64 @@
+"""Runs in a process of its own, without this project: what a user of exported folders may do with them.
+
+Called as `python -P alone.py PROBE OUTPUT FOLDER...`; PROBE is titans_mcore/hf/probe.py, whose block on imports is
+used. For each folder it writes OUTPUT/NAME.safetensors (logits) and OUTPUT/NAME.json (findings).
+"""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+
+def examine(folder: Path, output: Path) -> dict:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    def load(path: Path, **kwargs):
+        return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **kwargs).eval()
+
+    model, tokenizer = load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    tokens = torch.tensor(json.loads((output / "tokens.json").read_text()))
+    with torch.no_grad():
+        logits = model(tokens).logits
+    save_file({"logits": logits.contiguous()}, output / f"{folder.name}.safetensors")
+
+    copy = output / f"{folder.name}-copy"
+    model.save_pretrained(copy)
+    tokenizer.save_pretrained(copy)
+    again = load(copy, dtype=torch.float32)
+    half = load(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        half_output = half(tokens, use_cache=True)
+    states = []
+    for layer in half_output.past_key_values.layers:
+        memory = getattr(layer.state, "memory", None) or getattr(layer.state, "written", None)
+        memory = getattr(memory, "memory", memory)
+        if memory is not None and hasattr(memory, "weights"):
+            states += [str(w.dtype) for w in memory.weights + memory.momentum]
+    start = tokenizer("the memory", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**start, max_new_tokens=4, do_sample=False)[0])
+    return {
+        "same_state": {n: torch.equal(p, again.state_dict()[n]) for n, p in model.state_dict().items()},
+        "same_logits": torch.equal(again(tokens).logits, logits),
+        "copied_code": sorted(file.name for file in copy.glob("*.py")),
+        "tied": model.lm_head.weight is model.model.embedding.weight,
+        "variant": AutoConfig.from_pretrained(folder, trust_remote_code=True).variant,
+        "half_dtypes": sorted({str(p.dtype) for p in half.parameters()}),
+        "half_state_dtypes": sorted(set(states)),
+        "half_error": float((half_output.logits.float() - logits).abs().max()),
+        "text": text,
+        "modules": sorted(name for name, module in sys.modules.items() if module is not None and "titans" in name),
+    }
+
+
+def main(probe: str, output: str, *folders: str) -> None:
+    runpy.run_path(probe)["block_imports"]()
+    for folder in map(Path, folders):
+        findings = examine(folder, Path(output))
+        Path(output, f"{folder.name}.json").write_text(json.dumps(findings))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

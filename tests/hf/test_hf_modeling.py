@@ -1,0 +1,211 @@
+"""The model as transformers uses it: generation, caches, training."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hf_runs import tiny
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.hf.cache_titans import TitansCache
+from titans_mcore.hf.configuration_titans import TitansHFConfig
+from titans_mcore.hf.modeling_titans import TitansForCausalLM, TitansModel
+
+LENGTH = 21
+
+
+def make(variant: str = "mac", **settings: Any) -> TitansForCausalLM:
+    torch.manual_seed(0)
+    model = TitansForCausalLM(TitansHFConfig.from_titans(tiny(variant=variant, **settings))).eval()
+    model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)
+    return model
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(3, 330, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "how",
+    [{"do_sample": False}, {"do_sample": True, "temperature": 0.9}, {"do_sample": False, "num_beams": 3}],
+    ids=["greedy", "sampling", "beams"],
+)
+@torch.no_grad()
+def test_generate_with_cache_equals_without(variant: str, how: dict[str, Any], tokens: Tensor) -> None:
+    model = make(variant)
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(5)
+        results.append(model.generate(tokens, max_new_tokens=9, use_cache=use_cache, **how))
+    assert results[0].shape == (2, LENGTH + 9)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("variant", "piece"), [*((variant, 5) for variant in VARIANTS), ("mac", 1), ("mac", 8)])
+@torch.no_grad()
+def test_prefill_in_pieces_gives_the_same_tokens(variant: str, piece: int, tokens: Tensor) -> None:
+    model = make(variant)
+    whole = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(tokens, max_new_tokens=6, do_sample=False, prefill_chunk_size=piece), whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_several_tokens_continue_from_a_cache(variant: str, tokens: Tensor) -> None:
+    model = make(variant)
+    whole = model(tokens, use_cache=False)
+    assert whole.past_key_values is None
+    cache = model(tokens[:, :10]).past_key_values
+    assert isinstance(cache, TitansCache)
+    kept = copy.deepcopy(cache)
+    output = model(tokens[:, 10:], past_key_values=cache)
+    assert output.past_key_values is cache
+    assert cache.get_seq_length() == LENGTH
+    torch.testing.assert_close(output.logits, whole.logits[:, 10:], rtol=0, atol=1e-5)
+    assert kept.get_seq_length() == 10
+    again = model(tokens[:, 10:], past_key_values=kept)
+    assert torch.equal(again.logits, output.logits)
+
+
+@torch.no_grad()
+def test_generate_goes_on_from_a_given_cache(tokens: Tensor) -> None:
+    model = make()
+    cache = TitansCache(2)
+    model(tokens[:, :13], past_key_values=cache)
+    continued = model.generate(tokens, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert torch.equal(continued, model.generate(tokens, max_new_tokens=5, do_sample=False))
+    with_cache = model.generate(tokens, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert with_cache.past_key_values.get_seq_length() == LENGTH + 4
+
+
+@torch.no_grad()
+def test_a_cache_is_selected_expanded_and_reset(tokens: Tensor) -> None:
+    model = make()
+    cache = model(tokens[:, :10]).past_key_values
+    whole = model(tokens).logits[:, 10:]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    logits = model(tokens[[1, 1, 0, 0], 10:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, whole[[1, 1, 0, 0]], rtol=0, atol=1e-5)
+    cache.batch_select_indices(torch.tensor([3]))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(model(tokens[:1], past_key_values=cache).logits[:, 10:], whole[:1], rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="shortened"):
+        cache.crop(3)
+
+
+@torch.no_grad()
+def test_the_cache_stays_constant_however_much_is_read() -> None:
+    model = make()
+    cache = TitansCache(2)
+    sizes = []
+    for _ in range(4):
+        model(torch.randint(330, (1, 32)), past_key_values=cache)
+        sizes.append([layer.state.bytes() for layer in cache.layers])
+    assert sizes[0] == sizes[3]
+
+
+@torch.no_grad()
+def test_logits_to_keep_gives_those_of_the_last_tokens(tokens: Tensor) -> None:
+    model = make()
+    whole = model(tokens).logits
+    torch.testing.assert_close(model(tokens, logits_to_keep=3).logits, whole[:, -3:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        model(tokens, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]], rtol=0, atol=1e-6
+    )
+
+
+def test_loss_is_the_cross_entropy_of_the_next_token(tokens: Tensor) -> None:
+    model = make()
+    output = model(tokens, labels=tokens)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    summed = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(10)).loss
+    torch.testing.assert_close(summed, expected * (LENGTH - 1) * 2 / 10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_reach_every_parameter_through_the_memory(variant: str, tokens: Tensor) -> None:
+    model = make(variant).train()
+    output = model(tokens, labels=tokens)
+    assert output.past_key_values is None  # no cache while training, unless it is asked for
+    output.loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 1, 1], [1, 1, 0]]], ids=["left", "right"])
+def test_padding_is_refused_with_a_sentence(mask: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="attention_mask has zeros: padding is not supported yet"):
+        make()(torch.tensor([[5, 6, 7], [5, 6, 7]]), attention_mask=torch.tensor(mask))
+
+
+def test_misuse_gets_a_sentence(tokens: Tensor) -> None:
+    model = make()
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="attention weights"):
+        model(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match="3 layers; this model has 2"):
+        model(tokens, past_key_values=TitansCache(3))
+    foreign = DynamicCache()
+    foreign.update(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), 0)
+    with pytest.raises(ValueError, match="DynamicCache of another model"):
+        model(tokens, past_key_values=foreign)
+    with pytest.raises(ValueError, match=r"\(B, T\)"):
+        model(tokens, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
+
+
+def test_embeddings_hidden_states_and_tuples(tokens: Tensor) -> None:
+    model = make()
+    output = model(tokens, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    embedded = model(inputs_embeds=model.get_input_embeddings()(tokens), return_dict=False)
+    assert torch.equal(embedded[0], output.logits)
+    base = TitansModel(model.config).eval()
+    base.load_state_dict(model.model.state_dict())
+    assert torch.equal(base(tokens).last_hidden_state, output.hidden_states[-1])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_are_one_matrix(tied: bool) -> None:
+    model = make(tie_embeddings=tied)
+    assert (model.lm_head.weight is model.model.embedding.weight) == tied
+    assert model.config.tie_word_embeddings == tied
+
+
+def test_initial_weights_are_the_mixers_own_and_complete() -> None:
+    torch.manual_seed(0)
+    model = TitansForCausalLM(TitansHFConfig.from_titans(tiny(init_std=0.02)))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 7.0)
+    model.apply(model._init_weights)
+    assert not [name for name, parameter in model.named_parameters() if (parameter == 7.0).any()]
+    mixer = model.model.layers[0].mixer
+    assert abs(mixer.query.weight.std() / 0.02 - 1) < 0.2
+    assert abs(mixer.attention_output.weight.std() / (0.02 / 2) - 1) < 0.2  # / sqrt(2 * 2 blocks)
+    assert abs(mixer.memory.initial_weights[0].std() - 1) < 0.2
+
+
+def test_the_model_has_no_buffers_that_loading_would_lose() -> None:
+    for variant in VARIANTS:
+        assert not list(make(variant).named_buffers())
+
+
+def test_configuration_converts_both_ways_and_names_bad_settings() -> None:
+    config = tiny(variant="mal", tie_embeddings=False, memory_depth=3)
+    exported = TitansHFConfig.from_titans(config, bos_token_id=1)
+    assert exported.to_titans() == config
+    assert TitansHFConfig.from_dict(exported.to_dict()).to_titans() == config
+    assert exported.hidden_size == config.dim
+    assert exported.num_hidden_layers == config.num_layers
+    assert TitansHFConfig().to_titans() == TitansConfig()
+    assert TitansHFConfig(hidden_size=64, num_attention_heads=4).to_titans() == TitansConfig(dim=64, num_heads=4)
+    with pytest.raises(ValueError, match="dim 30 is not divisible"):
+        TitansHFConfig(dim=30, num_heads=4)

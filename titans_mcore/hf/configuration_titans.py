@@ -1,0 +1,63 @@
+"""The settings of an exported Titans model, as transformers saves and loads them."""
+
+from dataclasses import fields
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..config import TitansConfig
+
+
+class TitansHFConfig(PretrainedConfig):
+    """TitansConfig's settings under their own names, with transformers' names for those that it asks for.
+
+    Args:
+        **kwargs: Settings of TitansConfig, each optional, and what every PretrainedConfig takes.
+
+    Raises:
+        ValueError: The settings do not fit together.
+    """
+
+    model_type = "titans"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    # transformers stores whether embeddings are tied itself, so that name is the stored one.
+    attribute_map = {  # noqa: RUF012 - the base class declares it so
+        "tie_embeddings": "tie_word_embeddings",
+        "hidden_size": "dim",
+        "intermediate_size": "ffn_dim",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    }
+
+    def __init__(self, **kwargs: Any) -> None:
+        for ours, theirs in _renamed(self.attribute_map).items():
+            if theirs in kwargs:
+                kwargs[ours] = kwargs.pop(theirs)
+        settings = {name: kwargs.pop(name) for name in _NAMES if name in kwargs}
+        settings = TitansConfig(**settings).to_dict()
+        self.use_cache = kwargs.pop("use_cache", True)
+        kwargs["tie_word_embeddings"] = settings.pop("tie_embeddings")
+        super().__init__(**kwargs)
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def from_titans(cls, config: TitansConfig, **kwargs: Any) -> "TitansHFConfig":
+        """The same settings for transformers; kwargs are further settings of PretrainedConfig."""
+        return cls(**config.to_dict(), **kwargs)
+
+    def to_titans(self) -> TitansConfig:
+        """The settings that the model's modules read.
+
+        Raises:
+            ValueError: They do not fit together (any more: a configuration can be changed after it was made).
+        """
+        return TitansConfig(**{name: getattr(self, name) for name in _NAMES})
+
+
+def _renamed(attribute_map: dict[str, str]) -> dict[str, str]:
+    """Our name to transformers' for every setting that has two."""
+    return {(a if a in _NAMES else b): (b if a in _NAMES else a) for a, b in attribute_map.items()}
+
+
+_NAMES = tuple(field.name for field in fields(TitansConfig))

@@ -1,0 +1,214 @@
+"""Exports a run as a Hugging Face folder: `python -m titans_mcore.hf.convert --checkpoint RUN --output DIR`.
+
+The folder holds the weights (safetensors), the tokenizer, the modelling code and a proof that both sides compute the
+same. `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads it where this package is not installed.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titans_mcore.config import TitansConfig
+from titans_mcore.hf.card import model_card
+from titans_mcore.hf.errors import ExportError, ProofFailed
+from titans_mcore.hf.flatten import flatten_code
+from titans_mcore.hf.folder import check_output, staged_folder
+from titans_mcore.hf.mapping import to_exported
+from titans_mcore.hf.proof import prove
+from titans_mcore.hf.tokenizer import TokenizerModel, read_tokenizer, write_tokenizer
+from titans_mcore.weights import find_checkpoint, load_full
+
+EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
+AUTO_MAP = {
+    "AutoConfig": "configuration_titans.TitansHFConfig",
+    "AutoModel": "modeling_titans.TitansModel",
+    "AutoModelForCausalLM": "modeling_titans.TitansForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Exports a trained model as a Hugging Face folder, and proves that it computes the same."""
+
+    checkpoint: Path
+    """Run folder (its newest whole checkpoint is taken), or one checkpoint of it."""
+    output: Path
+    """Folder to write. It appears when everything is done; an earlier export there is replaced."""
+    tokenizer: Path | None = None
+    """The sentencepiece model of the run's data; by default tokenizer/tokenizer.model in the run folder."""
+    overwrite: bool = False
+    """Replace the output folder even if it is not an earlier export."""
+    skip_proof: bool = False
+    """Do not compare the exported model with the trained one."""
+    prompt: str = "The"
+    """Text that the exported model continues, greedily, as a sign of life."""
+    new_tokens: int = 32
+    """Length of that continuation in tokens."""
+    max_shard_size: str = "5GB"
+    """Weights larger than this are spread over several files, such as 5GB or 300MB."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export did."""
+
+    output: Path
+    """The folder."""
+    checkpoint: Path
+    """What it was made from."""
+    parameters: int
+    """Parameters, tied ones counted once."""
+    max_abs_error: float | None
+    """Largest difference of a logit between the exported and the trained model; None without proof."""
+    continuation: str | None
+    """What the exported model writes after the prompt; None without proof."""
+    caveat: str | None
+    """Where the exported tokenizer may give other ids than the run's; None when nowhere."""
+
+
+def export(
+    checkpoint: Path | str,
+    output: Path | str,
+    *,
+    tokenizer: Path | str | None = None,
+    overwrite: bool = False,
+    skip_proof: bool = False,
+    prompt: str = "The",
+    new_tokens: int = 32,
+    max_shard_size: str = "5GB",
+) -> ExportReport:
+    """Writes a Hugging Face folder; see ExportSettings for the arguments.
+
+    Raises:
+        ExportError: No usable checkpoint or tokenizer, or something stands where the folder should go.
+        ProofFailed: The exported model computes something else than the trained one; nothing was written then.
+    """
+    output = Path(output)
+    folder = _find_checkpoint(Path(checkpoint))
+    tokenizer_file = Path(tokenizer) if tokenizer else _tokenizer_of_run(folder)
+    check_output(output, overwrite=overwrite, inputs=[folder, tokenizer_file])
+    if new_tokens < 1:
+        raise ExportError(f"--new-tokens is {new_tokens}; give at least 1")
+    pieces = read_tokenizer(tokenizer_file)
+    config, native = _load(folder)
+    _check_vocabulary(pieces, config)
+    exported = to_exported(config, native)
+    with staged_folder(output) as staging:
+        _write_model(staging, config, exported, pieces, max_shard_size)
+        write_tokenizer(pieces, staging)
+        for name, source in flatten_code().items():
+            (staging / name).write_text(source, encoding="utf-8")
+        proof = None
+        if not skip_proof:
+            proof = prove(staging, config, native, bos_id=pieces.bos_id, text=prompt, new_tokens=new_tokens)
+            (staging / "proof.json").write_text(json.dumps(proof.content, indent=1) + "\n", encoding="utf-8")
+        parameters = sum(tensor.numel() for tensor in exported.values())
+        (staging / "README.md").write_text(
+            model_card(config, parameters, folder, proof, pieces.caveat), encoding="utf-8"
+        )
+    error, continuation = (proof.max_abs_error, proof.continuation) if proof else (None, None)
+    return ExportReport(output, folder, parameters, error, continuation, pieces.caveat)
+
+
+def _find_checkpoint(path: Path) -> Path:
+    try:
+        return find_checkpoint(path)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+
+
+def _load(folder: Path) -> tuple[TitansConfig, dict[str, Tensor]]:
+    """Settings and whole weights; how a run computed its memory and attention is no part of an export."""
+    try:
+        config, native = load_full(folder)
+        to_exported(config, native)  # names only: views of the same tensors
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    return replace(config, memory_backend="auto", attention_backend="auto"), native
+
+
+def _tokenizer_of_run(checkpoint: Path) -> Path:
+    """RUN/tokenizer/tokenizer.model for RUN/checkpoints/step-N, or beside a checkpoint that lies elsewhere."""
+    places = [folder / "tokenizer" / "tokenizer.model" for folder in (checkpoint, *checkpoint.absolute().parents[:2])]
+    return next((place for place in places if place.is_file()), places[-1])
+
+
+def _check_vocabulary(pieces: TokenizerModel, config: TitansConfig) -> None:
+    if pieces.vocab_size != config.vocab_size:
+        raise ExportError(
+            f"tokenizer {pieces.file} has {pieces.vocab_size} pieces, the model {config.vocab_size}; "
+            "give the tokenizer that the run's data was made with"
+        )
+
+
+def _write_model(
+    folder: Path, config: TitansConfig, tensors: dict[str, Tensor], pieces: TokenizerModel, max_shard_size: str
+) -> None:
+    """config.json, generation_config.json and the weights."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    from titans_mcore.hf.configuration_titans import TitansHFConfig
+    from titans_mcore.hf.modeling_titans import TitansForCausalLM
+
+    special = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id}
+    hf_config = TitansHFConfig.from_titans(config, **special)
+    hf_config.auto_map = AUTO_MAP
+    with torch.device("meta"):
+        model = TitansForCausalLM(hf_config)
+    if config.tie_embeddings:
+        tensors = tensors | {"lm_head.weight": tensors["model.embedding.weight"]}
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    # Nothing is ever padded with it: generate() fills rows that have ended, which the caller does not read.
+    model.generation_config = GenerationConfig(**special, pad_token_id=pieces.eos_id)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner alone
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; see `--help`. Returns the exit status."""
+    import tyro
+
+    settings = tyro.cli(
+        ExportSettings,
+        args=arguments,
+        prog="python -m titans_mcore.hf.convert",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub
+    try:
+        report = export(**vars(settings))
+    except ExportError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except ProofFailed as fault:
+        print(f"error: {fault}; nothing was written", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as fault:
+        print(f"error: cannot write {settings.output}: {fault}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"exported {report.checkpoint} to {report.output}: {report.parameters:,} parameters")
+    if report.caveat:
+        print(f"warning: {report.caveat}", file=sys.stderr)
+    if report.max_abs_error is None:
+        print("not proven: the exported model was not compared with the trained one (--skip-proof)")
+        return 0
+    print(f"largest difference of a logit from the trained model: {report.max_abs_error:.3g}")
+    print(f"greedy continuation of {settings.prompt!r}: {report.continuation!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

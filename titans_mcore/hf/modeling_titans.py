@@ -1,0 +1,316 @@
+"""Titans for transformers: one process, whole parameters, the same mixers and memory as in training.
+
+In the package this file imports the mathematics from its neighbours; an exported folder carries those very files
+beside it.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ..config import TitansConfig
+from ..mixers import MIXERS, make_mixer
+from ..mixers.neural_memory import NeuralMemory
+from ..mixers.parts import rms_norm
+from ..mixers.simple import PersistentTokens
+from .cache_titans import TitansCache
+from .configuration_titans import TitansHFConfig
+
+
+class ResidualLinear(nn.Linear):
+    """A linear map that writes to the residual stream; it starts smaller."""
+
+
+class PlainParts:
+    """mixers.parts.Parts for one process: every parameter whole.
+
+    Args:
+        heads: Heads of the model.
+    """
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+
+    def column(self, d_in: int, per_head: int) -> nn.Module:
+        """See Parts."""
+        return nn.Linear(d_in, self.heads * per_head, bias=False)
+
+    def row(self, per_head: int, d_out: int) -> nn.Module:
+        """See Parts."""
+        return ResidualLinear(self.heads * per_head, d_out, bias=False)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """See Parts; there are no other ranks."""
+        return x
+
+    def per_head(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+        """See Parts."""
+        return self.replicated(full, decay=decay)
+
+    def replicated(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+        """See Parts; which parameters decay is up to who trains an exported model."""
+        return nn.Parameter(full.clone())
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis of width dim."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x normalised, same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class TitansMLP(nn.Module):
+    """SwiGLU: W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.down_proj = ResidualLinear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) to (..., E)."""
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class TitansBlock(nn.Module):
+    """x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mixer = _make_mixer(config)
+        self.pre_mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = TitansMLP(config)
+
+    def forward(self, hidden: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Hidden states (B, T, E) and the mixer's state after them; a state of None begins a sequence."""
+        mixed, state = self.mixer(self.input_norm(hidden), state)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.pre_mlp_norm(hidden)), state
+
+
+def _make_mixer(config: TitansConfig) -> nn.Module:
+    parts = PlainParts(config.num_heads)
+    if torch.get_default_device().type != "meta":
+        return make_mixer(config, parts)
+    # While transformers 5 builds on the meta device, it makes some constants on the CPU; a mixer may not mix the two.
+    with torch.device("cpu"):
+        return make_mixer(config, parts).to("meta")
+
+
+class TitansPreTrainedModel(PreTrainedModel):
+    """Initial weights, and what transformers asks of every model."""
+
+    config_class = TitansHFConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["TitansBlock"]  # noqa: RUF012 - the base class declares it so
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config.to_titans()
+        if isinstance(module, nn.Linear | nn.Embedding):
+            shrink = math.sqrt(2.0 * config.num_layers) if isinstance(module, ResidualLinear) else 1.0
+            nn.init.normal_(module.weight, std=config.init_std / shrink)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, (NeuralMemory, PersistentTokens, *MIXERS.values())):
+            self._init_own_parameters(module, config)
+
+    @staticmethod
+    @torch.no_grad()
+    def _init_own_parameters(module: nn.Module, config: TitansConfig) -> None:
+        """A mixer states its initial values in its constructor: they are taken from a new one."""
+        fresh = dict(type(module)(config, PlainParts(config.num_heads)).named_parameters())
+        for name, parameter in module.named_parameters():
+            own = "." not in name or name.startswith("initial_weights.")
+            if own and not getattr(parameter, "_is_hf_initialized", False):
+                parameter.copy_(fresh[name])
+
+
+class TitansModel(TitansPreTrainedModel):
+    """Embedding, blocks and the last norm.
+
+    Args:
+        config: The settings.
+    """
+
+    def __init__(self, config: TitansHFConfig) -> None:
+        super().__init__(config)
+        titans = config.to_titans()
+        self.embedding = nn.Embedding(titans.vocab_size, titans.dim)
+        self.layers = nn.ModuleList([TitansBlock(titans) for _ in range(titans.num_layers)])
+        self.final_norm = RMSNorm(titans.dim, titans.norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.embedding = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Reads whole sequences, or the next piece of those that past_key_values has read before.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: (B, all tokens so far), all ones: sequences of a batch are equally long.
+            past_key_values: A TitansCache, which is brought forward in place, or an empty cache of any kind.
+            inputs_embeds: (B, T, E) instead of input_ids.
+            use_cache: Return a cache; by default the configuration's use_cache, and not while training.
+            output_hidden_states: Return the hidden states between blocks too.
+            return_dict: False for a tuple.
+            **kwargs: Ignored, as transformers hands every model settings of others.
+
+        Raises:
+            ValueError: The mask has padding in it, the cache is another model's, or attention weights are asked for.
+        """
+        check_mask(attention_mask)
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: Titans models do not give attention weights; leave it out")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        cache = self._open_cache(past_key_values, use_cache)
+        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        between = []
+        for index, block in enumerate(self.layers):
+            between.append(hidden)
+            hidden, state = block(hidden, None if cache is None else cache.blocks[index].state)
+            if cache is not None:
+                cache.blocks[index].advance(state, hidden.shape[1])
+        hidden = self.final_norm(hidden)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=(*between, hidden) if wanted else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _open_cache(self, given: Cache | None, use_cache: bool | None) -> TitansCache | None:
+        if isinstance(given, TitansCache):
+            if len(given.layers) != len(self.layers):
+                raise ValueError(f"past_key_values has {len(given.layers)} layers; this model has {len(self.layers)}")
+            return given
+        # generate() brings an empty cache of its own kind, which holds keys and values only.
+        if given is not None and given.get_seq_length():
+            raise ValueError(f"past_key_values is a {type(given).__name__} of another model; give a TitansCache")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        return TitansCache(len(self.layers)) if use_cache else None
+
+
+class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
+    """TitansModel with the output matrix on top.
+
+    Args:
+        config: The settings.
+    """
+
+    # A mapping for transformers 5; transformers 4 takes its keys.
+    _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012 - the base class declares it so
+
+    def __init__(self, config: TitansHFConfig) -> None:
+        super().__init__(config)
+        self.model = TitansModel(config)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output matrix."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces the output matrix."""
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """As TitansModel.forward, with logits (B, T, V) and the loss.
+
+        Args:
+            labels: (B, T) ids, input_ids themselves for language modelling (the shift happens here); -100 is left out.
+            logits_to_keep: Give logits for the last so many tokens, or for these positions; 0 means all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=kwargs.get("output_attentions"),
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            count = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **count)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """Refuses padding: a memory would learn from it.
+
+    Raises:
+        ValueError: The mask is not one of ones, (B, T).
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError("attention_mask must be (B, T); Titans models make their own causal masks")
+    if not bool(mask.all()):
+        raise ValueError(
+            "attention_mask has zeros: padding is not supported yet, the memory would learn from it; "
+            "give sequences of equal length, or one at a time"
+        )
