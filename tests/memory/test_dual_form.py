@@ -47,10 +47,11 @@ def test_dual_form_equals_the_oracle_from_a_carried_state(network: str, depth: i
     assert largest_difference(ours, results(stream, "oracle", 8, [13, 32])) < 1e-10
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("network", ["residual_norm", "plain"])
-def test_dual_form_equals_the_oracle_where_the_bound_acts(network: str) -> None:
-    stream = make_stream(20, 2, network, theta=1.0)
-    within = make_stream(20, 2, network, theta=1e-3)
+def test_dual_form_equals_the_oracle_where_the_bound_acts(network: str, depth: int) -> None:
+    stream = make_stream(20, depth, network, theta=1.0)
+    within = make_stream(20, depth, network, theta=1e-3)
     ours, oracle = results(stream, "chunked", 8, [20]), results(stream, "oracle", 8, [20])
     assert largest_difference(ours, oracle) < 1e-10
     assert largest_difference(ours[:1], results(within, "oracle", 8, [20])[:1]) > 1e-3
@@ -74,6 +75,24 @@ def test_outer_gradient_is_the_derivative_of_the_scan() -> None:
         return (reads, *state.weights, *state.momentum)
 
     assert torch.autograd.gradcheck(scan, tuple(leaves), atol=1e-6)
+
+
+def test_states_are_not_kept_for_every_chunk() -> None:
+    """L = 2, width 64, expansion 4, 4,096 tokens in chunks of 16: the states saved for the backward pass."""
+    length, width, hidden = 4_096, 64, 256
+    stream = make_stream(length, 2, batch=1, heads=1, width=width, dtype=torch.float32)
+    weights = [torch.randn(1, width, hidden), torch.randn(1, hidden, width)]
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    inputs = [x.requires_grad_() for x in stream.tokens]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        memory_scan(*inputs, weights, network="plain")
+    every_state = length // 16 * 2 * 2 * width * hidden * 4  # weights and momentum of two matrices
+    assert sum(saved.values()) < every_state / 8
 
 
 def test_full_forgetting_clears_the_memory() -> None:

@@ -32,9 +32,7 @@ def run(
     weights = initial_weights(1, widths, residual_norm=network == "residual_norm", generator=generator)
     constants = [constant(keys.shape[1], depth, gate) for gate in gates]
     with torch.no_grad():
-        return memory_scan(
-            keys, keys, values, *constants, weights, network=network, chunk_size=chunk_size, state=state
-        )
+        return memory_scan(keys, keys, values, *constants, weights, network=network, chunk_size=chunk_size, state=state)
 
 
 def pairs(length: int, distinct: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,11 +115,22 @@ def test_no_stream_leaves_the_ball(
     seed: int, chunk_size: int, depth: int, network: str, theta: float, eta: float, alpha: float, scale: float
 ) -> None:
     keys, values = pairs(128, 1 + seed % 9, seed)
-    reads, state = run(
-        keys, values * scale, (theta, eta, alpha), network=network, depth=depth, chunk_size=chunk_size
-    )
+    reads, state = run(keys, values * scale, (theta, eta, alpha), network=network, depth=depth, chunk_size=chunk_size)
     assert reads.isfinite().all()
     assert largest_rms(state) <= STATE_RMS_LIMIT * 1.001
+
+
+def test_rounding_does_not_grow_with_the_sequence() -> None:
+    """Forgetting shrinks the weights under a LayerNorm, whose derivative grows; the memory must not turn chaotic."""
+    keys, values = pairs(1_024, 1_024)
+    gates, weights = (0.01, 0.5, 0.03), initial_weights(1, [WIDTH, 2 * WIDTH, WIDTH], residual_norm=True)
+    reads = [
+        memory_scan(
+            *(x.to(dtype) for x in (keys, keys, values, *(constant(1_024, 2, gate) for gate in gates))), weights
+        )[0]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert (reads[0] - reads[1]).abs().max() < 1e-3
 
 
 def test_bound_leaves_ordinary_data_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +144,7 @@ def test_bound_leaves_ordinary_data_alone_bit_for_bit(monkeypatch: pytest.Monkey
     assert all(torch.equal(a, b) for a, b in zip(state.weights, unbounded_state.weights, strict=True))
 
 
-@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=50))
+@given(st.lists(st.floats(0.0, 1e6, allow_subnormal=False), min_size=1, max_size=50))
 def test_allowed_steps_of_a_repeated_key_never_pass_the_target(own: list[float]) -> None:
     steps = torch.tensor(own, dtype=torch.float64)
     allowed = steps * step_scale(steps, steps.cumsum(0))

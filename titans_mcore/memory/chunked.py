@@ -3,8 +3,17 @@
 Token j's gradient at one matrix is the outer product of the matrix's input h_j and the error delta_j at its output,
 both at the chunk's first weights. With G = A E diag(theta) the answer of one matrix to token t's query x_t is
 a_t x_t W + f_t x_t S - sum_{j <= t} G[t, j] (x_t . h_j) delta_j, and the weights after the chunk are two products more.
+
+Only the states follow one upon the other. So chunks are worked off in groups: `walk` goes through a group's states one
+by one, and all else is done for the chunks of the group at once.
+
+Letters: L matrices, N = B H memories, g chunks of a group, b tokens of a chunk. The state of a matrix is
+(N, 2 d_in, d_out), its weights above its momentum. None of this is made for autograd; chunked_gradient.py goes back
+through it by hand.
 """
 
+import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,104 +21,249 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .coefficients import coefficients
-from .network import Network, back_propagate, finish, forward
-from .stability import gain, into_ball, step_mass, step_scale
+from .network import Errors, Network, Normed, Trace, answer, back_propagate, forward, normalise, reach
+from .stability import FREE_LOAD, STATE_RMS_LIMIT, Load, chunk_load, into_ball, load_mass, step_scale
 
 
-def chunked_scan(
-    network: Network,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    theta: Tensor,
-    eta: Tensor,
-    alpha: Tensor,
-    weights: list[Tensor],
-    momentum: list[Tensor],
-    chunk_size: int,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The same as recurrence.recurrent_scan, chunk by chunk; see there for arguments and results.
-
-    The tokens are whole chunks, or one chunk that is still open.
-    """
-    length = queries.shape[1]
-    closed = length % chunk_size == 0
-    size = chunk_size if closed else length
-    chunks = _split_into_chunks(size, queries, keys, values, theta, eta, alpha)
-    reads = []
-    for chunk in chunks:
-        read, weights, momentum = _one_chunk(network, chunk, weights, momentum)
-        if closed:
-            weights, momentum = [into_ball(w) for w in weights], [into_ball(s) for s in momentum]
-        reads.append(read)
-    return torch.stack(reads, 1).transpose(2, 3).flatten(1, 2), weights, momentum
-
-
-class _Chunk(NamedTuple):
-    """One chunk's tokens: queries, keys, values (B, H, b, D); theta, mass (B, H, L, b); coefficients (B, H, L, b ...)."""
+class Tokens(NamedTuple):
+    """Queries, keys and values of a group's chunks, each (g, N, b, D)."""
 
     queries: Tensor
     keys: Tensor
     values: Tensor
-    theta: Tensor
-    mass: Tensor
-    keep: Tensor
-    carried: Tensor
-    momentum: Tensor
+
+
+class Gates(NamedTuple):
+    """What a group's gates come to, for steps that the bound does not scale.
+
+    Attributes:
+        read: What a read takes from weights and momentum at the chunk's start, (L, g, N, b, 2).
+        end: What weights and momentum after the chunk keep of weights and momentum before it, (L, g, N, 2, 2).
+        writes: G, how much of token j's step has reached the weights at t, (L, g, N, b, b).
+        write: How much of a token's step is in weights and momentum after the chunk, (L, g, N, b, 2).
+        mass: What token j's step weighs in the load of t, (L, g, N, b, b).
+    """
+
+    read: Tensor
+    end: Tensor
     writes: Tensor
-    decay: Tensor
+    write: Tensor
+    mass: Tensor
 
 
-def _split_into_chunks(
-    size: int, queries: Tensor, keys: Tensor, values: Tensor, theta: Tensor, eta: Tensor, alpha: Tensor
-) -> list[_Chunk]:
-    """Every chunk's tokens and coefficients; what does not depend on the running state is computed for all at once."""
-
-    def split(x: Tensor) -> Tensor:  # (B, T, H, F) -> (chunks, B, H, b, F)
-        return x.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4)
-
-    theta, eta, alpha = (split(gate).transpose(-1, -2) for gate in (theta, eta, alpha))
-    gates = coefficients(eta, alpha)
-    parts = (split(queries), split(keys), split(values), theta, step_mass(theta, eta))
-    parts += (gates.keep, gates.carried, gates.momentum, gates.writes, gates.decay)
-    # unbind once: indexing chunk by chunk would make the backward pass quadratic in the number of chunks.
-    return [_Chunk._make(chunk) for chunk in zip(*(part.unbind(0) for part in parts), strict=True)]
-
-
-def _one_chunk(
-    network: Network, chunk: _Chunk, weights: list[Tensor], momentum: list[Tensor]
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    trace = forward(network, weights, chunk.keys)
-    output_error = 2.0 * (trace.output - chunk.values)
-    deltas = back_propagate(network, weights, trace, output_error)
-    scale = step_scale(*_loads(chunk, trace.inputs, deltas, output_error))
-    theta = chunk.theta * scale.unsqueeze(-2)  # (B, H, L, b)
-    writes = chunk.writes * theta.unsqueeze(-2)  # G
-    x = chunk.queries
-    new_weights, new_momentum = [], []
-    for layer, (weight, surprise) in enumerate(zip(weights, momentum, strict=True)):
-        h, delta = trace.inputs[layer], deltas[layer]
-        keep, carried = chunk.keep[:, :, layer, :, None], chunk.carried[:, :, layer, :, None]
-        attended = (x @ h.transpose(-1, -2)) * writes[:, :, layer]
-        z = keep * (x @ weight) + carried * (x @ surprise) - attended @ delta
-        x = F.gelu(z) if layer < len(weights) - 1 else z
-        written = (h * writes[:, :, layer, -1, :, None]).transpose(-1, -2) @ delta
-        remembered = chunk.decay[:, :, layer, -1] * theta[:, :, layer]
-        new_weights.append(keep[..., -1:, :] * weight + carried[..., -1:, :] * surprise - written)
-        new_momentum.append(
-            chunk.momentum[:, :, layer, -1, None, None] * surprise
-            - (h * remembered.unsqueeze(-1)).transpose(-1, -2) @ delta
-        )
-    return finish(network, chunk.queries, x), new_weights, new_momentum
+def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor) -> Gates:
+    """From gates (L, g, N, b); the one part of the dual form that autograd differentiates."""
+    part = coefficients(eta, alpha)
+    writes = part.writes * theta.unsqueeze(-2)
+    nothing = torch.zeros_like(part.keep[..., -1])
+    end = torch.stack([part.keep[..., -1], part.carried[..., -1], nothing, part.momentum[..., -1]], -1)
+    return Gates(
+        torch.stack([part.keep, part.carried], -1),
+        end.unflatten(-1, (2, 2)),
+        writes,
+        torch.stack([writes[..., -1, :], part.decay[..., -1, :] * theta], -1),
+        load_mass(theta, eta),
+    )
 
 
-def _loads(chunk: _Chunk, inputs: list[Tensor], deltas: list[Tensor], output_error: Tensor) -> tuple[Tensor, Tensor]:
-    """For every token what it adds to the step bound's load and the load, both (B, H, b)."""
-    own, load = torch.zeros_like(output_error[..., 0]), torch.zeros_like(output_error[..., 0])
-    for layer, (h, delta) in enumerate(zip(inputs, deltas, strict=True)):
-        reach = gain(delta, output_error)
-        moved = chunk.mass[:, :, layer] * reach
-        similarity = (h @ h.transpose(-1, -2)).abs().tril()
-        load = load + 2.0 * reach * (similarity @ moved.unsqueeze(-1)).squeeze(-1)
-        own = own + 2.0 * reach * similarity.diagonal(dim1=-2, dim2=-1) * moved
-    return own, load
+class Path:
+    """The states of one matrix along a group, in the shapes that the loop needs; views of two tensors.
+
+    Attributes:
+        before: The states that the chunks began with, (g, N, 2 d_in, d_out).
+        states: Those and the state after the last chunk, g + 1 of (N, 2 d_in, d_out).
+        weights: Their weights, (N, d_in, d_out).
+        pairs: Weights and momentum flat, (N, 2, d_in * d_out).
+    """
+
+    def __init__(self, start: Tensor, chunks: int) -> None:
+        if chunks == 1:
+            self.before = start.unsqueeze(0)
+        else:
+            self.before = start.new_empty(chunks, *start.shape)
+            self.before[0] = start
+        self.states = [*self.before.unbind(0), torch.empty_like(start)]
+        self.weights = [state[:, : start.shape[1] // 2] for state in self.states]
+        self.pairs = [state.view(start.shape[0], 2, -1) for state in self.states]
+
+    def matrices(self, chunk: int) -> Tensor:
+        """Weights and momentum before a chunk, (N, 2, d_in, d_out)."""
+        return self.states[chunk].unflatten(1, (2, -1))
+
+
+@dataclass
+class Walked:
+    """A group after its states are known; what every chunk has alike is (g N, ...), chunk after chunk.
+
+    Attributes:
+        paths: The states, by matrix.
+        trace: Forward pass of the keys.
+        error: Error of its answer, (g N, b, D).
+        errors: Its back-propagation.
+        loads: The load of each chunk on which the step bound acts and the reach it comes from, None for others; empty
+            where it was left out.
+        scale: The step bound's factor on theta, (g N, b); None where it is 1.
+        mean_squares: Of weights and momentum after each chunk, before they came into the ball, (g, L, N, 2); None
+            where that was left out.
+    """
+
+    paths: list[Path]
+    trace: Trace
+    error: Tensor
+    errors: Errors
+    loads: list[tuple[Load, Errors] | None] = field(default_factory=list)
+    scale: Tensor | None = None
+    mean_squares: Tensor | None = None
+
+
+class Bounds(NamedTuple):
+    """Which bounds are worked out while walking. One that would change nothing may be left out."""
+
+    step: bool = False
+    ball: bool = False
+
+
+def bounds_met(network: Network, walked: Walked, gates: Gates, closed: bool, bounds: Bounds) -> Bounds:
+    """The bounds that a group has met, beside those it was walked with.
+
+    To look at all chunks at once is much cheaper than at each in turn, and most groups meet none. Nothing is missed:
+    up to the first chunk at which a bound acts, the walk without bounds is the true one.
+    """
+    # Past that chunk anything may have come, also NaN, which a maximum would let through.
+    step, ball = bounds
+    if not step:
+        before = [path.before.flatten(0, 1) for path in walked.paths]
+        weights = [state[:, : state.shape[1] // 2] for state in before]
+        all_chunks = network.for_chunks(len(walked.paths[0].before))
+        reaching = reach(all_chunks, weights, walked.trace, walked.error, walked.errors)
+        load = chunk_load(walked.trace.inputs, reaching.deltas, walked.error, gates.mass.flatten(1, 2))
+        step = bool((load.total > FREE_LOAD).any())
+    if closed and not ball:
+        ball = any(_leaves_ball(x) for path in walked.paths for x in (path.before, path.states[-1]))
+    return Bounds(step, ball)
+
+
+def _leaves_ball(states: Tensor) -> bool:
+    """Whether weights or momentum in states (..., 2 d_in, d_out) are too large."""
+    matrices = states.unflatten(-2, (2, -1)).flatten(-2)
+    rms = torch.linalg.vector_norm(matrices, dim=-1) / math.sqrt(matrices.shape[-1])
+    return bool((rms > STATE_RMS_LIMIT).any())
+
+
+def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], closed: bool, bounds: Bounds) -> Walked:
+    """Go through a group's chunks, each from the state that the one before has left.
+
+    Args:
+        network: With scale and shift for N memories.
+        tokens: The group's.
+        gates: The group's.
+        start: L states before the first chunk.
+        closed: Whether the chunks are whole; after one that is still open there is no state ball.
+        bounds: Those that are worked out.
+    """
+    chunks = len(tokens.keys)
+    paths = [Path(state, chunks) for state in start]
+    write, end = (_by_matrix_and_chunk(x) for x in (gates.write.unsqueeze(-1), gates.end))
+    steps: list[tuple[Trace, Tensor, Errors]] = []
+    loads: list[tuple[Load, Errors] | None] = []
+    scales, mean_squares = [], []
+    for c, (keys, values) in enumerate(zip(tokens.keys.unbind(0), tokens.values.unbind(0), strict=True)):
+        weights = [path.weights[c] for path in paths]
+        trace = forward(network, weights, keys)
+        error = (answer(network, keys, trace.normed.value) - values).mul_(2.0)
+        errors = back_propagate(network, weights, trace, error)
+        steps.append((trace, error, errors))
+        shares = [share[c] for share in write]
+        if bounds.step:
+            reaching = reach(network, weights, trace, error, errors)
+            load = chunk_load(trace.inputs, reaching.deltas, error, gates.mass[:, c])
+            acts = _may_pass(load.total, FREE_LOAD)
+            loads.append((load, reaching) if acts else None)
+            scales.append(step_scale(load.own, load.total) if acts else torch.ones_like(load.own))
+            shares = [share * scales[-1][..., None, None] for share in shares] if acts else shares
+        for path, mix, share, h, delta in zip(paths, end, shares, trace.inputs, errors.deltas, strict=True):
+            after = path.states[c + 1]
+            torch.bmm(mix[c], path.pairs[c], out=path.pairs[c + 1])
+            after.baddbmm_((h.unsqueeze(2) * share).flatten(2).transpose(1, 2), delta, alpha=-1)
+        if bounds.ball and closed:
+            mean_squares.append(torch.stack([path.pairs[c + 1].square().mean(-1) for path in paths]))
+            if _may_pass(mean_squares[-1], STATE_RMS_LIMIT**2):
+                for path in paths:
+                    path.matrices(c + 1).copy_(into_ball(path.matrices(c + 1)))
+    walked = Walked(paths, *_in_one(steps))
+    walked.loads = loads
+    walked.scale = torch.cat(scales) if any(load is not None for load in loads) else None
+    walked.mean_squares = torch.stack(mean_squares) if mean_squares else None
+    return walked
+
+
+class Reads(NamedTuple):
+    """The queries' way through a group's memories; (g N, ...) like Walked.
+
+    Attributes:
+        answers: (g, N, b, D).
+        inputs: For each matrix its input x, (g N, b, d_in).
+        similarities: For each matrix the products x_t . h_j, (g N, b, b).
+        attended: Those times G with the bound's scale.
+        shared: For each matrix x as it meets weights and momentum, (g N, b, 2 d_in).
+        hidden: For each matrix but the last its output, (g N, b, d_out).
+        normed: LayerNorm of the last output.
+    """
+
+    answers: Tensor
+    inputs: list[Tensor]
+    similarities: list[Tensor]
+    attended: list[Tensor]
+    shared: list[Tensor]
+    hidden: list[Tensor]
+    normed: Normed
+
+
+def read(network: Network, tokens: Tokens, gates: Gates, walked: Walked) -> Reads:
+    """What the queries of a walked group read, each from the state that its own token has left."""
+    x = z = tokens.queries.flatten(0, 1)
+    inputs, similarities, attended, shared, hidden = [], [], [], [], []
+    for layer, path in enumerate(walked.paths):
+        if layer:
+            hidden.append(z)
+            x = F.gelu(z)
+        inputs.append(x)
+        similarities.append(torch.bmm(x, walked.trace.inputs[layer].transpose(1, 2)))
+        attended.append(similarities[-1] * bounded_writes(gates, walked, layer))
+        shared.append((x.unsqueeze(2) * gates.read[layer].flatten(0, 1).unsqueeze(-1)).flatten(2))
+        z = torch.bmm(shared[-1], path.before.flatten(0, 1))
+        z.baddbmm_(attended[-1], walked.errors.deltas[layer], alpha=-1)
+    normed = normalise(network, z)
+    answers = answer(network, tokens.queries, normed.value.view_as(tokens.queries))
+    return Reads(answers, inputs, similarities, attended, shared, hidden, normed)
+
+
+def bounded_writes(gates: Gates, walked: Walked, layer: int) -> Tensor:
+    """G of one matrix with the step bound's scale, (g N, b, b)."""
+    writes = gates.writes[layer].flatten(0, 1)
+    return writes if walked.scale is None else writes * walked.scale.unsqueeze(-2)
+
+
+def _may_pass(x: Tensor, limit: float) -> bool:
+    """Whether x may be above limit somewhere; a GPU would stall for the answer, so there it always may."""
+    return x.is_cuda or bool((x > limit).any())
+
+
+def _by_matrix_and_chunk(x: Tensor) -> list[list[Tensor]]:
+    """(L, g, ...) as lists: taking a slice in every step of the loop costs as much as a product."""
+    return [list(matrix.unbind(0)) for matrix in x.unbind(0)]
+
+
+def _in_one(steps: list[tuple[Trace, Tensor, Errors]]) -> tuple[Trace, Tensor, Errors]:
+    """What the chunks of a group have found, chunk after chunk in the first axis."""
+    if len(steps) == 1:
+        return steps[0]
+    traces, errors, propagated = zip(*steps, strict=True)
+
+    def columns(rows: list[list[Tensor]]) -> list[Tensor]:
+        return [torch.cat(column) for column in zip(*rows, strict=True)]
+
+    normed = Normed(*columns([list(trace.normed) for trace in traces]))
+    trace = Trace(columns([t.inputs for t in traces]), columns([t.hidden for t in traces]), normed)
+    found = Errors(columns([e.arriving for e in propagated]), columns([e.deltas for e in propagated]))
+    return trace, torch.cat(errors), found

@@ -5,8 +5,10 @@ alone; a GELU stands between matrices. Weights are (..., d_in, d_out) and act as
 token at one matrix is the outer product of that matrix's input h and of the error delta at its output.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ class Network:
 
     Attributes:
         residual_norm: Add the input to the layer-normed output of the MLP.
-        norm_weight: (H, D) scale of the LayerNorm, an outer parameter; None is 1.
+        norm_weight: (H, D) scale of the LayerNorm, an outer parameter; None is 1. See `for_memories`.
         norm_bias: (H, D) shift of the LayerNorm; None is 0.
     """
 
@@ -29,61 +31,127 @@ class Network:
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
 
+    def for_memories(self, batch: int) -> "Network":
+        """The same with scale and shift (N, 1, D) for N = batch * H memories in one axis."""
+        weight, bias = (
+            None if x is None else x.expand(batch, *x.shape).flatten(0, 1).unsqueeze(1)
+            for x in (self.norm_weight, self.norm_bias)
+        )
+        return Network(self.residual_norm, weight, bias)
+
+    def for_chunks(self, chunks: int) -> "Network":
+        """From scale and shift for N memories those for the same memories in g chunks, (g N, 1, D)."""
+        weight, bias = (None if x is None else x.repeat(chunks, 1, 1) for x in (self.norm_weight, self.norm_bias))
+        return Network(self.residual_norm, weight, bias)
+
 
 @dataclass
 class Trace:
-    """One forward pass, kept for the back-propagation of its error.
+    """One forward pass of N memories, kept for the back-propagation of its error.
 
     Attributes:
-        inputs: For each matrix its input h, (B, H, C, d_in).
-        hidden: For each matrix but the last its output before the GELU, (B, H, C, d_out).
-        normed: LayerNorm's output before scale and shift, (B, H, C, D); None for a plain network.
-        inverse_std: (B, H, C, 1); None for a plain network.
-        output: M(x), (B, H, C, D).
+        inputs: For each matrix its input h, (N, b, d_in).
+        hidden: For each matrix but the last its output before the GELU, (N, b, d_out).
+        normed: LayerNorm of the last matrix' output.
     """
 
     inputs: list[Tensor]
     hidden: list[Tensor]
-    normed: Tensor | None
-    inverse_std: Tensor | None
-    output: Tensor
+    normed: "Normed"
+
+
+class Normed(NamedTuple):
+    """The MLP's output (N, b, D) and what LayerNorm makes of it; for a plain network nothing is made.
+
+    Attributes:
+        raw: The MLP's output.
+        value: LayerNorm's output before scale and shift.
+        mean: (N, b, 1).
+        inverse_std: (N, b, 1).
+    """
+
+    raw: Tensor
+    value: Tensor
+    mean: Tensor
+    inverse_std: Tensor
+
+    def gradient(self, value_gradient: Tensor) -> Tensor:
+        """Gradient at raw for one at value. As a map it is its own transpose."""
+        return torch.ops.aten.native_layer_norm_backward(
+            value_gradient, self.raw, self.raw.shape[-1:], self.mean, self.inverse_std, None, None, [True, False, False]
+        )[0]
+
+
+class Errors(NamedTuple):
+    """What back-propagation finds, by matrix.
+
+    Attributes:
+        arriving: For each matrix but the last the error behind its GELU, (N, b, d_out).
+        deltas: For each matrix the error at its output, (N, b, d_out).
+    """
+
+    arriving: list[Tensor]
+    deltas: list[Tensor]
 
 
 def forward(network: Network, weights: list[Tensor], x: Tensor) -> Trace:
-    """M(x) for x (B, H, C, D) and weights of (B, H, d_in, d_out)."""
+    """The MLP and its LayerNorm for x (N, b, D) and weights of (N, d_in, d_out)."""
     inputs, hidden = [x], []
     for weight in weights[:-1]:
-        hidden.append(inputs[-1] @ weight)
+        hidden.append(torch.bmm(inputs[-1], weight))
         inputs.append(F.gelu(hidden[-1]))
-    output = inputs[-1] @ weights[-1]
+    return Trace(inputs, hidden, normalise(network, torch.bmm(inputs[-1], weights[-1])))
+
+
+def normalise(network: Network, raw: Tensor) -> Normed:
+    """LayerNorm without scale and shift of the MLP's output (N, b, D); a plain network's output stays as it is."""
     if not network.residual_norm:
-        return Trace(inputs, hidden, None, None, output)
-    normed, inverse_std = _normalise(output)
-    return Trace(inputs, hidden, normed, inverse_std, x + _scale_and_shift(network, normed))
+        return Normed(raw, raw, raw, raw)
+    return Normed(raw, *torch.native_layer_norm(raw, raw.shape[-1:], None, None, LAYER_NORM_EPS))
 
 
-def finish(network: Network, x: Tensor, mlp_output: Tensor) -> Tensor:
-    """M(x) from the MLP's output, both (B, H, C, D)."""
+def answer(network: Network, x: Tensor, normed: Tensor) -> Tensor:
+    """M(x) from its normalised MLP output; scale and shift broadcast against both."""
     if not network.residual_norm:
-        return mlp_output
-    return x + _scale_and_shift(network, _normalise(mlp_output)[0])
+        return normed
+    if network.norm_weight is not None:
+        normed = normed * network.norm_weight
+    return x + normed if network.norm_bias is None else x + network.norm_bias + normed
 
 
-def back_propagate(network: Network, weights: list[Tensor], trace: Trace, output_error: Tensor) -> list[Tensor]:
-    """Errors delta at the output of each matrix, (B, H, C, d_out), for the error (B, H, C, D) of M(x)."""
-    delta = output_error
-    if network.residual_norm:
-        assert trace.normed is not None
-        assert trace.inverse_std is not None
-        if network.norm_weight is not None:
-            delta = delta * network.norm_weight.unsqueeze(-2)
-        along_normed = (delta * trace.normed).mean(-1, keepdim=True)
-        delta = trace.inverse_std * (delta - delta.mean(-1, keepdim=True) - trace.normed * along_normed)
-    deltas = [delta]
-    for weight, z in zip(weights[:0:-1], trace.hidden[::-1], strict=True):
-        delta = (delta @ weight.transpose(-1, -2)) * _gelu_derivative(z)
-        deltas.append(delta)
-    return deltas[::-1]
+def back_propagate(network: Network, weights: list[Tensor], trace: Trace, error: Tensor) -> Errors:
+    """Errors at the output of each matrix for the error (N, b, D) of M(x); scale is (N, 1, D)."""
+    if not network.residual_norm:
+        return _through_matrices(weights, trace.hidden, error)
+    return _through_matrices(weights, trace.hidden, trace.normed.gradient(scaled(network, error)))
+
+
+def reach(network: Network, weights: list[Tensor], trace: Trace, error: Tensor, errors: Errors) -> Errors:
+    """What back_propagate finds when LayerNorm only scales: how far the network carries an error of any direction.
+
+    LayerNorm's derivative removes two directions, among them that of its own output. Just there the error points once
+    an answer is as good as LayerNorm lets it be, and then what back_propagate finds says nothing about the others.
+
+    Args:
+        network: As for back_propagate, like weights, trace and error.
+        errors: What back_propagate has found; a plain network's reach is the same.
+    """
+    if not network.residual_norm:
+        return errors
+    return _through_matrices(weights, trace.hidden, trace.normed.inverse_std * scaled(network, error))
+
+
+def scaled(network: Network, x: Tensor) -> Tensor:
+    """x times LayerNorm's scale."""
+    return x if network.norm_weight is None else x * network.norm_weight
+
+
+def _through_matrices(weights: list[Tensor], hidden: list[Tensor], delta: Tensor) -> Errors:
+    arriving, deltas = [], [delta]
+    for weight, z in zip(weights[:0:-1], hidden[::-1], strict=True):
+        arriving.append(torch.bmm(deltas[-1], weight.transpose(1, 2)))
+        deltas.append(gelu_gradient(arriving[-1], z))
+    return Errors(arriving[::-1], deltas[::-1])
 
 
 def initial_weights(
@@ -97,7 +165,7 @@ def initial_weights(
     starts empty.
     """
     weights = []
-    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+    for d_in, d_out in itertools.pairwise(widths):
         if residual_norm:
             std = 1.0
         elif len(widths) == 2:
@@ -108,22 +176,12 @@ def initial_weights(
     return weights
 
 
-def _normalise(x: Tensor) -> tuple[Tensor, Tensor]:
-    centred = x - x.mean(-1, keepdim=True)
-    inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
-    return centred * inverse_std, inverse_std
+def gelu_gradient(gradient: Tensor, z: Tensor) -> Tensor:
+    """Gradient before the exact GELU, at z, for one behind it."""
+    return torch.ops.aten.gelu_backward(gradient, z)
 
 
-def _scale_and_shift(network: Network, normed: Tensor) -> Tensor:
-    if network.norm_weight is not None:
-        normed = normed * network.norm_weight.unsqueeze(-2)
-    if network.norm_bias is not None:
-        normed = normed + network.norm_bias.unsqueeze(-2)
-    return normed
-
-
-def _gelu_derivative(z: Tensor) -> Tensor:
-    """Derivative of the exact GELU: Phi(z) + z phi(z)."""
-    cumulative = 0.5 * (1.0 + torch.erf(z * math.sqrt(0.5)))
-    density = torch.exp(-0.5 * z.square()) * (1.0 / math.sqrt(2.0 * math.pi))
-    return cumulative + z * density
+def gelu_second_derivative(z: Tensor) -> Tensor:
+    """(2 - z^2) phi(z), phi the density of the normal distribution."""
+    square = z.square()
+    return (2.0 - square) * torch.exp(-0.5 * square) * (1.0 / math.sqrt(2.0 * math.pi))

@@ -96,13 +96,23 @@ def _inner_gradient(network: Network, weights: list[Tensor], key: Tensor, value:
         weights = [w.view_as(w) if differentiable and w.requires_grad else w.detach().requires_grad_() for w in weights]
         answer, inputs, outputs = _memory(network, weights, key)
         error = answer - value
-        wanted = [*weights, *outputs]
-        found = torch.autograd.grad(error.square().sum(), wanted, create_graph=differentiable)
-        gains = [gain(delta, 2.0 * error) for delta in found[len(weights) :]]
-    token = _Token(list(found[: len(weights)]), inputs, gains, [])
+        gradients = torch.autograd.grad(error.square().sum(), weights, create_graph=differentiable, retain_graph=True)
+        # The gains look at the network without LayerNorm's projection; see network.reach.
+        sent = 2.0 * error * _layer_norm_scale(network, outputs[-1])
+        reached = torch.autograd.grad(outputs[-1], outputs, sent, create_graph=differentiable)
+        gains = [gain(delta, 2.0 * error) for delta in reached]
+    token = _Token(list(gradients), inputs, gains, [])
     if not differentiable:
         token.inputs, token.gains = [h.detach() for h in inputs], [g.detach() for g in gains]
     return token
+
+
+def _layer_norm_scale(network: Network, mlp_output: Tensor) -> Tensor:
+    """What LayerNorm multiplies its centred input by, scale included; 1 for a plain network."""
+    if not network.residual_norm:
+        return torch.ones_like(mlp_output)
+    scale = (mlp_output.var(-1, unbiased=False, keepdim=True) + LAYER_NORM_EPS).rsqrt()
+    return scale.expand_as(mlp_output) if network.norm_weight is None else scale * network.norm_weight
 
 
 def _load(chunk: list[_Token]) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .chunked import chunked_scan
-from .network import Network, forward
+from .checkpointed import chunked_scan
+from .network import Network, answer, forward
 from .recurrence import recurrent_scan
 from .state import MemoryState, OpenChunk
 
@@ -91,8 +91,12 @@ def memory_read(
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
-    answer = forward(net, [w.to(dtype) for w in weights], queries.to(dtype).transpose(1, 2)).output
-    return answer.transpose(1, 2).to(queries.dtype)
+    batch, _, heads, _ = queries.shape
+    rows = net.for_memories(batch)
+    flat = [w.to(dtype).expand(batch, *w.shape[-3:]).flatten(0, 1) for w in weights]
+    x = queries.to(dtype).transpose(1, 2).flatten(0, 1)
+    reads = answer(rows, x, forward(rows, flat, x).normed.value)
+    return reads.unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
 
 
 def _scan_pieces(
@@ -117,9 +121,9 @@ def _scan_pieces(
     end = MemoryState(weights, momentum)
     rest = [x[:, whole:] for x in tokens]
     if rest[0].shape[1]:
-        read, *after = scan(network, *rest, weights, momentum, chunk_size)
+        read, new_weights, new_momentum = scan(network, *rest, weights, momentum, chunk_size)
         reads.append(read)
-        end = MemoryState(*after, OpenChunk(weights, momentum, *rest[1:]))
+        end = MemoryState(new_weights, new_momentum, OpenChunk(weights, momentum, *rest[1:]))
     return torch.cat(reads, 1)[:, opened:], end
 
 
@@ -167,7 +171,9 @@ def _check_shapes(
     batch, length, heads, width = queries.shape
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.shape != queries.shape:
-            raise ValueError(f"{name} have shape {tuple(tensor.shape)}, the queries {tuple(queries.shape)}; make them equal")
+            raise ValueError(
+                f"{name} have shape {tuple(tensor.shape)}, the queries {tuple(queries.shape)}; make them equal"
+            )
     wanted = (batch, length, heads, len(weights))
     for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
         if gate.shape != wanted:
@@ -178,6 +184,7 @@ def _check_shapes(
         if weight.dim() != 3 or weight.shape[:2] != (heads, d_in) or (last and weight.shape[2] != width):
             end = width if last else "any width"
             raise ValueError(
-                f"weights[{layer}] has shape {tuple(weight.shape)}; it must be (H, d_in, d_out) = ({heads}, {d_in}, {end})"
+                f"weights[{layer}] has shape {tuple(weight.shape)}; "
+                f"it must be (H, d_in, d_out) = ({heads}, {d_in}, {end})"
             )
         d_in = weight.shape[2]

@@ -10,10 +10,13 @@ Two parts, both of the rule itself (the oracle has them too), both inactive, bit
   STATE_RMS_LIMIT, which bounds the state under gates for which the rule itself has no fixed point.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 STATE_RMS_LIMIT = 16.0
+FREE_LOAD = 0.5  # up to here steps stay as they are; step_scale says the same in numbers
 _SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must give a large load, not an infinite one
 _TINY = 1e-20
 
@@ -24,8 +27,55 @@ def step_mass(theta: Tensor, eta: Tensor) -> Tensor:
 
 
 def gain(delta: Tensor, output_error: Tensor) -> Tensor:
-    """Growth of the output's error on its way back to one matrix, |delta| / |output error|, over the last axis."""
+    """Growth of the output's error on its way back to one matrix, |delta| / |output error|, over the last axis.
+
+    The delta is that of network.reach, which leaves out what LayerNorm's derivative removes.
+    """
     return ((delta.square().sum(-1) + _TINY) / (output_error.square().sum(-1) + _TINY)).sqrt()
+
+
+class Load(NamedTuple):
+    """The load of every token of a chunk and what it is made of; L matrices, N memories, b tokens.
+
+    Attributes:
+        own: What the token itself adds, (N, b).
+        total: The load, (N, b).
+        gains: (L, N, b).
+        error_square: Squared length of the output's error, (N, b).
+        overlaps: Dot products of the matrices' inputs, (L, N, b, b).
+    """
+
+    own: Tensor
+    total: Tensor
+    gains: Tensor
+    error_square: Tensor
+    overlaps: Tensor
+
+
+def load_mass(theta: Tensor, eta: Tensor) -> Tensor:
+    """What token j's step weighs in token t's load, (..., b, b), lower triangular, for gates (..., b)."""
+    mass = 2.0 * step_mass(theta, eta)
+    return mass.unsqueeze(-2).expand(*mass.shape, mass.shape[-1]).tril()
+
+
+def chunk_load(inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: Tensor) -> Load:
+    """Load of a chunk's tokens.
+
+    Args:
+        inputs: L inputs of the matrices, (N, b, d_in).
+        deltas: L errors at their outputs by network.reach, (N, b, d_out).
+        error: Error of the output, (N, b, D).
+        mass: load_mass of the tokens, (L, N, b, b).
+    """
+    error_square = error.square().sum(-1).add_(_TINY)
+    gain_squares = torch.stack([torch.linalg.vector_norm(delta, dim=-1) for delta in deltas])
+    gain_squares = gain_squares.square_().add_(_TINY).div_(error_square)
+    gains = gain_squares.sqrt()
+    overlaps = torch.stack([torch.bmm(h, h.transpose(1, 2)) for h in inputs])
+    terms = overlaps.abs().mul_(mass)
+    pull = torch.bmm(terms.flatten(0, 1), gains.flatten(0, 1).unsqueeze(-1)).view_as(gains)
+    own = (terms.diagonal(dim1=-2, dim2=-1) * gain_squares).sum(0)
+    return Load(own, pull.mul_(gains).sum(0), gains, error_square, overlaps)
 
 
 def step_scale(own: Tensor, load: Tensor) -> Tensor:
@@ -41,6 +91,55 @@ def step_scale(own: Tensor, load: Tensor) -> Tensor:
     part = (0.5 - before).clamp_min(0.0) + (load - 0.5).clamp_min(0.0) * (0.5 / load.clamp_min(0.5))
     across = part / own.masked_fill(~(low & high), 1.0)
     return torch.where(low, torch.where(high, across, 1.0), beyond)
+
+
+def step_scale_gradient(own: Tensor, load: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients at own and load for one at step_scale(own, load)."""
+    from_half = (load - own).clamp_min(FREE_LOAD)
+    # The derivatives of the quotient cancel for a token that adds little; written with `beyond`, the share of own that
+    # lies above 1/2, they do not.
+    beyond = torch.where(load - own >= FREE_LOAD, 1.0, (load - FREE_LOAD) / own.clamp_min(_TINY))
+    gradient = torch.where(load > FREE_LOAD, gradient / (2.0 * from_half * load).square(), 0.0)
+    return gradient * beyond.square() * load, -gradient * beyond * (load + from_half)
+
+
+class LoadGradient(NamedTuple):
+    """Gradients at the arguments of chunk_load."""
+
+    inputs: list[Tensor]
+    deltas: list[Tensor]
+    error: Tensor
+    mass: Tensor
+
+
+def load_gradient(
+    load: Load,
+    inputs: list[Tensor],
+    deltas: list[Tensor],
+    error: Tensor,
+    mass: Tensor,
+    of_own: Tensor,
+    of_total: Tensor,
+) -> LoadGradient:
+    """Gradients at the arguments of chunk_load for those at load.own and load.total, (N, b)."""
+    size = load.overlaps.abs()
+    # load_t = sum_j gain_t gain_j mass_tj size_tj and own_t is its term j = t, so both share one b x b gradient.
+    of_terms = of_total.unsqueeze(-1) + torch.diag_embed(of_own)
+    moved = of_terms * size * mass
+    of_gains = (moved @ load.gains.unsqueeze(-1)).squeeze(-1)
+    of_gains += (moved.transpose(-1, -2) @ load.gains.unsqueeze(-1)).squeeze(-1)
+    of_terms = of_terms * load.gains.unsqueeze(-1) * load.gains.unsqueeze(-2)
+    of_overlaps = of_terms * mass * load.overlaps.sign()
+    of_overlaps = of_overlaps + of_overlaps.transpose(-1, -2)
+    # gain^2 = |delta|^2 / |error|^2
+    along_deltas = of_gains / (load.gains * load.error_square)
+    along_error = (of_gains * load.gains).sum(0) / load.error_square
+    return LoadGradient(
+        [torch.bmm(of, h) for of, h in zip(of_overlaps.unbind(0), inputs, strict=True)],
+        [delta * along.unsqueeze(-1) for delta, along in zip(deltas, along_deltas.unbind(0), strict=True)],
+        -error * along_error.unsqueeze(-1),
+        of_terms * size,
+    )
 
 
 def into_ball(matrix: Tensor) -> Tensor:

@@ -1,0 +1,227 @@
+"""The dual form's gradient by hand: back through the reads of a group at once, then chunk by chunk through its states.
+
+With D the gradient at a state after a chunk (weights' above momentum's), what the update gives to its factors is two
+products with D; they are added to what the reads have given. From there network_gradient.py goes on to the weights the
+chunk began with. Letters as in chunked.py; `of_x` is the gradient at x.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunked import Gates, Reads, Tokens, Walked, bounded_writes
+from .network import Errors, Network, gelu_gradient
+from .network_gradient import InnerGradient, ReachGradient, by_chunk
+from .stability import STATE_RMS_LIMIT, Load, load_gradient, step_scale_gradient
+
+
+class GroupGradient(NamedTuple):
+    """Gradients at what a group was made of.
+
+    Attributes:
+        tokens: At queries, keys and values.
+        gates: At the fields of Gates, None where no gradient arrives.
+        norm: At scale and shift of the LayerNorm, (N, 1, D), or nothing.
+        start: At the L states before the first chunk.
+    """
+
+    tokens: Tokens
+    gates: tuple[Tensor | None, ...]
+    norm: tuple[Tensor, ...]
+    start: list[Tensor]
+
+
+def group_gradient(
+    network: Network,
+    tokens: Tokens,
+    gates: Gates,
+    walked: Walked,
+    reads: Reads,
+    of_answers: Tensor,
+    of_end: list[Tensor],
+) -> GroupGradient:
+    """Back through a group of chunks.
+
+    Args:
+        network: As for chunked.walk, like tokens and gates.
+        walked: What chunked.walk has found.
+        reads: What chunked.read has found.
+        of_answers: Gradient at reads.answers, (g, N, b, D).
+        of_end: L gradients at the states after the last chunk.
+    """
+    of_reads = _back_through_reads(network, gates, walked, reads, of_answers)
+    chain = _Chain(network, gates, walked, reads, of_reads)
+    of_state = [x.contiguous() for x in of_end]
+    for chunk in reversed(range(len(tokens.keys))):
+        of_state = chain.step(chunk, of_state)
+    of_key_answers = chain.inner.of_answers()
+    of_queries, of_keys = of_reads.queries.view_as(tokens.queries), of_reads.inputs[0].view_as(tokens.keys)
+    norm: tuple[Tensor, ...] = ()
+    if network.residual_norm:
+        of_queries, of_keys = of_queries + of_answers, of_keys + of_key_answers
+        of_scale = (of_answers * reads.normed.value.view_as(of_answers)).sum((0, 2)).unsqueeze(1)
+        of_shift = of_answers.sum((0, 2)).unsqueeze(1)
+        norm = tuple(a + b for a, b in zip(chain.inner.of_norm(of_key_answers), (of_scale, of_shift), strict=True))
+    return GroupGradient(Tokens(of_queries, of_keys, -of_key_answers), chain.of_gates(), norm, of_state)
+
+
+class _ReadGradient(NamedTuple):
+    """Gradients from the reads alone, (g N, ...), lists by matrix.
+
+    Attributes:
+        queries: Without what goes past the MLP.
+        inputs: At the keys' inputs of the matrices.
+        deltas: At the keys' deltas.
+        outputs: At the queries' outputs of the matrices.
+        writes: At G with the bound's scale.
+        read: At gates.read.
+    """
+
+    queries: Tensor
+    inputs: list[Tensor]
+    deltas: list[Tensor]
+    outputs: list[Tensor]
+    writes: list[Tensor]
+    read: list[Tensor]
+
+
+def _back_through_reads(
+    network: Network, gates: Gates, walked: Walked, reads: Reads, of_answers: Tensor
+) -> _ReadGradient:
+    of_z = (of_answers if network.norm_weight is None else of_answers * network.norm_weight).flatten(0, 1)
+    if network.residual_norm:
+        of_z = reads.normed.gradient(of_z)
+    found = []
+    for layer in reversed(range(len(walked.paths))):
+        x, h, delta = reads.inputs[layer], walked.trace.inputs[layer], walked.errors.deltas[layer]
+        of_delta = torch.bmm(reads.attended[layer].transpose(1, 2), of_z).neg_()
+        of_attended = torch.bmm(of_z, delta.transpose(1, 2)).neg_()
+        of_similarity = of_attended * bounded_writes(gates, walked, layer)
+        of_shared = torch.bmm(of_z, walked.paths[layer].before.flatten(0, 1).transpose(1, 2)).unflatten(2, (2, -1))
+        of_x = (of_shared * gates.read[layer].flatten(0, 1).unsqueeze(-1)).sum(2)
+        of_x.baddbmm_(of_similarity, h)
+        of_h = torch.bmm(of_similarity.transpose(1, 2), x)
+        of_read = (of_shared * x.unsqueeze(2)).sum(-1)
+        found.append((of_h, of_delta, of_z, of_attended.mul_(reads.similarities[layer]), of_read))
+        if layer:
+            of_z = gelu_gradient(of_x, reads.hidden[layer - 1])
+    return _ReadGradient(of_x, *(list(column) for column in zip(*reversed(found), strict=True)))
+
+
+class _Chain:
+    """The way back from state to state. The gradients in of_reads are added to in place, chunk by chunk."""
+
+    def __init__(self, network: Network, gates: Gates, walked: Walked, reads: Reads, of_reads: _ReadGradient) -> None:
+        chunks = gates.mass.shape[1]
+        self.gates, self.walked, self.of_reads, self.chunks = gates, walked, of_reads, chunks
+        trace, deltas = walked.trace, walked.errors.deltas
+        self.inner = InnerGradient(network, trace, walked.error, walked.errors, chunks)
+        shares = _bounded_shares(gates, walked)
+        written = [(h.unsqueeze(2) * share).flatten(2) for h, share in zip(trace.inputs, shares, strict=True)]
+        self.of_written = [torch.empty_like(x) for x in written]
+        self.of_end: list[list[Tensor]] = []
+        self.inputs, self.deltas = by_chunk(trace.inputs, chunks), by_chunk(deltas, chunks)
+        self.of_inputs, self.of_deltas = by_chunk(of_reads.inputs, chunks), by_chunk(of_reads.deltas, chunks)
+        self.written, self.of_written_by_chunk = by_chunk(written, chunks), by_chunk(self.of_written, chunks)
+        self.parts = [by_chunk([share[:, :, i] for share in shares], chunks) for i in (0, 1)]
+        of_parts = [[x.unflatten(2, (2, -1))[:, :, i] for x in self.of_written] for i in (0, 1)]
+        self.of_parts = [by_chunk(part, chunks) for part in of_parts]
+        self.query_shared, self.of_outputs = by_chunk(reads.shared, chunks), by_chunk(of_reads.outputs, chunks)
+        self.end = [list(matrix.unbind(0)) for matrix in gates.end.unbind(0)]
+        self._prepare_bounds()
+
+    def step(self, chunk: int, of_after: list[Tensor]) -> list[Tensor]:
+        """From the gradients at the states after a chunk to those at the states before it, both (N, 2 d_in, d_out)."""
+        of_after = self._through_ball(chunk, of_after)
+        of_inputs, of_deltas = ([x[chunk] for x in xs] for xs in (self.of_inputs, self.of_deltas))
+        for layer, of_state in enumerate(of_after):
+            of_deltas[layer].baddbmm_(self.written[layer][chunk], of_state, alpha=-1)
+            delta, of_written = self.deltas[layer][chunk], self.of_written_by_chunk[layer][chunk]
+            torch.bmm(delta, of_state.transpose(1, 2), out=of_written)
+            for part, of_part in zip(self.parts, self.of_parts, strict=True):
+                of_inputs[layer].addcmul_(of_part[layer][chunk], part[layer][chunk], value=-1)
+        load = self.walked.loads[chunk] if self.walked.loads else None
+        weights = [path.weights[chunk] for path in self.walked.paths]
+        bound = None if load is None else self._through_bound(chunk, *load, weights, of_inputs)
+        found = self.inner.step(chunk, weights, of_inputs, of_deltas, bound)
+        of_end, of_before = [], []
+        for layer, (path, of_state) in enumerate(zip(self.walked.paths, of_after, strict=True)):
+            pair = of_state.view_as(path.pairs[chunk])
+            of_end.append(torch.bmm(pair, path.pairs[chunk].transpose(1, 2)))
+            before = torch.bmm(self.end[layer][chunk].transpose(1, 2), pair).view_as(of_state)
+            before.baddbmm_(self.query_shared[layer][chunk].transpose(1, 2), self.of_outputs[layer][chunk])
+            of_weights = torch.bmm(self.inputs[layer][chunk].transpose(1, 2), found.outputs[layer])
+            if layer:
+                of_weights.baddbmm_(found.arriving[layer - 1].transpose(1, 2), self.deltas[layer][chunk])
+            if layer and bound is not None:
+                of_weights.baddbmm_(bound.arriving[layer - 1].transpose(1, 2), bound.reach.deltas[layer])
+            before[:, : before.shape[1] // 2] += of_weights  # baddbmm_ into half a tensor goes one memory at a time
+            of_before.append(before)
+        self.of_end.append(of_end)
+        return of_before
+
+    def of_gates(self) -> tuple[Tensor | None, ...]:
+        """Gradients at the fields of gates, once every chunk was stepped through; None where none arrives."""
+        gates = self.gates
+        of_end = torch.stack([torch.stack(chunks) for chunks in zip(*reversed(self.of_end), strict=True)])
+        of_read = torch.stack(self.of_reads.read)
+        of_writes = torch.stack(self.of_reads.writes)
+        parts = zip(self.of_written, self.walked.trace.inputs, strict=True)
+        of_write = torch.stack([-(of.unflatten(2, (2, -1)) * h.unsqueeze(2)).sum(-1) for of, h in parts])
+        if self.walked.scale is not None:
+            of_writes = of_writes * self.walked.scale.unsqueeze(-2)
+            of_write = of_write * self.walked.scale.unsqueeze(-1)
+        of_writes, of_write = of_writes.view_as(gates.writes), of_write.view_as(gates.write)
+        return of_read.view_as(gates.read), of_end, of_writes, of_write, self.of_mass
+
+    def _prepare_bounds(self) -> None:
+        self.of_mass: Tensor | None = None
+        if self.walked.scale is not None:
+            self.of_mass = torch.zeros_like(self.gates.mass)
+            of_writes = torch.stack(self.of_reads.writes)
+            of_scale = (of_writes * self.gates.writes.flatten(1, 2)).sum((0, -2))
+            self.of_scale, self.error = by_chunk([of_scale, self.walked.error], self.chunks)
+        if self.walked.mean_squares is not None:
+            self.ball_acts = (self.walked.mean_squares > STATE_RMS_LIMIT**2).flatten(1).any(1).tolist()
+
+    def _through_bound(
+        self, chunk: int, load: Load, reach: Errors, weights: list[Tensor], of_inputs: list[Tensor]
+    ) -> ReachGradient:
+        """Adds the step bound's part of the gradients at inputs, and finds what comes by way of the reach."""
+        inputs = [x[chunk] for x in self.inputs]
+        of_scale = self.of_scale[chunk].clone()
+        for layer, h in enumerate(inputs):
+            of_share = (self.of_written_by_chunk[layer][chunk].unflatten(2, (2, -1)) * h.unsqueeze(2)).sum(-1)
+            of_scale -= (of_share * self.gates.write[layer, chunk]).sum(-1)
+        of_own, of_load = step_scale_gradient(load.own, load.total, of_scale)
+        mass = self.gates.mass[:, chunk]
+        found = load_gradient(load, inputs, reach.deltas, self.error[chunk], mass, of_own, of_load)
+        for total, part in zip(of_inputs, found.inputs, strict=True):
+            total += part
+        assert self.of_mass is not None
+        self.of_mass[:, chunk] = found.mass
+        return self.inner.through_reach(chunk, weights, reach, found.deltas, found.error)
+
+    def _through_ball(self, chunk: int, of_after: list[Tensor]) -> list[Tensor]:
+        """Back through s U with s = limit / rms(U): s (D - (D . W) W / (limit^2 size)) with W = s U, where it acted."""
+        if self.walked.mean_squares is None or not self.ball_acts[chunk]:
+            return of_after
+        found = []
+        for path, of_state, mean_square in zip(
+            self.walked.paths, of_after, self.walked.mean_squares[chunk].unsqueeze(-1), strict=True
+        ):
+            state = path.pairs[chunk + 1]
+            pair = of_state.view_as(state)
+            along = (pair * state).mean(-1, keepdim=True) / STATE_RMS_LIMIT**2
+            inside = STATE_RMS_LIMIT * mean_square.rsqrt() * (pair - along * state)
+            found.append(torch.where(mean_square > STATE_RMS_LIMIT**2, inside, pair).view_as(of_state))
+        return found
+
+
+def _bounded_shares(gates: Gates, walked: Walked) -> Tensor:
+    """gates.write with the step bound's scale, (L, g N, b, 2, 1)."""
+    share = gates.write.flatten(1, 2)
+    if walked.scale is not None:
+        share = share * walked.scale.unsqueeze(-1)
+    return share.unsqueeze(-1)
