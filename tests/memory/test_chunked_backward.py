@@ -16,8 +16,8 @@ def largest_rms(matrices: list[torch.Tensor]) -> float:
     return max(float(x.detach().square().mean((-1, -2)).sqrt().max()) for x in matrices)
 
 
-def leaving_the_ball(length: int, network: str, depth: int = 2) -> Stream:
-    """A stream on which the ball acts: the first matrix begins outside it and is hardly forgotten."""
+def leaving_the_shell(length: int, network: str, depth: int = 2) -> Stream:
+    """A stream on which the shell acts: the first matrix begins outside it and is hardly forgotten."""
     stream = make_stream(length, depth, network, theta=0.002)
     stream.eta = 1.0 - 0.1 * (1.0 - stream.eta)
     stream.alpha = 0.01 * stream.alpha
@@ -58,8 +58,8 @@ def test_gradient_is_the_oracles_where_the_step_bound_acts(network: str, depth: 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("network", ["residual_norm", "plain"])
-def test_gradient_is_the_oracles_where_the_ball_acts(network: str, depth: int) -> None:
-    stream = leaving_the_ball(16, network, depth)
+def test_gradient_is_the_oracles_where_the_shell_acts(network: str, depth: int) -> None:
+    stream = leaving_the_shell(16, network, depth)
     ours, oracle = results(stream, "chunked", 8, [16]), results(stream, "oracle", 8, [16])
     assert abs(largest_rms(ours[1 : 1 + depth]) / STATE_RMS_LIMIT - 1.0) < 0.05
     assert largest_difference(ours, oracle) < 1e-10
@@ -85,11 +85,11 @@ def test_gradient_reaches_a_carried_state_and_comes_from_the_returned_one(networ
 
 
 @pytest.mark.parametrize("network", ["residual_norm", "plain"])
-def test_gradient_is_the_oracles_where_a_carried_momentum_comes_into_the_ball(network: str) -> None:
+def test_gradient_is_the_oracles_where_a_carried_momentum_comes_into_the_shell(network: str) -> None:
     def run(backend: str) -> list[torch.Tensor]:
-        stream = leaving_the_ball(4, network)
+        stream = leaving_the_shell(4, network)
         weights = [torch.stack([w, 0.5 * w]).requires_grad_() for w in stream.weights]
-        momentum = [(3.0 * STATE_RMS_LIMIT * torch.ones_like(w)).requires_grad_() for w in weights]
+        momentum = [(1.5 * STATE_RMS_LIMIT * torch.ones_like(w)).requires_grad_() for w in weights]
         leaves = [*stream.leaves()[:6], *weights, *momentum]
         state = MemoryState(weights, momentum)
         reads, end = memory_scan(
@@ -133,9 +133,9 @@ def test_gradient_without_scale_and_shift_is_the_oracles(network: str) -> None:
     [
         lambda: make_stream(7, 2, batch=1, heads=1, width=3, theta=2.0),
         lambda: make_stream(7, 3, "plain", batch=1, heads=2, width=2),
-        lambda: leaving_the_ball(6, "plain"),
+        lambda: leaving_the_shell(6, "plain"),
     ],
-    ids=["step bound", "depth 3", "ball"],
+    ids=["step bound", "depth 3", "shell"],
 )
 def test_gradient_is_the_derivative(make: Callable[[], Stream]) -> None:
     stream = make()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from titans_mcore.memory import MemoryState, memory_scan
 from titans_mcore.memory.network import initial_weights
-from titans_mcore.memory.stability import STATE_RMS_LIMIT, into_ball, step_scale
+from titans_mcore.memory.stability import STATE_RMS_LIMIT, into_shell, step_scale
 
 WIDTH = 8
 
@@ -111,7 +111,7 @@ def test_hostile_streams_stay_bounded_and_the_next_stream_is_learned(
     alpha=st.sampled_from([0.0, 1e-3, 0.5, 1.0]),
     scale=st.sampled_from([0.0, 1e-4, 1.0, 1e4]),
 )
-def test_no_stream_leaves_the_ball(
+def test_no_stream_leaves_the_shell(
     seed: int, chunk_size: int, depth: int, network: str, theta: float, eta: float, alpha: float, scale: float
 ) -> None:
     keys, values = pairs(128, 1 + seed % 9, seed)
@@ -133,12 +133,22 @@ def test_rounding_does_not_grow_with_the_sequence() -> None:
     assert (reads[0] - reads[1]).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_forgetting_never_empties_a_deep_memory(network: str) -> None:
+    keys, values = pairs(4_096, 4_096)
+    _, state = run(keys, values, (0.0, 0.5, 0.05), network=network, depth=2, chunk_size=16)
+    after, targets = pairs(2_048, 3, seed=1)
+    reads, _ = run(after, targets, (0.05, 0.5, 1e-3), network=network, depth=2, chunk_size=16, state=state)
+    start = (reads - targets)[:, :16].square().sum()
+    assert (reads - targets)[:, -16:].square().sum() < 0.3 * start
+
+
 def test_bound_leaves_ordinary_data_alone_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values = pairs(512, 512)
-    gates = (0.01, 0.5, 0.01)
+    gates = (0.01, 0.5, 0.001)
     reads, state = run(keys, values, gates, network="plain", depth=2, chunk_size=16)
     monkeypatch.setattr("titans_mcore.memory.chunked.step_scale", lambda own, load: torch.ones_like(load))
-    monkeypatch.setattr("titans_mcore.memory.chunked.into_ball", lambda matrix: matrix)
+    monkeypatch.setattr("titans_mcore.memory.chunked.into_shell", lambda matrix, smallest: matrix)
     unbounded, unbounded_state = run(keys, values, gates, network="plain", depth=2, chunk_size=16)
     assert torch.equal(reads, unbounded)
     assert all(torch.equal(a, b) for a, b in zip(state.weights, unbounded_state.weights, strict=True))
@@ -153,7 +163,7 @@ def test_allowed_steps_of_a_repeated_key_never_pass_the_target(own: list[float])
     assert (allowed <= steps).all()
 
 
-def test_ball_keeps_what_is_inside_and_the_direction_of_what_is_not() -> None:
+def test_shell_keeps_what_is_inside_and_the_direction_of_what_is_not() -> None:
     inside, outside = torch.randn(4, 4), 1e3 * torch.randn(4, 4)
-    assert torch.equal(into_ball(inside), inside)
-    torch.testing.assert_close(into_ball(outside) / into_ball(outside).norm(), outside / outside.norm())
+    assert torch.equal(into_shell(inside), inside)
+    torch.testing.assert_close(into_shell(outside) / into_shell(outside).norm(), outside / outside.norm())

@@ -12,7 +12,6 @@ Letters: L matrices, N = B H memories, g chunks of a group, b tokens of a chunk.
 through it by hand.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .coefficients import coefficients
-from .network import Errors, Network, Normed, Trace, answer, back_propagate, forward, normalise, reach
-from .stability import FREE_LOAD, STATE_RMS_LIMIT, Load, chunk_load, into_ball, load_mass, step_scale
+from .network import Errors, Network, Normed, Trace, answer, back_propagate, forward, normalise, reach, smallest_rms
+from .stability import FREE_LOAD, Load, chunk_load, into_shell, leaves_shell, load_mass, step_scale
 
 
 class Tokens(NamedTuple):
@@ -103,7 +102,7 @@ class Walked:
         loads: The load of each chunk on which the step bound acts and the reach it comes from, None for others; empty
             where it was left out.
         scale: The step bound's factor on theta, (g N, b); None where it is 1.
-        mean_squares: Of weights and momentum after each chunk, before they came into the ball, (g, L, N, 2); None
+        mean_squares: Of weights and momentum after each chunk, before they came into the shell, (g, L, N, 2); None
             where that was left out.
     """
 
@@ -120,7 +119,7 @@ class Bounds(NamedTuple):
     """Which bounds are worked out while walking. One that would change nothing may be left out."""
 
     step: bool = False
-    ball: bool = False
+    shell: bool = False
 
 
 def bounds_met(network: Network, walked: Walked, gates: Gates, closed: bool, bounds: Bounds) -> Bounds:
@@ -130,7 +129,7 @@ def bounds_met(network: Network, walked: Walked, gates: Gates, closed: bool, bou
     up to the first chunk at which a bound acts, the walk without bounds is the true one.
     """
     # Past that chunk anything may have come, also NaN, which a maximum would let through.
-    step, ball = bounds
+    step, shell = bounds
     if not step:
         before = [path.before.flatten(0, 1) for path in walked.paths]
         weights = [state[:, : state.shape[1] // 2] for state in before]
@@ -138,16 +137,27 @@ def bounds_met(network: Network, walked: Walked, gates: Gates, closed: bool, bou
         reaching = reach(all_chunks, weights, walked.trace, walked.error, walked.errors)
         load = chunk_load(walked.trace.inputs, reaching.deltas, walked.error, gates.mass.flatten(1, 2))
         step = bool((load.total > FREE_LOAD).any())
-    if closed and not ball:
-        ball = any(_leaves_ball(x) for path in walked.paths for x in (path.before, path.states[-1]))
-    return Bounds(step, ball)
+    if closed and not shell:
+        smallest = smallest_by_matrix(network, walked.paths)
+        shell = any(
+            _leaves_shell(states, rms)
+            for path, rms in zip(walked.paths, smallest, strict=True)
+            for states in (path.before[1:], path.states[-1])  # what comes first was not made here
+        )
+    return Bounds(step, shell)
 
 
-def _leaves_ball(states: Tensor) -> bool:
-    """Whether weights or momentum in states (..., 2 d_in, d_out) are too large."""
+def smallest_by_matrix(network: Network, paths: list[Path]) -> Tensor:
+    """Smallest root mean square of weights and momentum, (L, 2); momentum may vanish."""
+    smallest = [smallest_rms(network.residual_norm, len(paths), path.weights[0].shape[1]) for path in paths]
+    return torch.tensor([[rms, 0.0] for rms in smallest], dtype=paths[0].before.dtype, device=paths[0].before.device)
+
+
+def _leaves_shell(states: Tensor, smallest: Tensor) -> bool:
+    """Whether weights or momentum in states (..., 2 d_in, d_out) are too large or too small."""
     matrices = states.unflatten(-2, (2, -1)).flatten(-2)
-    rms = torch.linalg.vector_norm(matrices, dim=-1) / math.sqrt(matrices.shape[-1])
-    return bool((rms > STATE_RMS_LIMIT).any())
+    mean_square = torch.linalg.vector_norm(matrices, dim=-1).square() / matrices.shape[-1]
+    return bool((leaves_shell(mean_square, smallest) | mean_square.isnan()).any())
 
 
 def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], closed: bool, bounds: Bounds) -> Walked:
@@ -158,7 +168,7 @@ def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], cl
         tokens: The group's.
         gates: The group's.
         start: L states before the first chunk.
-        closed: Whether the chunks are whole; after one that is still open there is no state ball.
+        closed: Whether the chunks are whole; after one that is still open there is no state shell.
         bounds: Those that are worked out.
     """
     chunks = len(tokens.keys)
@@ -167,6 +177,7 @@ def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], cl
     steps: list[tuple[Trace, Tensor, Errors]] = []
     loads: list[tuple[Load, Errors] | None] = []
     scales, mean_squares = [], []
+    smallest = smallest_by_matrix(network, paths).unsqueeze(1)  # (L, 1, 2)
     for c, (keys, values) in enumerate(zip(tokens.keys.unbind(0), tokens.values.unbind(0), strict=True)):
         weights = [path.weights[c] for path in paths]
         trace = forward(network, weights, keys)
@@ -177,7 +188,7 @@ def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], cl
         if bounds.step:
             reaching = reach(network, weights, trace, error, errors)
             load = chunk_load(trace.inputs, reaching.deltas, error, gates.mass[:, c])
-            acts = _may_pass(load.total, FREE_LOAD)
+            acts = _may_hold(load.total > FREE_LOAD)
             loads.append((load, reaching) if acts else None)
             scales.append(step_scale(load.own, load.total) if acts else torch.ones_like(load.own))
             shares = [share * scales[-1][..., None, None] for share in shares] if acts else shares
@@ -185,11 +196,12 @@ def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], cl
             after = path.states[c + 1]
             torch.bmm(mix[c], path.pairs[c], out=path.pairs[c + 1])
             after.baddbmm_((h.unsqueeze(2) * share).flatten(2).transpose(1, 2), delta, alpha=-1)
-        if bounds.ball and closed:
+        if bounds.shell and closed:
             mean_squares.append(torch.stack([path.pairs[c + 1].square().mean(-1) for path in paths]))
-            if _may_pass(mean_squares[-1], STATE_RMS_LIMIT**2):
-                for path in paths:
-                    path.matrices(c + 1).copy_(into_ball(path.matrices(c + 1)))
+            if _may_hold(leaves_shell(mean_squares[-1], smallest)):
+                for path, rms in zip(paths, smallest, strict=True):
+                    matrices = path.matrices(c + 1)
+                    matrices.copy_(into_shell(matrices, rms[..., None, None]))
     walked = Walked(paths, *_in_one(steps))
     walked.loads = loads
     walked.scale = torch.cat(scales) if any(load is not None for load in loads) else None
@@ -244,9 +256,9 @@ def bounded_writes(gates: Gates, walked: Walked, layer: int) -> Tensor:
     return writes if walked.scale is None else writes * walked.scale.unsqueeze(-2)
 
 
-def _may_pass(x: Tensor, limit: float) -> bool:
-    """Whether x may be above limit somewhere; a GPU would stall for the answer, so there it always may."""
-    return x.is_cuda or bool((x > limit).any())
+def _may_hold(where: Tensor) -> bool:
+    """Whether it may hold somewhere; a GPU would stall for the answer, so there it always may."""
+    return where.is_cuda or bool(where.any())
 
 
 def _by_matrix_and_chunk(x: Tensor) -> list[list[Tensor]]:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import Gates, Reads, Tokens, Walked, bounded_writes
+from .chunked import Gates, Reads, Tokens, Walked, bounded_writes, smallest_by_matrix
 from .network import Errors, Network, gelu_gradient
 from .network_gradient import InnerGradient, ReachGradient, by_chunk
-from .stability import STATE_RMS_LIMIT, Load, load_gradient, step_scale_gradient
+from .stability import Load, leaves_shell, load_gradient, shell_mean_square, step_scale_gradient
 
 
 class GroupGradient(NamedTuple):
@@ -133,7 +133,7 @@ class _Chain:
 
     def step(self, chunk: int, of_after: list[Tensor]) -> list[Tensor]:
         """From the gradients at the states after a chunk to those at the states before it, both (N, 2 d_in, d_out)."""
-        of_after = self._through_ball(chunk, of_after)
+        of_after = self._through_shell(chunk, of_after)
         of_inputs, of_deltas = ([x[chunk] for x in xs] for xs in (self.of_inputs, self.of_deltas))
         for layer, of_state in enumerate(of_after):
             of_deltas[layer].baddbmm_(self.written[layer][chunk], of_state, alpha=-1)
@@ -183,7 +183,8 @@ class _Chain:
             of_scale = (of_writes * self.gates.writes.flatten(1, 2)).sum((0, -2))
             self.of_scale, self.error = by_chunk([of_scale, self.walked.error], self.chunks)
         if self.walked.mean_squares is not None:
-            self.ball_acts = (self.walked.mean_squares > STATE_RMS_LIMIT**2).flatten(1).any(1).tolist()
+            self.smallest = smallest_by_matrix(self.inner.network, self.walked.paths).unsqueeze(1)
+            self.shell_acts = leaves_shell(self.walked.mean_squares, self.smallest).flatten(1).any(1).tolist()
 
     def _through_bound(
         self, chunk: int, load: Load, reach: Errors, weights: list[Tensor], of_inputs: list[Tensor]
@@ -203,19 +204,21 @@ class _Chain:
         self.of_mass[:, chunk] = found.mass
         return self.inner.through_reach(chunk, weights, reach, found.deltas, found.error)
 
-    def _through_ball(self, chunk: int, of_after: list[Tensor]) -> list[Tensor]:
-        """Back through s U with s = limit / rms(U): s (D - (D . W) W / (limit^2 size)) with W = s U, where it acted."""
-        if self.walked.mean_squares is None or not self.ball_acts[chunk]:
+    def _through_shell(self, chunk: int, of_after: list[Tensor]) -> list[Tensor]:
+        """Back through W = s U, s = allowed rms / rms(U), where it acted: s (D - (D . W) W / (size * allowed^2))."""
+        if self.walked.mean_squares is None or not self.shell_acts[chunk]:
             return of_after
         found = []
-        for path, of_state, mean_square in zip(
-            self.walked.paths, of_after, self.walked.mean_squares[chunk].unsqueeze(-1), strict=True
-        ):
+        squares = self.walked.mean_squares[chunk]
+        acts = leaves_shell(squares, self.smallest)
+        safe = squares.masked_fill(~acts, 1.0)
+        allowed = shell_mean_square(safe, self.smallest)
+        for layer, (path, of_state) in enumerate(zip(self.walked.paths, of_after, strict=True)):
             state = path.pairs[chunk + 1]
             pair = of_state.view_as(state)
-            along = (pair * state).mean(-1, keepdim=True) / STATE_RMS_LIMIT**2
-            inside = STATE_RMS_LIMIT * mean_square.rsqrt() * (pair - along * state)
-            found.append(torch.where(mean_square > STATE_RMS_LIMIT**2, inside, pair).view_as(of_state))
+            along = (pair * state).mean(-1, keepdim=True) / allowed[layer].unsqueeze(-1)
+            inside = (allowed[layer] / safe[layer]).sqrt().unsqueeze(-1) * (pair - along * state)
+            found.append(torch.where(acts[layer].unsqueeze(-1), inside, pair).view_as(of_state))
         return found
 
 

@@ -164,16 +164,27 @@ def initial_weights(
     that of a linear memory, whatever the widths. A plain MLP gets there with 1 / sqrt(d_in), and a single plain matrix
     starts empty.
     """
-    weights = []
-    for d_in, d_out in itertools.pairwise(widths):
-        if residual_norm:
-            std = 1.0
-        elif len(widths) == 2:
-            std = 0.0
-        else:
-            std = 1.0 / math.sqrt(d_in)
-        weights.append(torch.randn(heads, d_in, d_out, generator=generator) * std)
-    return weights
+    depth = len(widths) - 1
+    return [
+        torch.randn(heads, d_in, d_out, generator=generator) * initial_std(residual_norm, depth, d_in)
+        for d_in, d_out in itertools.pairwise(widths)
+    ]
+
+
+def initial_std(residual_norm: bool, depth: int, d_in: int) -> float:
+    """Standard deviation of the initial weights of one of `depth` matrices; see initial_weights."""
+    if residual_norm:
+        return 1.0
+    return 0.0 if depth == 1 else 1.0 / math.sqrt(d_in)
+
+
+def smallest_rms(residual_norm: bool, depth: int, d_in: int) -> float:
+    """Root mean square below which forgetting may not shrink a matrix, an eighth of the initial one.
+
+    An empty network cannot learn again: the gradient at each of several matrices is a product of the others, and a
+    LayerNorm has no derivative where its input vanishes. A single plain matrix has neither trouble and may vanish.
+    """
+    return initial_std(residual_norm, depth, d_in) / 8.0
 
 
 def gelu_gradient(gradient: Tensor, z: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .network import LAYER_NORM_EPS, Network
-from .stability import gain, into_ball, step_mass, step_scale
+from .network import LAYER_NORM_EPS, Network, smallest_rms
+from .stability import gain, into_shell, step_mass, step_scale
 
 
 def recurrent_scan(
@@ -55,7 +55,9 @@ def recurrent_scan(
         weights, momentum = new_weights, new_momentum
         reads.append(_memory(network, weights, queries[:, t])[0])
         if (t + 1) % chunk_size == 0:
-            weights, momentum = [into_ball(w) for w in weights], [into_ball(s) for s in momentum]
+            smallest = [smallest_rms(network.residual_norm, len(weights), w.shape[-2]) for w in weights]
+            weights = [into_shell(w, rms) for w, rms in zip(weights, smallest, strict=True)]
+            momentum = [into_shell(s) for s in momentum]
     return torch.stack(reads, 1), weights, momentum
 
 

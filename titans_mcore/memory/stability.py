@@ -6,8 +6,9 @@ Two parts, both of the rule itself (the oracle has them too), both inactive, bit
   load is how far the steps of the chunk's tokens up to it, with all their momentum to come, would move the memory's
   answer to it (1: exactly to its target). Steps are scaled so that loads past 1/2 saturate at 1: a chunk never carries
   an answer beyond its target.
-- *State ball.* After a chunk's last token each matrix and each momentum is scaled back to a root mean square of at most
-  STATE_RMS_LIMIT, which bounds the state under gates for which the rule itself has no fixed point.
+- *State shell.* After a chunk's last token each matrix and each momentum is scaled back to a root mean square of at
+  most STATE_RMS_LIMIT, which bounds the state under gates for which the rule itself has no fixed point; and a matrix
+  that forgetting has nearly emptied is scaled up to network.smallest_rms, below which it could not learn again.
 """
 
 from typing import NamedTuple
@@ -19,6 +20,7 @@ STATE_RMS_LIMIT = 16.0
 FREE_LOAD = 0.5  # up to here steps stay as they are; step_scale says the same in numbers
 _SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must give a large load, not an infinite one
 _TINY = 1e-20
+_EMPTY = 1e-30  # mean square of a matrix that was cleared: there is nothing to scale up
 
 
 def step_mass(theta: Tensor, eta: Tensor) -> Tensor:
@@ -142,8 +144,19 @@ def load_gradient(
     )
 
 
-def into_ball(matrix: Tensor) -> Tensor:
-    """(..., d_in, d_out) scaled back to the largest root mean square allowed, unchanged below it."""
+def leaves_shell(mean_square: Tensor, smallest: Tensor | float) -> Tensor:
+    """Where into_shell acts, for mean squares and the smallest root mean square allowed."""
+    return (mean_square > STATE_RMS_LIMIT**2) | ((mean_square < smallest**2) & (mean_square > _EMPTY))
+
+
+def shell_mean_square(mean_square: Tensor, smallest: Tensor | float) -> Tensor:
+    """The mean squares to which into_shell scales."""
+    return mean_square.clamp_max(STATE_RMS_LIMIT**2).clamp_min(smallest**2)
+
+
+def into_shell(matrix: Tensor, smallest: Tensor | float = 0.0) -> Tensor:
+    """(..., d_in, d_out) scaled to a root mean square between the smallest and the largest, unchanged in between."""
     mean_square = matrix.square().mean((-1, -2), keepdim=True)
-    scale = STATE_RMS_LIMIT * torch.rsqrt(mean_square.clamp_min(STATE_RMS_LIMIT**2))
-    return torch.where(mean_square > STATE_RMS_LIMIT**2, matrix * scale, matrix)
+    acts = leaves_shell(mean_square, smallest)
+    safe = mean_square.masked_fill(~acts, 1.0)
+    return torch.where(acts, matrix * (shell_mean_square(safe, smallest) / safe).sqrt(), matrix)
