@@ -2,6 +2,9 @@
 # Sourced by quickstart.sh and test.sh: makes .venv when it is missing or out of date, and names its interpreter.
 # Sets root and PYTHON.
 
+# Two processes share the cores with whatever else runs: threads that spin while they wait slow all of them down.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf '\n== %s\n' "$*"; }
