@@ -1,6 +1,8 @@
 """Shared by every test: one thread each (small tensors gain nothing from more), no denormals, no network."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,3 +16,11 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_groups_left() -> Iterator[None]:
+    """A module that loaded a model leaves no process groups to the next one."""
+    yield
+    if "titans_mcore.parallel" in sys.modules:
+        sys.modules["titans_mcore.parallel"].stop()

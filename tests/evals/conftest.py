@@ -33,21 +33,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def megatron() -> Iterator[None]:
-    """Megatron's groups of one process, left as they were found."""
-    from megatron.core import parallel_state
-
-    from titans_mcore import parallel
-
-    ours = not parallel_state.model_parallel_is_initialized()
-    if ours:
-        parallel.start(1, seed=0)
-    yield
-    if ours:
-        parallel.stop()
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Threads that spin for each other would make these small operations wait wherever a core is taken."""
@@ -61,8 +46,10 @@ MakeRun = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, megatron: None) -> MakeRun:
+def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> MakeRun:
     """A run folder as training leaves it, with random weights."""
+    from megatron.core import parallel_state
+
     from titans_mcore import parallel, weights
     from titans_mcore.model import TitansModel
 
@@ -71,6 +58,8 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path, megatron
         sizes = {"vocab_size": 360, "num_layers": 2, "dim": 32, "num_heads": 2, "ffn_dim": 64, "init_std": 0.2}
         memory = {"memory_expansion": 2, "persistent_tokens": 4, "segment_length": 64, "window": 64}
         config = TitansConfig(variant=variant, **{**sizes, **memory, **settings})  # type: ignore[arg-type]
+        if not parallel_state.model_parallel_is_initialized():
+            parallel.start(1, seed=0)
         model = TitansModel(config, parallel.transformer_config(config))
         checkpoint = run / "checkpoints" / "step-00000001"
         weights.save_shard(checkpoint / "weights", model, config, rank=0, size=1, step=1, tokens=1)

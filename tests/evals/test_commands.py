@@ -14,7 +14,8 @@ from evals.command_line import EvaluationError, run_command
 from evals.models import load_model, load_tokenizer
 from evals.niah import __main__ as niah
 from evals.niah.settings import NiahSettings
-from tests.evals.conftest import MakeRun, train_tokenizer
+
+from .conftest import MakeRun, train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -18,8 +18,9 @@ from evals.models import load_model
 from evals.niah.records import RecordFile
 from evals.niah.run import evaluate
 from evals.niah.settings import NiahSettings
-from tests.evals.conftest import MakeRun
-from tests.evals.planted import plant
+
+from .conftest import MakeRun
+from .planted import plant
 
 REPOSITORY = Path(__file__).parents[2]
 COSTS = {"batch", "prefill_seconds", "decode_ms_per_token", "peak_bytes", "state_bytes_per_sample"}

@@ -9,7 +9,8 @@ import pytest
 from evals.niah.run import evaluate
 from evals.niah.scores import score
 from evals.niah.settings import NiahSettings
-from tests.evals.planted import PlantedModel, other, plant
+
+from .planted import PlantedModel, other, plant
 
 PLANTED: dict[str, tuple[Callable[[str], str], tuple[float, float, float]]] = {
     "oracle": (lambda value: f"{value}.", (1.0, 1.0, 0.0)),

@@ -12,7 +12,8 @@ from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.position_loss import heldout_rows, loss_by_position, summarise
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
-from tests.evals.conftest import MakeRun, write_heldout
+
+from .conftest import MakeRun, write_heldout
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_runs import save_run, tiny, train_tokenizer
+
+from .hf_runs import save_run, tiny, train_tokenizer
 
 
 @pytest.fixture(autouse=True)

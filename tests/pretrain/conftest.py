@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, Job
-from tiny_shards import write_shards
+
+from .jobs import ROOT, Job
+from .tiny_shards import write_shards
 
 TINY = """
 [model]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_shards import BOS, EOS, write_shards
 
 from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.data import Batches, Samples, open_data
 from titans_mcore.config import TitansConfig
+
+from .tiny_shards import BOS, EOS, write_shards
 
 pytestmark = pytest.mark.usefixtures("one_process")
 GLOBAL_BATCH, STEPS = 12, 9

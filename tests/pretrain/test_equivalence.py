@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import Job
+
+from .jobs import Job
 
 pytestmark = pytest.mark.slow
 

@@ -4,10 +4,11 @@ import shutil
 import subprocess
 
 import pytest
-from jobs import ROOT, Job
 
 from pretrain.config import load_run_config
 from pretrain.metrics import read_metrics
+
+from .jobs import ROOT, Job
 
 SCRIPT = ROOT / "launch" / "torchrun.sh"
 SHORT = ["--variant", "transformer", "--train.steps", "2"]

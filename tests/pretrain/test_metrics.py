@@ -4,10 +4,11 @@ import json
 import sys
 
 import pytest
-from jobs import Job
 
 from pretrain.config import LoggingConfig, RunConfig, TrainConfig
 from pretrain.metrics import Metrics, clock, read_metrics
+
+from .jobs import Job
 
 VALUES = {
     "loss": 4.25,

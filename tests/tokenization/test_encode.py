@@ -19,7 +19,6 @@ import pyarrow.parquet
 import pytest
 import sentencepiece
 import zstandard
-from conftest import REPOSITORY, make_texts, write_jsonl
 
 import tokenization.encode
 from tokenization.encode import EncodeSettings, encode
@@ -30,6 +29,8 @@ from tokenization.shards import import_indexed_dataset
 from tokenization.split import SplitRule
 from tokenization.tokenizer import llama_settings, load_tokenizer
 from tokenization.verify import verify
+
+from .conftest import REPOSITORY, make_texts, write_jsonl
 
 SHARDS = ("train.bin", "train.idx", "heldout.bin", "heldout.idx")
 

@@ -4,7 +4,6 @@ import hashlib
 
 import pytest
 import sentencepiece
-from conftest import make_texts, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,8 @@ from tokenization.errors import TokenizationError
 from tokenization.sources import Skipped, find_sources
 from tokenization.tokenizer import load_tokenizer
 from tokenization.train import TrainSettings, cut_passages, sample_passages, train
+
+from .conftest import make_texts, write_jsonl
 
 # Sentencepiece writes the space as U+2581, so that one character cannot come back.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))

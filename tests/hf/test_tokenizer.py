@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hf_runs import WORDS, train_tokenizer
 from transformers import AutoTokenizer
 
 from titans_mcore.hf.errors import ExportError
 from titans_mcore.hf.tokenizer import read_tokenizer, write_tokenizer
+
+from .hf_runs import WORDS, train_tokenizer
 
 EXTRAS = [
     " ",

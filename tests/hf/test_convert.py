@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hf_runs import save_run, tiny, train_tokenizer
 from safetensors.torch import load_file
 
 from titans_mcore.hf import convert, proof
 from titans_mcore.hf.convert import export, main
 from titans_mcore.hf.proof import TOLERANCE
+
+from .hf_runs import save_run, tiny, train_tokenizer
 
 Fails = Callable[..., str]
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf_runs import tiny
 from torch import Tensor
 
 from titans_mcore.config import VARIANTS, TitansConfig
@@ -14,6 +13,8 @@ from titans_mcore.hf.modeling_titans import TitansForCausalLM
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
 from titans_mcore.weights import model_tensors, split_of
+
+from .hf_runs import tiny
 
 SETTINGS: list[dict[str, Any]] = [{"variant": variant} for variant in VARIANTS]
 SETTINGS += [

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from hf_runs import tiny
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
@@ -13,6 +12,8 @@ from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.hf.cache_titans import TitansCache
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM, TitansModel
+
+from .hf_runs import tiny
 
 LENGTH = 21
 
