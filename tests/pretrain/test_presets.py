@@ -1,0 +1,33 @@
+"""The configurations of the paper's sizes: legal, and as large as their names say."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import build, read_toml
+from titans_mcore.config import VARIANTS
+from titans_mcore.hf.configuration_titans import TitansHFConfig
+from titans_mcore.hf.modeling_titans import TitansForCausalLM
+
+FOLDER = Path(__file__).resolve().parents[2] / "pretrain" / "configs"
+SIZES = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
+TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 100e9}
+
+
+@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+def test_a_preset_has_the_parameters_and_tokens_of_its_name(variant: str, size: str) -> None:
+    file = FOLDER / f"{variant}_{size}.toml"
+    config = build(read_toml(file), file.name)
+    with torch.device("meta"):  # shapes alone: nothing is allocated
+        model = TitansForCausalLM(TitansHFConfig.from_titans(config.model))
+    assert config.model.variant == variant
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(SIZES[size], rel=0.03)
+    assert config.train.tokens_per_step == 2**19
+    assert config.train.steps * config.train.tokens_per_step == pytest.approx(TOKENS[size], rel=1e-3)
+
+
+def test_no_configuration_is_without_a_test() -> None:
+    tested = {f"{variant}_{size}.toml" for variant, size in product(VARIANTS, SIZES)}
+    assert {file.name for file in FOLDER.iterdir()} == {*tested, "quickstart.toml"}
