@@ -75,7 +75,7 @@ def test_durations_read_as_a_clock(seconds, shown):
 
 def test_wandb_writes_into_the_run_folder_without_a_network(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from test_metrics import report\n"
+        "import sys; from pathlib import Path; from tests.pretrain.test_metrics import report\n"
         "report(Path(sys.argv[1]), range(1, 4), wandb='offline')"
     )
     import pathlib
