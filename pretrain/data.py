@@ -20,7 +20,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from pretrain.config import RunConfig
-from tokenization.manifest import Manifest
+from titans_mcore.weights import file_sha256
+from tokenization.files import write_file_atomically
+from tokenization.manifest import TOKENIZER_NAME, Manifest
 
 MicroBatch = tuple[Tensor, Tensor]
 """Tokens and labels, each (B, T) int64; a label is the token after its position."""
@@ -43,6 +45,19 @@ def open_data(config: RunConfig) -> Manifest:
             f"{manifest.tokenizer.vocab_size} pieces; leave model.vocab_size out to take it from the data"
         )
     return manifest
+
+
+def keep_tokenizer(manifest: Manifest, folder: Path, run_dir: Path) -> None:
+    """Puts the data's tokenizer into RUN/tokenizer/, where evaluation and export look for it.
+
+    Raises:
+        ValueError: Another tokenizer is there.
+    """
+    kept = run_dir / "tokenizer" / TOKENIZER_NAME
+    if not kept.exists():
+        write_file_atomically(kept, (folder / TOKENIZER_NAME).read_bytes())
+    elif file_sha256(kept) != manifest.tokenizer.sha256:
+        raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
 
 
 class Samples:

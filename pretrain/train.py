@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pretrain.checkpoint import Progress, checkpoint_folder, find_resume_point, on_rank_0, restore, save
 from pretrain.command_line import parse
 from pretrain.config import RunConfig, write_run_config
-from pretrain.data import Batches, Samples, open_data
+from pretrain.data import Batches, Samples, keep_tokenizer, open_data
 from pretrain.ending import EXIT_FAILED, StopRequest, TrainingFailed, end_with, mistakes_as_sentences
 from pretrain.engine import (
     StepResult,
@@ -41,12 +41,12 @@ def train(arguments: Sequence[str]) -> None:
         command = parse(arguments)
         config, run_dir = command.config, command.run_dir
         manifest = open_data(config)
-        transformer_config(
-            config.model, tensor_parallel=config.parallel.tensor
-        )  # the division over ranks, checked early
+        # The division over ranks, before anything is started.
+        transformer_config(config.model, tensor_parallel=config.parallel.tensor)
         groups = start(config.parallel.tensor, seed=config.train.seed, timeout_seconds=config.parallel.timeout_seconds)
         data_rank, data_parallel = groups.dp.rank(), groups.dp.size()
         on_rank_0(lambda: lock_run_folder(run_dir))
+        on_rank_0(lambda: keep_tokenizer(manifest, Path(config.data.path), run_dir))
         resume = find_resume_point(config, manifest.fingerprint, run_dir)
         progress = resume[1] if resume else Progress()
         if progress.step >= config.train.steps:

@@ -17,7 +17,7 @@ FILLED_IN = {
     "PATH": "text",
     "--vocab-size 32000": "--vocab-size 400",
     "--workers 8": "--workers 2",
-    "--lengths 1024 16384": "--lengths 300 600",
+    "--lengths 1024 16384": "--lengths 512 1024",
 }
 SMALL = {
     "launch/quickstart.sh": " --steps 2 --lengths 512",

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pretrain.config import DataConfig, RunConfig, TrainConfig
-from pretrain.data import Batches, Samples, open_data
+from pretrain.data import Batches, Samples, keep_tokenizer, open_data
 from titans_mcore.config import TitansConfig
+from tokenization.manifest import Manifest
 
 from .tiny_shards import BOS, EOS, write_shards
 
@@ -142,3 +143,16 @@ def test_a_missing_path_is_asked_for():
 def test_less_text_than_one_sequence_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match=r"fewer tokens than one sequence of train\.sequence_length 100000"):
         Samples(shards / "train", tmp_path, vocab_size=96, sequence_length=100_000, seed=0)
+
+
+def test_a_run_keeps_the_tokenizer_of_its_data_and_no_other(tmp_path):
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    write_shards(shards)
+    manifest = Manifest.load(shards)
+    for _ in range(2):
+        keep_tokenizer(manifest, shards, run)
+    kept = run / "tokenizer" / "tokenizer.model"
+    assert kept.read_bytes() == (shards / "tokenizer.model").read_bytes()
+    kept.write_bytes(b"another one")
+    with pytest.raises(ValueError, match="is not the tokenizer of"):
+        keep_tokenizer(manifest, shards, run)

@@ -133,7 +133,7 @@ def test_the_batch_must_be_shared_out_evenly():
 
 
 def test_the_quickstart_configuration_is_legal():
-    from jobs import ROOT
+    from .jobs import ROOT
 
     config = build(read_toml(ROOT / "pretrain" / "configs" / "quickstart.toml"), "quickstart")
     assert config.parallel.tensor == 2
