@@ -10,7 +10,6 @@ unless something damaged it later, which sizes and checksums show before anythin
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from titans_mcore.weights import (
     load_config,
     save_shard,
 )
+from tokenization.files import sync
 
 _DEEPSPEED_FOLDER = "deepspeed"
 T = TypeVar("T")
@@ -201,7 +201,7 @@ def _settle_files(folder: Path) -> dict[str, dict[str, Any]]:
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
-        _sync(folder / name)
+        sync(folder / name)
         mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
@@ -212,11 +212,11 @@ def _publish(partial: Path, final: Path, record: dict[str, Any]) -> None:
     marker = partial / MARKER
     marker.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in (marker, partial):
-        _sync(path)
+        sync(path)
     if final.exists():
         _delete(final)  # a damaged one: a run resumes from the newest whole checkpoint and comes by here again
     partial.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _delete_old(run_dir: Path, keep: int) -> None:
@@ -227,11 +227,3 @@ def _delete_old(run_dir: Path, keep: int) -> None:
 def _delete(folder: Path) -> None:
     (folder / MARKER).unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is not taken for one
     shutil.rmtree(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

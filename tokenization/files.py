@@ -24,12 +24,12 @@ def write_file_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o666 & ~_umask())
-        _sync(Path(temporary))
+        sync(Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -58,10 +58,10 @@ def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
         yield staging
         os.chmod(staging, 0o777 & ~_umask())
         for path in staging.iterdir():
-            _sync(path)
-        _sync(staging)
+            sync(path)
+        sync(staging)
         _move(staging, target, replace)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
@@ -120,7 +120,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,8 +17,8 @@ class PlainParts:
     def enter(self, x: Tensor) -> Tensor:
         return x
 
-    def per_head(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+    def per_head(self, full: Tensor) -> nn.Parameter:
         return nn.Parameter(full.to(self.dtype))
 
-    def replicated(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+    def replicated(self, full: Tensor) -> nn.Parameter:
         return nn.Parameter(full.to(self.dtype))

@@ -49,11 +49,11 @@ class PlainParts:
         """See Parts; there are no other ranks."""
         return x
 
-    def per_head(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+    def per_head(self, full: Tensor) -> nn.Parameter:
         """See Parts."""
-        return self.replicated(full, decay=decay)
+        return self.replicated(full)
 
-    def replicated(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+    def replicated(self, full: Tensor) -> nn.Parameter:
         """See Parts; which parameters decay is up to who trains an exported model."""
         return nn.Parameter(full.clone())
 

@@ -72,16 +72,16 @@ class MegatronParts:
         """See mixers.parts.Parts."""
         return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
 
-    def per_head(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+    def per_head(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""
         own = full[self.rank * self.heads : (self.rank + 1) * self.heads]
-        parameter = self.replicated(own, decay=decay)
+        parameter = self.replicated(own)
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         return parameter
 
-    def replicated(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+    def replicated(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""
         device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
         parameter = nn.Parameter(full.clone().to(device=device, dtype=self.config.params_dtype))
-        parameter.no_weight_decay = not decay  # type: ignore[attr-defined]
+        parameter.no_weight_decay = True  # type: ignore[attr-defined]
         return parameter

@@ -29,11 +29,11 @@ class Parts(Protocol):
     def enter(self, x: Tensor) -> Tensor:
         """x as input of column maps: unchanged, its gradient summed over the ranks that share the heads."""
 
-    def per_head(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
+    def per_head(self, full: Tensor) -> nn.Parameter:
         """A parameter whose first axis is heads, from its value for all H heads."""
 
-    def replicated(self, full: Tensor, *, decay: bool = False) -> nn.Parameter:
-        """A parameter that every rank holds whole; decay says whether weight decay applies."""
+    def replicated(self, full: Tensor) -> nn.Parameter:
+        """A parameter that every rank holds whole. Like those of heads it is not weight-decayed."""
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
