@@ -8,44 +8,52 @@ are about equally many, and nothing grows with length times the size of a state.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import Bounds, Gates, Tokens, bounds_met, gates_of, read, walk
+from .chunked import Borders, Bounds, Gates, Tokens, bounds_met, gates_of, read, walk
 from .chunked_gradient import group_gradient
 from .network import Network
+from .packing import Chunks
+from .stability import anchor_of
 
 
 def chunked_scan(
     network: Network,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    theta: Tensor,
-    eta: Tensor,
-    alpha: Tensor,
+    tokens: list[Tensor],
     weights: list[Tensor],
     momentum: list[Tensor],
-    chunk_size: int,
+    initial: list[Tensor],
+    chunks: Chunks,
+    fresh: tuple[list[Tensor], list[Tensor]] | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The same as recurrence.recurrent_scan, chunk by chunk; see there for arguments and results.
+    """Update and read the memory chunk by chunk. The result can be differentiated once.
 
-    The tokens are whole chunks, or one chunk that is still open. The result can be differentiated once.
+    Args:
+        network: The memory network.
+        tokens: Queries, keys and values (B, C b, H, D), theta, eta and alpha (B, C b, H, L), in the slots of the
+            chunks; zeros where a slot is empty.
+        weights: L of (B, H, d_in, d_out) before the first token; momentum alike.
+        initial: L of (H, d_in, d_out), the learned M_0; the state shell leads emptied weights back to them.
+        chunks: Where the slots are empty and where documents begin.
+        fresh: Weights and momentum in which a document begins, like weights; None if none begins.
+
+    Returns:
+        What each token reads, (B, C b, H, D), and the weights and momentum after the last one.
     """
-    batch, length, heads = queries.shape[:3]
-    closed = length % chunk_size == 0
+    batch, length, heads = tokens[0].shape[:3]
     rows = network.for_memories(batch)
-    layout = _Layout(network.residual_norm, chunk_size if closed else length, closed)
-    start = [torch.cat([w, s], -2).flatten(0, 1) for w, s in zip(weights, momentum, strict=True)]
-    arguments = [queries, keys, values, theta, eta, alpha]
-    tensors = (*arguments, rows.norm_weight, rows.norm_bias, *start)
+    layout = _Layout(network.residual_norm, chunks, batch, heads)
+    anchors = [anchor_of(x).expand(batch, *x.shape).flatten(0, 1) for x in initial]
+    states = [_joined(weights, momentum), [] if fresh is None else _joined(*fresh)]
+    tensors = (*tokens, rows.norm_weight, rows.norm_bias, *anchors, *states[0], *states[1])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        reads, *end = _Scan.apply(layout, *tensors)
+        reads, *end = _Scan.apply(layout, len(weights), *tensors)
     else:
-        reads, end, _ = _scan(layout, rows, arguments, start)
+        reads, end, _ = _scan(layout, rows, _Given(tokens, anchors, *states))
     both = [state.unflatten(0, (batch, heads)).chunk(2, -2) for state in end]
     return reads, [w.contiguous() for w, _ in both], [s.contiguous() for _, s in both]
 
@@ -55,110 +63,180 @@ def group_size(chunks: int) -> int:
     return math.isqrt(chunks - 1) + 1
 
 
+class _Given(NamedTuple):
+    """Arguments of a scan, or their gradients.
+
+    Attributes:
+        tokens: The six of the sequence.
+        anchors: L of (N, d_in, d_out).
+        start: L states (N, 2 d_in, d_out).
+        fresh: Like start, or empty.
+    """
+
+    tokens: list[Tensor]
+    anchors: list[Tensor]
+    start: list[Tensor]
+    fresh: list[Tensor]
+
+
+def _joined(weights: list[Tensor], momentum: list[Tensor]) -> list[Tensor]:
+    """States (N, 2 d_in, d_out), weights above momentum."""
+    return [torch.cat([w, s], -2).flatten(0, 1) for w, s in zip(weights, momentum, strict=True)]
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """How a sequence falls into chunks of `size` tokens; of an open chunk `closed` is False."""
+    """How a sequence falls into groups of chunks, for B rows and H heads."""
 
     residual_norm: bool
-    size: int
-    closed: bool
+    chunks: Chunks
+    batch: int
+    heads: int
 
     def groups(self, length: int) -> list[slice]:
         """The tokens of each group."""
-        step = group_size(length // self.size) * self.size
+        step = group_size(length // self.chunks.size) * self.chunks.size
         return [slice(start, start + step) for start in range(0, length, step)]
+
+    def borders(self, span: slice, given: _Given) -> tuple[Borders, Tensor | None]:
+        """What happens between the chunks of a group, and which of its slots are real."""
+        size, device = self.chunks.size, given.tokens[0].device
+        chunks = self.chunks.group(slice(span.start // size, span.stop // size))
+        full, restarted = chunks.full(self.heads, device), chunks.restarted(self.heads, device)
+        borders = Borders(chunks.closed, full, restarted, given.fresh, given.anchors)
+        return borders, chunks.real(self.heads, device)
 
     def split(self, x: Tensor) -> Tensor:
         """Tokens (B, g b, H, D) to (g, N, b, D)."""
-        return x.unflatten(1, (-1, self.size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        return x.unflatten(1, (-1, self.chunks.size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
     def split_gate(self, x: Tensor) -> Tensor:
         """A gate (B, g b, H, L) to (L, g, N, b)."""
-        return x.unflatten(1, (-1, self.size)).permute(4, 1, 0, 3, 2).flatten(2, 3)
+        return x.unflatten(1, (-1, self.chunks.size)).permute(4, 1, 0, 3, 2).flatten(2, 3)
 
-    def join(self, x: Tensor, batch: int) -> Tensor:
+    def join(self, x: Tensor) -> Tensor:
         """Back from `split`."""
-        return x.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+        return x.unflatten(1, (self.batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
-    def join_gate(self, x: Tensor, batch: int) -> Tensor:
+    def join_gate(self, x: Tensor) -> Tensor:
         """Back from `split_gate`."""
-        return x.unflatten(2, (batch, -1)).permute(2, 1, 4, 3, 0).flatten(1, 2)
+        return x.unflatten(2, (self.batch, -1)).permute(2, 1, 4, 3, 0).flatten(1, 2)
 
 
-def _scan(
-    layout: _Layout, network: Network, arguments: list[Tensor], state: list[Tensor]
-) -> tuple[Tensor, list[Tensor], list[tuple[list[Tensor], Bounds]]]:
-    """Reads, the last state, and for each group its first state and the bounds it was walked with."""
-    answers, groups = [], []
-    alone = arguments[0].shape[1] == layout.size
+class _Stored(NamedTuple):
+    """What the forward pass keeps of a group: its first state and the bounds it was walked with."""
+
+    start: list[Tensor]
+    bounds: Bounds
+
+
+def _scan(layout: _Layout, network: Network, given: _Given) -> tuple[Tensor, list[Tensor], list[_Stored]]:
+    """Reads, the last state, and what is kept of each group."""
+    answers, groups, state = [], [], given.start
+    alone = given.tokens[0].shape[1] == layout.chunks.size
     bounds = Bounds(alone, alone)  # one chunk can be looked at while walking as well as afterwards
-    for span in layout.groups(arguments[0].shape[1]):
-        part = [x[:, span] for x in arguments]
+    for span in layout.groups(given.tokens[0].shape[1]):
+        part = [x[:, span] for x in given.tokens]
         tokens = Tokens(*map(layout.split, part[:3]))
-        gates = gates_of(*map(layout.split_gate, part[3:]))
-        walked = walk(network, tokens, gates, state, layout.closed, bounds)
-        while (met := bounds_met(network, walked, gates, layout.closed, bounds)) != bounds:
+        borders, real = layout.borders(span, given)
+        gates = gates_of(*map(layout.split_gate, part[3:]), real)
+        walked = walk(network, tokens, gates, state, borders, bounds)
+        while (met := bounds_met(network, walked, gates, borders, bounds)) != bounds:
             bounds = met  # also for the groups that follow: a bound that has acted will act again
-            walked = walk(network, tokens, gates, state, layout.closed, bounds)
-        answers.append(layout.join(read(network, tokens, gates, walked).answers, arguments[0].shape[0]))
-        groups.append((state, bounds))
+            walked = walk(network, tokens, gates, state, borders, bounds)
+        answers.append(layout.join(read(network, tokens, gates, walked).answers))
+        groups.append(_Stored(state, bounds))
         state = [path.states[-1] for path in walked.paths]
     return torch.cat(answers, 1) if len(answers) > 1 else answers[0], state, groups
 
 
 class _Scan(torch.autograd.Function):
-    """Arguments: layout, the six of the sequence, scale and shift for N memories, L first states (N, 2 d_in, d_out)."""
+    """Arguments: layout, L, the six of the sequence, scale and shift for N memories, then the rest of _Given."""
 
     @staticmethod
-    def forward(ctx: Any, layout: _Layout, *tensors: Any) -> tuple[Tensor, ...]:
-        network = Network(layout.residual_norm, *tensors[6:8])
-        reads, end, groups = _scan(layout, network, list(tensors[:6]), list(tensors[8:]))
-        ctx.layout, ctx.bounds = layout, [bounds for _, bounds in groups]
-        ctx.save_for_backward(*tensors[:8], *(matrix for state, _ in groups for matrix in state))
+    def forward(ctx: Any, layout: _Layout, depth: int, *tensors: Any) -> tuple[Tensor, ...]:
+        given = _given(depth, tensors)
+        reads, end, groups = _scan(layout, Network(layout.residual_norm, *tensors[6:8]), given)
+        ctx.layout, ctx.depth, ctx.bounds, ctx.count = layout, depth, [group.bounds for group in groups], len(tensors)
+        ctx.save_for_backward(*tensors, *(matrix for group in groups for matrix in group.start))
         return reads, *end
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_reads: Tensor, *of_end: Tensor) -> tuple[Tensor | None, ...]:
-        arguments, norm, states = ctx.saved_tensors[:6], ctx.saved_tensors[6:8], ctx.saved_tensors[8:]
-        network = Network(ctx.layout.residual_norm, *norm)
-        of_arguments = [torch.empty_like(x) for x in arguments]
+        layout, depth = ctx.layout, ctx.depth
+        tensors, states = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        given, norm = _given(depth, tensors), tensors[6:8]
+        of_tokens = [torch.empty_like(x) for x in given.tokens]
         of_norm = [None if x is None else torch.zeros_like(x) for x in norm]
-        of_state, depth = list(of_end), len(of_end)
-        spans = ctx.layout.groups(of_reads.shape[1])
+        of_anchors, of_fresh = _Sums(given.anchors), _Sums(given.fresh)
+        of_state = list(of_end)
+        spans = layout.groups(of_reads.shape[1])
         for group, (span, bounds) in reversed(list(enumerate(zip(spans, ctx.bounds, strict=True)))):
-            start, part = list(states[group * depth : (group + 1) * depth]), [x[:, span] for x in arguments]
-            found = _group_gradient(ctx.layout, network, part, start, bounds, of_reads[:, span], of_state)
-            of_part, of_group_norm, of_state = found
-            for whole, piece in zip(of_arguments, of_part, strict=True):
+            stored = _Stored(list(states[group * depth : (group + 1) * depth]), bounds)
+            part, of_group_norm, of_state = _group_gradient(
+                layout,
+                Network(layout.residual_norm, *norm),
+                given,
+                span,
+                stored,
+                of_reads[:, span],
+                of_state,
+                of_anchors,
+                of_fresh,
+            )
+            for whole, piece in zip(of_tokens, part, strict=True):
                 whole[:, span] = piece
             for total, piece in zip(of_norm, of_group_norm, strict=False):
                 if total is not None:
                     total += piece
-        return None, *of_arguments, *of_norm, *of_state
+        return None, None, *of_tokens, *of_norm, *of_anchors.totals, *of_state, *of_fresh.totals
+
+
+def _given(depth: int, tensors: Any) -> _Given:
+    rest = list(tensors[8:])
+    return _Given(list(tensors[:6]), rest[:depth], rest[depth : 2 * depth], rest[2 * depth :])
+
+
+class _Sums:
+    """Gradients that come from some groups and not from others: None until something was added."""
+
+    def __init__(self, like: list[Tensor]) -> None:
+        self.totals: list[Tensor | None] = [None] * len(like)
+
+    def add(self, parts: list[Tensor | None]) -> None:
+        for i, part in enumerate(parts[: len(self.totals)]):
+            if part is not None:
+                total = self.totals[i]
+                self.totals[i] = part if total is None else total + part
 
 
 def _group_gradient(
     layout: _Layout,
     network: Network,
-    arguments: list[Tensor],
-    start: list[Tensor],
-    bounds: Bounds,
+    given: _Given,
+    span: slice,
+    stored: _Stored,
     of_reads: Tensor,
     of_end: list[Tensor],
+    of_anchors: _Sums,
+    of_fresh: _Sums,
 ) -> tuple[list[Tensor], tuple[Tensor, ...], list[Tensor]]:
-    """Gradients at a group's arguments, at scale and shift, and at its first state; walks through the group again."""
-    batch = of_reads.shape[0]
+    """Gradients at a group's tokens, at scale and shift, and at its first state; walks through the group again."""
+    arguments = [x[:, span] for x in given.tokens]
     tokens = Tokens(*map(layout.split, arguments[:3]))
+    borders, real = layout.borders(span, given)
     with torch.enable_grad():
         leaves = [layout.split_gate(x.detach()).requires_grad_() for x in arguments[3:]]
-        made = gates_of(*leaves)
+        made = gates_of(*leaves, real)
     gates = Gates(*(x.detach() for x in made))
-    walked = walk(network, tokens, gates, start, layout.closed, bounds)
+    walked = walk(network, tokens, gates, stored.start, borders, stored.bounds)
     reads = read(network, tokens, gates, walked)
-    found = group_gradient(network, tokens, gates, walked, reads, layout.split(of_reads), of_end)
+    found = group_gradient(network, tokens, gates, walked, borders, reads, layout.split(of_reads), of_end)
+    of_anchors.add(found.anchors)
+    of_fresh.add(found.fresh)
     differentiated = [(x, of) for x, of in zip(made, found.gates, strict=True) if of is not None]
     outputs, gradients = zip(*differentiated, strict=True)
     of_gates = torch.autograd.grad(outputs, leaves, gradients)
-    parts = [layout.join(x, batch) for x in found.tokens] + [layout.join_gate(x, batch) for x in of_gates]
+    parts = [layout.join(x) for x in found.tokens] + [layout.join_gate(x) for x in of_gates]
     return parts, found.norm, found.start

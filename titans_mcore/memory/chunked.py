@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .coefficients import coefficients
 from .network import Errors, Network, Normed, Trace, answer, back_propagate, forward, normalise, reach, smallest_rms
-from .stability import FREE_LOAD, Load, chunk_load, into_shell, leaves_shell, load_mass, step_scale
+from .stability import FREE_LOAD, Load, above_floor, below_limit, chunk_load, leaves_shell, load_mass, step_scale
 
 
 class Tokens(NamedTuple):
@@ -50,9 +50,12 @@ class Gates(NamedTuple):
     mass: Tensor
 
 
-def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor) -> Gates:
-    """From gates (L, g, N, b); the one part of the dual form that autograd differentiates."""
-    part = coefficients(eta, alpha)
+def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = None) -> Gates:
+    """From gates (L, g, N, b); the one part of the dual form that autograd differentiates.
+
+    Where real (g, N, b) is False there is no token, and theta must be 0.
+    """
+    part = coefficients(eta, alpha, real)
     writes = part.writes * theta.unsqueeze(-2)
     nothing = torch.zeros_like(part.keep[..., -1])
     end = torch.stack([part.keep[..., -1], part.carried[..., -1], nothing, part.momentum[..., -1]], -1)
@@ -65,6 +68,29 @@ def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor) -> Gates:
     )
 
 
+class Borders(NamedTuple):
+    """What happens between a group's chunks.
+
+    Attributes:
+        closed: Whether a chunk that is full has ended; after one that is still open there is no state shell.
+        full: Which chunks are, (g, N); None if all are.
+        restarted: For each chunk the memories (indices) that begin a document in it, None for none; empty if no chunk
+            has any.
+        fresh: L states in which a document begins, (N, 2 d_in, d_out); empty if none does.
+        anchors: L initial weights by stability.anchor_of, (N, d_in, d_out).
+    """
+
+    closed: bool
+    full: Tensor | None
+    restarted: list[Tensor | None]
+    fresh: list[Tensor]
+    anchors: list[Tensor]
+
+    def restarts(self, chunk: int) -> Tensor | None:
+        """The memories that begin a document in a chunk; None for none."""
+        return self.restarted[chunk] if self.restarted else None
+
+
 class Path:
     """The states of one matrix along a group, in the shapes that the loop needs; views of two tensors.
 
@@ -75,8 +101,8 @@ class Path:
         pairs: Weights and momentum flat, (N, 2, d_in * d_out).
     """
 
-    def __init__(self, start: Tensor, chunks: int) -> None:
-        if chunks == 1:
+    def __init__(self, start: Tensor, chunks: int, restarts: bool) -> None:
+        if chunks == 1 and not restarts:
             self.before = start.unsqueeze(0)
         else:
             self.before = start.new_empty(chunks, *start.shape)
@@ -122,7 +148,7 @@ class Bounds(NamedTuple):
     shell: bool = False
 
 
-def bounds_met(network: Network, walked: Walked, gates: Gates, closed: bool, bounds: Bounds) -> Bounds:
+def bounds_met(network: Network, walked: Walked, gates: Gates, borders: Borders, bounds: Bounds) -> Bounds:
     """The bounds that a group has met, beside those it was walked with.
 
     To look at all chunks at once is much cheaper than at each in turn, and most groups meet none. Nothing is missed:
@@ -137,30 +163,32 @@ def bounds_met(network: Network, walked: Walked, gates: Gates, closed: bool, bou
         reaching = reach(all_chunks, weights, walked.trace, walked.error, walked.errors)
         load = chunk_load(walked.trace.inputs, reaching.deltas, walked.error, gates.mass.flatten(1, 2))
         step = bool((load.total > FREE_LOAD).any())
-    if closed and not shell:
-        smallest = smallest_by_matrix(network, walked.paths)
+    if borders.closed and not shell:
+        floors = floor_by_matrix(network, walked.paths)
         shell = any(
-            _leaves_shell(states, rms)
-            for path, rms in zip(walked.paths, smallest, strict=True)
+            _leaves_shell(states, floor)
+            for path, floor in zip(walked.paths, floors, strict=True)
             for states in (path.before[1:], path.states[-1])  # what comes first was not made here
         )
     return Bounds(step, shell)
 
 
-def smallest_by_matrix(network: Network, paths: list[Path]) -> Tensor:
+def floor_by_matrix(network: Network, paths: list[Path]) -> Tensor:
     """Smallest root mean square of weights and momentum, (L, 2); momentum may vanish."""
     smallest = [smallest_rms(network.residual_norm, len(paths), path.weights[0].shape[1]) for path in paths]
     return torch.tensor([[rms, 0.0] for rms in smallest], dtype=paths[0].before.dtype, device=paths[0].before.device)
 
 
-def _leaves_shell(states: Tensor, smallest: Tensor) -> bool:
+def _leaves_shell(states: Tensor, floor: Tensor) -> bool:
     """Whether weights or momentum in states (..., 2 d_in, d_out) are too large or too small."""
     matrices = states.unflatten(-2, (2, -1)).flatten(-2)
     mean_square = torch.linalg.vector_norm(matrices, dim=-1).square() / matrices.shape[-1]
-    return bool((leaves_shell(mean_square, smallest) | mean_square.isnan()).any())
+    return bool((leaves_shell(mean_square, floor) | mean_square.isnan()).any())
 
 
-def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], closed: bool, bounds: Bounds) -> Walked:
+def walk(
+    network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], borders: Borders, bounds: Bounds
+) -> Walked:
     """Go through a group's chunks, each from the state that the one before has left.
 
     Args:
@@ -168,17 +196,20 @@ def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], cl
         tokens: The group's.
         gates: The group's.
         start: L states before the first chunk.
-        closed: Whether the chunks are whole; after one that is still open there is no state shell.
+        borders: What happens between the chunks.
         bounds: Those that are worked out.
     """
     chunks = len(tokens.keys)
-    paths = [Path(state, chunks) for state in start]
+    paths = [Path(state, chunks, bool(borders.restarted)) for state in start]
     write, end = (_by_matrix_and_chunk(x) for x in (gates.write.unsqueeze(-1), gates.end))
     steps: list[tuple[Trace, Tensor, Errors]] = []
     loads: list[tuple[Load, Errors] | None] = []
     scales, mean_squares = [], []
-    smallest = smallest_by_matrix(network, paths).unsqueeze(1)  # (L, 1, 2)
+    floors = floor_by_matrix(network, paths).unsqueeze(1)  # (L, 1, 2)
     for c, (keys, values) in enumerate(zip(tokens.keys.unbind(0), tokens.values.unbind(0), strict=True)):
+        if (memories := borders.restarts(c)) is not None:
+            for path, fresh in zip(paths, borders.fresh, strict=True):
+                path.states[c][memories] = fresh[memories]
         weights = [path.weights[c] for path in paths]
         trace = forward(network, weights, keys)
         error = (answer(network, keys, trace.normed.value) - values).mul_(2.0)
@@ -188,7 +219,7 @@ def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], cl
         if bounds.step:
             reaching = reach(network, weights, trace, error, errors)
             load = chunk_load(trace.inputs, reaching.deltas, error, gates.mass[:, c])
-            acts = _may_hold(load.total > FREE_LOAD)
+            acts = may_hold(load.total > FREE_LOAD)
             loads.append((load, reaching) if acts else None)
             scales.append(step_scale(load.own, load.total) if acts else torch.ones_like(load.own))
             shares = [share * scales[-1][..., None, None] for share in shares] if acts else shares
@@ -196,17 +227,24 @@ def walk(network: Network, tokens: Tokens, gates: Gates, start: list[Tensor], cl
             after = path.states[c + 1]
             torch.bmm(mix[c], path.pairs[c], out=path.pairs[c + 1])
             after.baddbmm_((h.unsqueeze(2) * share).flatten(2).transpose(1, 2), delta, alpha=-1)
-        if bounds.shell and closed:
+        if bounds.shell and borders.closed:
             mean_squares.append(torch.stack([path.pairs[c + 1].square().mean(-1) for path in paths]))
-            if _may_hold(leaves_shell(mean_squares[-1], smallest)):
-                for path, rms in zip(paths, smallest, strict=True):
-                    matrices = path.matrices(c + 1)
-                    matrices.copy_(into_shell(matrices, rms[..., None, None]))
+            if may_hold(leaves_shell(mean_squares[-1], floors)):
+                full = None if borders.full is None else borders.full[c]
+                for path, floor, anchor in zip(paths, floors[:, 0, 0].tolist(), borders.anchors, strict=True):
+                    _into_shell(path.matrices(c + 1), floor, anchor, full)
     walked = Walked(paths, *_in_one(steps))
     walked.loads = loads
     walked.scale = torch.cat(scales) if any(load is not None for load in loads) else None
     walked.mean_squares = torch.stack(mean_squares) if mean_squares else None
     return walked
+
+
+def _into_shell(matrices: Tensor, floor: float, anchor: Tensor, full: Tensor | None) -> None:
+    """The state shell, in place, for weights and momentum (N, 2, d_in, d_out) of the memories whose chunk is full."""
+    inside = below_limit(matrices)
+    inside[:, 0] = above_floor(inside[:, 0], floor, anchor)
+    matrices.copy_(inside if full is None else torch.where(full[:, None, None, None], inside, matrices))
 
 
 class Reads(NamedTuple):
@@ -256,7 +294,7 @@ def bounded_writes(gates: Gates, walked: Walked, layer: int) -> Tensor:
     return writes if walked.scale is None else writes * walked.scale.unsqueeze(-2)
 
 
-def _may_hold(where: Tensor) -> bool:
+def may_hold(where: Tensor) -> bool:
     """Whether it may hold somewhere; a GPU would stall for the answer, so there it always may."""
     return where.is_cuda or bool(where.any())
 

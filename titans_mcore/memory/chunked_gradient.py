@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunked import Gates, Reads, Tokens, Walked, bounded_writes, smallest_by_matrix
+from .chunked import Borders, Gates, Reads, Tokens, Walked, bounded_writes, floor_by_matrix, may_hold
 from .network import Errors, Network, gelu_gradient
 from .network_gradient import InnerGradient, ReachGradient, by_chunk
-from .stability import Load, leaves_shell, load_gradient, shell_mean_square, step_scale_gradient
+from .stability import EMPTY, STATE_RMS_LIMIT, Load, floor_lack, load_gradient, step_scale_gradient
 
 
 class GroupGradient(NamedTuple):
@@ -24,12 +24,16 @@ class GroupGradient(NamedTuple):
         gates: At the fields of Gates, None where no gradient arrives.
         norm: At scale and shift of the LayerNorm, (N, 1, D), or nothing.
         start: At the L states before the first chunk.
+        fresh: At the L states in which documents begin, None where none began.
+        anchors: At the L anchors of the state shell, None where it led nothing back.
     """
 
     tokens: Tokens
     gates: tuple[Tensor | None, ...]
     norm: tuple[Tensor, ...]
     start: list[Tensor]
+    fresh: list[Tensor | None]
+    anchors: list[Tensor | None]
 
 
 def group_gradient(
@@ -37,6 +41,7 @@ def group_gradient(
     tokens: Tokens,
     gates: Gates,
     walked: Walked,
+    borders: Borders,
     reads: Reads,
     of_answers: Tensor,
     of_end: list[Tensor],
@@ -46,12 +51,13 @@ def group_gradient(
     Args:
         network: As for chunked.walk, like tokens and gates.
         walked: What chunked.walk has found.
+        borders: As for chunked.walk.
         reads: What chunked.read has found.
         of_answers: Gradient at reads.answers, (g, N, b, D).
         of_end: L gradients at the states after the last chunk.
     """
     of_reads = _back_through_reads(network, gates, walked, reads, of_answers)
-    chain = _Chain(network, gates, walked, reads, of_reads)
+    chain = _Chain(network, gates, walked, borders, reads, of_reads)
     of_state = [x.contiguous() for x in of_end]
     for chunk in reversed(range(len(tokens.keys))):
         of_state = chain.step(chunk, of_state)
@@ -63,7 +69,8 @@ def group_gradient(
         of_scale = (of_answers * reads.normed.value.view_as(of_answers)).sum((0, 2)).unsqueeze(1)
         of_shift = of_answers.sum((0, 2)).unsqueeze(1)
         norm = tuple(a + b for a, b in zip(chain.inner.of_norm(of_key_answers), (of_scale, of_shift), strict=True))
-    return GroupGradient(Tokens(of_queries, of_keys, -of_key_answers), chain.of_gates(), norm, of_state)
+    of_tokens = Tokens(of_queries, of_keys, -of_key_answers)
+    return GroupGradient(of_tokens, chain.of_gates(), norm, of_state, chain.of_fresh, chain.of_anchors)
 
 
 class _ReadGradient(NamedTuple):
@@ -112,9 +119,13 @@ def _back_through_reads(
 class _Chain:
     """The way back from state to state. The gradients in of_reads are added to in place, chunk by chunk."""
 
-    def __init__(self, network: Network, gates: Gates, walked: Walked, reads: Reads, of_reads: _ReadGradient) -> None:
+    def __init__(
+        self, network: Network, gates: Gates, walked: Walked, borders: Borders, reads: Reads, of_reads: _ReadGradient
+    ) -> None:
         chunks = gates.mass.shape[1]
-        self.gates, self.walked, self.of_reads, self.chunks = gates, walked, of_reads, chunks
+        self.gates, self.walked, self.borders, self.of_reads, self.chunks = gates, walked, borders, of_reads, chunks
+        self.of_fresh: list[Tensor | None] = [None] * len(walked.paths)
+        self.of_anchors: list[Tensor | None] = [None] * len(walked.paths)
         trace, deltas = walked.trace, walked.errors.deltas
         self.inner = InnerGradient(network, trace, walked.error, walked.errors, chunks)
         shares = _bounded_shares(gates, walked)
@@ -159,6 +170,8 @@ class _Chain:
             before[:, : before.shape[1] // 2] += of_weights  # baddbmm_ into half a tensor goes one memory at a time
             of_before.append(before)
         self.of_end.append(of_end)
+        if (memories := self.borders.restarts(chunk)) is not None:
+            self._through_restart(memories, of_before)
         return of_before
 
     def of_gates(self) -> tuple[Tensor | None, ...]:
@@ -183,8 +196,7 @@ class _Chain:
             of_scale = (of_writes * self.gates.writes.flatten(1, 2)).sum((0, -2))
             self.of_scale, self.error = by_chunk([of_scale, self.walked.error], self.chunks)
         if self.walked.mean_squares is not None:
-            self.smallest = smallest_by_matrix(self.inner.network, self.walked.paths).unsqueeze(1)
-            self.shell_acts = leaves_shell(self.walked.mean_squares, self.smallest).flatten(1).any(1).tolist()
+            self.floors = floor_by_matrix(self.inner.network, self.walked.paths)[:, 0].tolist()
 
     def _through_bound(
         self, chunk: int, load: Load, reach: Errors, weights: list[Tensor], of_inputs: list[Tensor]
@@ -204,22 +216,53 @@ class _Chain:
         self.of_mass[:, chunk] = found.mass
         return self.inner.through_reach(chunk, weights, reach, found.deltas, found.error)
 
+    def _through_restart(self, memories: Tensor, of_before: list[Tensor]) -> None:
+        """What arrives at states in which a document began belongs to its first state, not to the chunk before."""
+        for layer, of_state in enumerate(of_before):
+            total = self.of_fresh[layer]
+            if total is None:
+                total = self.of_fresh[layer] = torch.zeros_like(of_state)
+            total[memories] += of_state[memories]
+            of_state[memories] = 0.0
+
     def _through_shell(self, chunk: int, of_after: list[Tensor]) -> list[Tensor]:
-        """Back through W = s U, s = allowed rms / rms(U), where it acted: s (D - (D . W) W / (size * allowed^2))."""
-        if self.walked.mean_squares is None or not self.shell_acts[chunk]:
+        """Back through W = s U with s = limit / rms(U), or W = U + lack(U) anchor, where the shell acted."""
+        if self.walked.mean_squares is None:
             return of_after
         found = []
-        squares = self.walked.mean_squares[chunk]
-        acts = leaves_shell(squares, self.smallest)
-        safe = squares.masked_fill(~acts, 1.0)
-        allowed = shell_mean_square(safe, self.smallest)
-        for layer, (path, of_state) in enumerate(zip(self.walked.paths, of_after, strict=True)):
-            state = path.pairs[chunk + 1]
-            pair = of_state.view_as(state)
-            along = (pair * state).mean(-1, keepdim=True) / allowed[layer].unsqueeze(-1)
-            inside = (allowed[layer] / safe[layer]).sqrt().unsqueeze(-1) * (pair - along * state)
-            found.append(torch.where(acts[layer].unsqueeze(-1), inside, pair).view_as(of_state))
+        for layer, (path, floor, of_state) in enumerate(zip(self.walked.paths, self.floors, of_after, strict=True)):
+            square, of_pair = self.walked.mean_squares[chunk, layer], of_state.view_as(path.pairs[chunk + 1])
+            ended = torch.ones_like(square, dtype=torch.bool)
+            if self.borders.full is not None:
+                ended &= self.borders.full[chunk].unsqueeze(-1)
+            above, below = (square > STATE_RMS_LIMIT**2) & ended, (square[:, 0] < floor**2) & ended[:, 0]
+            if may_hold(above):
+                of_pair = _through_limit(of_pair, path.pairs[chunk + 1], square, above)
+            if may_hold(below):
+                of_pair = self._through_floor(layer, of_pair, path.pairs[chunk + 1], square[:, 0], floor, below)
+            found.append(of_pair.view_as(of_state))
         return found
+
+    def _through_floor(
+        self, layer: int, of_pair: Tensor, state: Tensor, square: Tensor, floor: float, below: Tensor
+    ) -> Tensor:
+        """Through U + lack(U) anchor for the weights of those memories; also keeps the gradient at the anchor."""
+        anchor = self.borders.anchors[layer].flatten(1)
+        lack = (floor_lack(square, floor) * below).unsqueeze(-1)
+        of_weights, before = of_pair[:, 0], state[:, 0] - lack * anchor
+        along = (of_weights * anchor).mean(-1, keepdim=True) / (square.unsqueeze(-1) + EMPTY).sqrt()
+        of_anchor = (lack * of_weights).view_as(self.borders.anchors[layer])
+        total = self.of_anchors[layer]
+        self.of_anchors[layer] = of_anchor if total is None else total + of_anchor
+        inside = torch.where(below.unsqueeze(-1), of_weights - along * before, of_weights)
+        return torch.stack([inside, of_pair[:, 1]], 1)
+
+
+def _through_limit(of_pair: Tensor, state: Tensor, square: Tensor, above: Tensor) -> Tensor:
+    """Through s U for pairs (N, 2, size): s (D - (D . W) W / (size limit^2)), where above (N, 2)."""
+    scale = STATE_RMS_LIMIT * square.masked_fill(~above, 1.0).rsqrt().unsqueeze(-1)
+    along = (of_pair * state).mean(-1, keepdim=True) / STATE_RMS_LIMIT**2
+    return torch.where(above.unsqueeze(-1), scale * (of_pair - along * state), of_pair)
 
 
 def _bounded_shares(gates: Gates, walked: Walked) -> Tensor:

@@ -29,16 +29,23 @@ class Coefficients:
     decay: Tensor
 
 
-def coefficients(eta: Tensor, alpha: Tensor) -> Coefficients:
-    """Coefficients of chunks whose gates are eta and alpha, both (..., b) in [0, 1]."""
+def coefficients(eta: Tensor, alpha: Tensor, real: Tensor | None = None) -> Coefficients:
+    """Coefficients of chunks whose gates are eta and alpha, both (..., b) in [0, 1].
+
+    Where real (..., b) is False there is no token: weights and momentum stay as they are.
+    """
+    if real is not None:
+        eta, alpha = eta.masked_fill(~real, 1.0), alpha.masked_fill(~real, 0.0)
     log_eta, log_keep = _log(eta), _log(1.0 - alpha)
     decay, keep_between = _products_between(log_eta), _products_between(log_keep)
     momentum = log_eta.cumsum(-1).exp()
+    # Where there is no token the momentum does not step into the weights once more.
+    delivered = keep_between if real is None else keep_between * real.unsqueeze(-2)
     return Coefficients(
         keep=log_keep.cumsum(-1).exp(),
-        carried=(keep_between @ momentum.unsqueeze(-1)).squeeze(-1),
+        carried=(delivered @ momentum.unsqueeze(-1)).squeeze(-1),
         momentum=momentum,
-        writes=keep_between @ decay,
+        writes=delivered @ decay,
         decay=decay,
     )
 

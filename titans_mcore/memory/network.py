@@ -179,7 +179,7 @@ def initial_std(residual_norm: bool, depth: int, d_in: int) -> float:
 
 
 def smallest_rms(residual_norm: bool, depth: int, d_in: int) -> float:
-    """Root mean square below which forgetting may not shrink a matrix, an eighth of the initial one.
+    """Root mean square below which a matrix is led back to its initial weights, an eighth of the initial one.
 
     An empty network cannot learn again: the gradient at each of several matrices is a product of the others, and a
     LayerNorm has no derivative where its input vanishes. A single plain matrix has neither trouble and may vanish.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .network import LAYER_NORM_EPS, Network, smallest_rms
-from .stability import gain, into_shell, step_mass, step_scale
+from .stability import above_floor, anchor_of, below_limit, gain, step_mass, step_scale
 
 
 def recurrent_scan(
@@ -24,6 +24,7 @@ def recurrent_scan(
     alpha: Tensor,
     weights: list[Tensor],
     momentum: list[Tensor],
+    initial: list[Tensor],
     chunk_size: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Update and read the memory token by token, beginning at the start of a chunk.
@@ -33,6 +34,7 @@ def recurrent_scan(
         queries: (B, T, H, D); so are keys and values.
         theta: (B, T, H, L); so are eta and alpha.
         weights: L of (B, H, d_in, d_out) before the first token; momentum alike.
+        initial: L of (H, d_in, d_out), the learned M_0; the state shell leads emptied weights back to them.
         chunk_size: Tokens that share the point at which their gradients are taken.
 
     Returns:
@@ -56,8 +58,11 @@ def recurrent_scan(
         reads.append(_memory(network, weights, queries[:, t])[0])
         if (t + 1) % chunk_size == 0:
             smallest = [smallest_rms(network.residual_norm, len(weights), w.shape[-2]) for w in weights]
-            weights = [into_shell(w, rms) for w, rms in zip(weights, smallest, strict=True)]
-            momentum = [into_shell(s) for s in momentum]
+            weights = [
+                above_floor(below_limit(w), rms, anchor_of(start))
+                for w, rms, start in zip(weights, smallest, initial, strict=True)
+            ]
+            momentum = [below_limit(s) for s in momentum]
     return torch.stack(reads, 1), weights, momentum
 
 

@@ -1,14 +1,14 @@
 """memory_scan: the one entrance to the memory, for training, streaming and the exported model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .checkpointed import chunked_scan
 from .network import Network, answer, forward
-from .recurrence import recurrent_scan
-from .state import MemoryState, OpenChunk
+from .packing import PackedRows
+from .pieces import Memory, scan_packed, scan_rows_apart, scan_whole
+from .state import MemoryState
 
 NETWORKS = ("residual_norm", "plain")
 BACKENDS = ("auto", "chunked", "oracle")
@@ -28,26 +28,30 @@ def memory_scan(
     norm_bias: Tensor | None = None,
     chunk_size: int = 16,
     state: MemoryState | None = None,
+    start: MemoryState | None = None,
+    rows: PackedRows | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState]:
     """Run the neural memory over a piece of a sequence: every token writes, then reads (paper, section 3.1).
 
     S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2, M_t = (1 - alpha_t) M_{t-1} + S_t, y_t = M_t(q_t), gradients
     taken at the weights of the chunk's start, steps bounded as STABILITY.md says. A sequence gives the same reads
-    whether it comes in one piece or in many, wherever they are cut.
+    whether it comes in one piece or in many, wherever they are cut; and a document the same reads and gradients whatever
+    stands beside it in its row. Tokens that are not real neither write nor decay and read zeros.
 
     Args:
         queries: (B, T, H, D), any floating dtype; keys and values alike.
         theta: Inner learning rates (B, T, H, L), the step itself, 0 or more.
         eta: Momentum decays (B, T, H, L) in [0, 1].
         alpha: Forget rates (B, T, H, L) in [0, 1]; 1 - alpha of the weights is kept.
-        weights: Initial memory M_0, L = 1 to 4 matrices (H, d_in, d_out) from width D to width D. Used when state is
-            None.
+        weights: Initial memory M_0, L = 1 to 4 matrices (H, d_in, d_out) from width D to width D.
         network: "residual_norm" for x + LayerNorm(MLP(x)), "plain" for the MLP alone.
         norm_weight: LayerNorm's scale (H, D); None is 1. residual_norm only, like norm_bias.
         norm_bias: LayerNorm's shift (H, D); None is 0.
         chunk_size: Tokens b that share the point at which their gradients are taken.
-        state: What an earlier piece of the same sequence returned; None starts at M_0 without momentum.
+        state: What an earlier piece of the same sequences returned; None begins as `start` says.
+        start: State in which a document begins, for B rows or 1, without an open chunk; None is M_0 without momentum.
+        rows: Which tokens begin documents and which are padding; None if the rows hold one sequence each.
         backend: "chunked" is the dual form, "oracle" the literal loop, "auto" the fastest that fits.
 
     Returns:
@@ -61,13 +65,21 @@ def memory_scan(
     gates = (theta, eta, alpha)
     _check_settings(network, norm_weight, norm_bias, chunk_size, backend, queries)
     _check_shapes(queries, keys, values, gates, weights)
+    _check_rows(rows, start, queries)
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    if state is None:
-        state = _initial_state(weights, queries.shape[0], dtype)
     net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
-    scan = recurrent_scan if backend == "oracle" else chunked_scan
+    weights = [w.to(dtype) for w in weights]
+    first = _first_state(weights if start is None else start, queries.shape[0], dtype)
+    memory = Memory(net, weights, chunk_size, backend)
     tokens = [x.to(dtype) for x in (queries, keys, values, *gates)]
-    reads, end = _scan_pieces(scan, net, tokens, state, chunk_size)
+    state = first if state is None else state
+    packed = rows is not None or (state.open_chunk is not None and state.open_chunk.real is not None)
+    if not packed:
+        reads, end = scan_whole(memory, tokens, state)
+    elif backend == "oracle":
+        reads, end = scan_rows_apart(memory, tokens, state, first, rows)
+    else:
+        reads, end = scan_packed(memory, tokens, state, first, rows)
     return reads.to(queries.dtype), end
 
 
@@ -99,37 +111,12 @@ def memory_read(
     return reads.unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
 
 
-def _scan_pieces(
-    scan: Callable[..., tuple[Tensor, list[Tensor], list[Tensor]]],
-    network: Network,
-    tokens: list[Tensor],
-    state: MemoryState,
-    chunk_size: int,
-) -> tuple[Tensor, MemoryState]:
-    """Go on inside an open chunk, run the whole chunks, begin a new open chunk with the rest."""
-    weights, momentum, opened = state.weights, state.momentum, 0
-    if state.open_chunk is not None:
-        chunk = state.open_chunk
-        weights, momentum, opened = chunk.weights, chunk.momentum, chunk.keys.shape[1]
-        earlier = (torch.zeros_like(chunk.keys), chunk.keys, chunk.values, chunk.theta, chunk.eta, chunk.alpha)
-        tokens = [torch.cat([old.to(new.dtype), new], 1) for old, new in zip(earlier, tokens, strict=True)]
-    whole = tokens[0].shape[1] // chunk_size * chunk_size
-    reads = []
-    if whole:
-        read, weights, momentum = scan(network, *(x[:, :whole] for x in tokens), weights, momentum, chunk_size)
-        reads.append(read)
-    end = MemoryState(weights, momentum)
-    rest = [x[:, whole:] for x in tokens]
-    if rest[0].shape[1]:
-        read, new_weights, new_momentum = scan(network, *rest, weights, momentum, chunk_size)
-        reads.append(read)
-        end = MemoryState(new_weights, new_momentum, OpenChunk(weights, momentum, *rest[1:]))
-    return torch.cat(reads, 1)[:, opened:], end
-
-
-def _initial_state(weights: list[Tensor], batch: int, dtype: torch.dtype) -> MemoryState:
-    start = [w.to(dtype).expand(batch, *w.shape) for w in weights]
-    return MemoryState(start, [torch.zeros_like(w) for w in start])
+def _first_state(first: list[Tensor] | MemoryState, batch: int, dtype: torch.dtype) -> MemoryState:
+    """The state in which a document begins, for every row."""
+    if isinstance(first, MemoryState):
+        return first.map(lambda x: x.to(dtype).expand(batch, *x.shape[1:]))
+    weights = [w.expand(batch, *w.shape) for w in first]
+    return MemoryState(weights, [torch.zeros_like(w) for w in weights])
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -188,3 +175,10 @@ def _check_shapes(
                 f"it must be (H, d_in, d_out) = ({heads}, {d_in}, {end})"
             )
         d_in = weight.shape[2]
+
+
+def _check_rows(rows: PackedRows | None, start: MemoryState | None, queries: Tensor) -> None:
+    if rows is not None and rows.shape != queries.shape[:2]:
+        raise ValueError(f"rows are for {tuple(rows.shape)} tokens; the queries have {tuple(queries.shape[:2])}")
+    if start is not None and start.open_chunk is not None:
+        raise ValueError("start has an open chunk; a document begins with a chunk of its own, so drop it (closed())")

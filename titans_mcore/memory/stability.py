@@ -8,7 +8,8 @@ Two parts, both of the rule itself (the oracle has them too), both inactive, bit
   an answer beyond its target.
 - *State shell.* After a chunk's last token each matrix and each momentum is scaled back to a root mean square of at
   most STATE_RMS_LIMIT, which bounds the state under gates for which the rule itself has no fixed point; and a matrix
-  that forgetting has nearly emptied is scaled up to network.smallest_rms, below which it could not learn again.
+  that forgetting has nearly emptied, below network.smallest_rms, is led back towards its initial weights: an empty one
+  could not learn again.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,7 @@ STATE_RMS_LIMIT = 16.0
 FREE_LOAD = 0.5  # up to here steps stay as they are; step_scale says the same in numbers
 _SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must give a large load, not an infinite one
 _TINY = 1e-20
-_EMPTY = 1e-30  # mean square of a matrix that was cleared: there is nothing to scale up
+EMPTY = 1e-30  # keeps the root mean square of a cleared matrix differentiable
 
 
 def step_mass(theta: Tensor, eta: Tensor) -> Tensor:
@@ -144,19 +145,35 @@ def load_gradient(
     )
 
 
-def leaves_shell(mean_square: Tensor, smallest: Tensor | float) -> Tensor:
-    """Where into_shell acts, for mean squares and the smallest root mean square allowed."""
-    return (mean_square > STATE_RMS_LIMIT**2) | ((mean_square < smallest**2) & (mean_square > _EMPTY))
+def leaves_shell(mean_square: Tensor, floor: Tensor | float) -> Tensor:
+    """Where the state shell acts, for mean squares and the smallest root mean square allowed."""
+    return (mean_square > STATE_RMS_LIMIT**2) | (mean_square < floor * floor)
 
 
-def shell_mean_square(mean_square: Tensor, smallest: Tensor | float) -> Tensor:
-    """The mean squares to which into_shell scales."""
-    return mean_square.clamp_max(STATE_RMS_LIMIT**2).clamp_min(smallest**2)
-
-
-def into_shell(matrix: Tensor, smallest: Tensor | float = 0.0) -> Tensor:
-    """(..., d_in, d_out) scaled to a root mean square between the smallest and the largest, unchanged in between."""
+def below_limit(matrix: Tensor) -> Tensor:
+    """(..., d_in, d_out) scaled back to STATE_RMS_LIMIT where its root mean square is larger."""
     mean_square = matrix.square().mean((-1, -2), keepdim=True)
-    acts = leaves_shell(mean_square, smallest)
-    safe = mean_square.masked_fill(~acts, 1.0)
-    return torch.where(acts, matrix * (shell_mean_square(safe, smallest) / safe).sqrt(), matrix)
+    outside = mean_square > STATE_RMS_LIMIT**2
+    return torch.where(outside, matrix * (STATE_RMS_LIMIT**2 / mean_square.masked_fill(~outside, 1.0)).sqrt(), matrix)
+
+
+def above_floor(matrix: Tensor, floor: Tensor | float, anchor: Tensor) -> Tensor:
+    """(..., d_in, d_out) with what its root mean square lacks to the floor made up for by the anchor.
+
+    Args:
+        matrix: Weights.
+        floor: network.smallest_rms; 0 for none.
+        anchor: Initial weights by anchor_of, of root mean square 1.
+    """
+    lack = floor_lack(matrix.square().mean((-1, -2), keepdim=True), floor)
+    return torch.where(lack > 0, matrix + lack * anchor, matrix)
+
+
+def floor_lack(mean_square: Tensor, floor: Tensor | float) -> Tensor:
+    """How far the root mean square lies below the floor, else 0; any shape."""
+    return (floor - (mean_square + EMPTY).sqrt()).clamp_min(0.0)
+
+
+def anchor_of(initial: Tensor) -> Tensor:
+    """Initial weights (..., d_in, d_out) at a root mean square of 1: where a matrix is led that forgetting empties."""
+    return initial * (initial.square().mean((-1, -2), keepdim=True) + EMPTY).rsqrt()

@@ -24,8 +24,13 @@ class TensorTree:
         return self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Every tensor through Tensor.to."""
-        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+        """Every tensor through Tensor.to; a mask goes to another device, not to another dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(*args, **kwargs)
+            return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
+
+        return self.map(move)
 
     def bytes(self) -> int:
         """Bytes that the tensors hold, a tensor that appears twice counted once."""
@@ -43,6 +48,8 @@ class TensorTree:
 class OpenChunk(TensorTree):
     """A chunk that the sequence has not filled yet: where it began and its tokens so far, fewer than the chunk size.
 
+    Rows that have begun their chunks at different tokens hold different numbers of them, at the front.
+
     Attributes:
         weights: Weights at the chunk's start, L of (B, H, d_in, d_out).
         momentum: Momentum at the chunk's start, like weights.
@@ -51,6 +58,7 @@ class OpenChunk(TensorTree):
         theta: (B, t, H, L).
         eta: (B, t, H, L).
         alpha: (B, t, H, L).
+        real: Which of the tokens are there, (B, t) bool; None if all are.
     """
 
     weights: list[Tensor]
@@ -60,6 +68,7 @@ class OpenChunk(TensorTree):
     theta: Tensor
     eta: Tensor
     alpha: Tensor
+    real: Tensor | None = None
 
 
 @dataclass
@@ -75,6 +84,10 @@ class MemoryState(TensorTree):
     weights: list[Tensor]
     momentum: list[Tensor]
     open_chunk: OpenChunk | None = None
+
+    def closed(self) -> "MemoryState":
+        """The same, its open chunk ended where it stands: the next token begins another."""
+        return MemoryState(self.weights, self.momentum)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
