@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .config import TitansConfig
 from .layer_specs import titans_layer_spec
 from .layers.norm import RMSNorm
+from .memory import PackedRows
 from .parallel import padded_vocab_size
 
 
@@ -59,17 +60,19 @@ class TitansModel(MegatronModule):
             tp_group=groups.tp,
         )
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """One pass over whole sequences.
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        """One pass over whole rows.
 
         Args:
             tokens: (B, T) ids.
             labels: (B, T) ids of the tokens to predict, or None.
+            starts: (B, T) bool, tokens that begin a document; memory, convolution and attention begin anew there.
+                None if each row is one sequence.
 
         Returns:
             With labels the cross-entropy of each token in nats, float32 (B, T); without, the logits (B, T, V).
         """
-        hidden, _ = self._blocks(tokens, None)
+        hidden, _ = self._blocks(tokens, None, None if starts is None else PackedRows(starts))
         logits = self._local_logits(hidden)
         if labels is None:
             return self._whole_logits(logits)
@@ -77,26 +80,29 @@ class TitansModel(MegatronModule):
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
         return losses.transpose(0, 1)
 
-    def stream(self, tokens: Tensor, states: list[Any] | None, last: int | None = None) -> tuple[Tensor, list[Any]]:
+    def stream(
+        self, tokens: Tensor, states: list[Any] | None, last: int | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, list[Any]]:
         """The next piece of sequences that go on.
 
         Args:
             tokens: (B, T) ids that follow those of earlier calls.
             states: What the earlier call returned, one state a block; None begins the sequences.
             last: Give logits for the last so many tokens only; None for all.
+            starts: (B, T) bool, tokens that begin a document, as for forward.
 
         Returns:
             Logits (B, last or T, V), and the states, of constant size whatever has been read (for
             variant "transformer", where the window is not 0).
         """
-        hidden, states = self._blocks(tokens, states)
+        hidden, states = self._blocks(tokens, states, None if starts is None else PackedRows(starts))
         return self._whole_logits(self._local_logits(hidden if last is None else hidden[-last:])), states
 
-    def _blocks(self, tokens: Tensor, states: list[Any] | None) -> tuple[Tensor, list[Any]]:
+    def _blocks(self, tokens: Tensor, states: list[Any] | None, rows: PackedRows | None) -> tuple[Tensor, list[Any]]:
         hidden = self.embedding(tokens).transpose(0, 1)  # Megatron's layout, (T, B, E)
         after = []
         for index, layer in enumerate(self.layers):
-            hidden, state = layer(hidden, None if states is None else states[index])
+            hidden, state = layer(hidden, None if states is None else states[index], rows)
             after.append(state)
         return self.final_norm(hidden), after
 

@@ -138,7 +138,7 @@ def test_persistent_tokens_keep_their_weight_however_far_a_query_stands() -> Non
     x = inputs()[:1]
     prefix = torch.randn(1, 5, 24)
     with torch.no_grad():
-        _, state = mixer(torch.cat([prefix, x[:, :20]], 1), None, 5)
+        _, state = mixer(x[:, :20], mixer.begin(1, prefix))
         near, _ = mixer(x[:, 20:40], state)
         for _ in range(10):
             _, state = mixer(x[:, :20], state)

@@ -30,6 +30,19 @@ class Prefix:
     values: Tensor
 
 
+@dataclass
+class Documents:
+    """Which document a token belongs to, by number; padding has a number of its own.
+
+    Attributes:
+        queries: (B, T).
+        keys: (B, P + T).
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+
 def attend(
     queries: Tensor,
     keys: Tensor,
@@ -38,6 +51,7 @@ def attend(
     window: int = 0,
     keys_per_token: int = 1,
     prefix: Prefix | None = None,
+    documents: Documents | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of the last T tokens over themselves and what came before.
@@ -51,6 +65,7 @@ def attend(
         keys_per_token: Keys that stand beside each token, all visible from that token on (2 in a MAC segment: the
             token's and its recalled memory's).
         prefix: Keys that every query sees, none if None.
+        documents: Where given, a query sees keys of its own document only.
         backend: "dense" is the written-out softmax over a mask (the oracle), "sdpa" torch's attention in blocks of
             queries, "flash" FlashAttention (CUDA), "auto" flash where it can be used and sdpa elsewhere.
 
@@ -63,14 +78,13 @@ def attend(
     if backend not in BACKENDS:
         raise ValueError(f"attention backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "flash" if _flash_fits(queries, keys_per_token) else "sdpa"
+        backend = "flash" if _flash_fits(queries, keys, keys_per_token, documents) else "sdpa"
     if backend == "flash":
         from .flash import flash_attend
 
-        return flash_attend(queries, keys, values, window, keys_per_token, prefix)
-    if backend == "dense":
-        return _dense(queries, keys, values, window, keys_per_token, prefix)
-    return _sdpa(queries, keys, values, window, keys_per_token, prefix)
+        return flash_attend(queries, keys, values, window, keys_per_token, prefix, documents)
+    attention = _dense if backend == "dense" else _sdpa
+    return attention(queries, keys, values, window, keys_per_token, prefix, documents)
 
 
 def visible(
@@ -83,12 +97,27 @@ def visible(
     return mask & (key_token > token - window) if window else mask
 
 
+def _in_document(mask: Tensor, documents: Documents | None, queries: slice, keys: slice, keys_per_token: int) -> Tensor:
+    """A mask (queries, keys) narrowed to documents, (B, 1, queries, keys); as it is without any."""
+    if documents is None:
+        return mask
+    key_documents = documents.keys.repeat_interleave(keys_per_token, 1)[:, keys]
+    return mask & (documents.queries[:, queries, None] == key_documents[:, None]).unsqueeze(1)
+
+
 def _dense(
-    queries: Tensor, keys: Tensor, values: Tensor, window: int, keys_per_token: int, prefix: Prefix | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int,
+    keys_per_token: int,
+    prefix: Prefix | None,
+    documents: Documents | None,
 ) -> Tensor:
     length, past = queries.shape[1], keys.shape[1] // keys_per_token - queries.shape[1]
     scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys)
     mask = visible(past, length, 0, keys.shape[1], window, keys_per_token, queries.device)
+    mask = _in_document(mask, documents, slice(None), slice(None), keys_per_token)
     scores = scores.masked_fill(~mask, -math.inf)
     if prefix is not None:
         scores = torch.cat([torch.einsum("bqhd,bkhd->bhqk", prefix.queries, prefix.keys), scores], -1)
@@ -98,7 +127,13 @@ def _dense(
 
 
 def _sdpa(
-    queries: Tensor, keys: Tensor, values: Tensor, window: int, keys_per_token: int, prefix: Prefix | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int,
+    keys_per_token: int,
+    prefix: Prefix | None,
+    documents: Documents | None,
 ) -> Tensor:
     length, past = queries.shape[1], keys.shape[1] // keys_per_token - queries.shape[1]
     scale = 1.0 / math.sqrt(queries.shape[-1])
@@ -116,6 +151,7 @@ def _sdpa(
         mask = visible(
             past + start, stop - start, first_key, last_key - first_key, window, keys_per_token, queries.device
         )
+        mask = _in_document(mask, documents, slice(start, stop), slice(first_key, last_key), keys_per_token)
         if prefix is not None:
             k, v = torch.cat([prefix_keys, k], 1), torch.cat([prefix.values, v], 1)
             mask = F.pad(mask, (prefix.keys.shape[1], 0), value=True)
@@ -125,7 +161,9 @@ def _sdpa(
     return torch.cat(outputs, 1)
 
 
-def _flash_fits(queries: Tensor, keys_per_token: int) -> bool:
+def _flash_fits(queries: Tensor, keys: Tensor, keys_per_token: int, documents: Documents | None) -> bool:
+    if documents is not None and keys.shape[1] != queries.shape[1]:
+        return False  # its ragged form takes whole documents, not the tail of one that began earlier
     if not queries.is_cuda or keys_per_token != 1 or queries.dtype not in (torch.bfloat16, torch.float16):
         return False
     from .flash import flash_installed

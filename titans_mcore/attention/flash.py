@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from .attend import Prefix
+    from .attend import Documents, Prefix
 
-Forward = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+Forward = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def flash_installed() -> bool:
@@ -26,7 +27,13 @@ def flash_installed() -> bool:
 
 
 def flash_attend(
-    queries: Tensor, keys: Tensor, values: Tensor, window: int, keys_per_token: int, prefix: "Prefix | None"
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int,
+    keys_per_token: int,
+    prefix: "Prefix | None",
+    documents: "Documents | None",
 ) -> Tensor:
     """attend() through flash-attn; see there for shapes.
 
@@ -41,20 +48,37 @@ def flash_attend(
         )
     if keys_per_token != 1:
         raise ValueError("attention backend 'flash' takes one key for each token; use 'sdpa' for MAC segments")
-    if prefix is None:
+    if documents is not None and keys.shape[1] != queries.shape[1]:
+        raise ValueError("attention backend 'flash' cannot go on inside a packed row; use 'sdpa' or 'auto'")
+    bounds = None if documents is None else document_bounds(documents.queries)
+    if prefix is not None:
+        parts = (queries, keys, values, prefix.queries, prefix.keys, prefix.values)
+        return PrefixMerge.apply(*parts, window, bounds, _flash_forward, _flash_backward)
+    window_size = (window - 1 if window else -1, 0)
+    if bounds is None:
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(queries, keys, values, causal=True, window_size=(window - 1 if window else -1, 0))
-    return PrefixMerge.apply(
-        queries, keys, values, prefix.queries, prefix.keys, prefix.values, window, _flash_forward, _flash_backward
-    )
+        return flash_attn_func(queries, keys, values, causal=True, window_size=window_size)
+    from flash_attn import flash_attn_varlen_func
+
+    flat = (x.flatten(0, 1) for x in (queries, keys, values))
+    longest = queries.shape[1]
+    out = flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True, window_size=window_size)
+    return out.view_as(queries)
+
+
+def document_bounds(documents: Tensor) -> Tensor:
+    """Where documents (B, T) begin in the tokens of all rows, and the number of tokens behind them, int32."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=documents.numel()).to(torch.int32)
 
 
 class PrefixMerge(torch.autograd.Function):
     """One softmax over a causal window and a prefix, each computed by the kernels given.
 
-    The kernels take a window (negative: no causality, every key is seen) and return the output (B, T, H, D) and the
-    log-sum-exp (B, H, T).
+    The kernels take a window (negative: no causality, every key is seen) and the bounds of documents (None: rows are
+    whole), and return the output (B, T, H, D) and the log-sum-exp (B, H, T).
     """
 
     @staticmethod
@@ -67,25 +91,26 @@ class PrefixMerge(torch.autograd.Function):
         prefix_keys: Tensor,
         prefix_values: Tensor,
         window: int,
+        bounds: Tensor | None,
         kernel: Forward,
         backward_kernel: Backward,
     ) -> Tensor:
-        near, near_lse = kernel(queries, keys, values, window)
-        always, always_lse = kernel(plain_queries, prefix_keys, prefix_values, -1)
+        near, near_lse = kernel(queries, keys, values, window, bounds)
+        always, always_lse = kernel(plain_queries, prefix_keys, prefix_values, -1, None)
         lse = torch.logaddexp(near_lse, always_lse)
         share = (near_lse - lse).exp().transpose(1, 2).unsqueeze(-1).to(near.dtype)
         output = share * near + (1.0 - share) * always
         ctx.save_for_backward(queries, keys, values, plain_queries, prefix_keys, prefix_values, output, lse)
-        ctx.window, ctx.kernel = window, backward_kernel
+        ctx.window, ctx.bounds, ctx.kernel = window, bounds, backward_kernel
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, plain_queries, prefix_keys, prefix_values, output, lse = ctx.saved_tensors
         grad = grads[0].contiguous()
-        near = ctx.kernel(grad, queries, keys, values, output, lse, ctx.window)
-        always = ctx.kernel(grad, plain_queries, prefix_keys, prefix_values, output, lse, -1)
-        return (*near, *always, None, None, None)
+        near = ctx.kernel(grad, queries, keys, values, output, lse, ctx.window, ctx.bounds)
+        always = ctx.kernel(grad, plain_queries, prefix_keys, prefix_values, output, lse, -1, None)
+        return (*near, *always, None, None, None, None)
 
 
 def _flash_window(window: int) -> tuple[bool, int, int]:
@@ -93,26 +118,48 @@ def _flash_window(window: int) -> tuple[bool, int, int]:
     return (False, -1, -1) if window < 0 else (True, window - 1 if window else -1, 0)
 
 
-def _flash_forward(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_forward
+def _flash_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int, bounds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_forward
 
     causal, left, right = _flash_window(window)
     scale = 1.0 / math.sqrt(queries.shape[-1])
-    tensors = (x.contiguous() for x in (queries, keys, values))
-    output, lse, *_ = _flash_attn_forward(*tensors, 0.0, scale, causal, left, right, 0.0, None, False)
-    return output, lse
+    if bounds is None:
+        tensors = (x.contiguous() for x in (queries, keys, values))
+        output, lse, *_ = _flash_attn_forward(*tensors, 0.0, scale, causal, left, right, 0.0, None, False)
+        return output, lse
+    flat = (x.flatten(0, 1).contiguous() for x in (queries, keys, values))
+    limits = (bounds, bounds, queries.shape[1], queries.shape[1])
+    output, lse, *_ = _flash_attn_varlen_forward(*flat, *limits, 0.0, scale, causal, left, right)
+    # Of ragged rows the log-sum-exp comes as (H, B T).
+    return output.view_as(queries), lse.unflatten(1, queries.shape[:2]).transpose(0, 1)
 
 
 def _flash_backward(
-    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, output: Tensor, lse: Tensor, window: int
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    window: int,
+    bounds: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_backward
+    from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_varlen_backward
 
     causal, left, right = _flash_window(window)
     scale = 1.0 / math.sqrt(queries.shape[-1])
     queries, keys, values = (x.contiguous() for x in (queries, keys, values))
     grads = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
-    _flash_attn_backward(
-        grad, queries, keys, values, output, lse, *grads, 0.0, scale, causal, left, right, 0.0, None, False
-    )
+    tensors = (grad, queries, keys, values, output)
+    if bounds is None:
+        options = (0.0, scale, causal, left, right, 0.0, None, False)
+        _flash_attn_backward(*tensors, lse, *grads, *options)
+        return grads
+    flat = (x.flatten(0, 1) for x in tensors)
+    ragged_lse = lse.transpose(0, 1).flatten(1).contiguous()
+    limits = (bounds, bounds, queries.shape[1], queries.shape[1])
+    options = (0.0, scale, causal, left, right, 0.0, None, False)
+    _flash_attn_varlen_backward(*flat, ragged_lse, *(x.flatten(0, 1) for x in grads), *limits, *options)
     return grads

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ..config import TitansConfig
+from ..memory import PackedRows
 from ..mixers import make_mixer
 from .parts import MegatronParts, MixerSubmodules
 
@@ -48,9 +49,15 @@ class TitansLayer(MegatronModule):
         self.pre_mlp_norm = build_module(submodules.pre_mlp_norm, config=config, hidden_size=size, eps=eps)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
 
-    def forward(self, hidden_states: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Hidden states (T, B, E) and the mixer's state after them; a state of None begins a sequence."""
-        mixed, state = self.mixer(self.input_norm(hidden_states).transpose(0, 1), state)
+    def forward(self, hidden_states: Tensor, state: Any = None, rows: PackedRows | None = None) -> tuple[Tensor, Any]:
+        """Hidden states (T, B, E) and the mixer's state after them.
+
+        Args:
+            hidden_states: The piece.
+            state: What an earlier piece returned; None begins the sequences.
+            rows: Documents and padding of the piece.
+        """
+        mixed, state = self.mixer(self.input_norm(hidden_states).transpose(0, 1), state, rows)
         hidden_states = hidden_states + mixed.transpose(0, 1)
         output, _ = self.mlp(self.pre_mlp_norm(hidden_states))
         return hidden_states + output, state

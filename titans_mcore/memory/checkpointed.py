@@ -44,7 +44,7 @@ def chunked_scan(
     Returns:
         What each token reads, (B, C b, H, D), and the weights and momentum after the last one.
     """
-    batch, length, heads = tokens[0].shape[:3]
+    batch, _, heads = tokens[0].shape[:3]
     rows = network.for_memories(batch)
     layout = _Layout(network.residual_norm, chunks, batch, heads)
     anchors = [anchor_of(x).expand(batch, *x.shape).flatten(0, 1) for x in initial]

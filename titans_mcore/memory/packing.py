@@ -5,6 +5,7 @@ counts. Both come to one thing: tokens are laid into chunks whose slots a docume
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -100,8 +101,8 @@ class PackedRows:
     Attributes:
         starts: Tokens that begin a document, (B, T) bool, none of them padding; None if no token does. A row whose
             first token does not goes on with what the state holds.
-        real: Tokens that are not padding, (B, T) bool; None if all are. At least one token of each row may be padding
-            anywhere; what is left is one sequence.
+        real: Tokens that are not padding, (B, T) bool; None if all are. memory_scan takes padding anywhere; what is
+            left of a row is one sequence. The mixers want it behind the real tokens.
     """
 
     starts: Tensor | None = None
@@ -126,6 +127,32 @@ class PackedRows:
         assert mask is not None
         return mask.shape
 
+    @cached_property
+    def documents(self) -> Tensor:
+        """The document of each token, (B, T): 0 for what goes on from before, then 1, 2 ...; -1 for padding."""
+        numbers = torch.zeros(self.shape, dtype=torch.long) if self.starts is None else self.starts.cumsum(1)
+        return numbers if self.real is None else numbers.masked_fill(~self.real.to(numbers.device), -1)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Real tokens of each row, (B,)."""
+        return torch.full(self.shape[:1], self.shape[1]) if self.real is None else self.real.sum(1)
+
+    @cached_property
+    def last_documents(self) -> Tensor:
+        """The document that each row ends in, (B,)."""
+        return self.documents.amax(1).clamp_min(0)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Place of each token in its document, counted from the piece's first token for one that goes on, (B, T)."""
+        place = torch.arange(self.shape[1], device=self.documents.device).expand(self.shape)
+        return place if self.starts is None else place - torch.where(self.starts, place, 0).cummax(1).values
+
+    def to(self, device: torch.device) -> "PackedRows":
+        """The same masks there."""
+        return PackedRows(*(None if x is None else x.to(device) for x in (self.starts, self.real)))
+
     def after(self, earlier: Tensor) -> "PackedRows":
         """The same behind earlier tokens, (B, t) bool which of them are real."""
         nothing = torch.zeros(self.shape, dtype=torch.bool, device=earlier.device)
@@ -143,11 +170,6 @@ class PackedRows:
         return self._packings[key]
 
 
-def document_numbers(starts: Tensor) -> Tensor:
-    """The document of each token, (B, T): 0 for what goes on from before, then 1, 2 ..."""
-    return starts.cumsum(1)
-
-
 def _pack(starts: Tensor | None, real: Tensor | None, shape: torch.Size, size: int, device: torch.device) -> Packing:
     # On the host: what comes out are shapes and loops, for which a GPU would have to be waited for.
     starts = torch.zeros(shape, dtype=torch.bool) if starts is None else starts.cpu()
@@ -160,7 +182,7 @@ def _pack(starts: Tensor | None, real: Tensor | None, shape: torch.Size, size: i
     number = real.sum(1)
     place = torch.arange(length).expand(batch, length)
     counted = place < number.unsqueeze(1)
-    document = document_numbers(starts).gather(1, order)
+    document = starts.cumsum(1).gather(1, order)
     first = torch.ones(shape, dtype=torch.bool)
     first[:, 1:] = document[:, 1:] != document[:, :-1]
     position = place - torch.where(first, place, 0).cummax(1).values

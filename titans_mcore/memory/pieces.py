@@ -85,7 +85,7 @@ def scan_packed(
         read, weights, momentum = memory.scan(laid, start, packing.open.chunks)
         reads.append(read)
         real = None if packing.open.chunks.counts is None else packing.open.filled
-        end = MemoryState(weights, momentum, OpenChunk(*start, *laid[1:], real))
+        end = MemoryState(weights, momentum, OpenChunk(*start, *laid[1:], real=real))
     if not reads:  # nothing but padding
         return torch.zeros_like(tokens[0])[:, opened:], state
     return packing.collect(torch.cat(reads, 1))[:, opened:], end
@@ -168,5 +168,5 @@ def _in_one(rows: list[MemoryState]) -> MemoryState:
             padded.append(torch.cat([part, nothing], 1))
         parts.append(torch.cat(padded))
     real = None if min(counts) == longest else torch.arange(longest) < torch.tensor(counts).unsqueeze(1)
-    chunk = OpenChunk(stack([x.weights for x in begun]), stack([x.momentum for x in begun]), *parts, real)
+    chunk = OpenChunk(stack([x.weights for x in begun]), stack([x.momentum for x in begun]), *parts, real=real)
     return MemoryState(weights, momentum, chunk)

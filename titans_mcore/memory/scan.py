@@ -36,8 +36,8 @@ def memory_scan(
 
     S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2, M_t = (1 - alpha_t) M_{t-1} + S_t, y_t = M_t(q_t), gradients
     taken at the weights of the chunk's start, steps bounded as STABILITY.md says. A sequence gives the same reads
-    whether it comes in one piece or in many, wherever they are cut; and a document the same reads and gradients whatever
-    stands beside it in its row. Tokens that are not real neither write nor decay and read zeros.
+    whether it comes in one piece or in many, wherever they are cut; a document the same reads and gradients whatever
+    stands beside it in its row. Tokens that are not real neither write nor decay, and read zeros.
 
     Args:
         queries: (B, T, H, D), any floating dtype; keys and values alike.

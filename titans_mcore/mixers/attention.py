@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..attention import attend, rotate
 from ..attention.attend import Prefix
 from ..config import TitansConfig
-from ..memory import TensorTree
+from ..memory import PackedRows, TensorTree
+from .kept import Kept
 from .parts import Parts, heads_of, linear
 
 
@@ -17,14 +17,12 @@ class AttentionState(TensorTree):
     """What attention carries through time; constant size when there is a window.
 
     Attributes:
-        keys: Keys that later tokens still see, without positions, (B, P, heads, D).
-        values: Their values.
+        kept: Keys and values (B, P, heads, D) that later tokens still see.
         prefix_keys: Keys of the persistent tokens, (B, N, heads, D); None without any.
         prefix_values: Their values.
     """
 
-    keys: Tensor
-    values: Tensor
+    kept: Kept
     prefix_keys: Tensor | None
     prefix_values: Tensor | None
 
@@ -42,24 +40,39 @@ class Attention(nn.Module):
         self.config, self.heads = config, parts.heads
         self.query_key_value = parts.column(config.dim, 3 * config.head_dim)
 
-    def forward(self, x: Tensor, state: AttentionState | None, prefix: int = 0) -> tuple[Tensor, AttentionState]:
+    def begin(self, batch: int, persistent: Tensor | None = None) -> AttentionState:
+        """The state before the first token of so many rows.
+
+        Args:
+            batch: B.
+            persistent: Persistent tokens that every token sees, (1, N, E), which have passed Parts.enter().
+        """
+        prefix_keys = prefix_values = None
+        if persistent is not None:
+            _, *both = heads_of(linear(self.query_key_value, persistent), self.heads).chunk(3, -1)
+            prefix_keys, prefix_values = (part.expand(batch, -1, -1, -1) for part in both)
+        weight = next(self.query_key_value.parameters())
+        nothing = weight.new_zeros(batch, 0, self.heads, self.config.head_dim)
+        return AttentionState(Kept(nothing, nothing), prefix_keys, prefix_values)
+
+    def forward(
+        self, x: Tensor, state: AttentionState, rows: PackedRows | None = None
+    ) -> tuple[Tensor, AttentionState]:
         """Attend within x (B, T, E), which has passed Parts.enter(), and to what the state holds.
 
         Args:
-            x: The piece. When the state is None, its first `prefix` tokens are the persistent ones.
-            state: What an earlier piece returned.
-            prefix: Persistent tokens at the front of the first piece.
+            x: The piece.
+            state: What `begin` or an earlier piece returned.
+            rows: Documents and padding of the piece; padding stands behind the real tokens.
 
         Returns:
-            (B, T, heads, D) for the piece's ordinary tokens, and the state after them.
+            (B, T, heads, D), and the state after the last token.
         """
         queries, keys, values = heads_of(linear(self.query_key_value, x), self.heads).chunk(3, -1)
-        if state is None:
-            state = self._begin(keys, values, prefix)
-            queries, keys, values = (part[:, prefix:] for part in (queries, keys, values))
-        keys, values = torch.cat([state.keys, keys], 1), torch.cat([state.values, values], 1)
+        documents = state.kept.documents(rows, x.shape[1])
+        kept = state.kept.extended(keys, values)
         # Only differences of positions count: counted from the oldest key still seen, they never grow large.
-        past = keys.shape[1] - queries.shape[1]
+        past = kept.keys.shape[1] - queries.shape[1]
         base, window = self.config.rope_base, self.config.window
         always = None
         if state.prefix_keys is not None:
@@ -67,16 +80,12 @@ class Attention(nn.Module):
             always = Prefix(queries, state.prefix_keys, state.prefix_values)
         out = attend(
             rotate(queries, past, base),
-            rotate(keys, 0, base),
-            values,
+            rotate(kept.keys, 0, base),
+            kept.values,
             window=window,
             prefix=always,
+            documents=documents,
             backend=self.config.attention_backend,
         )
-        kept = max(keys.shape[1] - (window - 1), 0) if window else 0
-        return out, AttentionState(keys[:, kept:], values[:, kept:], state.prefix_keys, state.prefix_values)
-
-    @staticmethod
-    def _begin(keys: Tensor, values: Tensor, prefix: int) -> AttentionState:
-        always = (keys[:, :prefix], values[:, :prefix]) if prefix else (None, None)
-        return AttentionState(keys[:, :0], values[:, :0], *always)
+        after = kept.last(window - 1 if window else kept.keys.shape[1], rows)
+        return out, AttentionState(after, state.prefix_keys, state.prefix_values)

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from ..attention import attend, rotate
 from ..attention.attend import Prefix
 from ..config import TitansConfig
-from ..memory import TensorTree
+from ..memory import PackedRows, TensorTree
+from .kept import Kept, take
 from .neural_memory import NeuralMemory, NeuralMemoryState, Recall
 from .parts import Parts, heads_of, linear
+from .segments import Segment, segments_of
 from .simple import PersistentTokens, combine
 
 
@@ -21,14 +23,13 @@ class MacState(TensorTree):
     Attributes:
         written: The memory after the last token; None before the first.
         recall: The memory after the last whole segment, which this segment's tokens recall.
-        keys: Keys of the open segment, rotated, recalled memory and token in turn, (B, 2 t, heads, D).
-        values: Their values.
+        kept: Keys and values of the open segment, for each token its recalled memory's and its own,
+            (B, t, 2, heads, D).
     """
 
     written: NeuralMemoryState | None
     recall: Recall
-    keys: Tensor
-    values: Tensor
+    kept: Kept
 
 
 class MacMixer(nn.Module):
@@ -57,58 +58,101 @@ class MacMixer(nn.Module):
         self.attention_norm = parts.replicated(torch.ones(config.dim))
         self.memory_norm = parts.replicated(torch.ones(config.dim))
 
-    def forward(self, x: Tensor, state: MacState | None) -> tuple[Tensor, MacState]:
+    def forward(self, x: Tensor, state: MacState | None, rows: PackedRows | None = None) -> tuple[Tensor, MacState]:
         """Mix x (B, T, E); the state of None begins a sequence."""
-        # The persistent tokens are the same for every row and every segment.
-        prefix = self.parts.enter(self.persistent(x[:1, :0]))
-        prefix_kv = heads_of(linear(self.key_value, prefix), self.heads).expand(x.shape[0], -1, -1, -1)
+        batch = x.shape[0]
+        tokens = self.persistent(x)  # the same for every row and every segment
+        prefix = None
+        if tokens is not None:
+            prefix = heads_of(linear(self.key_value, self.parts.enter(tokens)), self.heads).expand(batch, -1, -1, -1)
         x = self.parts.enter(x)
-        queries = heads_of(linear(self.query, x), self.heads)
-        keys_values = heads_of(linear(self.key_value, x), self.heads)
+        maps = [x, *(heads_of(linear(part, x), self.heads) for part in (self.query, self.key_value))]
         if state is None:
-            nothing = queries[:, :0]
-            state = MacState(None, Recall(), nothing, nothing)
-        outputs, start = [], 0
-        while start < x.shape[1]:
-            stop = min(x.shape[1], start + self.config.segment_length - state.keys.shape[1] // 2)
-            piece = slice(start, stop)
-            output, state = self._within_segment(
-                x[:, piece], queries[:, piece], keys_values[:, piece], prefix_kv, state
-            )
+            nothing = x.new_zeros(batch, 0, 2, self.heads, self.config.head_dim)
+            state = MacState(None, Recall(), Kept(nothing, nothing))
+        if rows is None and state.kept.real is None:
+            return self._whole_rows(maps, prefix, state)
+        return self._packed_rows(maps, prefix, state, rows)
+
+    def _whole_rows(self, maps: list[Tensor], prefix: Tensor | None, state: MacState) -> tuple[Tensor, MacState]:
+        """The segments of rows that hold one sequence each."""
+        outputs, start, length = [], 0, maps[0].shape[1]
+        while start < length:
+            stop = min(length, start + self.config.segment_length - state.kept.keys.shape[1])
+            output, state = self._within_segment([part[:, start:stop] for part in maps], prefix, state, None)
             outputs.append(output)
             start = stop
         return torch.cat(outputs, 1), state
 
+    def _packed_rows(
+        self, maps: list[Tensor], prefix: Tensor | None, state: MacState, rows: PackedRows | None
+    ) -> tuple[Tensor, MacState]:
+        """The segments of packed or padded rows, which begin and end at different tokens."""
+        kept = state.kept
+        if rows is None:
+            rows = PackedRows(real=torch.ones(maps[0].shape[:2], dtype=torch.bool, device=kept.keys.device))
+        filled = [kept.keys.shape[1]] * len(kept.keys) if kept.real is None else kept.real.sum(1).tolist()
+        output = torch.zeros_like(maps[0])
+        for segment in segments_of(rows, filled, self.config.segment_length):
+            parts = [take(part, segment.places) for part in maps]
+            piece, state = self._within_segment(parts, prefix, state, segment)
+            row, token = segment.real.nonzero(as_tuple=True)
+            output = output.index_put((row, segment.places[row, token]), piece[row, token])
+        return output, state
+
     def _within_segment(
-        self, x: Tensor, queries: Tensor, keys_values: Tensor, prefix_kv: Tensor, state: MacState
+        self, maps: list[Tensor], prefix: Tensor | None, state: MacState, segment: Segment | None
     ) -> tuple[Tensor, MacState]:
         """A piece that ends before or with the open segment."""
-        recalled, recall = self.memory(x, recall=state.recall)
+        x, queries, keys_values = maps
+        rows, real, before, recall = None, None, state.kept, state.recall
+        if segment is not None:
+            # What came before a document is out of sight; its own segment is then one.
+            rows, real, before = segment.rows, PackedRows(real=segment.real), _without(before, segment.restarts)
+            recall = Recall(recall.weights, recall.query_tail, segment.restarts)
+        recalled, recall = self.memory(x, recall=recall, rows=rows)
         recalled = self.parts.enter(linear(self.memory_output, recalled.flatten(2)))
         recalled_kv = heads_of(linear(self.key_value, recalled), self.heads)
-        past, base = state.keys.shape[1] // 2, self.config.rope_base
-        both = [pair.chunk(2, -1) for pair in (recalled_kv, keys_values)]
-        keys = _in_turn(*(rotate(key, past, base) for key, _ in both))
-        values = _in_turn(*(value for _, value in both))
-        keys, values = torch.cat([state.keys, keys], 1), torch.cat([state.values, values], 1)
+        keys, values = torch.stack([recalled_kv, keys_values], 2).chunk(2, -1)
+        kept = before.extended(keys, values)
+        past, base = before.keys.shape[1], self.config.rope_base
         attention = attend(
             rotate(queries, past, base),
-            keys,
-            values,
+            rotate(kept.keys.flatten(2, 3), 0, base).unflatten(2, (2, -1)).flatten(1, 2),
+            kept.values.flatten(1, 2),
             keys_per_token=2,
-            prefix=Prefix(queries, *prefix_kv.chunk(2, -1)) if prefix_kv.shape[1] else None,
+            prefix=None if prefix is None else Prefix(queries, *prefix.chunk(2, -1)),
+            documents=before.documents(real, x.shape[1]),
             backend=self.config.attention_backend,
         )
         y = linear(self.attention_output, attention.flatten(2))
-        memory, written = self.memory(self.parts.enter(y), state.written)
+        memory, written = self.memory(self.parts.enter(y), state.written, rows=rows)
         m = linear(self.memory_output, memory.flatten(2))
         output = combine(y, m, self.attention_norm, self.memory_norm, self.config.norm_eps)
-        if keys.shape[1] // 2 < self.config.segment_length:
-            return output, MacState(written, recall, keys, values)
-        # The segment is full: the next one recalls the memory as it is now.
-        return output, MacState(written, Recall(written.memory.weights, recall.query_tail), keys[:, :0], values[:, :0])
+        return output, self._after(written, recall, kept, segment, rows)
+
+    def _after(
+        self,
+        written: NeuralMemoryState,
+        recall: Recall,
+        kept: Kept,
+        segment: Segment | None,
+        rows: PackedRows | None,
+    ) -> MacState:
+        """The state behind a piece; where it fills a segment, the next one recalls the memory as it is now."""
+        if segment is None:
+            if kept.keys.shape[1] < self.config.segment_length:
+                return MacState(written, recall, kept)
+            return MacState(written, Recall(written.memory.weights, recall.query_tail), kept.last(0, None))
+        assert recall.weights is not None
+        full = segment.full[:, None, None, None]
+        both = zip(written.memory.weights, recall.weights, strict=True)
+        weights = [torch.where(full, new, old) for new, old in both]
+        after = kept.last(int(segment.fill.max()), rows, segment.fill)
+        return MacState(written, Recall(weights, recall.query_tail), after)
 
 
-def _in_turn(first: Tensor, second: Tensor) -> Tensor:
-    """(B, T, H, D) twice to (B, 2 T, H, D): first_0, second_0, first_1, ..."""
-    return torch.stack([first, second], 2).flatten(1, 2)
+def _without(kept: Kept, restarts: Tensor) -> Kept:
+    """Without the keys of rows that begin a document."""
+    real = kept.keys.new_ones(kept.keys.shape[:2], dtype=torch.bool) if kept.real is None else kept.real
+    return Kept(kept.keys, kept.values, real & ~restarts.unsqueeze(1))

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import MemoryState, TensorTree, memory_read, memory_scan
+from ..memory import MemoryState, PackedRows, TensorTree, memory_read, memory_scan
 from ..memory.network import initial_weights
-from .parts import Parts, causal_conv, heads_of, linear, rms_norm, unit_norm
+from .kept import causal_conv
+from .parts import Parts, heads_of, linear, rms_norm, unit_norm
 
 
 @dataclass
@@ -27,6 +28,10 @@ class NeuralMemoryState(TensorTree):
     memory: MemoryState
     query_tail: Tensor
     key_value_tail: Tensor
+
+    def closed(self) -> "NeuralMemoryState":
+        """The same, ready for a document to begin in it: its first token begins a chunk."""
+        return NeuralMemoryState(self.memory.closed(), self.query_tail, self.key_value_tail)
 
 
 class NeuralMemory(nn.Module):
@@ -59,24 +64,38 @@ class NeuralMemory(nn.Module):
         self.output_norm = parts.per_head(torch.ones(heads, width))
 
     def forward(
-        self, x: Tensor, state: NeuralMemoryState | None = None, recall: "Recall | None" = None
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = None,
+        *,
+        recall: "Recall | None" = None,
+        start: NeuralMemoryState | None = None,
+        rows: PackedRows | None = None,
     ) -> tuple[Tensor, "NeuralMemoryState | Recall"]:
         """Write and read every token of x (B, T, E), which has passed Parts.enter().
 
         With `recall` the tokens read a memory that stands still, and nothing is written. Both ways go through forward
         because sharded parameters can be read only here.
 
+        Args:
+            x: The piece.
+            state: What an earlier piece returned; None begins as `start` says.
+            recall: The memory to read.
+            start: State of one row in which a document begins; None is the learned initial memory.
+            rows: Documents and padding of the piece; padding stands behind the real tokens.
+
         Returns:
             (B, T, heads, D) for the output projection, and the state (or the recall) after the last token.
         """
         query, output_gate = heads_of(linear(self.query_gate, x), self.heads).chunk(2, -1)
         if recall is not None:
-            reads, after = self._recalled(query, recall)
+            reads, after = self._recalled(query, recall, rows)
             return self._finish(reads, output_gate), after
-        queries, query_tail = self._queries(query, None if state is None else state.query_tail)
-        keys, values, gates, key_value_tail = self._keys_values_gates(
-            x, None if state is None else state.key_value_tail
-        )
+        if state is None and start is not None:
+            state = start.map(lambda part: part.expand(x.shape[0], *part.shape[1:]))
+        first = None if start is None else start.query_tail
+        queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
+        keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
         theta, eta, alpha = gates.chunk(3, -1)
         reads, memory = memory_scan(
             queries,
@@ -89,26 +108,37 @@ class NeuralMemory(nn.Module):
             **self._network(),
             chunk_size=self.config.chunk_size,
             state=None if state is None else state.memory,
+            start=None if start is None else start.memory,
+            rows=rows,
             backend=self.config.memory_backend,
         )
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
-    def _recalled(self, query: Tensor, recall: "Recall") -> tuple[Tensor, "Recall"]:
+    def _recalled(self, query: Tensor, recall: "Recall", rows: PackedRows | None) -> tuple[Tensor, "Recall"]:
         weights = recall.weights
         if weights is None:
             weights = [w.expand(query.shape[0], *w.shape) for w in self.initial_weights]
-        queries, tail = self._queries(query, recall.query_tail)
+        if recall.restarts is not None:
+            begins = recall.restarts[:, None, None, None]
+            weights = [torch.where(begins, w, kept) for w, kept in zip(self.initial_weights, weights, strict=True)]
+        queries, tail = self._queries(query, recall.query_tail, rows, None)
         return memory_read(queries, weights, **self._network()), Recall(weights, tail)
 
-    def _queries(self, query: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        query, tail = causal_conv(query, self._tail(query, tail), self.query_kernel)
+    def _queries(
+        self, query: Tensor, tail: Tensor | None, rows: PackedRows | None, start: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        query, tail = causal_conv(query, self._tail(query, tail), self.query_kernel, rows, start)
         return unit_norm(F.silu(query)), tail
 
-    def _keys_values_gates(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _keys_values_gates(
+        self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None, start: NeuralMemoryState | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         width, depth = self.config.head_dim, self.config.memory_depth
         projected = heads_of(linear(self.key_value, x), self.heads)
         key_value, gates = projected.split([2 * width, 3 * depth], -1)
-        key_value, tail = causal_conv(key_value, self._tail(key_value, tail), self.key_value_kernel)
+        tail = self._tail(key_value, None if state is None else state.key_value_tail)
+        first = None if start is None else start.key_value_tail
+        key_value, tail = causal_conv(key_value, tail, self.key_value_kernel, rows, first)
         keys, values = F.silu(key_value).chunk(2, -1)
         # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -135,10 +165,12 @@ class Recall(TensorTree):
     Attributes:
         weights: L of (B, H, d_in, d_out); None is the learned initial memory.
         query_tail: The last K - 1 tokens that went into the queries' convolution; None at the start of a sequence.
+        restarts: Rows (B,) bool that begin a document now and read the learned initial memory; None for none.
     """
 
     weights: list[Tensor] | None = None
     query_tail: Tensor | None = None
+    restarts: Tensor | None = None
 
 
 def initial_gate_bias(heads: int, depth: int) -> Tensor:

@@ -57,21 +57,3 @@ def unit_norm(x: Tensor) -> Tensor:
     """x with unit L2 norm over the last axis."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
-
-
-def causal_conv(x: Tensor, tail: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution over time.
-
-    Args:
-        x: (B, T, H, F).
-        tail: The K - 1 tokens before x, (B, K - 1, H, F), zeros at the start of a sequence.
-        kernel: (H, F, K), the last tap is the token's own.
-
-    Returns:
-        (B, T, H, F), and the tail for the next piece.
-    """
-    taps = kernel.shape[-1]
-    joined = torch.cat([tail, x], 1)
-    flat = joined.flatten(2).transpose(1, 2)  # (B, H * F, T + K - 1)
-    out = F.conv1d(flat, kernel.flatten(0, 1).unsqueeze(1), groups=flat.shape[1])
-    return out.transpose(1, 2).unflatten(-1, x.shape[2:]), joined[:, joined.shape[1] - (taps - 1) :]

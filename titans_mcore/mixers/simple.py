@@ -1,12 +1,13 @@
 """Mixers without a segment loop: LMM, MAG, MAL and the attention baseline (paper, sections 4.2 to 4.4)."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TitansConfig
-from ..memory import TensorTree
+from ..memory import PackedRows, TensorTree
 from .attention import Attention, AttentionState
 from .neural_memory import NeuralMemory, NeuralMemoryState
 from .parts import Parts, linear, rms_norm
@@ -25,9 +26,37 @@ class PersistentTokens(nn.Module):
         # They stand beside normalised activations, so they start at their size.
         self.tokens = parts.replicated(torch.randn(config.persistent_tokens, config.dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, E) to (B, N + T, E)."""
-        return torch.cat([self.tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], 1)
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(1, N, E) in the dtype of x; None if there are none."""
+        return self.tokens.to(x.dtype).unsqueeze(0) if len(self.tokens) else None
+
+
+class Persistent(NamedTuple):
+    """What persistent tokens leave for the sequences behind them, the same for all.
+
+    Attributes:
+        tokens: The tokens, (1, N, E), which have passed Parts.enter(); None without any.
+        reads: What the memory answers to them, (1, N, heads, D); None without any.
+        start: The memory after them, in which every sequence begins; None without any.
+    """
+
+    tokens: Tensor | None
+    reads: Tensor | None
+    start: NeuralMemoryState | None
+
+
+def read_persistent(tokens: Tensor | None, memory: NeuralMemory, parts: Parts) -> Persistent:
+    """Let the memory run over the persistent tokens, once for all rows and documents."""
+    if tokens is None:
+        return Persistent(None, None, None)
+    tokens = parts.enter(tokens)
+    reads, state = memory(tokens)
+    return Persistent(tokens, reads, state.closed())
+
+
+def begins(state: Any, rows: PackedRows | None) -> bool:
+    """Whether some sequence begins in a piece."""
+    return state is None or (rows is not None and rows.starts is not None)
 
 
 class LmmMixer(nn.Module):
@@ -35,17 +64,19 @@ class LmmMixer(nn.Module):
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
-        self.parts, self.prefix = parts, config.persistent_tokens
+        self.parts = parts
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
         self.output = parts.row(config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, state: NeuralMemoryState | None) -> tuple[Tensor, NeuralMemoryState]:
+    def forward(
+        self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None = None
+    ) -> tuple[Tensor, NeuralMemoryState]:
         """Mix x (B, T, E); the state of None begins a sequence."""
-        first = self.prefix if state is None else 0
-        x = self.parts.enter(x if state is not None else self.persistent(x))
-        heads, state = self.memory(x, state)
-        return linear(self.output, heads[:, first:].flatten(2)), state
+        tokens = self.persistent(x) if begins(state, rows) else None
+        persistent = read_persistent(tokens, self.memory, self.parts)
+        heads, state = self.memory(self.parts.enter(x), state, start=persistent.start, rows=rows)
+        return linear(self.output, heads.flatten(2)), state
 
 
 @dataclass
@@ -61,7 +92,7 @@ class MagMixer(nn.Module):
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
-        self.parts, self.prefix, self.eps = parts, config.persistent_tokens, config.norm_eps
+        self.parts, self.eps = parts, config.norm_eps
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
         self.attention = Attention(config, parts)
@@ -69,14 +100,20 @@ class MagMixer(nn.Module):
         self.memory_norm = parts.per_head(torch.ones(config.num_heads, config.head_dim))
         self.output = parts.row(config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, state: BranchesState | None) -> tuple[Tensor, BranchesState]:
+    def forward(
+        self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
+    ) -> tuple[Tensor, BranchesState]:
         """Mix x (B, T, E); the state of None begins a sequence."""
-        first = self.prefix if state is None else 0
-        x = self.parts.enter(x if state is not None else self.persistent(x))
-        memory, memory_state = self.memory(x, None if state is None else state.memory)
-        attention, attention_state = self.attention(x, None if state is None else state.attention, self.prefix)
-        mixed = combine(attention, memory[:, first:], self.attention_norm, self.memory_norm, self.eps)
-        return linear(self.output, mixed.flatten(2)), BranchesState(memory_state, attention_state)
+        tokens = self.persistent(x) if begins(state, rows) else None
+        persistent = read_persistent(tokens, self.memory, self.parts)
+        attended = self.attention.begin(len(x), persistent.tokens) if state is None else state.attention
+        x = self.parts.enter(x)
+        memory, memory_state = self.memory(
+            x, None if state is None else state.memory, start=persistent.start, rows=rows
+        )
+        attention, attended = self.attention(x, attended, rows)
+        mixed = combine(attention, memory, self.attention_norm, self.memory_norm, self.eps)
+        return linear(self.output, mixed.flatten(2)), BranchesState(memory_state, attended)
 
 
 class MalMixer(nn.Module):
@@ -84,20 +121,33 @@ class MalMixer(nn.Module):
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
-        self.parts, self.prefix = parts, config.persistent_tokens
+        self.parts = parts
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
         self.memory_output = parts.row(config.head_dim, config.dim)
         self.attention = Attention(config, parts)
         self.output = parts.row(config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, state: BranchesState | None) -> tuple[Tensor, BranchesState]:
+    def forward(
+        self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
+    ) -> tuple[Tensor, BranchesState]:
         """Mix x (B, T, E); the state of None begins a sequence."""
-        x = self.parts.enter(x if state is not None else self.persistent(x))
-        memory, memory_state = self.memory(x, None if state is None else state.memory)
-        y = self.parts.enter(linear(self.memory_output, memory.flatten(2)))
-        attention, attention_state = self.attention(y, None if state is None else state.attention, self.prefix)
-        return linear(self.output, attention.flatten(2)), BranchesState(memory_state, attention_state)
+        tokens = self.persistent(x) if begins(state, rows) else None
+        persistent = read_persistent(tokens, self.memory, self.parts)
+        if state is None:
+            prefix = None if persistent.reads is None else self._answer(persistent.reads)
+            attended = self.attention.begin(len(x), prefix)
+        else:
+            attended = state.attention
+        memory, memory_state = self.memory(
+            self.parts.enter(x), None if state is None else state.memory, start=persistent.start, rows=rows
+        )
+        attention, attended = self.attention(self._answer(memory), attended, rows)
+        return linear(self.output, attention.flatten(2)), BranchesState(memory_state, attended)
+
+    def _answer(self, reads: Tensor) -> Tensor:
+        """y, as input of the attention's maps."""
+        return self.parts.enter(linear(self.memory_output, reads.flatten(2)))
 
 
 class TransformerMixer(nn.Module):
@@ -109,9 +159,12 @@ class TransformerMixer(nn.Module):
         self.attention = Attention(config, parts)
         self.output = parts.row(config.head_dim, config.dim)
 
-    def forward(self, x: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+    def forward(
+        self, x: Tensor, state: AttentionState | None, rows: PackedRows | None = None
+    ) -> tuple[Tensor, AttentionState]:
         """Mix x (B, T, E); the state of None begins a sequence."""
-        attention, state = self.attention(self.parts.enter(x), state)
+        state = self.attention.begin(len(x)) if state is None else state
+        attention, state = self.attention(self.parts.enter(x), state, rows)
         return linear(self.output, attention.flatten(2)), state
 
 

@@ -1,0 +1,115 @@
+"""Documents in packed rows, and padded rows: each as it is alone, in one pass and in pieces, for every variant."""
+
+import itertools
+
+import pytest
+import torch
+
+from titans_mcore.config import VARIANTS
+from titans_mcore.memory import PackedRows
+from titans_mcore.mixers.segments import segments_of
+
+from .test_mixers import LENGTH, inputs, mixer_of
+
+STARTS = ([3, 20, 21, 60], [16, 40])  # of the two rows; segments are 16 tokens, chunks 8, the window 12
+SETTINGS = [{}, {"persistent_tokens": 0}, {"conv_kernel": 1}, {"persistent_tokens": 16}, {"window": 0}]
+
+
+def packed() -> PackedRows:
+    starts = torch.zeros(2, LENGTH, dtype=torch.bool)
+    for row, places in enumerate(STARTS):
+        starts[row, places] = True
+    return PackedRows(starts)
+
+
+def documents() -> list[tuple[int, int, int]]:
+    """Row, first token and end of each document."""
+    found = []
+    for row, places in enumerate(STARTS):
+        bounds = [0, *places, LENGTH]
+        found += [(row, *span) for span in itertools.pairwise(bounds)]
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_document_in_a_packed_row_is_the_document_alone(variant: str, settings: dict[str, object]) -> None:
+    mixer, x = mixer_of(variant, torch.float64, **settings), inputs(torch.float64).requires_grad_()
+    output, _ = mixer(x, None, packed())
+    (gradient,) = torch.autograd.grad(output.sin().sum(), x)
+    for row, start, stop in documents():
+        alone = x[row : row + 1, start:stop].detach().requires_grad_()
+        expected, _ = mixer(alone, None)
+        (of_alone,) = torch.autograd.grad(expected.sin().sum(), alone)
+        torch.testing.assert_close(output[row : row + 1, start:stop], expected, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(gradient[row : row + 1, start:stop], of_alone, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_gradients_of_packed_rows_are_those_of_the_documents(variant: str) -> None:
+    mixer, x = mixer_of(variant, torch.float64), inputs(torch.float64)
+    parameters = list(mixer.parameters())
+    ours = torch.autograd.grad(mixer(x, None, packed())[0].sin().sum(), parameters)
+    alone = [mixer(x[row : row + 1, start:stop], None)[0].sin().sum() for row, start, stop in documents()]
+    for a, b in zip(ours, torch.autograd.grad(torch.stack(alone).sum(), parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 4 + [11], [5, 1, 30, 2, 37]])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_rows_in_pieces_give_one_pass(variant: str, pieces: list[int]) -> None:
+    mixer, x, rows = mixer_of(variant, torch.float64), inputs(torch.float64), packed()
+    assert rows.starts is not None
+    state, outputs = None, []
+    with torch.no_grad():
+        whole = mixer(x, None, rows)[0]
+        for piece, starts in zip(x.split(pieces, 1), rows.starts.split(pieces, 1), strict=True):
+            output, state = mixer(piece, state, PackedRows(starts))
+            outputs.append(output)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [(LENGTH, 40), (3, 33), (1, LENGTH), (16, 32)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padded_rows_go_on_as_rows_alone(variant: str, lengths: tuple[int, int]) -> None:
+    """Two prompts of different length, then more tokens of both."""
+    mixer, x = mixer_of(variant, torch.float64), inputs(torch.float64)
+    real = torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)
+    more = torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with torch.no_grad():
+        first, state = mixer(x.masked_fill(~real.unsqueeze(-1), 7.0), None, PackedRows(real=real))
+        second = []
+        for piece in more.split([1, 1, 9, 1, 8], 1):
+            output, state = mixer(piece, state)
+            second.append(output)
+        for row, length in enumerate(lengths):
+            alone, _ = mixer(torch.cat([x[row, :length], more[row]])[None], None)
+            joined = torch.cat([first[row, :length], torch.cat(second, 1)[row]])[None]
+            torch.testing.assert_close(joined, alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_of_padded_rows_is_constant_size(variant: str) -> None:
+    mixer, x = mixer_of(variant), inputs()
+    real = torch.arange(LENGTH) < torch.tensor([[LENGTH], [50]])
+    with torch.no_grad():
+        _, state = mixer(x, None, PackedRows(real=real))
+        sizes = []
+        for _ in range(4):
+            _, state = mixer(x[:, :32], state)
+            held: list[int] = []
+            state.map(lambda tensor, held=held: held.append(tensor.numel()) or tensor)
+            sizes.append(sum(held))
+    assert sizes[1:] == sizes[:1] * 3
+
+
+def test_segments_hold_every_token_once_and_no_more_than_a_segment() -> None:
+    rows = PackedRows(packed().starts, torch.arange(LENGTH) < torch.tensor([[LENGTH], [50]]))
+    seen = torch.zeros(2, LENGTH, dtype=torch.long)
+    for segment in segments_of(rows, [5, 0], 16):
+        row, token = segment.real.nonzero(as_tuple=True)
+        seen[row, segment.places[row, token]] += 1
+        assert segment.real.sum(1).max() <= 16
+        assert (segment.fill < 16).all()
+    assert rows.real is not None
+    assert torch.equal(seen, rows.real.long())
