@@ -53,6 +53,14 @@ class TitansConfig:
     """Tokens b whose inner gradients are taken at the same memory state; part of the model, not a speed setting."""
     theta_max: float = 0.1
     """Largest inner learning rate: theta = theta_max * sigmoid(linear(x))."""
+    memory_gates: Literal["matrix", "shared"] = "matrix"
+    """Gates for every weight matrix of the memory, or one set that they share; always one set a head."""
+    memory_alpha: Literal["head", "channel"] = "head"
+    """One forget rate for a weight matrix, or one for every channel of its input (slower: no fused backward)."""
+    memory_momentum: bool = True
+    """Momentum eta; without it a step is the momentary surprise alone (the paper's ablation)."""
+    memory_forgetting: bool = True
+    """Forgetting alpha, the paper's weight decay; without it nothing is forgotten (the paper's ablation)."""
     conv_kernel: int = 4
     """Width of the causal depthwise convolution on queries, keys and values; 1 switches it off."""
     persistent_tokens: int = 128
@@ -73,6 +81,8 @@ class TitansConfig:
     def __post_init__(self) -> None:
         _choice("variant", self.variant, VARIANTS)
         _choice("memory_network", self.memory_network, NETWORKS)
+        _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
+        _choice("memory_alpha", self.memory_alpha, ("head", "channel"))
         _choice("memory_backend", self.memory_backend, ("auto", "chunked", "oracle"))
         _choice("attention_backend", self.attention_backend, ("auto", "sdpa", "flash", "dense"))
         for name in ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "memory_expansion", "conv_kernel"):
@@ -92,6 +102,11 @@ class TitansConfig:
             raise ValueError(f"memory_depth is {self.memory_depth}; it must be 1, 2, 3 or 4")
         if not 1 <= self.chunk_size <= 512:
             raise ValueError(f"chunk_size is {self.chunk_size}; it must be between 1 and 512")
+        if self.memory_alpha == "channel" and (self.memory_gates == "shared" or not self.memory_forgetting):
+            raise ValueError(
+                "memory_alpha 'channel' makes forget rates for the inputs of each matrix; "
+                "it goes with memory_gates 'matrix' and memory_forgetting only"
+            )
         if self.variant == "mac" and (self.segment_length < 1 or self.segment_length % self.chunk_size):
             raise ValueError(
                 f"segment_length {self.segment_length} is not a multiple of chunk_size {self.chunk_size}; "

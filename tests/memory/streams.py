@@ -1,6 +1,7 @@
 """Random inputs for the memory, by shape and seed."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +12,20 @@ from titans_mcore.memory.network import initial_weights
 
 @dataclass
 class Stream:
-    """Arguments of memory_scan: tokens (B, T, H, D), gates (B, T, H, L), weights, LayerNorm."""
+    """Arguments of memory_scan: tokens (B, T, H, D), gates (B, T, H, L) or alpha by channel, weights, LayerNorm."""
 
     queries: Tensor
     keys: Tensor
     values: Tensor
     theta: Tensor
     eta: Tensor
-    alpha: Tensor
+    alpha: Tensor | list[Tensor]
     weights: list[Tensor]
     norm: dict[str, Tensor]
     network: str
 
     @property
-    def tokens(self) -> list[Tensor]:
+    def tokens(self) -> list[Any]:
         return [self.queries, self.keys, self.values, self.theta, self.eta, self.alpha]
 
     @property
@@ -33,11 +34,17 @@ class Stream:
 
     def piece(self, start: int, stop: int) -> "Stream":
         names = ("queries", "keys", "values", "theta", "eta", "alpha")
-        return replace(self, **{name: getattr(self, name)[:, start:stop] for name in names})
+        parts = {name: getattr(self, name) for name in names}
+        cut = {
+            name: [a[:, start:stop] for a in x] if isinstance(x, list) else x[:, start:stop]
+            for name, x in parts.items()
+        }
+        return replace(self, **cut)
 
     def leaves(self) -> list[Tensor]:
         """Everything that a gradient flows to, made to require one."""
-        return [x.requires_grad_() for x in (*self.tokens, *self.weights, *self.norm.values())]
+        alpha = self.alpha if isinstance(self.alpha, list) else [self.alpha]
+        return [x.requires_grad_() for x in (*self.tokens[:5], *alpha, *self.weights, *self.norm.values())]
 
 
 def make_stream(
@@ -77,3 +84,11 @@ def make_stream(
         {name: x.to(dtype) for name, x in norm.items()},
         network,
     )
+
+
+def by_channel(stream: Stream) -> Stream:
+    """The same with forget rates for every channel of the matrices' inputs."""
+    generator = torch.Generator().manual_seed(5)
+    shape = stream.keys.shape[:3]
+    draws = [torch.randn(*shape, w.shape[1], generator=generator, dtype=torch.float64) for w in stream.weights]
+    return replace(stream, alpha=[torch.sigmoid(x - 3.0).to(stream.keys.dtype) for x in draws])

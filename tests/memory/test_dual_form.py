@@ -5,7 +5,7 @@ import torch
 
 from titans_mcore.memory import MemoryState, memory_scan
 
-from .streams import Stream, make_stream
+from .streams import Stream, by_channel, make_stream
 
 
 def results(stream: Stream, backend: str, chunk_size: int, pieces: list[int]) -> list[torch.Tensor]:
@@ -131,6 +131,23 @@ def test_state_stays_float32_and_reads_keep_their_dtype(dtype: torch.dtype) -> N
     assert {x.dtype for x in (*state.weights, *state.momentum)} == {torch.float32}
 
 
+@pytest.mark.parametrize("theta", [0.05, 1.0])
+@pytest.mark.parametrize("pieces", [[37], [13, 24]])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_forgetting_by_channel_equals_the_oracle(network: str, depth: int, pieces: list[int], theta: float) -> None:
+    stream = by_channel(make_stream(37, depth, network, theta=theta))
+    assert largest_difference(results(stream, "auto", 8, pieces), results(stream, "oracle", 8, [37])) < 1e-10
+
+
+def test_forgetting_by_channel_with_equal_channels_is_forgetting_by_head() -> None:
+    stream, equal = make_stream(37, 2), by_channel(make_stream(37, 2))
+    equal.alpha = [stream.alpha[..., i : i + 1].expand_as(a) for i, a in enumerate(equal.alpha)]
+    by_head, _ = memory_scan(*stream.tokens, stream.weights, **stream.settings, chunk_size=8)
+    reads, _ = memory_scan(*equal.tokens, equal.weights, **equal.settings, chunk_size=8)
+    torch.testing.assert_close(reads, by_head, rtol=1e-11, atol=1e-11)
+
+
 def test_state_has_the_size_it_had_whatever_was_read() -> None:
     stream = make_stream(400, 2)
     _, after_16 = memory_scan(*stream.piece(0, 16).tokens, stream.weights, **stream.settings)
@@ -145,7 +162,7 @@ def test_state_selects_expands_and_detaches_rows() -> None:
     beams: MemoryState = state.detach().select(torch.tensor([1, 1, 0]))
     assert beams.open_chunk is not None
     assert torch.equal(beams.weights[0][1], state.weights[0][1])
-    assert torch.equal(beams.open_chunk.keys[2], state.open_chunk.keys[0])
+    assert torch.equal(beams.open_chunk.tokens[0][2], state.open_chunk.tokens[0][0])
     assert not beams.weights[0].requires_grad
 
 
@@ -154,6 +171,7 @@ def test_state_selects_expands_and_detaches_rows() -> None:
     [
         ({"keys": torch.zeros(2, 5, 3, 6)}, "keys have shape"),
         ({"theta": torch.zeros(2, 4, 3, 2)}, "theta has shape"),
+        ({"alpha": [torch.zeros(2, 4, 3, 5)]}, "alpha by channel has shapes"),
         ({"weights": []}, "1 to 4"),
         ({"weights": [torch.zeros(3, 6, 5)]}, r"weights\[0\]"),
         ({"chunk_size": 0}, "chunk_size is 0"),

@@ -121,10 +121,26 @@ def held_bytes(state: TensorTree) -> int:
     return total
 
 
-@pytest.mark.parametrize("settings", [{"persistent_tokens": 0}, {"conv_kernel": 1}, {"memory_network": "plain"}])
+ABLATIONS = [
+    {"persistent_tokens": 0},
+    {"conv_kernel": 1},
+    {"memory_network": "plain"},
+    {"memory_depth": 1},
+    {"memory_depth": 3},
+    {"memory_gates": "shared"},
+    {"memory_alpha": "channel"},
+    {"memory_momentum": False},
+    {"memory_forgetting": False},
+    {"memory_gates": "shared", "memory_momentum": False, "memory_forgetting": False},
+]
+
+
+@pytest.mark.parametrize("settings", ABLATIONS, ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()))
 @pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
 def test_ablations_run_and_stay_causal_in_pieces(variant: str, settings: dict[str, object]) -> None:
     mixer, x = mixer_of(variant, **settings), inputs()
+    mixer(x, None)[0].square().sum().backward()
+    assert [name for name, p in mixer.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())] == []
     with torch.no_grad():
         whole = mixer(x, None)[0]
         first, state = mixer(x[:, :21], None)

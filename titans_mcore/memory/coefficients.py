@@ -60,3 +60,12 @@ def _products_between(log_factor: Tensor) -> Tensor:
     ones = torch.ones(length, length, dtype=torch.bool, device=log_factor.device)
     terms = log_factor.unsqueeze(-1).expand(*log_factor.shape, length).masked_fill(~ones.tril(-1), 0.0)
     return terms.cumsum(-2).exp().masked_fill(~ones.tril(), 0.0)
+
+
+def by_channel(tokens: list[Tensor], depth: int) -> bool:
+    """Whether a sequence's tensors (queries, keys, values, theta, eta, alpha ...) forget by channel.
+
+    By head alpha is one tensor (B, T, H, L), by channel L tensors (B, T, H, d_in).
+    """
+    alpha = tokens[5:]
+    return len(alpha) > 1 or alpha[0].shape[-1] != depth

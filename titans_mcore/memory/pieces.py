@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .channelwise import channelwise_scan
 from .checkpointed import chunked_scan
+from .coefficients import by_channel
 from .network import Network
 from .packing import Chunks, PackedRows
 from .recurrence import recurrent_scan
@@ -35,15 +37,16 @@ class Memory:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run chunks; see checkpointed.chunked_scan. The oracle takes those without documents or empty slots."""
         if self.backend == "oracle":
-            return recurrent_scan(self.network, *tokens, *start, self.initial, self.chunk_size)
-        return chunked_scan(self.network, tokens, *start, self.initial, chunks, fresh)
+            return recurrent_scan(self.network, tokens, *start, self.initial, self.chunk_size)
+        scan = channelwise_scan if by_channel(tokens, len(self.initial)) else chunked_scan
+        return scan(self.network, tokens, *start, self.initial, chunks, fresh)
 
 
 def scan_whole(memory: Memory, tokens: list[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
     """A piece in which every row goes on with one sequence; tokens as for recurrent_scan."""
     start, opened = (state.weights, state.momentum), 0
     if (chunk := state.open_chunk) is not None:
-        start, opened, tokens = (chunk.weights, chunk.momentum), chunk.keys.shape[1], _behind(chunk, tokens)
+        start, opened, tokens = (chunk.weights, chunk.momentum), chunk.tokens[0].shape[1], _behind(chunk, tokens)
     length = tokens[0].shape[1]
     whole = length // memory.chunk_size * memory.chunk_size
     reads = []
@@ -56,7 +59,7 @@ def scan_whole(memory: Memory, tokens: list[Tensor], state: MemoryState) -> tupl
         rest = [x[:, whole:] for x in tokens]
         read, weights, momentum = memory.scan(rest, start, Chunks(length - whole, closed=False))
         reads.append(read)
-        end = MemoryState(weights, momentum, OpenChunk(*start, *rest[1:]))
+        end = MemoryState(weights, momentum, OpenChunk(*start, rest[1:]))
     return torch.cat(reads, 1)[:, opened:], end
 
 
@@ -67,7 +70,7 @@ def scan_packed(
     rows, opened = rows or PackedRows(real=_all(tokens[0])), 0
     start: Matrices = (state.weights, state.momentum)
     if (chunk := state.open_chunk) is not None:
-        there = _all(chunk.keys) if chunk.real is None else chunk.real
+        there = _all(chunk.tokens[0]) if chunk.real is None else chunk.real
         rows, start = rows.after(there), (chunk.weights, chunk.momentum)
         opened, tokens = there.shape[1], _behind(chunk, tokens)
     packing = rows.packing(memory.chunk_size, tokens[0].device)
@@ -85,7 +88,7 @@ def scan_packed(
         read, weights, momentum = memory.scan(laid, start, packing.open.chunks)
         reads.append(read)
         real = None if packing.open.chunks.counts is None else packing.open.filled
-        end = MemoryState(weights, momentum, OpenChunk(*start, *laid[1:], real=real))
+        end = MemoryState(weights, momentum, OpenChunk(*start, laid[1:], real))
     if not reads:  # nothing but padding
         return torch.zeros_like(tokens[0])[:, opened:], state
     return packing.collect(torch.cat(reads, 1))[:, opened:], end
@@ -115,7 +118,7 @@ def scan_rows_apart(
 
 def _behind(chunk: OpenChunk, tokens: list[Tensor]) -> list[Tensor]:
     """The tokens of a piece behind those of the open chunk, whose queries have read already."""
-    earlier = (torch.zeros_like(chunk.keys), chunk.keys, chunk.values, chunk.theta, chunk.eta, chunk.alpha)
+    earlier = [torch.zeros_like(chunk.tokens[0]), *chunk.tokens]
     return [torch.cat([old.to(new.dtype), new], 1) for old, new in zip(earlier, tokens, strict=True)]
 
 
@@ -141,8 +144,8 @@ def _row(state: MemoryState, row: int) -> MemoryState:
     chunk, there = one.open_chunk, one.open_chunk.real[0]
     if not there.any():
         return MemoryState(chunk.weights, chunk.momentum)
-    tokens = (x[:, there] for x in (chunk.keys, chunk.values, chunk.theta, chunk.eta, chunk.alpha))
-    return MemoryState(one.weights, one.momentum, OpenChunk(chunk.weights, chunk.momentum, *tokens))
+    tokens = [x[:, there] for x in chunk.tokens]
+    return MemoryState(one.weights, one.momentum, OpenChunk(chunk.weights, chunk.momentum, tokens))
 
 
 def _in_one(rows: list[MemoryState]) -> MemoryState:
@@ -154,19 +157,17 @@ def _in_one(rows: list[MemoryState]) -> MemoryState:
     weights, momentum = stack([x.weights for x in rows]), stack([x.momentum for x in rows])
     if all(x.open_chunk is None for x in rows):
         return MemoryState(weights, momentum)
-    counts = [0 if x.open_chunk is None else x.open_chunk.keys.shape[1] for x in rows]
-    longest = max(counts)
     # A row without an open chunk goes on from where it stands.
     begun = [x.open_chunk or x for x in rows]
     like = next(x.open_chunk for x in rows if x.open_chunk is not None)
-    parts = []
-    for name in ("keys", "values", "theta", "eta", "alpha"):
-        padded = []
-        for x in rows:
-            part = getattr(like, name)[:, :0] if x.open_chunk is None else getattr(x.open_chunk, name)
-            nothing = part.new_zeros(1, longest - part.shape[1], *part.shape[2:])
-            padded.append(torch.cat([part, nothing], 1))
-        parts.append(torch.cat(padded))
-    real = None if min(counts) == longest else torch.arange(longest) < torch.tensor(counts).unsqueeze(1)
-    chunk = OpenChunk(stack([x.weights for x in begun]), stack([x.momentum for x in begun]), *parts, real=real)
+    held = [[x[:, :0] for x in like.tokens] if row.open_chunk is None else row.open_chunk.tokens for row in rows]
+    counts = torch.tensor([tokens[0].shape[1] for tokens in held])
+    longest = int(counts.max())
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(1, longest - x.shape[1], *x.shape[2:])], 1)
+
+    tokens = stack([[padded(x) for x in tokens] for tokens in held])
+    real = None if bool((counts == longest).all()) else torch.arange(longest) < counts.unsqueeze(1)
+    chunk = OpenChunk(stack([x.weights for x in begun]), stack([x.momentum for x in begun]), tokens, real)
     return MemoryState(weights, momentum, chunk)

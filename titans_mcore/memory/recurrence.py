@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .coefficients import by_channel
 from .network import LAYER_NORM_EPS, Network, smallest_rms
 from .stability import above_floor, anchor_of, below_limit, gain, step_mass, step_scale
 
 
 def recurrent_scan(
     network: Network,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    theta: Tensor,
-    eta: Tensor,
-    alpha: Tensor,
+    tokens: list[Tensor],
     weights: list[Tensor],
     momentum: list[Tensor],
     initial: list[Tensor],
@@ -31,8 +27,8 @@ def recurrent_scan(
 
     Args:
         network: The memory network.
-        queries: (B, T, H, D); so are keys and values.
-        theta: (B, T, H, L); so are eta and alpha.
+        tokens: Queries, keys and values (B, T, H, D), theta, eta and alpha (B, T, H, L). Alpha may come by channel
+            instead, as L tensors (B, T, H, d_in).
         weights: L of (B, H, d_in, d_out) before the first token; momentum alike.
         initial: L of (H, d_in, d_out), the learned M_0; the state shell leads emptied weights back to them.
         chunk_size: Tokens that share the point at which their gradients are taken.
@@ -40,6 +36,10 @@ def recurrent_scan(
     Returns:
         What each token reads, (B, T, H, D), and the weights and momentum after the last one.
     """
+    queries, keys, values, theta, eta, *alpha = tokens
+    if not by_channel(tokens, len(weights)):
+        alpha = list(alpha[0].split(1, -1))
+    forget = [a.unsqueeze(-1) for a in alpha]  # for each matrix (B, T, H, d_in or 1, 1)
     reads = []
     for t in range(queries.shape[1]):
         if t % chunk_size == 0:
@@ -50,9 +50,9 @@ def recurrent_scan(
         scale = step_scale(*_load(chunk))
         new_weights, new_momentum = [], []
         for layer, gradient in enumerate(token.gradients):
-            theta_t, eta_t, alpha_t = (gate[:, t, :, layer, None, None] for gate in (theta, eta, alpha))
+            theta_t, eta_t = (gate[:, t, :, layer, None, None] for gate in (theta, eta))
             surprise = eta_t * momentum[layer] - theta_t * scale[..., None, None] * gradient
-            new_weights.append((1.0 - alpha_t) * weights[layer] + surprise)
+            new_weights.append((1.0 - forget[layer][:, t]) * weights[layer] + surprise)
             new_momentum.append(surprise)
         weights, momentum = new_weights, new_momentum
         reads.append(_memory(network, weights, queries[:, t])[0])

@@ -20,7 +20,7 @@ def memory_scan(
     values: Tensor,
     theta: Tensor,
     eta: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | Sequence[Tensor],
     weights: Sequence[Tensor],
     *,
     network: str = "residual_norm",
@@ -43,7 +43,8 @@ def memory_scan(
         queries: (B, T, H, D), any floating dtype; keys and values alike.
         theta: Inner learning rates (B, T, H, L), the step itself, 0 or more.
         eta: Momentum decays (B, T, H, L) in [0, 1].
-        alpha: Forget rates (B, T, H, L) in [0, 1]; 1 - alpha of the weights is kept.
+        alpha: Forget rates (B, T, H, L) in [0, 1]; 1 - alpha of the weights is kept. Or rates for each channel of the
+            matrices' inputs, L tensors (B, T, H, d_in).
         weights: Initial memory M_0, L = 1 to 4 matrices (H, d_in, d_out) from width D to width D.
         network: "residual_norm" for x + LayerNorm(MLP(x)), "plain" for the MLP alone.
         norm_weight: LayerNorm's scale (H, D); None is 1. residual_norm only, like norm_bias.
@@ -62,16 +63,17 @@ def memory_scan(
         ValueError: An argument does not fit; the message names it, what came and what is allowed.
     """
     weights = list(weights)
-    gates = (theta, eta, alpha)
+    forget = [alpha] if isinstance(alpha, Tensor) else list(alpha)
     _check_settings(network, norm_weight, norm_bias, chunk_size, backend, queries)
-    _check_shapes(queries, keys, values, gates, weights)
+    _check_shapes(queries, keys, values, weights)
+    _check_gates(theta, eta, alpha, queries, weights)
     _check_rows(rows, start, queries)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
     weights = [w.to(dtype) for w in weights]
     first = _first_state(weights if start is None else start, queries.shape[0], dtype)
     memory = Memory(net, weights, chunk_size, backend)
-    tokens = [x.to(dtype) for x in (queries, keys, values, *gates)]
+    tokens = [x.to(dtype) for x in (queries, keys, values, theta, eta, *forget)]
     state = first if state is None else state
     packed = rows is not None or (state.open_chunk is not None and state.open_chunk.real is not None)
     if not packed:
@@ -146,25 +148,19 @@ def _check_settings(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (H, D) = {tuple(queries.shape[2:])}")
 
 
-def _check_shapes(
-    queries: Tensor, keys: Tensor, values: Tensor, gates: tuple[Tensor, ...], weights: list[Tensor]
-) -> None:
+def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]) -> None:
     if queries.dim() != 4 or not queries.is_floating_point() or not queries.shape[1]:
         raise ValueError(
             f"queries are {queries.dtype} of shape {tuple(queries.shape)}; floating point (B, T >= 1, H, D) is needed"
         )
     if not 1 <= len(weights) <= 4:
         raise ValueError(f"weights holds {len(weights)} matrices; the memory takes 1 to 4")
-    batch, length, heads, width = queries.shape
+    heads, width = queries.shape[2:]
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.shape != queries.shape:
             raise ValueError(
                 f"{name} have shape {tuple(tensor.shape)}, the queries {tuple(queries.shape)}; make them equal"
             )
-    wanted = (batch, length, heads, len(weights))
-    for name, gate in zip(("theta", "eta", "alpha"), gates, strict=True):
-        if gate.shape != wanted:
-            raise ValueError(f"{name} has shape {tuple(gate.shape)}; it must be (B, T, H, L) = {wanted}")
     d_in = width
     for layer, weight in enumerate(weights):
         last = layer == len(weights) - 1
@@ -175,6 +171,24 @@ def _check_shapes(
                 f"it must be (H, d_in, d_out) = ({heads}, {d_in}, {end})"
             )
         d_in = weight.shape[2]
+
+
+def _check_gates(
+    theta: Tensor, eta: Tensor, alpha: Tensor | Sequence[Tensor], queries: Tensor, weights: list[Tensor]
+) -> None:
+    wanted = (*queries.shape[:3], len(weights))
+    by_head = {"theta": theta, "eta": eta} | ({"alpha": alpha} if isinstance(alpha, Tensor) else {})
+    for name, gate in by_head.items():
+        if gate.shape != wanted:
+            raise ValueError(f"{name} has shape {tuple(gate.shape)}; it must be (B, T, H, L) = {wanted}")
+    if isinstance(alpha, Tensor):
+        return
+    shapes = [(*queries.shape[:3], weight.shape[1]) for weight in weights]
+    if [tuple(gate.shape) for gate in alpha] != shapes:
+        raise ValueError(
+            f"alpha by channel has shapes {[tuple(gate.shape) for gate in alpha]}; "
+            f"they must be (B, T, H, d_in) for each matrix, {shapes}"
+        )
 
 
 def _check_rows(rows: PackedRows | None, start: MemoryState | None, queries: Tensor) -> None:

@@ -53,21 +53,13 @@ class OpenChunk(TensorTree):
     Attributes:
         weights: Weights at the chunk's start, L of (B, H, d_in, d_out).
         momentum: Momentum at the chunk's start, like weights.
-        keys: (B, t, H, D).
-        values: (B, t, H, D).
-        theta: (B, t, H, L).
-        eta: (B, t, H, L).
-        alpha: (B, t, H, L).
+        tokens: Keys and values (B, t, H, D), theta, eta and alpha (B, t, H, L); alpha by channel as L of (B, t, H, d_in).
         real: Which of the tokens are there, (B, t) bool; None if all are.
     """
 
     weights: list[Tensor]
     momentum: list[Tensor]
-    keys: Tensor
-    values: Tensor
-    theta: Tensor
-    eta: Tensor
-    alpha: Tensor
+    tokens: list[Tensor]
     real: Tensor | None = None
 
 

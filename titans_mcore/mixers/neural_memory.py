@@ -49,13 +49,14 @@ class NeuralMemory(nn.Module):
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         self.config, self.heads = config, parts.heads
-        heads, width, depth = config.num_heads, config.head_dim, config.memory_depth
+        heads, width = config.num_heads, config.head_dim
         self.query_gate = parts.column(config.dim, 2 * width)  # a head: query, output gate
-        self.key_value = parts.column(config.dim, 2 * width + 3 * depth)  # a head: key, value, theta, eta, alpha
+        # A head: key, value, and its gates.
+        self.key_value = parts.column(config.dim, 2 * width + sum(gate_widths(config)))
         taps = config.conv_kernel
         self.query_kernel = parts.per_head(torch.randn(heads, width, taps) / math.sqrt(taps))
         self.key_value_kernel = parts.per_head(torch.randn(heads, 2 * width, taps) / math.sqrt(taps))
-        self.gate_bias = parts.per_head(initial_gate_bias(heads, depth))
+        self.gate_bias = parts.per_head(initial_gate_bias(config))
         normed = config.memory_network == "residual_norm"
         start = initial_weights(heads, config.memory_widths, residual_norm=normed)
         self.initial_weights = nn.ParameterList([parts.per_head(weight) for weight in start])
@@ -96,14 +97,11 @@ class NeuralMemory(nn.Module):
         first = None if start is None else start.query_tail
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
-        theta, eta, alpha = gates.chunk(3, -1)
         reads, memory = memory_scan(
             queries,
             keys,
             values,
-            self.config.theta_max * theta,
-            eta,
-            alpha,
+            *self._gates(gates),
             list(self.initial_weights),
             **self._network(),
             chunk_size=self.config.chunk_size,
@@ -133,9 +131,9 @@ class NeuralMemory(nn.Module):
     def _keys_values_gates(
         self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None, start: NeuralMemoryState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        width, depth = self.config.head_dim, self.config.memory_depth
+        width = self.config.head_dim
         projected = heads_of(linear(self.key_value, x), self.heads)
-        key_value, gates = projected.split([2 * width, 3 * depth], -1)
+        key_value, gates = projected.split([2 * width, projected.shape[-1] - 2 * width], -1)
         tail = self._tail(key_value, None if state is None else state.key_value_tail)
         first = None if start is None else start.key_value_tail
         key_value, tail = causal_conv(key_value, tail, self.key_value_kernel, rows, first)
@@ -143,6 +141,22 @@ class NeuralMemory(nn.Module):
         # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
         wide = torch.promote_types(x.dtype, torch.float32)
         return unit_norm(keys), values, torch.sigmoid(gates.to(wide) + self.gate_bias.to(wide)), tail
+
+    def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor | list[Tensor]]:
+        """theta, eta and alpha as memory_scan takes them."""
+        theta, eta, alpha = gates.split(gate_widths(self.config), -1)
+        if self.config.memory_alpha == "channel":
+            return (
+                self.config.theta_max * theta,
+                self._for_matrices(eta),
+                list(alpha.split(self.config.memory_widths[:-1], -1)),
+            )
+        return self.config.theta_max * self._for_matrices(theta), self._for_matrices(eta), self._for_matrices(alpha)
+
+    def _for_matrices(self, gate: Tensor) -> Tensor:
+        """A gate for each matrix: shared by all, or 0 where it is switched off."""
+        depth = self.config.memory_depth
+        return gate.expand(*gate.shape[:-1], depth) if gate.shape[-1] else gate.new_zeros(*gate.shape[:-1], depth)
 
     def _finish(self, reads: Tensor, output_gate: Tensor) -> Tensor:
         return rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)
@@ -173,13 +187,19 @@ class Recall(TensorTree):
     restarts: Tensor | None = None
 
 
-def initial_gate_bias(heads: int, depth: int) -> Tensor:
-    """Biases (H, 3 L) of theta, eta and alpha, by matrix: where the gates stand before training.
+def gate_widths(config: TitansConfig) -> list[int]:
+    """Numbers that theta, eta and alpha have for a head."""
+    sets = config.memory_depth if config.memory_gates == "matrix" else 1
+    alphas = sum(config.memory_widths[:-1]) if config.memory_alpha == "channel" else sets
+    return [sets, sets * config.memory_momentum, alphas * config.memory_forgetting]
+
+
+def initial_gate_bias(config: TitansConfig) -> Tensor:
+    """Biases (H, gates) of theta, eta and alpha: where the gates stand before training.
 
     Steps start at a tenth of theta_max and momentum lasts two tokens. Forgetting is spread over the heads, from a
     horizon of about 30 tokens to one of about 3,000, so that some heads hold on from the first step of training.
     """
-    theta = torch.full((heads, depth), -2.2)
-    eta = torch.zeros(heads, depth)
-    alpha = torch.linspace(-3.5, -8.0, heads).unsqueeze(-1).expand(heads, depth)
-    return torch.cat([theta, eta, alpha], -1)
+    heads, (thetas, etas, alphas) = config.num_heads, gate_widths(config)
+    alpha = torch.linspace(-3.5, -8.0, heads).unsqueeze(-1).expand(heads, alphas)
+    return torch.cat([torch.full((heads, thetas), -2.2), torch.zeros(heads, etas), alpha], -1)
