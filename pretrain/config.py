@@ -36,6 +36,8 @@ class DataConfig:
 
     path: str = ""
     """Folder of shards that `python -m tokenization.encode` wrote: manifest.json, train.bin, heldout.bin, ..."""
+    reset_documents: bool = True
+    """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
     heldout_sequences: int = 64
     """Held-out sequences of one evaluation; fewer when the held-out shard has fewer."""
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,23 @@ from titans_mcore.weights import file_sha256
 from tokenization.files import write_file_atomically
 from tokenization.manifest import TOKENIZER_NAME, Manifest
 
-MicroBatch = tuple[Tensor, Tensor]
-"""Tokens and labels, each (B, T) int64; a label is the token after its position."""
+
+class MicroBatch(NamedTuple):
+    """Rows that one rank computes at a time.
+
+    Attributes:
+        tokens: (B, T) int64.
+        labels: The token after each position, (B, T) int64.
+        starts: Tokens that begin a document inside a row, (B, T) bool; None where there is none, or it does not count.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    starts: Tensor | None
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same there."""
+        return MicroBatch(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
 
 def open_data(config: RunConfig) -> Manifest:
@@ -66,7 +82,16 @@ class Samples:
     Indices are built once, on rank 0, and memory-mapped by all; an index folder appears whole or not at all.
     """
 
-    def __init__(self, prefix: Path, index_dir: Path, *, vocab_size: int, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        prefix: Path,
+        index_dir: Path,
+        *,
+        vocab_size: int,
+        sequence_length: int,
+        seed: int,
+        start_token: int | None = None,
+    ) -> None:
         """Opens epoch 0.
 
         Args:
@@ -75,12 +100,14 @@ class Samples:
             vocab_size: Pieces of the tokenizer.
             sequence_length: Tokens T of a sample.
             seed: Seed of the order.
+            start_token: The token with which documents begin, where they are to be kept apart; None if not.
         """
         self.prefix = Path(prefix).resolve()
         self._index_dir = index_dir
         self._tokenizer = _TokenizerFacts(vocab_size)
         self._sequence_length = sequence_length
         self._seed = seed
+        self._start_token = start_token
         self._epochs: dict[int, GPTDataset] = {}
         self._epochs[0] = self._build(0)
         self.per_epoch = len(self._epochs[0])
@@ -96,7 +123,15 @@ class Samples:
     def micro_batch(self, indices: Iterable[int]) -> MicroBatch:
         """The samples of these numbers, which `prepare` has opened."""
         items = [self._epochs[i // self.per_epoch][i % self.per_epoch] for i in indices]
-        return torch.stack([item["tokens"] for item in items]), torch.stack([item["labels"] for item in items])
+        tokens, labels = (torch.stack([item[name] for item in items]) for name in ("tokens", "labels"))
+        return MicroBatch(tokens, labels, self._starts(tokens))
+
+    def _starts(self, tokens: Tensor) -> Tensor | None:
+        if self._start_token is None:
+            return None
+        starts = tokens == self._start_token
+        starts[:, 0] = False  # a row begins anew by itself
+        return starts if bool(starts.any()) else None
 
     def _build(self, epoch: int) -> GPTDataset:
         name = f"{self.prefix.name}-length-{self._sequence_length}-seed-{self._seed}-epoch-{epoch:05d}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.data import MicroBatch, Samples
+from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import DeepSpeedGroups, device, transformer_config
 from titans_mcore.weights import model_tensors
 
@@ -24,7 +25,7 @@ if not torch.cuda.is_available():
 # DeepSpeed chooses its accelerator when it is imported.
 import deepspeed
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 
 # DeepSpeed's collectives, which work; torch names successors that older versions lack.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -76,6 +77,10 @@ def build_engine(model: nn.Module, config: RunConfig, data_parallel: int) -> Dee
     if not torch.cuda.is_available():
         # It would compile C++ at start for an all-reduce that gloo has.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if config.parallel.zero_stage == 3:
+        # How often a mixer calls its parts depends on the documents in its rows, so on the rank. ZeRO 3 gathers in the
+        # order of calls, which must be the same everywhere: a mixer's parameters come together.
+        set_z3_leaf_modules(model, list(MIXERS.values()))
     os.environ.setdefault("LOCAL_RANK", "0")
     with without_chatter():
         engine, *_ = deepspeed.initialize(
@@ -148,8 +153,8 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     loss_sum = torch.zeros((), device=device())
-    for tokens_BT, labels_BT in micro_batches:
-        loss = engine(tokens_BT.to(device()), labels=labels_BT.to(device())).mean()
+    for micro_batch in micro_batches:
+        loss = engine(**micro_batch.to(device())._asdict()).mean()
         engine.backward(loss)
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
             unsharded_norm = _gradient_norm(engine.module)
@@ -176,8 +181,8 @@ def heldout_loss(engine: DeepSpeedEngine, samples: Samples, config: RunConfig) -
         # All ranks make the same number of passes, which ZeRO 3 needs; what is past the end has no weight.
         for i in range(math.ceil(count / (size * ranks))):
             wanted = range((i * ranks + rank) * size, (i * ranks + rank + 1) * size)
-            tokens_BT, labels_BT = samples.micro_batch([min(n, count - 1) for n in wanted])
-            losses_BT = engine(tokens_BT.to(device()), labels=labels_BT.to(device())).double()
+            micro_batch = samples.micro_batch([min(n, count - 1) for n in wanted])
+            losses_BT = engine(**micro_batch.to(device())._asdict()).double()
             counted_B = torch.tensor([n < count for n in wanted], device=device())
             total += torch.stack([losses_BT[counted_B].sum(), counted_B.sum() * losses_BT.shape[1]])
     engine.train()

@@ -95,6 +95,7 @@ def open_samples(config: RunConfig, manifest: Manifest, run_dir: Path) -> tuple[
         "vocab_size": config.model.vocab_size,
         "sequence_length": config.train.sequence_length,
         "seed": config.train.seed,
+        "start_token": manifest.tokenizer.bos_id if config.data.reset_documents else None,
     }
     samples = Samples(Path(manifest.train_prefix(config.data.path)), run_dir / "index", **settings)
     if not config.data.heldout_sequences:

@@ -134,6 +134,17 @@ def test_padding_neither_writes_nor_decays() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_empty_slots_give_finite_gradients(depth: int) -> None:
+    """In float32 and at the first step of training, when an empty slot has neither key nor error."""
+    stream = make_stream(16, depth, dtype=torch.float32, theta=3.0)
+    stream.norm = {"norm_weight": torch.ones(3, 6), "norm_bias": torch.zeros(3, 6)}
+    leaves, starts = stream.leaves(), torch.zeros(2, 16, dtype=torch.bool)
+    starts[0, 5] = True
+    reads, _ = memory_scan(*stream.tokens, stream.weights, **stream.settings, chunk_size=8, rows=PackedRows(starts))
+    assert all(x.isfinite().all() for x in torch.autograd.grad(reads.square().sum(), leaves))
+
+
 def test_left_padded_prompts_decode_like_prompts_alone() -> None:
     """Rows of different length in one batch, then a token at a time."""
     stream = make_stream(30, 2, batch=2)

@@ -39,7 +39,7 @@ def rank_batches(shards, index_dir, *, ranks, micro_batch, steps, seed=3):
 
 def samples_of(batches):
     """For each step, its samples in the order in which the ranks go round."""
-    return [torch.cat([tokens for turn in zip(*of_ranks, strict=True) for tokens, _ in turn]) for of_ranks in batches]
+    return [torch.cat([tokens for turn in zip(*of_ranks, strict=True) for tokens, *_ in turn]) for of_ranks in batches]
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def test_two_epochs_have_the_same_samples_in_another_order_and_cut(shards, tmp_p
     samples = open_samples(shards, tmp_path)
     count = samples.per_epoch
     samples.prepare(0, 2 * count - 1)
-    first, _ = samples.micro_batch(range(count))
-    second, _ = samples.micro_batch(range(count, 2 * count))
+    first, *_ = samples.micro_batch(range(count))
+    second, *_ = samples.micro_batch(range(count, 2 * count))
     assert not torch.equal(first, second)
     # Each epoch goes through all documents once; only what is left over at its end differs.
     difference = torch.bincount(first.flatten(), minlength=96) - torch.bincount(second.flatten(), minlength=96)
@@ -94,12 +94,23 @@ def test_two_epochs_have_the_same_samples_in_another_order_and_cut(shards, tmp_p
 
 def test_a_label_is_the_token_after_its_position(shards, tmp_path):
     samples = open_samples(shards, tmp_path)
-    tokens, labels = samples.micro_batch(range(samples.per_epoch))
+    tokens, labels, _ = samples.micro_batch(range(samples.per_epoch))
     assert tokens.shape == labels.shape == (samples.per_epoch, 32)
     assert torch.equal(tokens[:, 1:], labels[:, :-1])
     ends = tokens == EOS
     assert ends.sum() > 5
     assert (labels[ends] == BOS).all()
+
+
+def test_rows_say_where_documents_begin_inside_them(shards, tmp_path):
+    samples = Samples(shards / "train", tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    tokens, _, starts = samples.micro_batch(range(samples.per_epoch))
+    assert starts is not None
+    assert torch.equal(starts[:, 1:], tokens[:, 1:] == BOS)
+    assert not starts[:, 0].any()
+    whole = next(i for i in range(samples.per_epoch) if not starts[i].any())
+    assert samples.micro_batch([whole]).starts is None
+    assert open_samples(shards, tmp_path).micro_batch(range(samples.per_epoch)).starts is None
 
 
 def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, reference):

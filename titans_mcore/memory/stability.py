@@ -101,8 +101,10 @@ def step_scale_gradient(own: Tensor, load: Tensor, gradient: Tensor) -> tuple[Te
     from_half = (load - own).clamp_min(FREE_LOAD)
     # The derivatives of the quotient cancel for a token that adds little; written with `beyond`, the share of own that
     # lies above 1/2, they do not.
-    beyond = torch.where(load - own >= FREE_LOAD, 1.0, (load - FREE_LOAD) / own.clamp_min(_TINY))
-    gradient = torch.where(load > FREE_LOAD, gradient / (2.0 * from_half * load).square(), 0.0)
+    acts = load > FREE_LOAD
+    share = (load - FREE_LOAD).clamp_min(0.0) / own.masked_fill(~acts, 1.0).clamp_min(_TINY)
+    beyond = torch.where(load - own >= FREE_LOAD, 1.0, share)
+    gradient = torch.where(acts, gradient / (2.0 * from_half * load.masked_fill(~acts, 1.0)).square(), 0.0)
     return gradient * beyond.square() * load, -gradient * beyond * (load + from_half)
 
 
