@@ -38,7 +38,7 @@ def channelwise_scan(
         group = slice(begin, begin + step)
         part = [x[:, group.start * chunks.size : group.stop * chunks.size] for x in tokens]
         arguments = (rows, chunks.group(group), len(weights), heads, *part, *anchors, *state, *first)
-        read, *state = checkpoint(_group, *arguments, use_reentrant=False)  # type: ignore[misc]
+        read, *state = checkpoint(_group, *arguments, use_reentrant=False)
         reads.append(read)
     end = [x.unflatten(0, (batch, heads)) for x in state]
     return torch.cat(reads, 1), end[: len(weights)], end[len(weights) :]

@@ -7,6 +7,7 @@ are about equally many, and nothing grows with length times the size of a state.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,7 +140,8 @@ def _scan(layout: _Layout, network: Network, given: _Given) -> tuple[Tensor, lis
         part = [x[:, span] for x in given.tokens]
         tokens = Tokens(*map(layout.split, part[:3]))
         borders, real = layout.borders(span, given)
-        gates = gates_of(*map(layout.split_gate, part[3:]), real)
+        theta, eta, alpha = map(layout.split_gate, part[3:])
+        gates = gates_of(theta, eta, alpha, real)
         walked = walk(network, tokens, gates, state, borders, bounds)
         while (met := bounds_met(network, walked, gates, borders, bounds)) != bounds:
             bounds = met  # also for the groups that follow: a bound that has acted will act again
@@ -167,30 +169,18 @@ class _Scan(torch.autograd.Function):
         layout, depth = ctx.layout, ctx.depth
         tensors, states = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         given, norm = _given(depth, tensors), tensors[6:8]
+        back = _Back(layout, Network(layout.residual_norm, *norm), given)
         of_tokens = [torch.empty_like(x) for x in given.tokens]
-        of_norm = [None if x is None else torch.zeros_like(x) for x in norm]
-        of_anchors, of_fresh = _Sums(given.anchors), _Sums(given.fresh)
-        of_state = list(of_end)
-        spans = layout.groups(of_reads.shape[1])
-        for group, (span, bounds) in reversed(list(enumerate(zip(spans, ctx.bounds, strict=True)))):
+        of_state = [x.clone(memory_format=torch.contiguous_format) for x in of_end]  # it is changed in place
+        for group, (span, bounds) in reversed(
+            list(enumerate(zip(layout.groups(of_reads.shape[1]), ctx.bounds, strict=True)))
+        ):
             stored = _Stored(list(states[group * depth : (group + 1) * depth]), bounds)
-            part, of_group_norm, of_state = _group_gradient(
-                layout,
-                Network(layout.residual_norm, *norm),
-                given,
-                span,
-                stored,
-                of_reads[:, span],
-                of_state,
-                of_anchors,
-                of_fresh,
-            )
+            part, of_state = back.through(span, stored, of_reads[:, span], of_state)
             for whole, piece in zip(of_tokens, part, strict=True):
                 whole[:, span] = piece
-            for total, piece in zip(of_norm, of_group_norm, strict=False):
-                if total is not None:
-                    total += piece
-        return None, None, *of_tokens, *of_norm, *of_anchors.totals, *of_state, *of_fresh.totals
+        of_norm = [None if x is None else total for x, total in zip(norm, back.of_norm, strict=True)]
+        return None, None, *of_tokens, *of_norm, *back.of_anchors, *of_state, *back.of_fresh
 
 
 def _given(depth: int, tensors: Any) -> _Given:
@@ -198,45 +188,49 @@ def _given(depth: int, tensors: Any) -> _Given:
     return _Given(list(tensors[:6]), rest[:depth], rest[depth : 2 * depth], rest[2 * depth :])
 
 
-class _Sums:
-    """Gradients that come from some groups and not from others: None until something was added."""
+class _Back:
+    """Goes back through the groups of a scan, and sums the gradients at what they share.
 
-    def __init__(self, like: list[Tensor]) -> None:
-        self.totals: list[Tensor | None] = [None] * len(like)
+    Attributes:
+        of_norm: At scale and shift; None until a group has given one, like the next two.
+        of_anchors: At the anchors of the state shell.
+        of_fresh: At the states in which documents begin.
+    """
 
-    def add(self, parts: list[Tensor | None]) -> None:
-        for i, part in enumerate(parts[: len(self.totals)]):
-            if part is not None:
-                total = self.totals[i]
-                self.totals[i] = part if total is None else total + part
+    def __init__(self, layout: _Layout, network: Network, given: _Given) -> None:
+        self.layout, self.network, self.given = layout, network, given
+        self.of_norm: list[Tensor | None] = [None, None]
+        self.of_anchors: list[Tensor | None] = [None] * len(given.anchors)
+        self.of_fresh: list[Tensor | None] = [None] * len(given.fresh)
+
+    def through(
+        self, span: slice, stored: _Stored, of_reads: Tensor, of_end: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients at a group's tokens and at its first state; walks through the group again."""
+        arguments = [x[:, span] for x in self.given.tokens]
+        tokens = Tokens(*map(self.layout.split, arguments[:3]))
+        borders, real = self.layout.borders(span, self.given)
+        with torch.enable_grad():
+            leaves = [self.layout.split_gate(x.detach()).requires_grad_() for x in arguments[3:]]
+            made = gates_of(leaves[0], leaves[1], leaves[2], real)
+        gates = Gates(*(x.detach() for x in made))
+        walked = walk(self.network, tokens, gates, stored.start, borders, stored.bounds)
+        reads = read(self.network, tokens, gates, walked)
+        of_answers = self.layout.split(of_reads)
+        found = group_gradient(self.network, tokens, gates, walked, borders, reads, of_answers, of_end)
+        _add(self.of_norm, found.norm)
+        _add(self.of_anchors, found.anchors)
+        _add(self.of_fresh, found.fresh)
+        differentiated = [(x, of) for x, of in zip(made, found.gates, strict=True) if of is not None]
+        outputs, gradients = zip(*differentiated, strict=True)
+        of_gates = torch.autograd.grad(outputs, leaves, gradients)
+        parts = [self.layout.join(x) for x in found.tokens] + [self.layout.join_gate(x) for x in of_gates]
+        return parts, found.start
 
 
-def _group_gradient(
-    layout: _Layout,
-    network: Network,
-    given: _Given,
-    span: slice,
-    stored: _Stored,
-    of_reads: Tensor,
-    of_end: list[Tensor],
-    of_anchors: _Sums,
-    of_fresh: _Sums,
-) -> tuple[list[Tensor], tuple[Tensor, ...], list[Tensor]]:
-    """Gradients at a group's tokens, at scale and shift, and at its first state; walks through the group again."""
-    arguments = [x[:, span] for x in given.tokens]
-    tokens = Tokens(*map(layout.split, arguments[:3]))
-    borders, real = layout.borders(span, given)
-    with torch.enable_grad():
-        leaves = [layout.split_gate(x.detach()).requires_grad_() for x in arguments[3:]]
-        made = gates_of(*leaves, real)
-    gates = Gates(*(x.detach() for x in made))
-    walked = walk(network, tokens, gates, stored.start, borders, stored.bounds)
-    reads = read(network, tokens, gates, walked)
-    found = group_gradient(network, tokens, gates, walked, borders, reads, layout.split(of_reads), of_end)
-    of_anchors.add(found.anchors)
-    of_fresh.add(found.fresh)
-    differentiated = [(x, of) for x, of in zip(made, found.gates, strict=True) if of is not None]
-    outputs, gradients = zip(*differentiated, strict=True)
-    of_gates = torch.autograd.grad(outputs, leaves, gradients)
-    parts = [layout.join(x) for x in found.tokens] + [layout.join_gate(x) for x in of_gates]
-    return parts, found.norm, found.start
+def _add(totals: list[Tensor | None], parts: Sequence[Tensor | None]) -> None:
+    """Adds what a group has given; documents may begin in none, and then there is nothing to add to."""
+    for i, part in enumerate(parts[: len(totals)]):
+        if part is not None:
+            total = totals[i]
+            totals[i] = part if total is None else total + part

@@ -12,6 +12,7 @@ Letters: L matrices, N = B H memories, g chunks of a group, b tokens of a chunk.
 through it by hand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,8 +21,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .coefficients import coefficients
-from .network import Errors, Network, Normed, Trace, answer, back_propagate, forward, normalise, reach, smallest_rms
-from .stability import FREE_LOAD, Load, above_floor, below_limit, chunk_load, leaves_shell, load_mass, step_scale
+from .network import (
+    Errors,
+    Network,
+    Normed,
+    Trace,
+    answer,
+    back_propagate,
+    back_propagate_and_reach,
+    forward,
+    normalise,
+    reach,
+    smallest_rms,
+)
+from .stability import FREE_LOAD, STATE_RMS_LIMIT, Load, chunk_load, floor_lack, leaves_shell, load_mass, step_scale
 
 
 class Tokens(NamedTuple):
@@ -111,10 +124,6 @@ class Path:
         self.weights = [state[:, : start.shape[1] // 2] for state in self.states]
         self.pairs = [state.view(start.shape[0], 2, -1) for state in self.states]
 
-    def matrices(self, chunk: int) -> Tensor:
-        """Weights and momentum before a chunk, (N, 2, d_in, d_out)."""
-        return self.states[chunk].unflatten(1, (2, -1))
-
 
 @dataclass
 class Walked:
@@ -125,8 +134,9 @@ class Walked:
         trace: Forward pass of the keys.
         error: Error of its answer, (g N, b, D).
         errors: Its back-propagation.
-        loads: The load of each chunk on which the step bound acts and the reach it comes from, None for others; empty
-            where it was left out.
+        load: The load, chunk by chunk in the first axis; None where it was left out.
+        reach: What it comes from; None likewise.
+        acted: Whether the step bound acted, by chunk.
         scale: The step bound's factor on theta, (g N, b); None where it is 1.
         mean_squares: Of weights and momentum after each chunk, before they came into the shell, (g, L, N, 2); None
             where that was left out.
@@ -136,7 +146,9 @@ class Walked:
     trace: Trace
     error: Tensor
     errors: Errors
-    loads: list[tuple[Load, Errors] | None] = field(default_factory=list)
+    load: Load | None = None
+    reach: Errors | None = None
+    acted: list[bool] = field(default_factory=list)
     scale: Tensor | None = None
     mean_squares: Tensor | None = None
 
@@ -182,7 +194,7 @@ def floor_by_matrix(network: Network, paths: list[Path]) -> Tensor:
 def _leaves_shell(states: Tensor, floor: Tensor) -> bool:
     """Whether weights or momentum in states (..., 2 d_in, d_out) are too large or too small."""
     matrices = states.unflatten(-2, (2, -1)).flatten(-2)
-    mean_square = torch.linalg.vector_norm(matrices, dim=-1).square() / matrices.shape[-1]
+    mean_square = _mean_square(matrices)
     return bool((leaves_shell(mean_square, floor) | mean_square.isnan()).any())
 
 
@@ -202,9 +214,9 @@ def walk(
     chunks = len(tokens.keys)
     paths = [Path(state, chunks, bool(borders.restarted)) for state in start]
     write, end = (_by_matrix_and_chunk(x) for x in (gates.write.unsqueeze(-1), gates.end))
+    masses = gates.mass.unbind(1)
     steps: list[tuple[Trace, Tensor, Errors]] = []
-    loads: list[tuple[Load, Errors] | None] = []
-    scales, mean_squares = [], []
+    loads, reached, acted, mean_squares = [], [], [], []
     floors = floor_by_matrix(network, paths).unsqueeze(1)  # (L, 1, 2)
     for c, (keys, values) in enumerate(zip(tokens.keys.unbind(0), tokens.values.unbind(0), strict=True)):
         if (memories := borders.restarts(c)) is not None:
@@ -213,38 +225,53 @@ def walk(
         weights = [path.weights[c] for path in paths]
         trace = forward(network, weights, keys)
         error = (answer(network, keys, trace.normed.value) - values).mul_(2.0)
-        errors = back_propagate(network, weights, trace, error)
+        if bounds.step:
+            errors, reaching = back_propagate_and_reach(network, weights, trace, error)
+        else:
+            errors = back_propagate(network, weights, trace, error)
         steps.append((trace, error, errors))
         shares = [share[c] for share in write]
         if bounds.step:
-            reaching = reach(network, weights, trace, error, errors)
-            load = chunk_load(trace.inputs, reaching.deltas, error, gates.mass[:, c])
-            acts = may_hold(load.total > FREE_LOAD)
-            loads.append((load, reaching) if acts else None)
-            scales.append(step_scale(load.own, load.total) if acts else torch.ones_like(load.own))
-            shares = [share * scales[-1][..., None, None] for share in shares] if acts else shares
+            load = chunk_load(trace.inputs, reaching.deltas, error, masses[c])
+            loads.append(load)
+            reached.append(reaching)
+            acted.append(may_hold(load.total > FREE_LOAD))
+            if acted[-1]:
+                scale = step_scale(load.own, load.total)[..., None, None]
+                shares = [share * scale for share in shares]
         for path, mix, share, h, delta in zip(paths, end, shares, trace.inputs, errors.deltas, strict=True):
             after = path.states[c + 1]
             torch.bmm(mix[c], path.pairs[c], out=path.pairs[c + 1])
             after.baddbmm_((h.unsqueeze(2) * share).flatten(2).transpose(1, 2), delta, alpha=-1)
         if bounds.shell and borders.closed:
-            mean_squares.append(torch.stack([path.pairs[c + 1].square().mean(-1) for path in paths]))
+            mean_squares.append(torch.stack([_mean_square(path.pairs[c + 1]) for path in paths]))
             if may_hold(leaves_shell(mean_squares[-1], floors)):
                 full = None if borders.full is None else borders.full[c]
-                for path, floor, anchor in zip(paths, floors[:, 0, 0].tolist(), borders.anchors, strict=True):
-                    _into_shell(path.matrices(c + 1), floor, anchor, full)
-    walked = Walked(paths, *_in_one(steps))
-    walked.loads = loads
-    walked.scale = torch.cat(scales) if any(load is not None for load in loads) else None
+                for path, square, floor, anchor in zip(paths, mean_squares[-1], floors, borders.anchors, strict=True):
+                    _into_shell(path, c + 1, square, floor[0, 0], anchor, full)
+    walked = Walked(paths, *_in_one(steps), acted=acted)
+    if any(acted):
+        walked.load = Load(*map(torch.stack, zip(*loads, strict=True)))
+        walked.reach = walked.errors if not network.residual_norm else _errors_in_one(reached)
+        walked.scale = step_scale(walked.load.own, walked.load.total).flatten(0, 1)
     walked.mean_squares = torch.stack(mean_squares) if mean_squares else None
     return walked
 
 
-def _into_shell(matrices: Tensor, floor: float, anchor: Tensor, full: Tensor | None) -> None:
-    """The state shell, in place, for weights and momentum (N, 2, d_in, d_out) of the memories whose chunk is full."""
-    inside = below_limit(matrices)
-    inside[:, 0] = above_floor(inside[:, 0], floor, anchor)
-    matrices.copy_(inside if full is None else torch.where(full[:, None, None, None], inside, matrices))
+def _mean_square(pairs: Tensor) -> Tensor:
+    """Mean squares of weights and momentum (N, 2, size)."""
+    return torch.linalg.vector_norm(pairs, dim=-1).square_().div_(pairs.shape[-1])
+
+
+def _into_shell(path: Path, chunk: int, square: Tensor, floor: Tensor, anchor: Tensor, full: Tensor | None) -> None:
+    """The state shell, in place, for the memories whose chunk is full; their mean squares are (N, 2)."""
+    above, lack = square > STATE_RMS_LIMIT**2, floor_lack(square[:, 0], floor)
+    if full is not None:
+        above, lack = above & full.unsqueeze(-1), lack * full
+    if may_hold(above):
+        path.pairs[chunk].mul_(torch.where(above, STATE_RMS_LIMIT * square.rsqrt(), 1.0).unsqueeze(-1))
+    if may_hold(lack > 0):
+        path.weights[chunk].addcmul_(lack[:, None, None], anchor)
 
 
 class Reads(NamedTuple):
@@ -309,11 +336,14 @@ def _in_one(steps: list[tuple[Trace, Tensor, Errors]]) -> tuple[Trace, Tensor, E
     if len(steps) == 1:
         return steps[0]
     traces, errors, propagated = zip(*steps, strict=True)
+    normed = Normed(*_columns([list(trace.normed) for trace in traces]))
+    trace = Trace(_columns([t.inputs for t in traces]), _columns([t.hidden for t in traces]), normed)
+    return trace, torch.cat(errors), _errors_in_one(propagated)
 
-    def columns(rows: list[list[Tensor]]) -> list[Tensor]:
-        return [torch.cat(column) for column in zip(*rows, strict=True)]
 
-    normed = Normed(*columns([list(trace.normed) for trace in traces]))
-    trace = Trace(columns([t.inputs for t in traces]), columns([t.hidden for t in traces]), normed)
-    found = Errors(columns([e.arriving for e in propagated]), columns([e.deltas for e in propagated]))
-    return trace, torch.cat(errors), found
+def _errors_in_one(errors: Sequence[Errors]) -> Errors:
+    return Errors(_columns([e.arriving for e in errors]), _columns([e.deltas for e in errors]))
+
+
+def _columns(rows: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(column) for column in zip(*rows, strict=True)]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .chunked import Borders, Gates, Reads, Tokens, Walked, bounded_writes, floor_by_matrix, may_hold
-from .network import Errors, Network, gelu_gradient
+from .network import Network, gelu_gradient
 from .network_gradient import InnerGradient, ReachGradient, by_chunk
-from .stability import EMPTY, STATE_RMS_LIMIT, Load, floor_lack, load_gradient, step_scale_gradient
+from .stability import EMPTY, STATE_RMS_LIMIT, LoadChain, floor_lack
 
 
 class GroupGradient(NamedTuple):
@@ -54,11 +54,11 @@ def group_gradient(
         borders: As for chunked.walk.
         reads: What chunked.read has found.
         of_answers: Gradient at reads.answers, (g, N, b, D).
-        of_end: L gradients at the states after the last chunk.
+        of_end: L gradients at the states after the last chunk, contiguous; they are changed.
     """
     of_reads = _back_through_reads(network, gates, walked, reads, of_answers)
     chain = _Chain(network, gates, walked, borders, reads, of_reads)
-    of_state = [x.contiguous() for x in of_end]
+    of_state = of_end
     for chunk in reversed(range(len(tokens.keys))):
         of_state = chain.step(chunk, of_state)
     of_key_answers = chain.inner.of_answers()
@@ -152,9 +152,9 @@ class _Chain:
             torch.bmm(delta, of_state.transpose(1, 2), out=of_written)
             for part, of_part in zip(self.parts, self.of_parts, strict=True):
                 of_inputs[layer].addcmul_(of_part[layer][chunk], part[layer][chunk], value=-1)
-        load = self.walked.loads[chunk] if self.walked.loads else None
         weights = [path.weights[chunk] for path in self.walked.paths]
-        bound = None if load is None else self._through_bound(chunk, *load, weights, of_inputs)
+        acted = bool(self.walked.acted) and self.walked.acted[chunk]
+        bound = self._through_bound(chunk, weights, of_inputs) if acted else None
         found = self.inner.step(chunk, weights, of_inputs, of_deltas, bound)
         of_end, of_before = [], []
         for layer, (path, of_state) in enumerate(zip(self.walked.paths, of_after, strict=True)):
@@ -162,12 +162,16 @@ class _Chain:
             of_end.append(torch.bmm(pair, path.pairs[chunk].transpose(1, 2)))
             before = torch.bmm(self.end[layer][chunk].transpose(1, 2), pair).view_as(of_state)
             before.baddbmm_(self.query_shared[layer][chunk].transpose(1, 2), self.of_outputs[layer][chunk])
-            of_weights = torch.bmm(self.inputs[layer][chunk].transpose(1, 2), found.outputs[layer])
+            factors = [self.inputs[layer][chunk]], [found.outputs[layer]]
             if layer:
-                of_weights.baddbmm_(found.arriving[layer - 1].transpose(1, 2), self.deltas[layer][chunk])
+                factors[0].append(found.arriving[layer - 1])
+                factors[1].append(self.deltas[layer][chunk])
             if layer and bound is not None:
-                of_weights.baddbmm_(bound.arriving[layer - 1].transpose(1, 2), bound.reach.deltas[layer])
-            before[:, : before.shape[1] // 2] += of_weights  # baddbmm_ into half a tensor goes one memory at a time
+                factors[0].append(bound.arriving[layer - 1])
+                factors[1].append(bound.deltas[layer])
+            left, right = (part[0] if len(part) == 1 else torch.cat(part, 1) for part in factors)
+            # baddbmm_ into half a tensor would go one memory at a time.
+            before[:, : before.shape[1] // 2] += torch.bmm(left.transpose(1, 2), right)
             of_before.append(before)
         self.of_end.append(of_end)
         if (memories := self.borders.restarts(chunk)) is not None:
@@ -186,35 +190,36 @@ class _Chain:
             of_writes = of_writes * self.walked.scale.unsqueeze(-2)
             of_write = of_write * self.walked.scale.unsqueeze(-1)
         of_writes, of_write = of_writes.view_as(gates.writes), of_write.view_as(gates.write)
-        return of_read.view_as(gates.read), of_end, of_writes, of_write, self.of_mass
+        of_mass = None if self.loads is None else self.loads.of_mass().transpose(0, 1)
+        return of_read.view_as(gates.read), of_end, of_writes, of_write, of_mass
 
     def _prepare_bounds(self) -> None:
-        self.of_mass: Tensor | None = None
-        if self.walked.scale is not None:
-            self.of_mass = torch.zeros_like(self.gates.mass)
+        self.loads: LoadChain | None = None
+        if self.walked.load is not None:
+            assert self.walked.reach is not None
+            self.loads = LoadChain(self.walked.load, self.gates.mass.transpose(0, 1))
+            self.inner.prepare_reach(self.walked.reach)
             of_writes = torch.stack(self.of_reads.writes)
             of_scale = (of_writes * self.gates.writes.flatten(1, 2)).sum((0, -2))
+            weighted = [
+                (h.unsqueeze(2) * write.flatten(0, 1).unsqueeze(-1)).flatten(2)
+                for h, write in zip(self.walked.trace.inputs, self.gates.write, strict=True)
+            ]
             self.of_scale, self.error = by_chunk([of_scale, self.walked.error], self.chunks)
+            self.weighted = by_chunk(weighted, self.chunks)
         if self.walked.mean_squares is not None:
             self.floors = floor_by_matrix(self.inner.network, self.walked.paths)[:, 0].tolist()
 
-    def _through_bound(
-        self, chunk: int, load: Load, reach: Errors, weights: list[Tensor], of_inputs: list[Tensor]
-    ) -> ReachGradient:
+    def _through_bound(self, chunk: int, weights: list[Tensor], of_inputs: list[Tensor]) -> ReachGradient:
         """Adds the step bound's part of the gradients at inputs, and finds what comes by way of the reach."""
-        inputs = [x[chunk] for x in self.inputs]
-        of_scale = self.of_scale[chunk].clone()
-        for layer, h in enumerate(inputs):
-            of_share = (self.of_written_by_chunk[layer][chunk].unflatten(2, (2, -1)) * h.unsqueeze(2)).sum(-1)
-            of_scale -= (of_share * self.gates.write[layer, chunk]).sum(-1)
-        of_own, of_load = step_scale_gradient(load.own, load.total, of_scale)
-        mass = self.gates.mass[:, chunk]
-        found = load_gradient(load, inputs, reach.deltas, self.error[chunk], mass, of_own, of_load)
-        for total, part in zip(of_inputs, found.inputs, strict=True):
-            total += part
-        assert self.of_mass is not None
-        self.of_mass[:, chunk] = found.mass
-        return self.inner.through_reach(chunk, weights, reach, found.deltas, found.error)
+        assert self.loads is not None
+        of_scale = self.of_scale[chunk]
+        for of_written, weighted in zip(self.of_written_by_chunk, self.weighted, strict=True):
+            of_scale = of_scale - (of_written[chunk] * weighted[chunk]).sum(-1)
+        found = self.loads.step(chunk, of_scale)
+        for layer, of_overlaps in enumerate(found.overlaps.unbind(0)):
+            of_inputs[layer].baddbmm_(of_overlaps, self.inputs[layer][chunk])
+        return self.inner.through_reach(chunk, weights, found.deltas, found.error, self.error[chunk])
 
     def _through_restart(self, memories: Tensor, of_before: list[Tensor]) -> None:
         """What arrives at states in which a document began belongs to its first state, not to the chunk before."""
@@ -239,23 +244,25 @@ class _Chain:
             if may_hold(above):
                 of_pair = _through_limit(of_pair, path.pairs[chunk + 1], square, above)
             if may_hold(below):
-                of_pair = self._through_floor(layer, of_pair, path.pairs[chunk + 1], square[:, 0], floor, below)
+                self._through_floor(layer, of_pair, path.pairs[chunk + 1], square[:, 0], floor, below)
             found.append(of_pair.view_as(of_state))
         return found
 
     def _through_floor(
         self, layer: int, of_pair: Tensor, state: Tensor, square: Tensor, floor: float, below: Tensor
-    ) -> Tensor:
-        """Through U + lack(U) anchor for the weights of those memories; also keeps the gradient at the anchor."""
+    ) -> None:
+        """Through U + lack(U) anchor, in place, for the weights of those memories; keeps the gradient at the anchor."""
         anchor = self.borders.anchors[layer].flatten(1)
         lack = (floor_lack(square, floor) * below).unsqueeze(-1)
-        of_weights, before = of_pair[:, 0], state[:, 0] - lack * anchor
-        along = (of_weights * anchor).mean(-1, keepdim=True) / (square.unsqueeze(-1) + EMPTY).sqrt()
-        of_anchor = (lack * of_weights).view_as(self.borders.anchors[layer])
+        of_weights = of_pair[:, 0]
+        along = torch.linalg.vecdot(of_weights, anchor).unsqueeze(-1) / anchor.shape[-1]
+        along = along * below.unsqueeze(-1) / (square.unsqueeze(-1) + EMPTY).sqrt()
         total = self.of_anchors[layer]
-        self.of_anchors[layer] = of_anchor if total is None else total + of_anchor
-        inside = torch.where(below.unsqueeze(-1), of_weights - along * before, of_weights)
-        return torch.stack([inside, of_pair[:, 1]], 1)
+        if total is None:
+            total = self.of_anchors[layer] = torch.zeros_like(self.borders.anchors[layer])
+        total.flatten(1).addcmul_(lack, of_weights)
+        # U = W - lack anchor
+        of_weights.addcmul_(along, state[:, 0], value=-1.0).addcmul_(along * lack, anchor)
 
 
 def _through_limit(of_pair: Tensor, state: Tensor, square: Tensor, above: Tensor) -> Tensor:

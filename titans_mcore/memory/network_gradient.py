@@ -32,13 +32,13 @@ class ReachGradient(NamedTuple):
         error: At the answers' error, (N, b, D).
         outputs: At the output of each matrix, (N, b, d_out).
         arriving: At reach.arriving, for each matrix but the last; with reach.deltas it is a gradient at the weights.
-        reach: The reach itself.
+        deltas: Those deltas.
     """
 
     error: Tensor
     outputs: list[Tensor]
     arriving: list[Tensor]
-    reach: Errors
+    deltas: list[Tensor]
 
 
 class InnerGradient:
@@ -123,39 +123,42 @@ class InnerGradient:
         moments = (of_delta.unsqueeze(2) * self.weighted[chunk]).sum(-1, keepdim=True)
         return of_raw.sub_((moments * self.both[chunk]).sum(2))
 
+    def prepare_reach(self, reach: Errors) -> None:
+        """Gets ready for through_reach, with the reach of all chunks."""
+        bends = [p * gelu_second_derivative(z) for p, z in zip(reach.arriving, self.trace.hidden, strict=True)]
+        self.reach_bends, self.reach_deltas = by_chunk(bends, self.chunks), by_chunk(reach.deltas, self.chunks)
+
     def through_reach(
-        self, chunk: int, weights: list[Tensor], reach: Errors, of_deltas: list[Tensor], of_error: Tensor
+        self, chunk: int, weights: list[Tensor], of_deltas: Tensor, of_error: Tensor, error: Tensor
     ) -> ReachGradient:
-        """From the gradients at reach.deltas, and at the answers' error, to what the chunk's step has to add.
+        """From the gradients of the loads to what the chunk's step has to add.
 
         Args:
             chunk: Which.
             weights: As for step.
-            reach: Of the chunk.
-            of_deltas: Gradients at its deltas; added to in place.
-            of_error: Gradient of the loads at the answers' error, (N, b, D).
+            of_deltas: What the reach's deltas are multiplied with to give the gradients at them, (L, N, b).
+            of_error: Likewise for the answers' error, (N, b).
+            error: The answers' error, (N, b, D).
         """
+        deltas = [delta[chunk] for delta in self.reach_deltas]
+        at_deltas = [delta * along.unsqueeze(-1) for delta, along in zip(deltas, of_deltas.unbind(0), strict=True)]
+        at_error = error * of_error.unsqueeze(-1)
         of_outputs, of_arriving = [], []
-        for layer, (slope, bend) in enumerate(zip(self.slopes, self.reach_bends(chunk, reach), strict=True)):
-            of_arriving.append(of_deltas[layer] * slope[chunk])
-            of_outputs.append(of_deltas[layer] * bend)
-            of_deltas[layer + 1].baddbmm_(of_arriving[-1], weights[layer + 1])
+        for layer, (slope, bend) in enumerate(zip(self.slopes, self.reach_bends, strict=True)):
+            of_arriving.append(at_deltas[layer] * slope[chunk])
+            of_outputs.append(at_deltas[layer] * bend[chunk])
+            at_deltas[layer + 1].baddbmm_(of_arriving[-1], weights[layer + 1])
         if not self.network.residual_norm:
             return ReachGradient(
-                of_error + of_deltas[-1], [*of_outputs, torch.zeros_like(of_error)], of_arriving, reach
+                at_error + at_deltas[-1], [*of_outputs, torch.zeros_like(at_error)], of_arriving, deltas
             )
         # reach = r s with the scaled error s; r = 1 / std depends on the output: dr/d(raw) = -r^2 n / D.
-        normed, of_reach = self.normed[chunk], of_deltas[-1]
+        normed, of_reach = self.normed[chunk], at_deltas[-1]
         of_scaled_error = of_reach * normed.inverse_std
         self.of_reached_error[chunk] = of_scaled_error
-        along = (of_reach * reach.deltas[-1]).mean(-1, keepdim=True) * normed.inverse_std
-        of_error = of_error + scaled(self.network, of_scaled_error)
-        return ReachGradient(of_error, [*of_outputs, -along * normed.value], of_arriving, reach)
-
-    def reach_bends(self, chunk: int, reach: Errors) -> list[Tensor]:
-        """Second derivatives of GELU times what arrives there, for each matrix but the last."""
-        hidden = [z.unflatten(0, (self.chunks, -1))[chunk] for z in self.trace.hidden]
-        return [p * gelu_second_derivative(z) for p, z in zip(reach.arriving, hidden, strict=True)]
+        along = (of_reach * deltas[-1]).mean(-1, keepdim=True) * normed.inverse_std
+        at_error += scaled(self.network, of_scaled_error)
+        return ReachGradient(at_error, [*of_outputs, -along * normed.value], of_arriving, deltas)
 
     def of_answers(self) -> Tensor:
         """Gradient at the answers M(k), minus that at the values, for all chunks stepped through, (g, N, b, D)."""

@@ -149,10 +149,6 @@ class PackedRows:
         place = torch.arange(self.shape[1], device=self.documents.device).expand(self.shape)
         return place if self.starts is None else place - torch.where(self.starts, place, 0).cummax(1).values
 
-    def to(self, device: torch.device) -> "PackedRows":
-        """The same masks there."""
-        return PackedRows(*(None if x is None else x.to(device) for x in (self.starts, self.real)))
-
     def after(self, earlier: Tensor) -> "PackedRows":
         """The same behind earlier tokens, (B, t) bool which of them are real."""
         nothing = torch.zeros(self.shape, dtype=torch.bool, device=earlier.device)
@@ -170,10 +166,14 @@ class PackedRows:
         return self._packings[key]
 
 
-def _pack(starts: Tensor | None, real: Tensor | None, shape: torch.Size, size: int, device: torch.device) -> Packing:
+def _pack(
+    begins_document: Tensor | None, not_padding: Tensor | None, shape: torch.Size, size: int, device: torch.device
+) -> Packing:
     # On the host: what comes out are shapes and loops, for which a GPU would have to be waited for.
-    starts = torch.zeros(shape, dtype=torch.bool) if starts is None else starts.cpu()
-    real = torch.ones(shape, dtype=torch.bool) if real is None else real.cpu()
+    starts, real = (
+        torch.full(shape, value) if mask is None else mask.cpu()
+        for mask, value in ((begins_document, False), (not_padding, True))
+    )
     if bool((starts & ~real).any()):
         row, token = (starts & ~real).nonzero()[0].tolist()
         raise ValueError(f"token {token} of row {row} begins a document and is padding; mark the first real token")
@@ -211,8 +211,9 @@ def _pack(starts: Tensor | None, real: Tensor | None, shape: torch.Size, size: i
     opened, longest = None, int(open_count.max())
     if longest:
         tokens, filled = _invert(slot - total * size, order, is_open, longest)
-        counts = None if bool((open_count == longest).all()) else open_count.unsqueeze(0)
-        opened = Part(Chunks(longest, closed=False, counts=counts), tokens.to(device), filled.to(device))
+        equal = bool((open_count == longest).all())
+        begun_chunks = Chunks(longest, closed=False, counts=None if equal else open_count.unsqueeze(0))
+        opened = Part(begun_chunks, tokens.to(device), filled.to(device))
     open_restarts = (restarts & is_open).any(1)
     begins_open = bool(open_restarts.any())
     return Packing(closed, opened, open_restarts.to(device), begins_open, slots.to(device), real.to(device))

@@ -76,9 +76,9 @@ def chunk_load(inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: 
     gains = gain_squares.sqrt()
     overlaps = torch.stack([torch.bmm(h, h.transpose(1, 2)) for h in inputs])
     terms = overlaps.abs().mul_(mass)
-    pull = torch.bmm(terms.flatten(0, 1), gains.flatten(0, 1).unsqueeze(-1)).view_as(gains)
+    pull = torch.matmul(terms, gains.unsqueeze(-1)).squeeze(-1)
     own = (terms.diagonal(dim1=-2, dim2=-1) * gain_squares).sum(0)
-    return Load(own, pull.mul_(gains).sum(0), gains, error_square, overlaps)
+    return Load(own, (pull * gains).sum(0), gains, error_square, overlaps)
 
 
 def step_scale(own: Tensor, load: Tensor) -> Tensor:
@@ -87,64 +87,73 @@ def step_scale(own: Tensor, load: Tensor) -> Tensor:
     The difference quotient of the load's allowed part, which is load up to 1/2 and 1 - 1 / (4 load) beyond: for a
     repeated key the parts telescope, and their sum stays below 1 however large theta is.
     """
-    before = load - own
-    low, high = before < 0.5, load > 0.5
-    # Each case in a form that neither cancels nor divides by zero: the branch not taken has a gradient too.
-    beyond = 0.25 / (before.clamp_min(0.5) * load.clamp_min(0.5))
-    part = (0.5 - before).clamp_min(0.0) + (load - 0.5).clamp_min(0.0) * (0.5 / load.clamp_min(0.5))
-    across = part / own.masked_fill(~(low & high), 1.0)
-    return torch.where(low, torch.where(high, across, 1.0), beyond)
+    # The part of own above 1/2, exactly 0 and 1 where none or all of it is; nothing here cancels.
+    above = ((load - FREE_LOAD) / own.clamp_min(_TINY)).clamp(0.0, 1.0)
+    quotient = 0.25 / ((load - own).clamp_min(FREE_LOAD) * load.clamp_min(FREE_LOAD))
+    return 1.0 - above + above * quotient
 
 
-def step_scale_gradient(own: Tensor, load: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients at own and load for one at step_scale(own, load)."""
+def step_scale_slopes(own: Tensor, load: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of step_scale by own and by load; any shape."""
+    acts = load > FREE_LOAD
     from_half = (load - own).clamp_min(FREE_LOAD)
     # The derivatives of the quotient cancel for a token that adds little; written with `beyond`, the share of own that
     # lies above 1/2, they do not.
-    acts = load > FREE_LOAD
-    share = (load - FREE_LOAD).clamp_min(0.0) / own.masked_fill(~acts, 1.0).clamp_min(_TINY)
-    beyond = torch.where(load - own >= FREE_LOAD, 1.0, share)
-    gradient = torch.where(acts, gradient / (2.0 * from_half * load.masked_fill(~acts, 1.0)).square(), 0.0)
-    return gradient * beyond.square() * load, -gradient * beyond * (load + from_half)
+    beyond = ((load - FREE_LOAD) / own.clamp_min(_TINY)).clamp(0.0, 1.0)
+    slope = torch.where(acts, beyond / (2.0 * from_half * load.clamp_min(FREE_LOAD)).square(), 0.0)
+    return slope * beyond * load, -slope * (load + from_half)
 
 
 class LoadGradient(NamedTuple):
-    """Gradients at the arguments of chunk_load."""
+    """What goes back through the loads of one chunk.
 
-    inputs: list[Tensor]
-    deltas: list[Tensor]
+    Attributes:
+        overlaps: Gradient at the dot products of the matrices' inputs, both ways, (L, N, b, b).
+        deltas: What each of the deltas is multiplied with to give the gradient at it, (L, N, b).
+        error: Likewise for the output's error, (N, b).
+    """
+
+    overlaps: Tensor
+    deltas: Tensor
     error: Tensor
-    mass: Tensor
 
 
-def load_gradient(
-    load: Load,
-    inputs: list[Tensor],
-    deltas: list[Tensor],
-    error: Tensor,
-    mass: Tensor,
-    of_own: Tensor,
-    of_total: Tensor,
-) -> LoadGradient:
-    """Gradients at the arguments of chunk_load for those at load.own and load.total, (N, b)."""
-    size = load.overlaps.abs()
-    # load_t = sum_j gain_t gain_j mass_tj size_tj and own_t is its term j = t, so both share one b x b gradient.
-    of_terms = of_total.unsqueeze(-1) + torch.diag_embed(of_own)
-    moved = of_terms * size * mass
-    of_gains = (moved @ load.gains.unsqueeze(-1)).squeeze(-1)
-    of_gains += (moved.transpose(-1, -2) @ load.gains.unsqueeze(-1)).squeeze(-1)
-    of_terms = of_terms * load.gains.unsqueeze(-1) * load.gains.unsqueeze(-2)
-    of_overlaps = of_terms * mass * load.overlaps.sign()
-    of_overlaps = of_overlaps + of_overlaps.transpose(-1, -2)
-    # gain^2 = |delta|^2 / |error|^2
-    along_deltas = of_gains / (load.gains * load.error_square)
-    along_error = (of_gains * load.gains).sum(0) / load.error_square
-    return LoadGradient(
-        [torch.bmm(of, h) for of, h in zip(of_overlaps.unbind(0), inputs, strict=True)],
-        [delta * along.unsqueeze(-1) for delta, along in zip(deltas, along_deltas.unbind(0), strict=True)],
-        -error * along_error.unsqueeze(-1),
-        of_terms * size,
-    )
+class LoadChain:
+    """Goes back through the loads of a group of chunks, one chunk at a time.
+
+    What does not depend on the gradient that arrives is computed for all chunks at once.
+
+    Args:
+        load: Of all chunks, chunk by chunk in the first axis.
+        mass: load_mass of the tokens, (g, L, N, b, b).
+    """
+
+    def __init__(self, load: Load, mass: Tensor) -> None:
+        size, pairs = load.overlaps.abs(), load.gains.unsqueeze(-1) * load.gains.unsqueeze(-2)
+        self.by_mass = pairs * size
+        weighted = load.error_square.unsqueeze(1) * load.gains
+        error = load.gains / load.error_square.unsqueeze(1)
+        of_signs = pairs * mass * load.overlaps.sign()
+        parts = (size * mass, of_signs, load.gains.unsqueeze(-1), weighted.reciprocal(), error)
+        self.moved, self.signs, self.gains, self.inverse, self.error = (list(part.unbind(0)) for part in parts)
+        self.slopes = [list(slope.unbind(0)) for slope in step_scale_slopes(load.own, load.total)]
+        self.of_terms = [torch.zeros_like(size[0, 0])] * len(size)
+
+    def step(self, chunk: int, of_scale: Tensor) -> LoadGradient:
+        """Back through one chunk, for the gradient (N, b) at its step scale."""
+        # load_t = sum_j gain_t gain_j mass_tj size_tj and own_t is its term j = t, so both share one b x b gradient.
+        of_own, of_load = self.slopes[0][chunk] * of_scale, self.slopes[1][chunk] * of_scale
+        of_terms = self.of_terms[chunk] = torch.diag_embed(of_own).add_(of_load.unsqueeze(-1))
+        moved = of_terms * self.moved[chunk]
+        of_gains = torch.matmul(moved + moved.transpose(-1, -2), self.gains[chunk]).squeeze(-1)
+        of_overlaps = of_terms * self.signs[chunk]
+        # gain^2 = |delta|^2 / |error|^2
+        of_error = -(of_gains * self.error[chunk]).sum(0)
+        return LoadGradient(of_overlaps + of_overlaps.transpose(-1, -2), of_gains * self.inverse[chunk], of_error)
+
+    def of_mass(self) -> Tensor:
+        """Gradient at the mass, once every chunk was stepped through, (g, L, N, b, b)."""
+        return torch.stack(self.of_terms).unsqueeze(1) * self.by_mass
 
 
 def leaves_shell(mean_square: Tensor, floor: Tensor | float) -> Tensor:

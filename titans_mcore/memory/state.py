@@ -53,7 +53,8 @@ class OpenChunk(TensorTree):
     Attributes:
         weights: Weights at the chunk's start, L of (B, H, d_in, d_out).
         momentum: Momentum at the chunk's start, like weights.
-        tokens: Keys and values (B, t, H, D), theta, eta and alpha (B, t, H, L); alpha by channel as L of (B, t, H, d_in).
+        tokens: Keys and values (B, t, H, D), theta, eta and alpha (B, t, H, L); alpha by channel is L of
+            (B, t, H, d_in).
         real: Which of the tokens are there, (B, t) bool; None if all are.
     """
 

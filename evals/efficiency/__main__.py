@@ -1,0 +1,47 @@
+"""`python -m evals.efficiency memory --output DIR`; one sub-command for each thing that is measured."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
+from evals.efficiency.settings import MemorySettings
+
+_HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
+
+Measures in one run, side by side, against other implementations.
+
+commands:
+  memory    the neural memory: tokens/s, peak memory, growth with length
+
+`python -m evals.efficiency COMMAND --help` lists the options."""
+
+
+def _memory(words: Sequence[str]) -> None:
+    settings = parse_settings(MemorySettings, "python -m evals.efficiency memory", words)
+    from evals.efficiency.memory import measure
+
+    try:
+        print(measure(settings))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what is finished stands in {settings.output}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    for path in (settings.output / "memory.json", settings.output / "memory.md"):
+        print(path, file=sys.stderr)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"memory": _memory}
+
+
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    command, *words = sys.argv[1:] or ["--help"]
+    if command in ("-h", "--help"):
+        print(_HELP)
+        return
+    if command not in COMMANDS:
+        raise EvaluationError(f"there is no command {command!r}; give one of {', '.join(COMMANDS)}")
+    COMMANDS[command](words)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,136 @@
+"""The measurement of the memory: runs the cases, adds what follows from their numbers, writes the report."""
+
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals.command_line import EvaluationError
+from evals.efficiency.cases import OURS, Case, plan
+from evals.efficiency.flops import forward_flops_per_token, projection_flops_per_token, training_flops
+from evals.efficiency.runner import Limits, run_group
+from evals.efficiency.settings import MemorySettings
+from evals.efficiency.summary import markdown
+from evals.efficiency.targets import Row, judge
+from evals.progress import StatusLine
+from evals.report import write_bytes, write_json
+
+
+def measure(settings: MemorySettings) -> str:
+    """Measures and writes memory.json and memory.md.
+
+    Returns:
+        What memory.md holds.
+
+    Raises:
+        EvaluationError: There is no such device, or --only leaves nothing.
+    """
+    device = _device(settings.device)
+    groups = plan(settings, device)
+    if not groups:
+        raise EvaluationError(f"--only {' '.join(settings.only)} matches no case; see the names in a memory.json")
+    settings.output.mkdir(parents=True, exist_ok=True)
+    ceiling = matmul_ceiling(device, settings.threads, size=256 if settings.quick else None)
+    report = {**_circumstances(settings, device), "matmul_ceiling_flops_per_second": ceiling}
+    rows: list[Row] = []
+    for group in _run(groups, settings):  # what is finished is written, whatever becomes of the rest
+        rows += [_with_flops(row, ceiling) for row in group]
+        targets = [verdict.to_dict() for verdict in judge(rows, device)]
+        text = markdown({**report, "rows": rows, "targets": targets})
+        write_json(settings.output / "memory.json", {**report, "rows": rows, "targets": targets})
+        write_bytes(settings.output / "memory.md", text.encode())
+    return text
+
+
+def matmul_ceiling(device: str, threads: int, size: int | None = None) -> float:
+    """Operations a second of a large matrix product, in the dtype of the cases: what could be reached at best."""
+    size = size or (8_192 if device == "cuda" else 2_048)
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[3:])
+
+
+def flops(row: Row) -> int | None:
+    """Operations of one repeat of this project's rows; None for others, whose work is another."""
+    if row["implementation"] != OURS:
+        return None
+    shape = row["heads"], row["width"], row["depth"]
+    per_token = forward_flops_per_token(*shape, row["expansion"], row["chunk"])
+    if row["part"] == "layer":
+        per_token += projection_flops_per_token(*shape)
+    return row["batch"] * row["length"] * (training_flops(per_token) if "backward" in row["direction"] else per_token)
+
+
+def _run(groups: list[list[Case]], settings: MemorySettings) -> Iterator[list[Row]]:
+    repeats = 2 if settings.quick else settings.repeats
+    limits = Limits(repeats, settings.threads, settings.limit_seconds, settings.limit_gigabytes)
+    line, total, done = StatusLine(), sum(map(len, groups)), 0
+    for group in groups:
+        line.show(f"{done} of {total} cases done; {len(group)} at T = {group[-1].length:,}")
+        yield run_group(group, limits)
+        done += len(group)
+    line.clear()
+
+
+def _with_flops(row: Row, ceiling: float) -> Row:
+    needed = flops(row)
+    if needed is None or row["status"] != "measured":
+        return row
+    achieved = needed / row["seconds"]
+    return {**row, "flops": needed, "flops_per_second": achieved, "share_of_matmul_ceiling": achieved / ceiling}
+
+
+def _device(wanted: str) -> str:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EvaluationError("--device cuda, but torch finds no GPU; give --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def _circumstances(settings: MemorySettings, device: str) -> dict[str, Any]:
+    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "evals.efficiency", *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device_kind": device,
+        "threads": settings.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "settings": chosen,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this source, with a mark when files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,199 @@
+"""The efficiency command end to end on tiny shapes, its faults, and its count of operations. No times are asserted."""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from evals.command_line import EvaluationError, run_command
+from evals.efficiency import __main__ as efficiency
+from evals.efficiency.cases import BOTH, OURS, TITANS_PYTORCH, Case, plan
+from evals.efficiency.flops import forward_flops_per_token
+from evals.efficiency.runner import Limits, run_group
+from evals.efficiency.settings import MemorySettings
+from evals.efficiency.targets import CPU_TARGETS, Target, judge
+from titans_mcore.memory import memory_scan
+
+REPOSITORY = Path(__file__).parents[2]
+LIMITS = Limits(repeats=2, threads=1, seconds=60.0, gigabytes=4.0)
+
+
+def tiny(implementation: str = OURS, **changes: Any) -> Case:
+    """A case of the quick run, changed."""
+    cases = plan(MemorySettings(Path(), quick=True), "cpu")[0]
+    found = next(case for case in cases if case.implementation == implementation and case.direction == BOTH)
+    return replace(found, **changes)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["evals.efficiency", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        run_command(efficiency.main)
+    return int(ended.value.code or 0)
+
+
+@pytest.fixture
+def without_titans_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes started from here on find no such package, whether or not it is installed."""
+    package = tmp_path / "absent" / "titans_pytorch.py"
+    package.parent.mkdir()
+    package.write_text("raise ModuleNotFoundError('hidden by a test', name='titans_pytorch')")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+
+
+@pytest.mark.usefixtures("without_titans_pytorch")
+def test_quick_run_reports_ours_and_says_why_the_other_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ("titans-mcore layer", "chunk_size=16 batch_size=None")
+    assert command(monkeypatch, "memory", "--output", tmp_path, "--quick", "--threads", 1, "--only", *only) == 0
+    report = json.loads((tmp_path / "memory.json").read_text())
+    ours = [row for row in report["rows"] if row["implementation"] == OURS]
+    others = [row for row in report["rows"] if row["implementation"] == TITANS_PYTORCH]
+    assert {row["direction"] for row in ours} == {"forward", "forward+backward"}
+    assert {row["section"] for row in ours} == {"side-by-side", "growth"}
+    for row in ours:
+        assert row["status"] == "measured"
+        assert row["finite"]
+        numbers = [row[name] for name in ("seconds", "tokens_per_second", "flops_per_second")]
+        assert all(math.isfinite(number) and number > 0 for number in numbers)
+        assert row["peak_bytes"] >= 0
+        assert len(row["all_seconds"]) == 2
+    assert others
+    for row in others:
+        assert row["status"] == "not run"
+        assert row["reason"] == "titans_pytorch is not installed; install this project's extra `bench`"
+        assert "seconds" not in row
+    assert all(target["result"].startswith("not measured") for target in report["targets"])
+    out = capsys.readouterr().out
+    assert out == (tmp_path / "memory.md").read_text() + "\n"
+    assert "not measured: no GPU" in out or report["device_kind"] == "cuda"
+
+
+def test_titans_pytorch_runs_with_gates_per_token_and_pooled() -> None:
+    pytest.importorskip("titans_pytorch", reason="needs the extra `bench`")
+    settings = ({"gates": 1, "chunk": 16}, {"gates": 16, "chunk": 0})
+    rows = run_group([tiny(TITANS_PYTORCH, **setting) for setting in settings], LIMITS)
+    assert [row["status"] for row in rows] == ["measured", "measured"]
+    assert all(row["seconds"] > 0 and row["version"] for row in rows)
+
+
+def test_a_case_that_fails_is_said_to_and_does_not_stop_the_others() -> None:
+    cases = [replace(tiny(), implementation="nobody"), tiny(length=1_000_000, part="scan"), tiny()]
+    failed, large, whole = run_group(cases, Limits(2, 1, 60.0, 0.2))
+    assert (failed["status"], failed["reason"]) == ("failed", "ValueError: nothing is called nobody layer")
+    assert large["status"] == "out of memory"
+    assert large["reason"].endswith("would pass --limit-gigabytes")
+    assert whole["status"] == "measured"
+    assert "seconds" not in failed
+    assert "seconds" not in large
+
+
+def test_a_case_over_its_time_gives_no_number() -> None:
+    slow = tiny(part="scan", setting="oracle", length=2_048)
+    (row,) = run_group([slow], Limits(2, 1, 0.01, 4.0))
+    assert (row["status"], row["reason"]) == ("not run", "takes more than --limit-seconds 0.01")
+
+
+def test_a_process_that_dies_is_a_failed_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'torch' not in sys.modules: os._exit(7)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (row,) = run_group([tiny()], LIMITS)
+    assert (row["status"], row["reason"]) == ("failed", "the process ended with status 7: no message")
+
+
+def in_place_product(into: Any, left: Any, right: Any, **_: Any) -> int:
+    """torch's counter knows baddbmm, but not its form in place; arguments are shapes."""
+    batch, rows, columns = into
+    return 2 * batch * rows * columns * left[-1]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_formula_counts_the_products_of_the_chunked_forward(depth: int) -> None:
+    """Counted by hand on the products themselves; what memory_scan runs beside them is bookkeeping."""
+    heads, width, expansion, chunk, length = 3, 16, 4, 16, 64
+    widths = [width, *[expansion * width] * (depth - 1), width]
+    by_hand = FlopCounterMode(display=False)
+    with by_hand:
+        for layer, (m, n) in enumerate(itertools.pairwise(widths)):
+            tokens, state, errors = torch.ones(chunk, m), torch.ones(2 * m, n), torch.ones(chunk, n)
+            tokens @ state[:m]  # keys forward
+            if layer:
+                errors @ state[:m].T  # errors backward
+            torch.ones(chunk, 2 * m) @ state  # read
+            torch.ones(2 * m, chunk) @ errors  # update of weights and momentum
+            (tokens @ tokens.T) @ errors  # inside the chunk
+    formula = forward_flops_per_token(heads, width, depth, expansion, chunk)
+    assert formula * chunk == heads * by_hand.get_total_flops()
+
+    shape = (1, length, heads)
+    queries, keys, values = (torch.randn(*shape, width) for _ in range(3))
+    theta, eta, alpha = (torch.full((*shape, depth), value) for value in (1e-3, 0.5, 1e-3))
+    weights = [torch.randn(heads, m, n) for m, n in itertools.pairwise(widths)]
+    run = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place_product})
+    with run, torch.no_grad():
+        memory_scan(queries, keys, values, theta, eta, alpha, weights, chunk_size=chunk, backend="chunked")
+    assert 1.0 <= run.get_total_flops() / (formula * length) < 2.0
+
+
+def test_ratios_of_targets_are_the_others_over_ours() -> None:
+    target = next(t for t in CPU_TARGETS if t.quantity == "time")
+
+    def row(values: dict[str, Any], seconds: float) -> dict[str, Any]:
+        missing = {"part": "layer", "implementation": TITANS_PYTORCH, "setting": "", "chunk": 0, "section": ""}
+        return {**missing, **values, "status": "measured", "seconds": seconds, "peak_bytes": 1}
+
+    def verdict_of(wanted: Target, rows: list[dict[str, Any]]) -> tuple[float | None, str]:
+        verdict = next(v for v in judge(rows, "cpu") if v.target == wanted)
+        return verdict.ratio, verdict.text
+
+    assert verdict_of(target, [row(target.ours, 1.0), row(target.other, 120.0)]) == (120.0, "reached")
+    assert verdict_of(target, [row(target.ours, 1.0), row(target.other, 99.0)]) == (99.0, "missed")
+    assert verdict_of(target, [row(target.ours, 1.0)]) == (None, "not measured: this run has no such case")
+
+
+def test_each_fault_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(*words: object) -> str:
+        assert command(monkeypatch, *words) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    here = ("memory", "--output", tmp_path / "out")
+    assert says("speed") == "error: there is no command 'speed'; give one of memory"
+    assert "--lengths is (0,)" in says(*here, "--lengths", 0)
+    assert "--repeats is 0" in says(*here, "--repeats", 0)
+    assert "--limit-seconds is 0.0" in says(*here, "--limit-seconds", 0)
+    assert "--depth is 5" in says(*here, "--depth", 5)
+    assert "--width is 33" in says(*here, "--width", 33)
+    assert "--only nothing-like-it matches no case" in says(*here, "--only", "nothing-like-it")
+    if not torch.cuda.is_available():
+        assert "torch finds no GPU" in says(*here, "--device", "cuda")
+    assert not (tmp_path / "out").exists(), "a fault left files behind"
+
+
+def test_help_is_quick_and_documents_every_setting() -> None:
+    def run(*words: str) -> str:
+        command = [sys.executable, "-X", "importtime", "-m", "evals.efficiency", *words]
+        result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ, check=True)
+        assert "| torch\n" not in result.stderr.replace("|   ", "| "), "--help must not load torch"
+        return result.stdout
+
+    assert "memory" in run("--help")
+    assert "--growth-lengths" in run("memory", "--help")
+
+
+def test_settings_refuse_an_empty_list_of_lengths() -> None:
+    with pytest.raises(EvaluationError, match="--growth-lengths is empty"):
+        MemorySettings(Path(), growth_lengths=())
