@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from titans_mcore.memory import MemoryState, memory_scan
 from titans_mcore.memory.network import initial_weights
-from titans_mcore.memory.stability import STATE_RMS_LIMIT, below_limit, step_scale
+from titans_mcore.memory.shell import below_limit
+from titans_mcore.memory.stability import STATE_RMS_LIMIT, step_scale
 
 WIDTH = 8
 
@@ -164,7 +165,7 @@ def test_bound_leaves_ordinary_data_alone_bit_for_bit(monkeypatch: pytest.Monkey
     keys, values = pairs(512, 512)
     gates = (0.01, 0.5, 0.001)
     reads, state = run(keys, values, gates, network="plain", depth=2, chunk_size=16)
-    monkeypatch.setattr("titans_mcore.memory.chunked.step_scale", lambda own, load: torch.ones_like(load))
+    monkeypatch.setattr("titans_mcore.memory.chunked.step_scale", lambda own, before: torch.ones_like(own))
     monkeypatch.setattr("titans_mcore.memory.chunked._into_shell", lambda *_: None)
     unbounded, unbounded_state = run(keys, values, gates, network="plain", depth=2, chunk_size=16)
     assert torch.equal(reads, unbounded)
@@ -174,10 +175,18 @@ def test_bound_leaves_ordinary_data_alone_bit_for_bit(monkeypatch: pytest.Monkey
 @given(st.lists(st.floats(0.0, 1e6, allow_subnormal=False), min_size=1, max_size=50))
 def test_allowed_steps_of_a_repeated_key_never_pass_the_target(own: list[float]) -> None:
     steps = torch.tensor(own, dtype=torch.float64)
-    allowed = steps * step_scale(steps, steps.cumsum(0))
+    allowed = steps * step_scale(steps, steps.cumsum(0) - steps)
     assert float(allowed.sum()) <= 1.0 + 1e-9
     assert (allowed >= 0).all()
     assert (allowed <= steps).all()
+
+
+@pytest.mark.parametrize("first", [0.4, 0.6, 1e3, 1e9, 1e18])
+def test_step_scale_keeps_its_precision_in_float32(first: float) -> None:
+    own = torch.tensor([first, 0.3, 1e-6, first, 1e-3 * first], dtype=torch.float64)
+    before = torch.tensor([0.0, first, 1e-3, 1e-6, 0.499], dtype=torch.float64)
+    exact, rounded = (step_scale(x, y) for x, y in ((own, before), (own.float(), before.float())))
+    torch.testing.assert_close(rounded.double(), exact, rtol=1e-5, atol=1e-37)
 
 
 def test_shell_keeps_what_is_inside_and_the_direction_of_what_is_not() -> None:

@@ -14,7 +14,8 @@ from .checkpointed import group_size
 from .coefficients import Coefficients, coefficients
 from .network import LAYER_NORM_EPS, Network, Normed, answer, back_propagate, forward, normalise, reach, smallest_rms
 from .packing import Chunks
-from .stability import above_floor, anchor_of, below_limit, chunk_load, load_mass, step_scale
+from .shell import above_floor, anchor_of, below_limit
+from .stability import chunk_load, load_mass, step_scale
 
 
 def channelwise_scan(
@@ -89,7 +90,7 @@ def _chunk(
     load = chunk_load(
         trace.inputs, reach(network, weights, trace, error, errors).deltas, error, load_mass(rates[0], rates[1])
     )
-    steps = rates[0] * step_scale(load.own, load.total)
+    steps = rates[0] * step_scale(load.own, load.before)
     z = queries
     after_weights, after_momentum = [], []
     for layer, (h, delta) in enumerate(zip(trace.inputs, errors.deltas, strict=True)):

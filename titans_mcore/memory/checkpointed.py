@@ -19,7 +19,7 @@ from .chunked import Borders, Bounds, Gates, Tokens, bounds_met, gates_of, read,
 from .chunked_gradient import group_gradient
 from .network import Network
 from .packing import Chunks
-from .stability import anchor_of
+from .shell import anchor_of
 
 
 def chunked_scan(

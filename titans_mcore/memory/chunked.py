@@ -34,7 +34,8 @@ from .network import (
     reach,
     smallest_rms,
 )
-from .stability import FREE_LOAD, STATE_RMS_LIMIT, Load, chunk_load, floor_lack, leaves_shell, load_mass, step_scale
+from .shell import floor_lack, leaves_shell
+from .stability import STATE_RMS_LIMIT, Load, chunk_load, load_mass, step_scale
 
 
 class Tokens(NamedTuple):
@@ -53,7 +54,7 @@ class Gates(NamedTuple):
         end: What weights and momentum after the chunk keep of weights and momentum before it, (L, g, N, 2, 2).
         writes: G, how much of token j's step has reached the weights at t, (L, g, N, b, b).
         write: How much of a token's step is in weights and momentum after the chunk, (L, g, N, b, 2).
-        mass: What token j's step weighs in the load of t, (L, g, N, b, b).
+        mass: What a token's step weighs in the loads, (L, g, N, b).
     """
 
     read: Tensor
@@ -174,7 +175,7 @@ def bounds_met(network: Network, walked: Walked, gates: Gates, borders: Borders,
         all_chunks = network.for_chunks(len(walked.paths[0].before))
         reaching = reach(all_chunks, weights, walked.trace, walked.error, walked.errors)
         load = chunk_load(walked.trace.inputs, reaching.deltas, walked.error, gates.mass.flatten(1, 2))
-        step = bool((load.total > FREE_LOAD).any())
+        step = bool(load.exceeds().any())
     if borders.closed and not shell:
         floors = floor_by_matrix(network, walked.paths)
         shell = any(
@@ -235,9 +236,9 @@ def walk(
             load = chunk_load(trace.inputs, reaching.deltas, error, masses[c])
             loads.append(load)
             reached.append(reaching)
-            acted.append(may_hold(load.total > FREE_LOAD))
+            acted.append(may_hold(load.exceeds()))
             if acted[-1]:
-                scale = step_scale(load.own, load.total)[..., None, None]
+                scale = step_scale(load.own, load.before)[..., None, None]
                 shares = [share * scale for share in shares]
         for path, mix, share, h, delta in zip(paths, end, shares, trace.inputs, errors.deltas, strict=True):
             after = path.states[c + 1]
@@ -253,7 +254,7 @@ def walk(
     if any(acted):
         walked.load = Load(*map(torch.stack, zip(*loads, strict=True)))
         walked.reach = walked.errors if not network.residual_norm else _errors_in_one(reached)
-        walked.scale = step_scale(walked.load.own, walked.load.total).flatten(0, 1)
+        walked.scale = step_scale(walked.load.own, walked.load.before).flatten(0, 1)
     walked.mean_squares = torch.stack(mean_squares) if mean_squares else None
     return walked
 

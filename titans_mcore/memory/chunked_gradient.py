@@ -13,7 +13,9 @@ from torch import Tensor
 from .chunked import Borders, Gates, Reads, Tokens, Walked, bounded_writes, floor_by_matrix, may_hold
 from .network import Network, gelu_gradient
 from .network_gradient import InnerGradient, ReachGradient, by_chunk
-from .stability import EMPTY, STATE_RMS_LIMIT, LoadChain, floor_lack
+from .shell import EMPTY, floor_lack
+from .stability import STATE_RMS_LIMIT, growth_units
+from .stability_gradient import LoadChain
 
 
 class GroupGradient(NamedTuple):
@@ -197,7 +199,8 @@ class _Chain:
         self.loads: LoadChain | None = None
         if self.walked.load is not None:
             assert self.walked.reach is not None
-            self.loads = LoadChain(self.walked.load, self.gates.mass.transpose(0, 1))
+            units = growth_units(self.walked.trace.inputs, self.walked.errors.deltas)
+            self.loads = LoadChain(self.walked.load, self.gates.mass.transpose(0, 1), units)
             self.inner.prepare_reach(self.walked.reach)
             of_writes = torch.stack(self.of_reads.writes)
             of_scale = (of_writes * self.gates.writes.flatten(1, 2)).sum((0, -2))

@@ -200,12 +200,13 @@ def initial_std(residual_norm: bool, depth: int, d_in: int) -> float:
 
 
 def smallest_rms(residual_norm: bool, depth: int, d_in: int) -> float:
-    """Root mean square below which a matrix is led back to its initial weights, an eighth of the initial one.
+    """Root mean square below which a matrix is led back to its initial weights.
 
     An empty network cannot learn again: the gradient at each of several matrices is a product of the others, and a
-    LayerNorm has no derivative where its input vanishes. A single plain matrix has neither trouble and may vanish.
+    LayerNorm has no derivative where its input vanishes. With all matrices at the floor that product is an eighth of
+    what it was at first. A single plain matrix has neither trouble and may vanish.
     """
-    return initial_std(residual_norm, depth, d_in) / 8.0
+    return initial_std(residual_norm, depth, d_in) * 8.0 ** (-1.0 / max(depth - 1, 1))
 
 
 def gelu_gradient(gradient: Tensor, z: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from .coefficients import by_channel
 from .network import LAYER_NORM_EPS, Network, smallest_rms
-from .stability import above_floor, anchor_of, below_limit, gain, step_mass, step_scale
+from .shell import above_floor, anchor_of, below_limit
+from .stability import gain, growth, load_mass, step_scale
 
 
 def recurrent_scan(
@@ -45,7 +46,7 @@ def recurrent_scan(
         if t % chunk_size == 0:
             chunk_start, chunk = weights, []
         token = _inner_gradient(network, chunk_start, keys[:, t], values[:, t])
-        token.step_masses = list(step_mass(theta[:, t], eta[:, t]).unbind(-1))
+        token.masses = list(load_mass(theta[:, t], eta[:, t]).unbind(-1))
         chunk.append(token)
         scale = step_scale(*_load(chunk))
         new_weights, new_momentum = [], []
@@ -68,12 +69,13 @@ def recurrent_scan(
 
 @dataclass
 class _Token:
-    """One token's inner gradient, by matrix: gradients (B, H, d_in, d_out), inputs (B, H, d_in), gains (B, H)."""
+    """One token's inner gradient, by matrix: gradients (B, H, d_in, d_out), inputs (B, H, d_in), the rest (B, H)."""
 
     gradients: list[Tensor]
     inputs: list[Tensor]
     gains: list[Tensor]
-    step_masses: list[Tensor]
+    growths: list[Tensor]
+    masses: list[Tensor]
 
 
 def _memory(network: Network, weights: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -108,10 +110,13 @@ def _inner_gradient(network: Network, weights: list[Tensor], key: Tensor, value:
         sent = 2.0 * error * _layer_norm_scale(network, outputs[-1])
         reached = torch.autograd.grad(outputs[-1], outputs, sent, create_graph=differentiable)
         gains = [gain(delta, 2.0 * error) for delta in reached]
-    token = _Token(list(gradients), inputs, gains, [])
+        growths = [
+            growth(delta.square().sum(-1), h.square().sum(-1), w.shape[-2] * w.shape[-1])
+            for delta, h, w in zip(reached, inputs, weights, strict=True)
+        ]
     if not differentiable:
-        token.inputs, token.gains = [h.detach() for h in inputs], [g.detach() for g in gains]
-    return token
+        inputs, gains, growths = ([x.detach() for x in xs] for xs in (inputs, gains, growths))
+    return _Token(list(gradients), inputs, gains, growths, [])
 
 
 def _layer_norm_scale(network: Network, mlp_output: Tensor) -> Tensor:
@@ -123,13 +128,14 @@ def _layer_norm_scale(network: Network, mlp_output: Tensor) -> Tensor:
 
 
 def _load(chunk: list[_Token]) -> tuple[Tensor, Tensor]:
-    """What the newest token of a chunk adds to the step bound's load, and the load with it; both (B, H)."""
+    """What the newest token of a chunk adds to the step bound's load, and the load without it; both (B, H)."""
     now = chunk[-1]
     parts = []
     for token in chunk:
         part = torch.zeros_like(now.gains[0])
-        for layer, mass in enumerate(token.step_masses):
+        for layer, mass in enumerate(token.masses):
             similarity = (token.inputs[layer] * now.inputs[layer]).sum(-1).abs()
-            part = part + 2.0 * mass * token.gains[layer] * now.gains[layer] * similarity
+            pull = token.gains[layer] * now.gains[layer] * similarity
+            part = part + mass * (pull + token.growths[layer])
         parts.append(part)
-    return parts[-1], torch.stack(parts).sum(0)
+    return parts[-1], torch.stack([torch.zeros_like(parts[-1]), *parts[:-1]]).sum(0)

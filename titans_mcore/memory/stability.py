@@ -4,14 +4,16 @@ Two parts, both of the rule itself (the oracle has them too), both inactive, bit
 
 - *Step bound.* The b gradients of a chunk are taken at one point, so what they add up to must not overshoot. A token's
   load is how far the steps of the chunk's tokens up to it, with all their momentum to come, would move the memory's
-  answer to it (1: exactly to its target). Steps are scaled so that loads past 1/2 saturate at 1: a chunk never carries
-  an answer beyond its target.
+  answer to it (1: exactly to its target), and how far they would move the matrices themselves (1: by the root mean
+  square that the state shell allows). Steps are scaled so that loads past 1/2 saturate at 1: a chunk never carries an
+  answer beyond its target, nor a matrix far out of the shell.
 - *State shell.* After a chunk's last token each matrix and each momentum is scaled back to a root mean square of at
   most STATE_RMS_LIMIT, which bounds the state under gates for which the rule itself has no fixed point; and a matrix
   that forgetting has nearly emptied, below network.smallest_rms, is led back towards its initial weights: an empty one
   could not learn again.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +23,6 @@ STATE_RMS_LIMIT = 16.0
 FREE_LOAD = 0.5  # up to here steps stay as they are; step_scale says the same in numbers
 _SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must give a large load, not an infinite one
 _TINY = 1e-20
-EMPTY = 1e-30  # keeps the root mean square of a cleared matrix differentiable
 
 
 def step_mass(theta: Tensor, eta: Tensor) -> Tensor:
@@ -37,28 +38,50 @@ def gain(delta: Tensor, output_error: Tensor) -> Tensor:
     return ((delta.square().sum(-1) + _TINY) / (output_error.square().sum(-1) + _TINY)).sqrt()
 
 
+def growth(delta_square: Tensor, input_square: Tensor, size: int) -> Tensor:
+    """Half the share of the way out of the state shell that a step of 1 moves a matrix.
+
+    Args:
+        delta_square: Squared length of the delta at the matrix' output, any shape.
+        input_square: Squared length of the matrix' input, the same shape.
+        size: Elements of the matrix.
+    """
+    return (delta_square * input_square + _TINY).sqrt() * growth_unit(size)
+
+
+def growth_unit(size: int) -> float:
+    """growth of a delta and an input of length 1."""
+    return 0.5 / (STATE_RMS_LIMIT * math.sqrt(size))
+
+
 class Load(NamedTuple):
     """The load of every token of a chunk and what it is made of; L matrices, N memories, b tokens.
 
     Attributes:
         own: What the token itself adds, (N, b).
-        total: The load, (N, b).
+        before: What the tokens before it add, (N, b). With own it is the load; taken from a sum of both, one of them
+            would be lost in rounding where the other is large.
         gains: (L, N, b).
         error_square: Squared length of the output's error, (N, b).
         overlaps: Dot products of the matrices' inputs, (L, N, b, b).
+        growth: (L, N, b).
     """
 
     own: Tensor
-    total: Tensor
+    before: Tensor
     gains: Tensor
     error_square: Tensor
     overlaps: Tensor
+    growth: Tensor
+
+    def exceeds(self) -> Tensor:
+        """Where the step bound acts, (N, b)."""
+        return self.own + self.before > FREE_LOAD
 
 
 def load_mass(theta: Tensor, eta: Tensor) -> Tensor:
-    """What token j's step weighs in token t's load, (..., b, b), lower triangular, for gates (..., b)."""
-    mass = 2.0 * step_mass(theta, eta)
-    return mass.unsqueeze(-2).expand(*mass.shape, mass.shape[-1]).tril()
+    """What a token's step weighs in the loads, its own and those of later tokens; any shape."""
+    return 2.0 * step_mass(theta, eta)
 
 
 def chunk_load(inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: Tensor) -> Load:
@@ -68,123 +91,36 @@ def chunk_load(inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: 
         inputs: L inputs of the matrices, (N, b, d_in).
         deltas: L errors at their outputs by network.reach, (N, b, d_out).
         error: Error of the output, (N, b, D).
-        mass: load_mass of the tokens, (L, N, b, b).
+        mass: load_mass of the tokens, (L, N, b).
     """
     error_square = error.square().sum(-1).add_(_TINY)
-    gain_squares = torch.stack([torch.linalg.vector_norm(delta, dim=-1) for delta in deltas])
-    gain_squares = gain_squares.square_().add_(_TINY).div_(error_square)
-    gains = gain_squares.sqrt()
+    delta_squares = torch.stack([torch.linalg.vector_norm(delta, dim=-1) for delta in deltas]).square_()
+    gains = (delta_squares + _TINY).div_(error_square).sqrt_()
     overlaps = torch.stack([torch.bmm(h, h.transpose(1, 2)) for h in inputs])
-    terms = overlaps.abs().mul_(mass)
-    pull = torch.matmul(terms, gains.unsqueeze(-1)).squeeze(-1)
-    own = (terms.diagonal(dim1=-2, dim2=-1) * gain_squares).sum(0)
-    return Load(own, (pull * gains).sum(0), gains, error_square, overlaps)
+    input_squares = overlaps.diagonal(dim1=-2, dim2=-1)
+    grown = (delta_squares * input_squares).add_(_TINY).sqrt() * growth_units(inputs, deltas)
+    pulls = (overlaps.abs() * gains.unsqueeze(-1)).mul(gains.unsqueeze(-2)).add_(grown.unsqueeze(-2))
+    own = (pulls.diagonal(dim1=-2, dim2=-1) * mass).sum(0)
+    before = torch.matmul(pulls.tril(-1), mass.unsqueeze(-1)).squeeze(-1).sum(0)
+    return Load(own, before, gains, error_square, overlaps, grown)
 
 
-def step_scale(own: Tensor, load: Tensor) -> Tensor:
-    """Factor on theta of a token that raises the load from load - own to load; any shape.
+def growth_units(inputs: list[Tensor], deltas: list[Tensor]) -> Tensor:
+    """growth_unit of each matrix, (L, 1, 1)."""
+    units = [growth_unit(h.shape[-1] * delta.shape[-1]) for h, delta in zip(inputs, deltas, strict=True)]
+    return deltas[0].new_tensor(units).view(-1, 1, 1)
+
+
+def step_scale(own: Tensor, before: Tensor) -> Tensor:
+    """Factor on theta of a token that raises the load from before to before + own; any shape.
 
     The difference quotient of the load's allowed part, which is load up to 1/2 and 1 - 1 / (4 load) beyond: for a
     repeated key the parts telescope, and their sum stays below 1 however large theta is.
     """
-    # The part of own above 1/2, exactly 0 and 1 where none or all of it is; nothing here cancels.
-    above = ((load - FREE_LOAD) / own.clamp_min(_TINY)).clamp(0.0, 1.0)
-    quotient = 0.25 / ((load - own).clamp_min(FREE_LOAD) * load.clamp_min(FREE_LOAD))
-    return 1.0 - above + above * quotient
-
-
-def step_scale_slopes(own: Tensor, load: Tensor) -> tuple[Tensor, Tensor]:
-    """Derivatives of step_scale by own and by load; any shape."""
+    load = before + own
     acts = load > FREE_LOAD
-    from_half = (load - own).clamp_min(FREE_LOAD)
-    # The derivatives of the quotient cancel for a token that adds little; written with `beyond`, the share of own that
-    # lies above 1/2, they do not.
-    beyond = ((load - FREE_LOAD) / own.clamp_min(_TINY)).clamp(0.0, 1.0)
-    slope = torch.where(acts, beyond / (2.0 * from_half * load.clamp_min(FREE_LOAD)).square(), 0.0)
-    return slope * beyond * load, -slope * (load + from_half)
-
-
-class LoadGradient(NamedTuple):
-    """What goes back through the loads of one chunk.
-
-    Attributes:
-        overlaps: Gradient at the dot products of the matrices' inputs, both ways, (L, N, b, b).
-        deltas: What each of the deltas is multiplied with to give the gradient at it, (L, N, b).
-        error: Likewise for the output's error, (N, b).
-    """
-
-    overlaps: Tensor
-    deltas: Tensor
-    error: Tensor
-
-
-class LoadChain:
-    """Goes back through the loads of a group of chunks, one chunk at a time.
-
-    What does not depend on the gradient that arrives is computed for all chunks at once.
-
-    Args:
-        load: Of all chunks, chunk by chunk in the first axis.
-        mass: load_mass of the tokens, (g, L, N, b, b).
-    """
-
-    def __init__(self, load: Load, mass: Tensor) -> None:
-        size, pairs = load.overlaps.abs(), load.gains.unsqueeze(-1) * load.gains.unsqueeze(-2)
-        self.by_mass = pairs * size
-        weighted = load.error_square.unsqueeze(1) * load.gains
-        error = load.gains / load.error_square.unsqueeze(1)
-        of_signs = pairs * mass * load.overlaps.sign()
-        parts = (size * mass, of_signs, load.gains.unsqueeze(-1), weighted.reciprocal(), error)
-        self.moved, self.signs, self.gains, self.inverse, self.error = (list(part.unbind(0)) for part in parts)
-        self.slopes = [list(slope.unbind(0)) for slope in step_scale_slopes(load.own, load.total)]
-        self.of_terms = [torch.zeros_like(size[0, 0])] * len(size)
-
-    def step(self, chunk: int, of_scale: Tensor) -> LoadGradient:
-        """Back through one chunk, for the gradient (N, b) at its step scale."""
-        # load_t = sum_j gain_t gain_j mass_tj size_tj and own_t is its term j = t, so both share one b x b gradient.
-        of_own, of_load = self.slopes[0][chunk] * of_scale, self.slopes[1][chunk] * of_scale
-        of_terms = self.of_terms[chunk] = torch.diag_embed(of_own).add_(of_load.unsqueeze(-1))
-        moved = of_terms * self.moved[chunk]
-        of_gains = torch.matmul(moved + moved.transpose(-1, -2), self.gains[chunk]).squeeze(-1)
-        of_overlaps = of_terms * self.signs[chunk]
-        # gain^2 = |delta|^2 / |error|^2
-        of_error = -(of_gains * self.error[chunk]).sum(0)
-        return LoadGradient(of_overlaps + of_overlaps.transpose(-1, -2), of_gains * self.inverse[chunk], of_error)
-
-    def of_mass(self) -> Tensor:
-        """Gradient at the mass, once every chunk was stepped through, (g, L, N, b, b)."""
-        return torch.stack(self.of_terms).unsqueeze(1) * self.by_mass
-
-
-def leaves_shell(mean_square: Tensor, floor: Tensor | float) -> Tensor:
-    """Where the state shell acts, for mean squares and the smallest root mean square allowed."""
-    return (mean_square > STATE_RMS_LIMIT**2) | (mean_square < floor * floor)
-
-
-def below_limit(matrix: Tensor) -> Tensor:
-    """(..., d_in, d_out) scaled back to STATE_RMS_LIMIT where its root mean square is larger."""
-    mean_square = matrix.square().mean((-1, -2), keepdim=True)
-    outside = mean_square > STATE_RMS_LIMIT**2
-    return torch.where(outside, matrix * (STATE_RMS_LIMIT**2 / mean_square.masked_fill(~outside, 1.0)).sqrt(), matrix)
-
-
-def above_floor(matrix: Tensor, floor: Tensor | float, anchor: Tensor) -> Tensor:
-    """(..., d_in, d_out) with what its root mean square lacks to the floor made up for by the anchor.
-
-    Args:
-        matrix: Weights.
-        floor: network.smallest_rms; 0 for none.
-        anchor: Initial weights by anchor_of, of root mean square 1.
-    """
-    lack = floor_lack(matrix.square().mean((-1, -2), keepdim=True), floor)
-    return torch.where(lack > 0, matrix + lack * anchor, matrix)
-
-
-def floor_lack(mean_square: Tensor, floor: Tensor | float) -> Tensor:
-    """How far the root mean square lies below the floor, else 0; any shape."""
-    return (floor - (mean_square + EMPTY).sqrt()).clamp_min(0.0)
-
-
-def anchor_of(initial: Tensor) -> Tensor:
-    """Initial weights (..., d_in, d_out) at a root mean square of 1: where a matrix is led that forgetting empties."""
-    return initial * (initial.square().mean((-1, -2), keepdim=True) + EMPTY).rsqrt()
+    # The share of own below 1/2 is tiny for a huge own, and 1 less the share above would lose it.
+    below = (FREE_LOAD - before).clamp_min(0.0) / own.masked_fill(~acts, 1.0).clamp_min(_TINY)
+    below = torch.where(acts, below, 1.0)
+    beyond = 0.25 / (before.clamp_min(FREE_LOAD) * load.clamp_min(FREE_LOAD))
+    return below + (1.0 - below) * beyond
