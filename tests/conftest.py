@@ -5,15 +5,16 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is imported, and Megatron-core does that
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    import torch
-
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
 

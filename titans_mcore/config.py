@@ -73,8 +73,9 @@ class TitansConfig:
     rope_base: float = 10_000.0
     """Base of the rotary position embedding."""
 
-    memory_backend: Literal["auto", "chunked", "oracle"] = "auto"
-    """How the memory is computed; same results, different speed. oracle is the literal per-token loop."""
+    memory_backend: Literal["auto", "chunked", "fused", "oracle"] = "auto"
+    """How the memory is computed; same results, different speed. fused: Triton kernels (CUDA, up to two matrices,
+    forgetting by head), which auto takes where they fit; oracle: the literal per-token loop."""
     attention_backend: Literal["auto", "sdpa", "flash", "dense"] = "auto"
     """How attention is computed; same results, different speed. dense is the masked softmax written out."""
 
@@ -83,7 +84,7 @@ class TitansConfig:
         _choice("memory_network", self.memory_network, NETWORKS)
         _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
         _choice("memory_alpha", self.memory_alpha, ("head", "channel"))
-        _choice("memory_backend", self.memory_backend, ("auto", "chunked", "oracle"))
+        _choice("memory_backend", self.memory_backend, ("auto", "chunked", "fused", "oracle"))
         _choice("attention_backend", self.attention_backend, ("auto", "sdpa", "flash", "dense"))
         for name in ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "memory_expansion", "conv_kernel"):
             if getattr(self, name) < 1:

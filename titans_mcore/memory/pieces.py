@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .accelerated import fused_scan
 from .channelwise import channelwise_scan
 from .checkpointed import chunked_scan
 from .coefficients import by_channel
@@ -24,7 +25,7 @@ class Memory:
         network: The memory network.
         initial: L of (H, d_in, d_out), the learned M_0.
         chunk_size: Tokens b of a chunk.
-        backend: The scan that is used, "auto", "chunked" or "oracle".
+        backend: The scan that is used, "chunked", "fused" or "oracle".
     """
 
     network: Network
@@ -38,7 +39,11 @@ class Memory:
         """Run chunks; see checkpointed.chunked_scan. The oracle takes those without documents or empty slots."""
         if self.backend == "oracle":
             return recurrent_scan(self.network, tokens, *start, self.initial, self.chunk_size)
-        scan = channelwise_scan if by_channel(tokens, len(self.initial)) else chunked_scan
+        scan = chunked_scan
+        if self.backend == "fused":
+            scan = fused_scan
+        elif by_channel(tokens, len(self.initial)):
+            scan = channelwise_scan
         return scan(self.network, tokens, *start, self.initial, chunks, fresh)
 
 

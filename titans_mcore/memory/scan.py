@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .accelerated import why_not_fused
 from .network import Network, answer, forward
 from .packing import PackedRows
 from .pieces import Memory, scan_packed, scan_rows_apart, scan_whole
 from .state import MemoryState
 
 NETWORKS = ("residual_norm", "plain")
-BACKENDS = ("auto", "chunked", "oracle")
+BACKENDS = ("auto", "chunked", "fused", "oracle")
 
 
 def memory_scan(
@@ -53,11 +54,12 @@ def memory_scan(
         state: What an earlier piece of the same sequences returned; None begins as `start` says.
         start: State in which a document begins, for B rows or 1, without an open chunk; None is M_0 without momentum.
         rows: Which tokens begin documents and which are padding; None if the rows hold one sequence each.
-        backend: "chunked" is the dual form, "oracle" the literal loop, "auto" the fastest that fits.
+        backend: "chunked" is the dual form, "fused" the same in Triton kernels, "oracle" the literal loop, "auto" the
+            fastest that fits: on a GPU fused, for up to two matrices and forgetting by head, else chunked.
 
     Returns:
         The reads (B, T, H, D) in the queries' dtype, and the state after the last token. The computation and the state
-        are float32, or float64 when the queries are.
+        are float32, or float64 when the queries are; fused multiplies half-precision tokens as such.
 
     Raises:
         ValueError: An argument does not fit; the message names it, what came and what is allowed.
@@ -72,8 +74,10 @@ def memory_scan(
     net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
     weights = [w.to(dtype) for w in weights]
     first = _first_state(weights if start is None else start, queries.shape[0], dtype)
+    backend = _chosen(backend, queries, weights, chunk_size, channelwise=not isinstance(alpha, Tensor))
     memory = Memory(net, weights, chunk_size, backend)
-    tokens = [x.to(dtype) for x in (queries, keys, values, theta, eta, *forget)]
+    wide = queries.dtype if backend == "fused" else dtype
+    tokens = [*(x.to(wide) for x in (queries, keys, values)), *(x.to(dtype) for x in (theta, eta, *forget))]
     state = first if state is None else state
     packed = rows is not None or (state.open_chunk is not None and state.open_chunk.real is not None)
     if not packed:
@@ -111,6 +115,16 @@ def memory_read(
     x = queries.to(dtype).transpose(1, 2).flatten(0, 1)
     reads = answer(rows, x, forward(rows, flat, x).normed.value)
     return reads.unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
+
+
+def _chosen(backend: str, queries: Tensor, weights: list[Tensor], chunk_size: int, *, channelwise: bool) -> str:
+    """The backend that "auto" means here."""
+    if backend in ("chunked", "oracle") or (backend == "auto" and not queries.is_cuda):
+        return "chunked" if backend == "auto" else backend
+    reason = why_not_fused(queries, weights, chunk_size, channelwise=channelwise)
+    if reason and backend == "fused":
+        raise ValueError(f"backend is 'fused'; {reason}")
+    return "chunked" if reason else "fused"
 
 
 def _first_state(first: list[Tensor] | MemoryState, batch: int, dtype: torch.dtype) -> MemoryState:

@@ -1,0 +1,75 @@
+"""memory_scan on the fused kernels: whole sequences, packed rows and pieces are what the chunked form gives."""
+
+import pytest
+import torch
+
+from titans_mcore.memory import MemoryState, PackedRows, memory_scan
+
+from ..memory.streams import Stream, by_channel, make_stream
+
+LENGTH = 40  # two chunks of 16 and an open one
+
+
+def results(
+    stream: Stream, backend: str, rows: PackedRows | None, pieces: list[int], device: str
+) -> list[torch.Tensor]:
+    """Reads, end state and gradients of a random functional of them."""
+    leaves = [x.detach().float().to(device).requires_grad_() for x in stream.leaves()]
+    tokens, depth = leaves[:6], len(stream.weights)
+    norm = dict(zip(stream.norm, leaves[6 + depth :], strict=True))
+    reads, start = [], 0
+    state: MemoryState | None = None
+    for length in pieces:
+        span = slice(start, start + length)
+        part = (
+            None if rows is None else PackedRows(*(None if x is None else x[:, span] for x in (rows.starts, rows.real)))
+        )
+        read, state = memory_scan(
+            *(x[:, span] for x in tokens),
+            leaves[6 : 6 + depth],
+            network=stream.network,
+            **norm,
+            state=state,
+            rows=part,
+            backend=backend,
+        )
+        reads.append(read)
+        start += length
+    assert state is not None
+    outputs = [torch.cat(reads, 1), *state.weights, *state.momentum]
+    generator = torch.Generator().manual_seed(1)
+    functional = sum((x * torch.randn(x.shape, generator=generator).to(device)).sum() for x in outputs)
+    return [x.detach().cpu() for x in (*outputs, *torch.autograd.grad(functional, leaves))]
+
+
+@pytest.mark.parametrize("pieces", [[LENGTH], [21, 19]])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_fused_backend_is_the_chunked_one(depth: int, packed: bool, pieces: list[int], device: str) -> None:
+    stream = make_stream(LENGTH, depth, width=16, heads=1)
+    rows = None
+    if packed:
+        starts, real = torch.zeros(2, LENGTH, dtype=torch.bool), torch.ones(2, LENGTH, dtype=torch.bool)
+        starts[0, 5], starts[1, 30], real[1, 8:11] = True, True, False
+        rows = PackedRows(starts, real)
+    fused = results(stream, "fused", rows, pieces, device)
+    for ours, theirs in zip(fused, results(stream, "chunked", rows, pieces, device), strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-4 * float(1.0 + theirs.abs().max())
+
+
+def test_what_the_kernels_do_not_take_is_said(device: str) -> None:
+    for stream, sentence in (
+        (by_channel(make_stream(4, 2, width=16)), "not by channel"),
+        (make_stream(4, 3, width=16), "1 or 2 matrices"),
+        (make_stream(4, 2, width=6), "head width is 6"),
+    ):
+        tokens = [[a.float() for a in x] if isinstance(x, list) else x.float() for x in stream.tokens]
+        with pytest.raises(ValueError, match=f"backend is 'fused'; .*{sentence}"):
+            memory_scan(*tokens, [w.float() for w in stream.weights], network=stream.network, backend="fused")
+
+
+def test_auto_takes_the_chunked_form_on_a_cpu() -> None:
+    stream = make_stream(20, 1, width=16, dtype=torch.float32)
+    chosen, _ = memory_scan(*stream.tokens, stream.weights, **stream.settings)
+    chunked, _ = memory_scan(*stream.tokens, stream.weights, **stream.settings, backend="chunked")
+    assert torch.equal(chosen, chunked)

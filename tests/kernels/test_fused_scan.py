@@ -1,0 +1,158 @@
+"""The fused kernels are the oracle: reads, end states and every gradient, at each border between chunks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from titans_mcore.memory import memory_scan
+from titans_mcore.memory.stability import STATE_RMS_LIMIT
+
+from .problems import Problem, Sizes, by_kernels, by_oracle, differences, kernels_differ, make_problem, with_gradients
+
+FLOAT32 = 1e-4
+BFLOAT16 = 5e-2  # of the norm: gradients at gates are sums that cancel
+
+PLAIN = [
+    Sizes(depth=1, network=network, **size)
+    for network in ("residual_norm", "plain")
+    for size in ({}, {"width": 32, "batch": 1}, {"length": 64, "block": 32})
+]
+DEEP = [
+    Sizes(network=network, **size)
+    for network in ("residual_norm", "plain")
+    for size in ({"batch": 1}, {"heads": 1, "hidden": 32, "length": 32}, {"batch": 1, "heads": 1, "hidden": 128})
+]
+WIDE = [
+    Sizes(batch=1, heads=1, width=32, hidden=64, length=64, block=32),
+    Sizes(batch=1, heads=1, width=32, hidden=128, length=32),
+    Sizes(batch=1, heads=1, width=16, length=16),
+]
+SMALL = [
+    Sizes(heads=1, depth=1),
+    Sizes(heads=1, depth=1, network="plain"),
+    Sizes(batch=1),
+    Sizes(batch=1, heads=1, network="plain"),
+]
+TILED = Sizes(batch=1, heads=1, hidden=128)
+
+
+@pytest.mark.parametrize("sizes", PLAIN + DEEP + WIDE, ids=str)
+def test_kernels_equal_the_oracle(sizes: Sizes, device: str) -> None:
+    assert kernels_differ(make_problem(sizes), device) < FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [Sizes(batch=1, heads=1, length=112), replace(TILED, length=80)], ids=str)
+def test_gradient_goes_through_several_groups_of_chunks(sizes: Sizes, device: str) -> None:
+    assert kernels_differ(make_problem(sizes), device) < FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [Sizes(batch=1, depth=1), Sizes(batch=1), TILED], ids=str)
+def test_kernels_equal_the_chunked_form(sizes: Sizes, device: str) -> None:
+    problem = make_problem(sizes)
+    problem.momentum = [torch.zeros_like(x) for x in problem.momentum]
+    problem.weights = [x.expand(sizes.batch, *x.shape) for x in problem.initial]
+    names = ("norm_weight", "norm_bias")
+    reads, state = memory_scan(
+        *problem.tokens, problem.initial, **dict(zip(names, problem.norm, strict=True)), backend="chunked"
+    )
+    ours = by_kernels(problem.cast(torch.float32, device))
+    assert max(differences(ours, [reads, *state.weights, *state.momentum])) < FLOAT32
+
+
+@pytest.mark.parametrize("theta", [0.3, 1.0])  # some tokens meet the bound; nearly all do
+@pytest.mark.parametrize("sizes", [*SMALL, TILED], ids=str)
+def test_step_bound_acts_as_in_the_oracle(sizes: Sizes, theta: float, device: str) -> None:
+    problem = make_problem(sizes, theta=theta)
+    tame = replace(problem, tokens=[x * (0.01 if i == 3 else 1.0) for i, x in enumerate(problem.tokens)])
+    assert differences(by_oracle(problem)[:1], by_oracle(tame)[:1])[0] > 1e-3
+    assert kernels_differ(problem, device) < 3 * FLOAT32  # a bounded step is a quotient of small numbers
+
+
+def outside_the_shell(sizes: Sizes) -> Problem:
+    """The first matrix and the last momentum begin too large, the last matrix too small."""
+    problem = make_problem(sizes, theta=2e-4)  # so little that eta near 1 does not bring the step bound in
+    problem.tokens[5] = 0.01 * problem.tokens[5]
+    problem.weights[-1] = 0.01 * problem.weights[-1]
+    problem.weights[0] = 1.2 * STATE_RMS_LIMIT / problem.weights[0].square().mean().sqrt() * problem.weights[0]
+    problem.momentum[-1][0] *= 1e4
+    problem.tokens[4] = 1.0 - 0.01 * (1.0 - problem.tokens[4])
+    return problem
+
+
+def below_the_floor(sizes: Sizes) -> Problem:
+    problem = make_problem(sizes, theta=0.002)
+    problem.weights = [0.1 * w for w in problem.weights]
+    problem.momentum = [0.01 * s for s in problem.momentum]
+    return problem
+
+
+@pytest.mark.parametrize("make", [outside_the_shell, below_the_floor])
+@pytest.mark.parametrize("sizes", [*SMALL, TILED], ids=str)
+def test_state_shell_acts_as_in_the_oracle(sizes: Sizes, make: type, device: str) -> None:
+    problem = make(sizes)
+    open_ended = by_oracle(replace(problem, closed=False))
+    if make is outside_the_shell or max(problem.floors) > 0:
+        assert max(differences(by_oracle(problem), open_ended)) > 1e-3
+    assert kernels_differ(problem, device) < FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [Sizes(depth=1), Sizes(heads=1, length=64), replace(TILED, batch=2)], ids=str)
+def test_documents_begin_in_the_fresh_state(sizes: Sizes, device: str) -> None:
+    problem = make_problem(sizes)
+    problem.restarts = torch.zeros(problem.chunks, sizes.batch, dtype=torch.bool)
+    problem.restarts[0, 0] = problem.restarts[1, 1] = problem.restarts[2, 0] = True
+    assert kernels_differ(problem, device) < FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [Sizes(depth=1), Sizes(heads=1), replace(TILED, batch=2)], ids=str)
+def test_chunks_that_are_not_full_write_what_they_hold_and_meet_no_shell(sizes: Sizes, device: str) -> None:
+    problem = outside_the_shell(sizes)
+    problem.closed = torch.ones(problem.chunks, sizes.batch, dtype=torch.bool)
+    problem.closed[-1] = problem.closed[0, 1] = False
+    problem.restarts = torch.zeros(problem.chunks, sizes.batch, dtype=torch.bool)
+    problem.restarts[1, 1] = True
+    empty = torch.zeros(sizes.batch, sizes.length, 1, 1, dtype=torch.bool)
+    empty[:, -5:] = empty[1, 3 : sizes.block] = True
+    fill = (0.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # theta 0, eta 1, alpha 0: what happens to the state is nothing
+    problem.tokens = [x.masked_fill(empty, value) for x, value in zip(problem.tokens, fill, strict=True)]
+    assert kernels_differ(problem, device) < FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [Sizes(depth=1), Sizes(batch=1)], ids=str)
+def test_open_chunks_meet_no_shell(sizes: Sizes, device: str) -> None:
+    assert kernels_differ(replace(below_the_floor(sizes), closed=False), device) < FLOAT32
+
+
+@pytest.mark.parametrize("sizes", [*SMALL, TILED], ids=str)
+def test_products_in_bfloat16_stay_near_the_oracle(sizes: Sizes, device: str) -> None:
+    problem = make_problem(sizes)
+    problem.tokens[:3] = [x.bfloat16().double() for x in problem.tokens[:3]]
+    ours = with_gradients(by_kernels, problem.cast(torch.bfloat16, device))
+    for a, b in zip(ours, with_gradients(by_oracle, problem), strict=True):
+        assert float((a.cpu().double() - b).norm()) <= BFLOAT16 * float(b.norm())
+
+
+def test_tokens_may_have_any_strides(device: str) -> None:
+    problem = make_problem(Sizes(depth=1)).cast(torch.float32, device)
+    expected = with_gradients(by_kernels, problem)
+    packed = torch.cat([x.detach() for x in problem.tokens[:3]], -1)  # one projection's output
+    problem.tokens[:3] = packed.chunk(3, -1)
+    assert all(torch.equal(a, b) for a, b in zip(with_gradients(by_kernels, problem), expected, strict=True))
+    problem.tokens[1] = problem.tokens[1].detach().transpose(1, 2).contiguous().transpose(1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(with_gradients(by_kernels, problem), expected, strict=True))
+
+
+def test_nothing_is_kept_without_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from titans_mcore.kernels import launch
+
+    kept = []
+    scan = launch.scan
+    monkeypatch.setattr(launch, "scan", lambda *arguments: kept.append(scan(*arguments)) or kept[-1])
+    problem = make_problem(Sizes(depth=1)).cast(torch.float32, device)
+    outputs = by_kernels(problem)
+    problem.leaves()
+    with torch.no_grad():
+        by_kernels(problem)
+    assert [states for _, _, states in kept] == [None, None]
+    assert all(bool(x.isfinite().all()) for x in outputs)

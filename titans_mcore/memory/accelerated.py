@@ -1,0 +1,90 @@
+"""The fused kernels behind the same door as the chunked form, where they are installed and fit."""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .chunked import gates_of
+from .network import Network, smallest_rms
+from .packing import Chunks
+from .shell import anchor_of
+
+# By name: this file travels with an exported model, which uses the kernels where the package is installed.
+_KERNELS = "titans_mcore.kernels"
+_SMALLEST_BLOCK = 16  # tokens that a matrix product in a kernel takes at least
+
+
+def why_not_fused(queries: Tensor, weights: list[Tensor], chunk_size: int, *, channelwise: bool) -> str:
+    """Why the fused kernels cannot run for these arguments, in a sentence; empty if they can."""
+    if channelwise:
+        return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
+    if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
+        return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
+    return importlib.import_module(_KERNELS).fused_fits(queries, weights, chunk_size)
+
+
+def fused_scan(
+    network: Network,
+    tokens: list[Tensor],
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    initial: list[Tensor],
+    chunks: Chunks,
+    fresh: tuple[list[Tensor], list[Tensor]] | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The same as checkpointed.chunked_scan; queries, keys and values in half precision are multiplied as such."""
+    batch, length, heads = tokens[0].shape[:3]
+    device, size, block = tokens[0].device, chunks.size, _block(chunks.size)
+    if block != size:
+        tokens = [_into_blocks(x, size, block) for x in tokens]
+        counts = torch.full((length // size, batch), size) if chunks.counts is None else chunks.counts
+        chunks = Chunks(block, chunks.closed, counts, chunks.restarts)
+    theta, eta, alpha = (
+        x.unflatten(1, (-1, block)).permute(4, 1, 0, 3, 2).flatten(2, 3) for x in tokens[3:]
+    )  # (L, C, N, b)
+    closed: bool | Tensor = chunks.closed
+    if chunks.closed and chunks.counts is not None:
+        closed = (chunks.counts == block).to(device)
+    first: dict[str, Any] = {}
+    if chunks.restarts is not None:
+        assert fresh is not None
+        first = {
+            "restarts": chunks.restarts.to(device),
+            "fresh_weights": [w.flatten(0, 1) for w in fresh[0]],
+            "fresh_momentum": [s.flatten(0, 1) for s in fresh[1]],
+        }
+    kernels = importlib.import_module(_KERNELS)
+    borders = kernels.Borders(
+        closed,
+        anchors=[anchor_of(w) for w in initial],
+        floors=[smallest_rms(network.residual_norm, len(initial), w.shape[-2]) for w in initial],
+        **first,
+    )
+    reads, weights, momentum = kernels.fused_scan(
+        *tokens[:3],
+        gates_of(theta, eta, alpha, chunks.real(heads, device)),
+        weights,
+        momentum,
+        residual_norm=network.residual_norm,
+        norm_weight=network.norm_weight,
+        norm_bias=network.norm_bias,
+        borders=borders,
+    )
+    if block != size:
+        reads = reads.unflatten(1, (-1, block))[:, :, :size].flatten(1, 2)
+    return reads, weights, momentum
+
+
+def _block(size: int) -> int:
+    """Slots of a chunk as the kernels take them: a power of two."""
+    return max(_SMALLEST_BLOCK, 1 << (size - 1).bit_length())
+
+
+def _into_blocks(x: Tensor, size: int, block: int) -> Tensor:
+    """Tokens (B, C size, ...) in chunks of more slots, the rest of them empty, (B, C block, ...)."""
+    by_chunk = x.unflatten(1, (-1, size))
+    return F.pad(by_chunk, (0, 0) * (x.dim() - 2) + (0, block - size)).flatten(1, 2)
