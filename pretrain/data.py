@@ -8,7 +8,7 @@ its micro-batches go round the data ranks, and all tensor-parallel ranks of one 
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
@@ -77,14 +78,14 @@ def keep_tokenizer(manifest: Manifest, folder: Path, run_dir: Path) -> None:
 
 
 class Samples:
-    """The numbered samples of one shard, epoch after epoch.
+    """The numbered samples of a split's shards, epoch after epoch.
 
     Indices are built once, on rank 0, and memory-mapped by all; an index folder appears whole or not at all.
     """
 
     def __init__(
         self,
-        prefix: Path,
+        prefixes: Sequence[str | Path],
         index_dir: Path,
         *,
         vocab_size: int,
@@ -95,20 +96,20 @@ class Samples:
         """Opens epoch 0.
 
         Args:
-            prefix: Path of the shard without `.bin` and `.idx`.
+            prefixes: Paths of the shards without `.bin` and `.idx`; an epoch goes once through all of them.
             index_dir: Folder of the index cache.
             vocab_size: Pieces of the tokenizer.
             sequence_length: Tokens T of a sample.
             seed: Seed of the order.
             start_token: The token with which documents begin, where they are to be kept apart; None if not.
         """
-        self.prefix = Path(prefix).resolve()
+        self.prefixes = [Path(prefix).resolve() for prefix in prefixes]
         self._index_dir = index_dir
         self._tokenizer = _TokenizerFacts(vocab_size)
         self._sequence_length = sequence_length
         self._seed = seed
         self._start_token = start_token
-        self._epochs: dict[int, GPTDataset] = {}
+        self._epochs: dict[int, GPTDataset | BlendedDataset] = {}
         self._epochs[0] = self._build(0)
         self.per_epoch = len(self._epochs[0])
 
@@ -133,8 +134,9 @@ class Samples:
         starts[:, 0] = False  # a row begins anew by itself
         return starts if bool(starts.any()) else None
 
-    def _build(self, epoch: int) -> GPTDataset:
-        name = f"{self.prefix.name}-length-{self._sequence_length}-seed-{self._seed}-epoch-{epoch:05d}"
+    def _build(self, epoch: int) -> GPTDataset | BlendedDataset:
+        shards = f"{self.prefixes[0].name}-of-{len(self.prefixes)}"
+        name = f"{shards}-length-{self._sequence_length}-seed-{self._seed}-epoch-{epoch:05d}"
         final, partial = self._index_dir / name, self._index_dir / f".{name}.partial"
         ready = _agree(final.is_dir())
         if not ready and dist.get_rank() == 0:
@@ -148,11 +150,11 @@ class Samples:
             partial.rename(final)
         return dataset
 
-    def _one_epoch(self, epoch: int, cache: Path) -> GPTDataset:
+    def _one_epoch(self, epoch: int, cache: Path) -> GPTDataset | BlendedDataset:
         config = GPTDatasetConfig(
             random_seed=int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0]),
             sequence_length=self._sequence_length,
-            blend=([str(self.prefix)], None),
+            blend=([str(prefix) for prefix in self.prefixes], None),
             split="1,0,0",
             path_to_cache=str(cache),
             tokenizer=self._tokenizer,
@@ -164,13 +166,17 @@ class Samples:
         try:
             dataset = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()[0]
         except AssertionError as error:
-            raise ValueError(f"cannot read the shard {self.prefix}: {error}") from error
+            raise ValueError(f"cannot read the shards {self._named()}: {error}") from error
         if not len(dataset):
             raise ValueError(
-                f"{self.prefix} has fewer tokens than one sequence of train.sequence_length {self._sequence_length}; "
+                f"{self._named()} has fewer tokens than one sequence of train.sequence_length {self._sequence_length}; "
                 "encode more text or shorten the sequence"
             )
         return dataset
+
+    def _named(self) -> str:
+        more = f" and {len(self.prefixes) - 1} more" if len(self.prefixes) > 1 else ""
+        return f"{self.prefixes[0]}{more}"
 
 
 class Batches:

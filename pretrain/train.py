@@ -91,16 +91,22 @@ def train(arguments: Sequence[str]) -> None:
 
 def open_samples(config: RunConfig, manifest: Manifest, run_dir: Path) -> tuple[Samples, Samples | None]:
     """Training samples, and held-out ones unless none are asked for."""
-    settings = {
-        "vocab_size": config.model.vocab_size,
-        "sequence_length": config.train.sequence_length,
-        "seed": config.train.seed,
-        "start_token": manifest.tokenizer.bos_id if config.data.reset_documents else None,
-    }
-    samples = Samples(Path(manifest.train_prefix(config.data.path)), run_dir / "index", **settings)
+    start_token = manifest.tokenizer.bos_id if config.data.reset_documents else None
+
+    def opened(prefixes: list[str]) -> Samples:
+        return Samples(
+            prefixes,
+            run_dir / "index",
+            vocab_size=config.model.vocab_size,
+            sequence_length=config.train.sequence_length,
+            seed=config.train.seed,
+            start_token=start_token,
+        )
+
+    samples = opened(manifest.train_prefixes(config.data.path))
     if not config.data.heldout_sequences:
         return samples, None
-    return samples, Samples(Path(manifest.heldout_prefix(config.data.path)), run_dir / "index", **settings)
+    return samples, opened([manifest.heldout_prefix(config.data.path)])
 
 
 def rate_of(step: int, config: RunConfig) -> float:

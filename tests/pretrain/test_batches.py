@@ -19,7 +19,7 @@ GLOBAL_BATCH, STEPS = 12, 9
 
 
 def open_samples(shards, index_dir, seed=3):
-    return Samples(shards / "train", index_dir, vocab_size=96, sequence_length=32, seed=seed)
+    return Samples([shards / "train"], index_dir, vocab_size=96, sequence_length=32, seed=seed)
 
 
 def config_of(micro_batch, steps=STEPS):
@@ -103,7 +103,7 @@ def test_a_label_is_the_token_after_its_position(shards, tmp_path):
 
 
 def test_rows_say_where_documents_begin_inside_them(shards, tmp_path):
-    samples = Samples(shards / "train", tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
     tokens, _, starts = samples.micro_batch(range(samples.per_epoch))
     assert starts is not None
     assert torch.equal(starts[:, 1:], tokens[:, 1:] == BOS)
@@ -111,6 +111,17 @@ def test_rows_say_where_documents_begin_inside_them(shards, tmp_path):
     whole = next(i for i in range(samples.per_epoch) if not starts[i].any())
     assert samples.micro_batch([whole]).starts is None
     assert open_samples(shards, tmp_path).micro_batch(range(samples.per_epoch)).starts is None
+
+
+def test_several_shards_are_one_set_of_samples(shards, tmp_path):
+    other = write_shards(tmp_path / "other", seed=5)
+    pair = [shards / "train", other / "train"]
+    samples = Samples(pair, tmp_path / "index", vocab_size=96, sequence_length=32, seed=3)
+    alone = [Samples([prefix], tmp_path / "index", vocab_size=96, sequence_length=32, seed=3) for prefix in pair]
+    assert samples.per_epoch == sum(one.per_epoch for one in alone)
+    together = {tuple(row) for row in samples.micro_batch(range(samples.per_epoch)).tokens.tolist()}
+    apart = {tuple(row) for one in alone for row in one.micro_batch(range(one.per_epoch)).tokens.tolist()}
+    assert together == apart
 
 
 def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, reference):
@@ -153,7 +164,7 @@ def test_a_missing_path_is_asked_for():
 
 def test_less_text_than_one_sequence_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match=r"fewer tokens than one sequence of train\.sequence_length 100000"):
-        Samples(shards / "train", tmp_path, vocab_size=96, sequence_length=100_000, seed=0)
+        Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=100_000, seed=0)
 
 
 def test_a_run_keeps_the_tokenizer_of_its_data_and_no_other(tmp_path):
