@@ -1,174 +1,179 @@
 """Turns text into shards: `python -m tokenization.encode --input PATH... --tokenizer FILE --output DIR --workers N`."""
 
+import math
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+import re
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tokenization.documents import read_documents
+from tokenization.assemble import assemble, remove_work
 from tokenization.errors import TokenizationError, run_command
-from tokenization.files import staged_folder
-from tokenization.manifest import (
-    FORMAT_VERSION,
-    HELDOUT,
-    MANIFEST_NAME,
-    TOKENIZER_NAME,
-    TRAIN,
-    EncodingSettings,
-    Manifest,
-    ManifestError,
-    SourceInfo,
-    fingerprint_of,
-)
+from tokenization.files import exclusive, sweep_partial_files, write_file_atomically
+from tokenization.manifest import HELDOUT, TOKENIZER_NAME, TRAIN, Manifest
+from tokenization.output import claim_output
+from tokenization.plan import Plan
 from tokenization.progress import Progress
-from tokenization.shards import UINT16_BELOW, ShardWriter
-from tokenization.sources import Skipped, Source, find_sources, sha256_of
-from tokenization.split import SplitRule, choose_rule
-from tokenization.tokenizer import TokenizerInfo, describe_tokenizer
-from tokenization.workers import Batch, tokenized
-
-_BATCH_CHARACTERS = 1 << 18
-_BATCH_DOCUMENTS = 1_024
-# What --overwrite may delete; `cache` is where Megatron-core keeps its sample indices beside the shards.
-_OWN_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, "cache"} | {
-    f"{s}.{end}" for s in (TRAIN, HELDOUT) for end in ("bin", "idx")
-}
+from tokenization.settings import EncodingSettings
+from tokenization.shards import UINT16_BELOW, import_indexed_dataset
+from tokenization.source_options import SourceOptions
+from tokenization.sources import sha256_of
+from tokenization.tokenizer import describe_tokenizer
+from tokenization.units import UnitEncoder, load_result, units_folder
+from tokenization.workers import run_tasks
 
 
-@dataclass(frozen=True)
-class EncodeSettings:
-    """Writes every document as start token, pieces, end token into Megatron shards, train and held-out apart."""
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings(SourceOptions):
+    """Writes every document as start token, pieces, end token into Megatron shards, train and held-out apart.
 
-    input: tuple[str, ...]
-    """Files or folders: .txt and .md (one document a file), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (a `text` field
-    or column), or the word stdlib for the sources of the running Python's standard library."""
+    Killed at any moment and started again with the same arguments, it ends with the same bytes. On many hosts, or as
+    a SLURM array, give all the same shared --output and each its --shard, then run once more with --merge.
+    """
+
     tokenizer: Path
     """Sentencepiece model: from `python -m tokenization.train`, or an existing tokenizer.model such as Llama-2's."""
     output: Path
-    """Folder to write. It appears when everything is in it."""
+    """Folder to write; done when manifest.json is in it."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that tokenize; the shards are the same for any number."""
+    shard: str = "0/1"
+    """I/N: do every Nth unit of work, from the Ith; in a SLURM array: $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT."""
+    merge: bool = False
+    """Only assemble what the --shard runs have done."""
+    shard_tokens: int = 1_000_000_000
+    """Tokens of a train shard at most, give or take a document; all become about equal."""
     heldout_fraction: float = 0.01
     """Share of the documents kept apart for evaluation, chosen by a hash of their text; at least one document."""
     seed: int = 0
     """Changes which documents are kept apart."""
+    keep_duplicates: bool = False
+    """Keep documents whose text came before, letter for letter."""
+    max_document_mb: float = 64.0
+    """Reject larger documents, MB of UTF-8. A worker needs up to nine times as much: under 1 GB for the default."""
+    max_rejected: str = "1%"
+    """Fail at the end when more of the documents, or of the files, is bad data."""
     dtype: Literal["auto", "uint16", "int32"] = "auto"
     """Type of a token in the shards; auto takes uint16 for vocabularies below 65,500 pieces."""
+    unit_mb: float = 64.0
+    """About how much text a worker does at a time: what a killed one has to do again."""
     overwrite: bool = False
-    """Replace a folder of shards that was made from something else."""
+    """Replace a folder of shards that was made, or begun, from something else."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.workers < 1:
             raise TokenizationError(f"--workers is {self.workers}; give at least 1")
         if not 0 < self.heldout_fraction < 1:
             raise TokenizationError(
                 f"--heldout-fraction is {self.heldout_fraction}; give a number above 0 and below 1, such as 0.01"
             )
+        for option, value in (
+            ("--shard-tokens", self.shard_tokens),
+            ("--max-document-mb", self.max_document_mb),
+            ("--unit-mb", self.unit_mb),
+        ):
+            if not (value > 0 and math.isfinite(value)):
+                raise TokenizationError(f"{option} is {value}; give a number above 0")
+        parse_share(self.max_rejected)
+        parse_shard(self.shard)
+
+    @property
+    def content(self) -> EncodingSettings:
+        """What decides the content of the shards."""
+        return EncodingSettings(
+            seed=self.seed,
+            heldout_fraction=self.heldout_fraction,
+            shard_tokens=self.shard_tokens,
+            deduplicate=not self.keep_duplicates,
+            filters=self.filters,
+            max_document_bytes=round(self.max_document_mb * 1e6),
+            unit_bytes=max(1, round(self.unit_mb * 1e6)),
+            dataset=self.dataset,
+            name=self.name,
+            split=self.split if self.dataset else None,
+            revision=self.revision,
+        )
 
 
-def encode(settings: EncodeSettings) -> Manifest:
-    """Writes the shards, or finds that they are there already.
+def encode(settings: EncodeSettings) -> Manifest | None:
+    """Writes the shards, goes on with them, or finds that they are there already.
 
     Args:
         settings: What to read and where to write.
 
     Returns:
-        The manifest of the folder.
+        The manifest of the folder; None when other hosts' units are still to be done.
 
     Raises:
-        TokenizationError: Unusable input or tokenizer, or something else in the way.
+        TokenizationError: Unusable input or tokenizer, something else in the way, or too much bad data.
     """
-    skipped = Skipped()
-    sources = find_sources(settings.input, skipped)
+    output, (host, hosts) = settings.output, parse_shard(settings.shard)
     tokenizer = describe_tokenizer(settings.tokenizer)
-    dtype = _token_type(settings.dtype, tokenizer.vocab_size)
-    existing = _existing(settings, sources, tokenizer, dtype)
-    if existing is not None:
-        print(f"{settings.output}: already done, the shards of this text, tokenizer and settings are there")
-        return existing
-    rule = _choose_rule(settings, sources)
-    total_bytes = sum(source.bytes for source in sources)
-    with staged_folder(settings.output, replace=settings.overwrite) as folder, Progress(total_bytes) as progress:
-        shutil.copyfile(settings.tokenizer, folder / TOKENIZER_NAME)
-        reader = _Reader(sources, rule, skipped)
-        writer = _write_shards(folder, reader, tokenizer, dtype, settings.workers, progress)
-        manifest = _manifest(settings, writer, reader, tokenizer, dtype)
-        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    _summarize(settings.output, manifest, progress.seconds)
+    dtype = token_type(settings.dtype, tokenizer.vocab_size)
+    plan, manifest = claim_output(settings, settings.content, output, tokenizer, dtype, replace=settings.overwrite)
+    if manifest is not None:
+        remove_work(output)
+        print(f"{output}: already done, the shards of this text, tokenizer and settings are there")
+        return manifest
+    kept = output / TOKENIZER_NAME
+    if not kept.exists() or sha256_of(kept) != tokenizer.sha256:
+        write_file_atomically(kept, settings.tokenizer.read_bytes())
+    if not settings.merge:
+        lock = units_folder(output) / f"host-{host}-of-{hosts}.lock"
+        with exclusive(
+            lock, f"--output {output}: another process works there as --shard {settings.shard}; wait for it"
+        ):
+            if hosts == 1 and settings.workers > 1:
+                threading.Thread(target=_import_early).start()
+            encode_units(plan, output, range(host, len(plan.units), hosts), settings.workers)
+    if hosts > 1 and not settings.merge:
+        print(f"{output}: --shard {settings.shard} is done; when all {hosts} are, run once with --merge")
+        return None
+    manifest = assemble(plan, output, settings.workers, parse_share(settings.max_rejected))
+    summarize(output, manifest)
     return manifest
 
 
-class _Reader:
-    """Reads all sources in order and keeps account of them."""
-
-    def __init__(self, sources: Sequence[Source], rule: SplitRule, skipped: Skipped) -> None:
-        self._sources = sources
-        self._rule = rule
-        self.skipped = skipped
-        self.read: list[SourceInfo] = []
-
-    def batches(self) -> Iterator[Batch]:
-        """Yields the documents in batches that may span sources."""
-        texts: list[str] = []
-        characters = done_bytes = 0
-        for source in self._sources:
-            sha256, documents = sha256_of(source.path), 0
-            for document in read_documents(source, self.skipped):
-                documents += 1
-                texts.append(document.text)
-                characters += len(document.text)
-                if characters >= _BATCH_CHARACTERS or len(texts) >= _BATCH_DOCUMENTS:
-                    yield self._batch(texts, done_bytes + document.offset)
-                    texts, characters = [], 0
-            done_bytes += source.bytes
-            self.read.append(SourceInfo(str(source.path), documents, source.bytes, sha256))
-        if texts:
-            yield self._batch(texts, done_bytes)
-
-    def _batch(self, texts: list[str], done_bytes: int) -> Batch:
-        return Batch(tuple(texts), tuple(map(self._rule.is_heldout, texts)), done_bytes)
+def _import_early() -> None:
+    """What assembling imports takes seconds, and this process only waits while its workers tokenize."""
+    with suppress(Exception):  # the command may end meanwhile; where the import is needed, it speaks for itself
+        import_indexed_dataset()
 
 
-def _write_shards(
-    folder: Path, reader: _Reader, tokenizer: TokenizerInfo, dtype: str, workers: int, progress: Progress
-) -> ShardWriter:
-    with tokenized(reader.batches(), folder / TOKENIZER_NAME, workers) as encoded_batches:
-        writer = ShardWriter(folder, tokenizer.vocab_size, dtype)
-        for batch, encoded in encoded_batches:
-            writer.add(batch, encoded)
-            progress.update(batch.done_bytes, sum(writer.tokens.values()))
-    return writer
+def encode_units(plan: Plan, output: Path, numbers: Sequence[int], workers: int) -> None:
+    """Does those of the units that are not done."""
+    sweep_partial_files(units_folder(output))
+    todo = [number for number in numbers if load_result(output, number) is None]
+    total = sum(plan.units[number].weight for number in numbers)
+    done = total - sum(plan.units[number].weight for number in todo)
+    if len(todo) < len(numbers):
+        print(f"{output}: going on, {len(numbers) - len(todo):,} of {len(numbers):,} units of work are done")
+    with Progress("encoded", total, done) as progress:
+        for _ in run_tasks(UnitEncoder, (output,), todo, workers, progress.advance):
+            pass
 
 
-def _manifest(
-    settings: EncodeSettings, writer: ShardWriter, reader: _Reader, tokenizer: TokenizerInfo, dtype: str
-) -> Manifest:
-    splits = writer.finish()
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        splits=splits,
-        sources=tuple(reader.read),
-        skipped=dict(sorted(reader.skipped.counts.items())),
-        settings=EncodingSettings(settings.seed, settings.heldout_fraction),
-        unigram_entropy=writer.unigram_entropy(),
-        fingerprint=fingerprint_of(tokenizer, splits),
+def summarize(output: Path, manifest: Manifest) -> None:
+    """Prints what the shards hold and what was left out."""
+    train, heldout = manifest.splits[TRAIN], manifest.splits[HELDOUT]
+    skipped = ", ".join(f"{count:,} {kind}" for kind, count in manifest.skipped.items()) or "nothing"
+    print(
+        f"{output}: {train.tokens:,} train tokens in {train.documents:,} documents and {len(train.datasets):,} "
+        f"shard(s), {heldout.tokens:,} held-out in {heldout.documents:,}, {manifest.dtype}; "
+        f"unigram entropy {manifest.unigram_entropy:.3f} nats; left out: {skipped}"
     )
 
 
-def _choose_rule(settings: EncodeSettings, sources: Sequence[Source]) -> SplitRule:
-    skipped = Skipped()
-    texts = (document.text for source in sources for document in read_documents(source, skipped))
-    try:
-        return choose_rule(texts, settings.seed, settings.heldout_fraction)
-    except TokenizationError as fault:
-        raise TokenizationError(f"{fault} (input: {' '.join(settings.input)}; skipped: {skipped})") from fault
+def token_type(wanted: str, vocab_size: int) -> str:
+    """Returns the NumPy name of the type that holds a vocabulary.
 
-
-def _token_type(wanted: str, vocab_size: int) -> str:
+    Raises:
+        TokenizationError: The wanted type does not.
+    """
     if wanted == "auto":
         return "uint16" if vocab_size < UINT16_BELOW else "int32"
     if wanted == "uint16" and vocab_size > 1 << 16:
@@ -178,60 +183,24 @@ def _token_type(wanted: str, vocab_size: int) -> str:
     return wanted
 
 
-def _existing(
-    settings: EncodeSettings, sources: Sequence[Source], tokenizer: TokenizerInfo, dtype: str
-) -> Manifest | None:
-    """Returns the manifest of finished shards of the same content, None where there is room to write."""
-    output = settings.output
-    if output.exists() and not output.is_dir():
-        raise TokenizationError(f"--output {output}: is a file; give a folder")
-    names = {path.name for path in output.iterdir()} if output.exists() else set()
-    if not names:
-        return None
+def parse_shard(value: str) -> tuple[int, int]:
+    """Returns I and N of "I/N"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", value)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise TokenizationError(f"--shard is {value!r}; give I/N with I from 0 to N - 1, such as 0/8")
+    return int(match[1]), int(match[2])
+
+
+def parse_share(value: str) -> float:
+    """Returns the share that "1%" or "0.01" means."""
+    number, percent = value.removesuffix("%"), value.endswith("%")
     try:
-        manifest = Manifest.load(output)
-        manifest.check_quick(output)
-        difference = _difference(manifest, settings, sources, tokenizer, dtype)
-    except ManifestError as fault:
-        difference = f"they are not whole ({fault})"
-    if difference is None:
-        return manifest
-    if foreign := sorted(names - _OWN_NAMES):
-        raise TokenizationError(f"--output {output}: holds {foreign[0]}, which is not of a shard folder; give another")
-    if settings.overwrite:
-        return None
-    raise TokenizationError(
-        f"--output {output}: holds other shards, {difference}; give another folder, or --overwrite to replace them"
-    )
-
-
-def _difference(
-    manifest: Manifest, settings: EncodeSettings, sources: Sequence[Source], tokenizer: TokenizerInfo, dtype: str
-) -> str | None:
-    if manifest.tokenizer != tokenizer:
-        return f"written with another tokenizer than {settings.tokenizer}"
-    if manifest.dtype != dtype:
-        return f"written as {manifest.dtype}, not {dtype}"
-    for name, value in (("seed", settings.seed), ("heldout_fraction", settings.heldout_fraction)):
-        if getattr(manifest.settings, name) != value:
-            return f"written with {name} {getattr(manifest.settings, name)}, not {value}"
-    if len(manifest.sources) != len(sources):
-        return f"written from {len(manifest.sources):,} files, not {len(sources):,}"
-    for old, new in zip(manifest.sources, sources, strict=True):
-        if not old.path.lower().endswith(new.suffix) or old.bytes != new.bytes or old.sha256 != sha256_of(new.path):
-            return f"written from {old.path}, where {new.path} has other content"
-    return None
-
-
-def _summarize(output: Path, manifest: Manifest, seconds: float) -> None:
-    train, heldout = manifest.splits[TRAIN], manifest.splits[HELDOUT]
-    tokens = train.tokens + heldout.tokens
-    skipped = ", ".join(f"{count:,} {kind}" for kind, count in manifest.skipped.items()) or "nothing"
-    print(
-        f"{output}: {train.tokens:,} train tokens in {train.documents:,} documents, {heldout.tokens:,} held-out in "
-        f"{heldout.documents:,}, {manifest.dtype}; unigram entropy {manifest.unigram_entropy:.3f} nats; "
-        f"skipped: {skipped}; {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
-    )
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise TokenizationError(f"--max-rejected is {value!r}; give a share such as 1% or 0.01")
+    return share
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

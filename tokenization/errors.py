@@ -8,11 +8,13 @@ from collections.abc import Callable
 EXIT_FAULT = 2
 EXIT_INTERRUPTED = 130
 
+_GO_ON = "run the same command again: it goes on where it stopped"
+
 # Faults of the machine or of its rights that a user can mend; any other OSError is a bug and keeps its traceback.
 _REMEDIES = {
-    errno.ENOSPC: "the disk is full; free some space or give another --output",
-    errno.EDQUOT: "the disk quota is used up; free some space or give another --output",
-    errno.EFBIG: "the file would be larger than this system allows; give another --output",
+    errno.ENOSPC: f"the disk is full; free some space and {_GO_ON}",
+    errno.EDQUOT: f"the disk quota is used up; free some space and {_GO_ON}",
+    errno.EFBIG: f"the file would be larger than this system allows; raise the limit (ulimit -f) and {_GO_ON}",
     errno.EROFS: "the file system is read-only; give another --output",
     errno.EACCES: "permission denied; check the rights of the path",
     errno.EPERM: "permission denied; check the rights of the path",
@@ -37,6 +39,9 @@ def run_command(main: Callable[[], None]) -> None:
     except TokenizationError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_FAULT)
+    except BrokenPipeError:
+        # The reader of the output (`| head`) has enough; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as fault:
         if fault.errno not in _REMEDIES:
             raise
@@ -44,6 +49,6 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {place}{_REMEDIES[fault.errno]}", file=sys.stderr)
         sys.exit(EXIT_FAULT)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
+        print(f"interrupted; nothing half-written counts, {_GO_ON}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all: a temporary name beside the target, fsync, rename."""
+"""Files that appear whole or not at all (a temporary name beside the target, fsync, rename), and locks."""
 
 import fcntl
 import os
-import shutil
+import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,102 +19,122 @@ def write_file_atomically(path: Path, data: bytes) -> None:
         data: Its whole content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        sync(Path(temporary))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with PartialFile(path) as partial:
+        partial.file.write(data)
+        partial.commit()
+
+
+def write_file_once(path: Path, data: bytes) -> bool:
+    """Writes a file as `write_file_atomically` does unless there is one already, also when many try at once.
+
+    Returns:
+        Whether this call wrote it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with PartialFile(path) as partial:
+        partial.file.write(data)
+        partial.flush()
+        try:
+            os.link(partial.path, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            if path.exists():
+                return False
+            partial.commit()
     sync(path.parent)
+    return True
+
+
+class PartialFile:
+    """A file under a temporary name until `commit`; what is not committed at the end of the `with` block is removed.
+
+    The name tells the machine and a lock tells whether the writer lives, so that `sweep_partial_files` removes only
+    what a killed process left.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the temporary file.
+
+        Args:
+            path: The name it gets in the end; the folder exists.
+        """
+        self.final = path
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path.name), dir=path.parent)
+        self.path = Path(name)
+        with suppress(OSError):  # a file system without locks: then nothing is ever swept either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.file = os.fdopen(descriptor, "wb")
+        self._open = True
+
+    def __enter__(self) -> "PartialFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            with suppress(OSError):  # closing flushes, and a full disk must not hide the first fault
+                self.file.close()
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+
+    def flush(self) -> None:
+        """Waits until what was written is on the disk, with the rights of an ordinary file."""
+        self.file.flush()
+        os.fchmod(self.file.fileno(), 0o666 & ~_umask())
+        os.fsync(self.file.fileno())
+
+    def commit(self) -> int:
+        """Gives the file its name and returns its size in bytes."""
+        self.flush()
+        size = self.file.tell()
+        os.replace(self.path, self.final)
+        sync(self.final.parent)
+        self._open = False
+        self.file.close()
+        return size
+
+
+def commit_file(partial: Path, final: Path) -> None:
+    """Gives a file that another writer made and closed its name, once its content is on the disk."""
+    sync(partial)
+    os.replace(partial, final)
+    sync(final.parent)
+
+
+def sweep_partial_files(folder: Path) -> None:
+    """Removes temporary files that killed processes of this machine left in a folder."""
+    for path in folder.glob(".*.partial-*"):
+        if f".partial-{platform.node()}-" not in path.name:
+            continue
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
-def staged_folder(target: Path, *, replace: bool) -> Iterator[Path]:
-    """Gives a temporary folder that takes the target's name when the block ends well, and is removed otherwise.
-
-    What killed processes left beside the target is removed first; a lock that ends with its process tells the dead
-    from the living.
+def exclusive(path: Path, refusal: str) -> Iterator[None]:
+    """Holds a lock that ends with this process.
 
     Args:
-        target: Folder to make; missing parents are made.
-        replace: Whether a folder of that name is replaced. Without it only an empty one is.
-
-    Yields:
-        The temporary folder.
+        path: Lock file; made when missing, never removed (a removed lock file would let two in).
+        refusal: The sentence when another process holds it.
 
     Raises:
-        TokenizationError: A folder of that name with something in it appeared meanwhile.
+        TokenizationError: Another process holds the lock.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent):  # between making a folder and locking it, nobody else may take it for dead
-        _remove_stale(target)
-        staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        lock = _lock(staging)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield staging
-        os.chmod(staging, 0o777 & ~_umask())
-        for path in staging.iterdir():
-            sync(path)
-        sync(staging)
-        _move(staging, target, replace)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def _move(staging: Path, target: Path, replace: bool) -> None:
-    if replace and target.exists():
-        old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        os.rename(target, old)
-        os.rename(staging, target)
-        shutil.rmtree(old)
-        return
-    try:
-        os.rename(staging, target)
-    except OSError as fault:
-        if target.exists():
-            raise TokenizationError(
-                f"{target}: another process made it meanwhile; compare, or choose another"
-            ) from fault
-        raise
-
-
-def _prefix(target: Path) -> str:
-    return f"{target.name}.partial-"
-
-
-def _remove_stale(target: Path) -> None:
-    for path in target.parent.iterdir():
-        if path.is_dir() and path.name.startswith(_prefix(target)):
-            lock = _lock(path)
-            if lock is not None:
-                shutil.rmtree(path)
-                os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Locks a folder for this process; None when it is taken or its file system has no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks: then nothing is ever taken for dead either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TokenizationError(refusal) from None
+        except OSError:
+            pass  # a file system without locks: renames still keep every file whole
         yield
     finally:
         os.close(descriptor)
@@ -127,6 +147,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _prefix(name: str) -> str:
+    return f".{name}.partial-{platform.node()}-"
 
 
 def _umask() -> int:

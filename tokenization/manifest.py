@@ -1,26 +1,34 @@
 """What a folder of shards holds and how to tell whether it still does: `manifest.json`.
 
-data/manifest.json      this file, written last
-data/tokenizer.model    the tokenizer, byte for byte
-data/train.bin .idx     Megatron indexed dataset, one document a text
-data/heldout.bin .idx   the documents kept apart for evaluation
+data/manifest.json            this file, written last
+data/tokenizer.model          the tokenizer, byte for byte
+data/train.bin .idx           Megatron indexed dataset, one document a text; train-00000.bin, ... when there are several
+data/heldout.bin .idx         the documents kept apart for evaluation
+data/train.rows heldout.rows  where each document came from: an ORIGIN for each
+data/rejected.jsonl           bad data, one line each
+data/plan.json                the units of work
 """
 
 import hashlib
 import json
-import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tokenization.errors import TokenizationError
+from tokenization.json_records import from_json
+from tokenization.settings import EncodingSettings
 from tokenization.sources import sha256_of
 from tokenization.tokenizer import TokenizerInfo
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
+REJECTED_NAME = "rejected.jsonl"
 TRAIN, HELDOUT = "train", "heldout"
+ORIGIN = [("source", "<u4"), ("row", "<i8")]
+"""NumPy fields of a document in a .rows file: place of its source in the manifest, and row there."""
+
+__all__ = ["EncodingSettings", "FileInfo", "Manifest", "ManifestError", "Shard", "SourceInfo", "Split", "UnitInfo"]
 
 
 class ManifestError(TokenizationError, ValueError):
@@ -38,17 +46,36 @@ class FileInfo:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One Megatron dataset of a split."""
+
+    prefix: str
+    """Its name in the folder, without .bin and .idx."""
+    documents: int
+    """Texts."""
+    tokens: int
+    """Start and end tokens included."""
+
+
+@dataclass(frozen=True)
 class Split:
     """The documents of one use."""
 
     prefix: str
-    """Name of the Megatron dataset in the folder, without .bin and .idx."""
+    """Name of the split, and of its Megatron dataset where that is the only one."""
     documents: int
     """Texts."""
     tokens: int
     """Start and end tokens included."""
     files: dict[str, FileInfo]
-    """By name."""
+    """The .bin and .idx of all its datasets, by name."""
+    shards: tuple[Shard, ...] = ()
+    """Its datasets in order; none listed means the one called `prefix`."""
+
+    @property
+    def datasets(self) -> tuple[Shard, ...]:
+        """Its datasets in order."""
+        return self.shards or (Shard(self.prefix, self.documents, self.tokens),)
 
 
 @dataclass(frozen=True)
@@ -62,17 +89,31 @@ class SourceInfo:
     bytes: int
     """Its size."""
     sha256: str
-    """Of its content, hexadecimal."""
+    """Of its content, hexadecimal; empty for a file on the hub, whose path names its revision."""
 
 
 @dataclass(frozen=True)
-class EncodingSettings:
-    """What besides text and tokenizer decides the shards."""
+class UnitSpan:
+    """The rows that a unit of work took from a source."""
 
-    seed: int
-    """Of the split into train and held-out documents."""
-    heldout_fraction: float
-    """Share of the documents kept apart."""
+    source: int
+    """Place in the manifest's sources."""
+    first_row: int
+    """Row of a .parquet or line of a .jsonl, from 0."""
+    rows: int
+    """How many, those left out included."""
+
+
+@dataclass(frozen=True)
+class UnitInfo:
+    """A unit of work."""
+
+    documents: int
+    """Encoded, repeated texts included."""
+    tokens: int
+    """Likewise."""
+    spans: tuple[UnitSpan, ...]
+    """What it read, in order."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +133,15 @@ class Manifest:
     skipped: dict[str, int]
     """What was left out, by kind."""
     settings: EncodingSettings
-    """The remaining settings."""
+    """What else decides the shards."""
     unigram_entropy: float
     """Entropy of the train split's token frequencies, nats a token: the loss of a model that knows them alone."""
     fingerprint: str
     """Identifies token files and tokenizer together; a training run saves it and compares at resume."""
+    units: tuple[UnitInfo, ...] = ()
+    """Units of work in reading order."""
+    records: dict[str, FileInfo] = field(default_factory=dict)
+    """The other files by name: .rows, rejected.jsonl, plan.json. Training does not need them."""
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
@@ -116,7 +161,7 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise ManifestError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; encode again")
         try:
-            manifest: Manifest = _from_json(cls, record, "manifest")
+            manifest: Manifest = from_json(cls, record, "manifest")
         except TypeError as fault:
             raise ManifestError(f"{path}: damaged, {fault}; write the shards again") from fault
         if set(manifest.splits) != {TRAIN, HELDOUT}:
@@ -135,7 +180,7 @@ class Manifest:
         Raises:
             ManifestError: Naming the first file that is missing or differs.
         """
-        for name, info in self._token_files().items():
+        for name, info in self.token_files().items():
             path = Path(folder, name)
             if not path.is_file():
                 raise ManifestError(f"{path}: missing, though the manifest lists it; encode again")
@@ -149,26 +194,29 @@ class Manifest:
         if sha256_of(path) != self.tokenizer.sha256:
             raise ManifestError(f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back")
 
-    def check_full(self, folder: str | Path) -> None:
-        """Compares the SHA-256 of every file as well.
-
-        Raises:
-            ManifestError: Naming the first file that is missing or differs.
-        """
-        self.check_quick(folder)
-        for name, info in self._token_files().items():
-            if sha256_of(Path(folder, name)) != info.sha256:
-                raise ManifestError(f"{Path(folder, name)}: damaged, its SHA-256 is not the manifest's; encode again")
+    def train_prefixes(self, folder: str | Path) -> list[str]:
+        """Returns the paths of the train split's datasets in order, without suffix, as Megatron-core takes them."""
+        return [str(Path(folder, shard.prefix)) for shard in self.splits[TRAIN].datasets]
 
     def train_prefix(self, folder: str | Path) -> str:
-        """Returns the path of the train split without suffix, as Megatron-core takes it."""
-        return str(Path(folder, self.splits[TRAIN].prefix))
+        """Returns the path of the only train dataset without suffix.
+
+        Raises:
+            ManifestError: There are several.
+        """
+        prefixes = self.train_prefixes(folder)
+        if len(prefixes) > 1:
+            raise ManifestError(
+                f"{folder}: holds {len(prefixes)} train shards where one is read; encode with larger --shard-tokens"
+            )
+        return prefixes[0]
 
     def heldout_prefix(self, folder: str | Path) -> str:
-        """Returns the path of the held-out split without suffix, as Megatron-core takes it."""
+        """Returns the path of the held-out dataset without suffix, as Megatron-core takes it."""
         return str(Path(folder, self.splits[HELDOUT].prefix))
 
-    def _token_files(self) -> dict[str, FileInfo]:
+    def token_files(self) -> dict[str, FileInfo]:
+        """Returns every .bin and .idx by name."""
         return {name: info for split in self.splits.values() for name, info in split.files.items()}
 
 
@@ -179,20 +227,3 @@ def fingerprint_of(tokenizer: TokenizerInfo, splits: dict[str, Split]) -> str:
         for name, info in sorted(split.files.items()):
             digest.update(f"\n{split_name} {name} {info.sha256}".encode())
     return digest.hexdigest()
-
-
-def _from_json(kind: Any, value: Any, where: str) -> Any:
-    """Builds `kind` from JSON and raises TypeError, saying where, for anything of another type or name."""
-    if isinstance(kind, type) and is_dataclass(kind):
-        names, hints = {field.name for field in fields(kind)}, typing.get_type_hints(kind)
-        if not isinstance(value, dict) or set(value) != names:
-            raise TypeError(f"{where} does not have exactly the fields {', '.join(sorted(names))}")
-        return kind(**{name: _from_json(hints[name], value[name], f"{where}.{name}") for name in names})
-    origin, parameters = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict and isinstance(value, dict):
-        return {name: _from_json(parameters[1], item, f"{where}.{name}") for name, item in value.items()}
-    if origin is tuple and isinstance(value, list):
-        return tuple(_from_json(parameters[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is None and type(value) is kind:
-        return value
-    raise TypeError(f"{where} is {value!r:.60}, not of the type {getattr(kind, '__name__', kind)}")

@@ -1,32 +1,36 @@
-"""Progress of a long command: a bar on a terminal, otherwise a plain line every ten seconds."""
+"""Progress of a long command: a bar on a terminal, otherwise a plain line a minute."""
 
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
-_PLAIN_SECONDS = 10.0
+_PLAIN_SECONDS = 60.0
 
 
 class Progress:
-    """Shows tokens a second and the time left. Use it in a `with` block and call `update`."""
+    """Shows tokens a second and the time left. Use it in a `with` block and call `advance`."""
 
-    def __init__(self, total_bytes: int) -> None:
+    def __init__(self, verb: str, total_bytes: int, done_bytes: int = 0) -> None:
         """Starts the clock.
 
         Args:
-            total_bytes: Size of all sources; the measure of how far the work is.
+            verb: What happens to the text, such as "encoded".
+            total_bytes: The measure of the whole work.
+            done_bytes: What an earlier run did of it.
         """
-        self.total_bytes = max(total_bytes, 1)
-        self._started = time.monotonic()
-        self._last_line = self._started
+        self._verb = verb
+        self._total = max(total_bytes, 1)
+        self._before = self._done = done_bytes
+        self._tokens = 0
+        self._started = self._last_line = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
         if sys.stderr.isatty():
             self._bar = _terminal_bar()
             self._bar.start()
-            self._bar.add_task("encode", total=self.total_bytes, rate="")
+            self._bar.add_task(self._verb, total=self._total, completed=self._done, rate="")
         return self
 
     def __exit__(
@@ -40,21 +44,29 @@ class Progress:
         """Seconds since the start."""
         return max(time.monotonic() - self._started, 1e-9)
 
-    def update(self, done_bytes: int, tokens: int) -> None:
-        """Shows where the work is.
+    def advance(self, done_bytes: int, tokens: int) -> None:
+        """Shows that work was done.
 
         Args:
-            done_bytes: Of `total_bytes`.
-            tokens: Written so far.
+            done_bytes: Since the last call.
+            tokens: Likewise.
         """
-        rate = f"{tokens / self.seconds:,.0f} tokens/s"
+        self._done += done_bytes
+        self._tokens += tokens
+        rate = f"{self._tokens / self.seconds:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done_bytes, rate=rate)
+            self._bar.update(self._bar.task_ids[0], completed=self._done, rate=rate)
         elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            share = min(done_bytes / self.total_bytes, 1.0)
-            left = f"{self.seconds * (1 - share) / share:.0f} s left" if share else "time left unknown"
-            print(f"{share:.0%} encoded, {tokens:,} tokens, {rate}, {left}", file=sys.stderr, flush=True)
+            share = min(self._done / self._total, 1.0)
+            line = f"{share:.0%} {self._verb}, {self._tokens:,} tokens, {rate}, {self._left()}"
+            print(line, file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        fresh = self._done - self._before
+        if fresh <= 0:
+            return "time left unknown"
+        return f"{self.seconds * max(self._total - self._done, 0) / fresh:,.0f} s left"
 
 
 def _terminal_bar() -> Any:
@@ -62,5 +74,11 @@ def _terminal_bar() -> Any:
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     return RichProgress(*columns, console=Console(stderr=True), transient=True)

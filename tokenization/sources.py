@@ -3,12 +3,12 @@
 import hashlib
 import os
 import sysconfig
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenization.errors import TokenizationError
+from tokenization.skipped import Skipped
 
 STDLIB = "stdlib"
 SUFFIXES: tuple[str, ...] = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -21,27 +21,14 @@ _HASH_BLOCK_BYTES = 1 << 20
 class Source:
     """A file to read documents from."""
 
-    path: Path
-    """Where it lies."""
+    path: str
+    """Where it lies; on the hub an address that names the revision."""
     suffix: str
     """Decides how it is read; one of SUFFIXES or STDLIB_SUFFIXES, lower case."""
     bytes: int
     """Its size."""
-
-
-@dataclass
-class Skipped:
-    """What was left out, by kind: the one place that every reader reports to, so that nothing vanishes."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    """Kind to number of documents (or of files, for kinds that end in `_file`)."""
-
-    def add(self, kind: str) -> None:
-        """Counts one document or file left out."""
-        self.counts[kind] += 1
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.counts.items())) or "nothing"
+    modified_ns: int = 0
+    """When it was last written, in nanoseconds; 0 on the hub, where a revision never changes."""
 
 
 def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
@@ -61,27 +48,32 @@ def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
         TokenizationError: No input, no such path, a file of an unsupported type, a folder without a readable file.
     """
     if not inputs:
-        raise TokenizationError(f"--input is empty; give files, folders or the word {STDLIB}")
+        raise TokenizationError(f"--input is empty; give files, folders or the word {STDLIB}, or a --dataset")
     sources: list[Source] = []
     seen: set[str] = set()
     for argument in inputs:
         for source in _sources_of(argument, skipped):
             real = os.path.realpath(source.path)
             if real in seen:
-                skipped.add("repeated_file")
+                skipped.add("repeated_file", source.path)
                 continue
             seen.add(real)
             sources.append(source)
     return sources
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal, read block by block."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         while block := file.read(_HASH_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def suffix_of(name: str, suffixes: Iterable[str] = SUFFIXES) -> str | None:
+    """Returns the supported suffix a file name ends with, None when there is none."""
+    return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
 
 
 def _sources_of(argument: str, skipped: Skipped) -> list[Source]:
@@ -93,24 +85,29 @@ def _sources_of(argument: str, skipped: Skipped) -> list[Source]:
         return _sources_below(path, SUFFIXES, frozenset(), skipped)
     if not path.exists():
         raise TokenizationError(f"--input {argument}: no such file or folder; check the path")
-    suffix = _suffix_of(path.name, SUFFIXES)
+    suffix = suffix_of(path.name)
     if suffix is None:
         raise TokenizationError(f"--input {argument}: this type of file is not read; give {', '.join(SUFFIXES)}")
     if not path.is_file() or not os.access(path, os.R_OK):
         raise TokenizationError(f"--input {argument}: cannot be read; check that it is a file and its rights")
-    return [Source(path, suffix, path.stat().st_size)]
+    return [_local(path, suffix)]
+
+
+def _local(path: Path, suffix: str) -> Source:
+    status = path.stat()
+    return Source(os.path.abspath(path), suffix, status.st_size, status.st_mtime_ns)
 
 
 def _sources_below(root: Path, suffixes: Iterable[str], left_out: frozenset[str], skipped: Skipped) -> list[Source]:
     found: list[Source] = []
     for path in sorted(_files_below(root, left_out), key=lambda path: path.relative_to(root).parts):
-        suffix = _suffix_of(path.name, suffixes)
+        suffix = suffix_of(path.name, suffixes)
         if suffix is None:
             continue
         if path.is_file() and os.access(path, os.R_OK):
-            found.append(Source(path, suffix, path.stat().st_size))
+            found.append(_local(path, suffix))
         else:
-            skipped.add("unreadable_file")
+            skipped.add("unreadable_file", str(path), detail="no file, or no right to read it")
     if not found:
         raise TokenizationError(
             f"--input {root}: the folder holds no readable file of the types {', '.join(suffixes)}; give another folder"
@@ -128,7 +125,3 @@ def _files_below(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
         visited.add(real)
         folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith("."))
         yield from (Path(folder, name) for name in files if not name.startswith("."))
-
-
-def _suffix_of(name: str, suffixes: Iterable[str]) -> str | None:
-    return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)

@@ -10,22 +10,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenization.documents import read_documents
+from tokenization.documents import Document, Reader
 from tokenization.errors import TokenizationError, run_command
 from tokenization.files import write_file_atomically
-from tokenization.sources import Skipped, Source, find_sources
+from tokenization.plan import plan_units
+from tokenization.skipped import Skipped
+from tokenization.source_options import SourceOptions
+from tokenization.sources import Source
 from tokenization.tokenizer import llama_settings
 
 _PASSAGE_CHARACTERS = 4_096
+_READ_SAMPLES = 40
+_READ_UNITS = 400
 
 
-@dataclass(frozen=True)
-class TrainSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(SourceOptions):
     """Trains a sentencepiece BPE tokenizer with byte fallback, of Llama-2's kind, on text files."""
 
-    input: tuple[str, ...]
-    """Files or folders: .txt and .md (one document a file), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (a `text` field
-    or column), or the word stdlib for the sources of the running Python's standard library."""
     output: Path
     """Tokenizer file to write, usually tokenizer.model."""
     vocab_size: int = 32_000
@@ -38,6 +40,7 @@ class TrainSettings:
     """Replace an existing file that holds another tokenizer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.vocab_size < 1:
             raise TokenizationError(f"--vocab-size is {self.vocab_size}; give at least 300")
         if self.sample_bytes < 1:
@@ -54,9 +57,9 @@ def train(settings: TrainSettings) -> None:
     """
     started = time.monotonic()
     skipped = Skipped()
-    passages = sample_passages(settings, find_sources(settings.input, skipped), skipped)
+    passages = sample_passages(settings, settings.find(skipped), skipped)
     if not passages:
-        raise TokenizationError(f"--input {' '.join(settings.input)}: no document in it (skipped: {skipped})")
+        raise TokenizationError(f"{settings.shown}: no document in it (left out: {skipped})")
     sampled_bytes = sum(len(passage.encode()) for passage in passages)
     print(f"training {settings.vocab_size:,} pieces on {sampled_bytes / 1e6:,.1f} MB of text", file=sys.stderr)
     model = _train_model(passages, settings.vocab_size)
@@ -67,14 +70,15 @@ def train(settings: TrainSettings) -> None:
         )
     write_file_atomically(settings.output, model)
     seconds = time.monotonic() - started
-    print(f"{settings.output}: {settings.vocab_size:,} pieces in {seconds:.1f} s; skipped: {skipped}")
+    print(f"{settings.output}: {settings.vocab_size:,} pieces in {seconds:.1f} s; left out: {skipped}")
 
 
 def sample_passages(settings: TrainSettings, sources: Sequence[Source], skipped: Skipped) -> list[str]:
-    """Draws passages evenly from all text in one pass, holding no more than the sample.
+    """Draws passages evenly from the text in one pass, holding no more than the sample.
 
     Every passage gets a random key; those with the smallest keys stay while they fit. So each passage has the same
-    chance, whichever file it is in and however many follow.
+    chance, whichever file it is in and however many follow. Of more text than forty samples, as many units of work as
+    make forty are drawn first, so that a hub of terabytes is not read for 100 MB.
 
     Returns:
         Passages in the order of the text, together at most `sample_bytes` bytes (or one passage).
@@ -82,13 +86,26 @@ def sample_passages(settings: TrainSettings, sources: Sequence[Source], skipped:
     generator = random.Random(settings.seed)
     kept: list[tuple[float, int, str]] = []
     kept_bytes = 0
-    texts = (document.text for source in sources for document in read_documents(source, skipped))
+    texts = (document.text for document in _documents(settings, sources, skipped))
     for index, passage in enumerate(passage for text in texts for passage in cut_passages(text)):
         heapq.heappush(kept, (-generator.random(), index, passage))
         kept_bytes += len(passage.encode())
         while kept_bytes > settings.sample_bytes and len(kept) > 1:
             kept_bytes -= len(heapq.heappop(kept)[2].encode())
     return [passage for _, _, passage in sorted(kept, key=lambda item: item[1])]
+
+
+def _documents(settings: TrainSettings, sources: Sequence[Source], skipped: Skipped) -> Iterator[Document]:
+    enough = settings.sample_bytes * _READ_SAMPLES
+    units = list(plan_units(sources, max(1, enough // _READ_UNITS), skipped))
+    chosen, weight = set(), 0
+    for number in random.Random(settings.seed).sample(range(len(units)), len(units)):
+        if weight < enough:
+            chosen.add(number)
+            weight += units[number].weight
+    for number in sorted(chosen):
+        for span in units[number].spans:
+            yield from Reader(sources[span.source], span.span, skipped=skipped, filters=settings.filters)
 
 
 def cut_passages(text: str) -> Iterator[str]:

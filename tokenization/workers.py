@@ -1,105 +1,150 @@
-"""Texts to tokens on many cores: batches go out, come back in the order they went, and few are in flight."""
+"""Tasks on many processes: each takes the next one when it is free, and none outlives the command."""
 
 import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
 
 from tokenization.errors import TokenizationError
 
-if TYPE_CHECKING:
-    import numpy
+_Task = TypeVar("_Task")
+Report = Callable[[int, int], None]
+"""Takes bytes done and tokens written since the last call."""
+Work = Callable[[Any, Report], Any]
+"""Takes a task and what it reports its progress to; both are called in the worker."""
 
-_BATCHES_PER_WORKER = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Some consecutive documents."""
-
-    texts: tuple[str, ...]
-    """One a document."""
-    heldout: tuple[bool, ...]
-    """Whether the document of the same place is kept apart."""
-    done_bytes: int
-    """Bytes of all sources read when the batch was complete."""
+BYTES_WORTH_A_WORKER = 1 << 29
+_PROGRESS, _RESULT, _FAULT = range(3)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """The tokens of a Batch."""
-
-    tokens: "numpy.ndarray"
-    """All documents one behind the other, int32; each starts with the start token and ends with the end token."""
-    lengths: tuple[int, ...]
-    """Tokens of each document."""
+def worthwhile_workers(workers: int, total_bytes: int) -> int:
+    """Returns how many of the workers pay off where each has to import Megatron-core, which takes seconds."""
+    return min(workers, 1 + total_bytes // BYTES_WORTH_A_WORKER)
 
 
-_processor: Any = None
-
-
-@contextmanager
-def tokenized(batches: Iterable[Batch], tokenizer: Path, workers: int) -> Iterator[Iterator[tuple[Batch, TokenBatch]]]:
-    """Tokenizes batches, in order.
-
-    The first batches are handed out on entry, so that what the block imports next costs no time.
+def run_tasks(
+    make_work: Callable[..., Work], arguments: Sequence[Any], tasks: Sequence[_Task], workers: int, report: Report
+) -> Iterator[tuple[_Task, Any]]:
+    """Runs tasks and yields each with its result as they end, in any order.
 
     Args:
-        batches: Read as they are needed: three per worker are in memory at once.
-        tokenizer: Sentencepiece model.
-        workers: Processes; with 1 the calling process does the work.
+        make_work: Called once in each process with `arguments`; gives the function that does a task. Importable.
+        arguments: Picklable.
+        tasks: Picklable.
+        workers: Processes; with one, or one task, the calling process does the work.
+        report: Receives the progress of all tasks.
 
     Yields:
-        An iterator over each batch with its tokens.
+        Tasks with their results.
 
     Raises:
-        TokenizationError: A worker died.
+        TokenizationError: A worker died, or raised it.
+        OSError: A worker raised it.
     """
-    if workers == 1:
-        yield _in_this_process(batches, tokenizer)
+    if min(workers, len(tasks)) <= 1:
+        work = make_work(*arguments) if tasks else None
+        for task in tasks:
+            assert work is not None
+            yield task, work(task, report)
         return
-    batches = iter(batches)
-    with _interrupts_ignored():  # the workers inherit it: Ctrl-C is the parent's to handle
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
-        )
-        pool.submit(os.getpid)
+    processes, connections = _start(make_work, arguments, min(workers, len(tasks)))
     try:
-        first = islice(batches, _BATCHES_PER_WORKER * workers)
-        pending = deque((batch, pool.submit(_tokenize, batch.texts)) for batch in first)
-        yield _in_pool(pool, pending, batches)
-    except BrokenProcessPool as fault:
-        raise TokenizationError(
-            "a worker process was killed, most often for want of memory; use fewer --workers"
-        ) from fault
+        yield from _distribute(connections, deque(tasks), report)
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Nothing half-written counts, so there is no reason to wait for what is under way.
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
 
 
-def _in_this_process(batches: Iterable[Batch], tokenizer: Path) -> Iterator[tuple[Batch, TokenBatch]]:
-    _load(tokenizer)
-    for batch in batches:
-        yield batch, _tokenize(batch.texts)
+def _start(make_work: Callable[..., Work], arguments: Sequence[Any], count: int) -> tuple[list[Any], list[Connection]]:
+    context = multiprocessing.get_context("spawn")
+    processes, connections = [], []
+    with _interrupts_ignored():  # the workers inherit it: Ctrl-C is the parent's to handle
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, make_work, arguments), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append(process)
+            connections.append(ours)
+    return processes, connections
 
 
-def _in_pool(
-    pool: ProcessPoolExecutor, pending: "deque[tuple[Batch, Future[TokenBatch]]]", batches: Iterator[Batch]
-) -> Iterator[tuple[Batch, TokenBatch]]:
-    while pending:
-        batch, future = pending.popleft()
-        tokens = future.result()
-        for following in islice(batches, 1):
-            pending.append((following, pool.submit(_tokenize, following.texts)))
-        yield batch, tokens
+def _distribute(connections: list[Connection], waiting: "deque[_Task]", report: Report) -> Iterator[tuple[_Task, Any]]:
+    busy: dict[Connection, _Task] = {}
+    for connection in connections:
+        busy[connection] = waiting.popleft()
+        _send(connection, busy[connection])
+    while busy:
+        for ready in wait(list(busy)):
+            assert isinstance(ready, Connection)
+            kind, payload = _receive(ready)
+            if kind == _PROGRESS:
+                report(*payload)
+            elif kind == _FAULT:
+                raise payload
+            else:
+                done = busy.pop(ready)
+                if waiting:
+                    busy[ready] = waiting.popleft()
+                    _send(ready, busy[ready])
+                yield done, payload
+
+
+def _send(connection: Connection, task: Any) -> None:
+    try:
+        connection.send(task)
+    except BrokenPipeError:
+        raise _worker_died() from None
+
+
+def _receive(connection: Connection) -> tuple[int, Any]:
+    try:
+        kind, payload = connection.recv()
+    except (EOFError, ConnectionResetError):
+        raise _worker_died() from None
+    return kind, payload
+
+
+def _worker_died() -> TokenizationError:
+    return TokenizationError(
+        "a worker process was killed, most often for want of memory; use fewer --workers and run the command again: "
+        "it goes on where it stopped"
+    )
+
+
+def _serve(connection: Connection, make_work: Callable[..., Work], arguments: Sequence[Any]) -> None:
+    """Runs in a worker until the parent goes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        work = make_work(*arguments)
+        while True:
+            result = work(connection.recv(), lambda *progress: connection.send((_PROGRESS, progress)))
+            connection.send((_RESULT, result))
+    except EOFError:
+        return
+    except (TokenizationError, OSError) as fault:
+        connection.send((_FAULT, fault))
+    except BaseException:
+        # Exceptions of other libraries may not survive the pipe; their text does.
+        connection.send((_FAULT, RuntimeError(traceback.format_exc())))
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers, and one that is busy would notice late."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager
@@ -112,32 +157,3 @@ def _interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _start_worker(tokenizer: Path) -> None:
-    """A killed parent cannot end its workers, and they would wait for ever on a pipe they hold open themselves."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _load(tokenizer)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _load(tokenizer: Path) -> None:
-    global _processor
-    import sentencepiece
-
-    _processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-
-
-def _tokenize(texts: Sequence[str]) -> TokenBatch:
-    import numpy
-
-    documents = _processor.encode(list(texts), add_bos=True, add_eos=True, num_threads=1)
-    lengths = tuple(map(len, documents))
-    tokens = numpy.fromiter(chain.from_iterable(documents), dtype=numpy.int32, count=sum(lengths))
-    return TokenBatch(tokens, lengths)

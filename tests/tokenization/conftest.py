@@ -1,6 +1,8 @@
 """Small corpora, a small tokenizer, and the commands as a user starts them."""
 
+import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenization.encode import EncodeSettings
 from tokenization.train import TrainSettings, train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -47,6 +50,40 @@ def make_texts(count: int, words: int = 40, seed: int = 0) -> list[str]:
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def encode_settings(corpus: Path, tokenizer: Path, output: Path, **changes) -> EncodeSettings:
+    """Units and shards so small that even these corpora have several."""
+    wanted = {"input": (str(corpus),), "workers": 1, "heldout_fraction": 0.2, "unit_mb": 0.005, **changes}
+    return EncodeSettings(tokenizer=tokenizer, output=output, **wanted)
+
+
+def command_line(settings: EncodeSettings) -> list[str]:
+    """The same as a command."""
+    options = {
+        "--tokenizer": settings.tokenizer,
+        "--output": settings.output,
+        "--workers": settings.workers,
+        "--heldout-fraction": settings.heldout_fraction,
+        "--unit-mb": settings.unit_mb,
+        "--shard-tokens": settings.shard_tokens,
+        "--shard": settings.shard,
+    }
+    arguments = [str(one) for pair in options.items() for one in pair]
+    return [sys.executable, "-m", "tokenization.encode", "--input", *settings.input, *arguments]
+
+
+def start(settings: EncodeSettings, *more: str, **options) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command_line(settings), *more], cwd=REPOSITORY, env=environment, start_new_session=True, text=True, **options
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file of a folder; plan.json and what names it hold times and places of the sources."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="session")

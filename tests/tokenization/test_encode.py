@@ -1,16 +1,11 @@
-"""Encoding: the right tokens in the right split, the same bytes however it is run, nothing half-written."""
+"""Encoding: the right tokens in the right split and shard, the same bytes for any number of workers."""
 
-import errno
 import gzip
 import hashlib
 import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,28 +15,15 @@ import pytest
 import sentencepiece
 import zstandard
 
-import tokenization.encode
-from tokenization.encode import EncodeSettings, encode
-from tokenization.errors import TokenizationError, run_command
-from tokenization.files import staged_folder
-from tokenization.manifest import Manifest
+from tokenization.encode import encode, token_type
+from tokenization.errors import TokenizationError
+from tokenization.manifest import Manifest, ManifestError
 from tokenization.shards import import_indexed_dataset
-from tokenization.split import SplitRule
+from tokenization.split import hash_position
 from tokenization.tokenizer import llama_settings, load_tokenizer
 from tokenization.verify import verify
 
-from .conftest import REPOSITORY, make_texts, write_jsonl
-
-SHARDS = ("train.bin", "train.idx", "heldout.bin", "heldout.idx")
-
-
-def settings(corpus: Path, tokenizer: Path, output: Path, **changes) -> EncodeSettings:
-    wanted = {"input": (str(corpus),), "workers": 1, "heldout_fraction": 0.2, **changes}
-    return EncodeSettings(tokenizer=tokenizer, output=output, **wanted)
-
-
-def hashes(folder: Path, names: tuple[str, ...] = (*SHARDS, "manifest.json", "tokenizer.model")) -> dict[str, str]:
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+from .conftest import encode_settings, hashes, make_texts, write_jsonl
 
 
 def documents(prefix: str) -> list[list[int]]:
@@ -53,19 +35,19 @@ def documents(prefix: str) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory, corpus, tokenizer) -> Path:
     output = tmp_path_factory.mktemp("shards") / "shards"
-    encode(settings(corpus, tokenizer, output))
+    encode(encode_settings(corpus, tokenizer, output))
     return output
 
 
 def test_megatron_reads_back_start_pieces_end_of_every_document_in_order(shards, texts, tokenizer):
     processor, manifest = load_tokenizer(tokenizer), Manifest.load(shards)
-    rule = SplitRule(seed=0, threshold=0.2)
     expected = {False: [], True: []}
     for text in texts:
-        expected[rule.is_heldout(text)].append([1, *processor.encode(text), 2])
+        expected[hash_position(text, 0) < 0.2].append([1, *processor.encode(text), 2])
     assert documents(manifest.train_prefix(shards)) == expected[False]
     assert documents(manifest.heldout_prefix(shards)) == expected[True]
     assert min(map(len, expected.values())) > 3
+    assert len(manifest.units) > 3
 
 
 def test_the_manifest_counts_what_is_there(shards, texts, corpus):
@@ -80,13 +62,31 @@ def test_the_manifest_counts_what_is_there(shards, texts, corpus):
     entropy = -sum(count / total * math.log(count / total) for count in counts.values())
     assert manifest.unigram_entropy == pytest.approx(entropy, abs=1e-9)
     assert manifest.dtype == "uint16"
+    spans = [span for unit in manifest.units for span in unit.spans]
+    assert [span.first_row for span in spans] == [sum(one.rows for one in spans[:i]) for i in range(len(spans))]
+    assert sum(span.rows for span in spans) == len(texts)
+
+
+def test_shards_of_a_chosen_size_hold_the_same_documents(tmp_path, corpus, tokenizer, shards):
+    manifest = encode(encode_settings(corpus, tokenizer, tmp_path / "out", shard_tokens=2_000))
+    together = [one for prefix in manifest.train_prefixes(tmp_path / "out") for one in documents(prefix)]
+    assert together == documents(str(shards / "train"))
+    sizes = [shard.tokens for shard in manifest.splits["train"].shards]
+    assert len(sizes) == -(-sum(sizes) // 2_000) > 2
+    longest = max(map(len, together))
+    assert max(sizes) < 2_000 + longest
+    assert max(sizes) - min(sizes) <= 2 * longest  # no tiny last one
+    assert [shard.prefix for shard in manifest.splits["train"].shards][:2] == ["train-00000", "train-00001"]
+    with pytest.raises(ManifestError, match="train shards where one is read"):
+        manifest.train_prefix(tmp_path / "out")
+    verify(tmp_path / "out")
 
 
 def test_three_workers_write_the_bytes_of_one(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenization.encode, "_BATCH_CHARACTERS", 3_000)  # many more batches than can be in flight
-    corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(400))
+    monkeypatch.setattr("tokenization.workers.BYTES_WORTH_A_WORKER", 30_000)  # two of them write shards
+    corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(300) + make_texts(50))
     for workers in (1, 3):
-        encode(settings(corpus, tokenizer, tmp_path / str(workers), workers=workers))
+        encode(encode_settings(corpus, tokenizer, tmp_path / str(workers), workers=workers, shard_tokens=9_000))
     assert hashes(tmp_path / "1") == hashes(tmp_path / "3")
 
 
@@ -98,43 +98,45 @@ def test_every_format_gives_the_shards_of_the_text_files(tmp_path, texts, tokeni
         (tmp_path / "in" / "txt" / f"{index:04}.txt").write_bytes(text.encode())
     (tmp_path / "in" / "gz" / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "in" / "zst" / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "in" / "parquet" / "a.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "in" / "parquet" / "a.parquet", row_group_size=7
+    )
     found = []
     for folder in ("txt", "gz", "zst", "parquet"):
-        encode(settings(tmp_path / "in" / folder, tokenizer, tmp_path / folder))
-        found.append(hashes(tmp_path / folder, SHARDS))
+        encode(encode_settings(tmp_path / "in" / folder, tokenizer, tmp_path / folder))
+        found.append(
+            {name: value for name, value in hashes(tmp_path / folder).items() if name.endswith((".bin", ".idx"))}
+        )
     assert found[1:] == found[:1] * 3
 
 
-def test_no_text_is_in_both_splits_even_when_repeated(tmp_path, texts, tokenizer):
+def test_repeated_texts_stay_once_where_they_came_first(tmp_path, texts, tokenizer):
     corpus = write_jsonl(tmp_path / "a.jsonl", texts + texts[::-1])
-    manifest = encode(settings(corpus, tokenizer, tmp_path / "out"))
-    train = set(map(tuple, documents(manifest.train_prefix(tmp_path / "out"))))
-    heldout = set(map(tuple, documents(manifest.heldout_prefix(tmp_path / "out"))))
-    assert not train & heldout
-    assert len(train) + len(heldout) == len(texts)
+    manifest = encode(encode_settings(corpus, tokenizer, tmp_path / "out"))
+    encode(encode_settings(write_jsonl(tmp_path / "b.jsonl", texts), tokenizer, tmp_path / "once"))
+    assert manifest.skipped == {"duplicate": len(texts)}
+    for name in ("train.bin", "train.idx", "train.rows", "heldout.bin"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
+def test_repeated_texts_that_are_kept_are_never_in_both_splits(tmp_path, texts, tokenizer):
+    corpus = write_jsonl(tmp_path / "a.jsonl", texts + texts[::-1])
+    manifest = encode(encode_settings(corpus, tokenizer, tmp_path / "out", keep_duplicates=True))
+    train, heldout = (documents(str(tmp_path / "out" / name)) for name in ("train", "heldout"))
+    assert len(train) + len(heldout) == 2 * len(texts)
+    assert not set(map(tuple, train)) & set(map(tuple, heldout))
+    assert manifest.skipped == {}
 
 
 def test_two_documents_and_a_tiny_fraction_still_give_both_splits(tmp_path, texts, tokenizer):
     corpus = write_jsonl(tmp_path / "a.jsonl", texts[:2])
-    manifest = encode(settings(corpus, tokenizer, tmp_path / "out", heldout_fraction=1e-9))
+    manifest = encode(encode_settings(corpus, tokenizer, tmp_path / "out", heldout_fraction=1e-9))
     assert [split.documents for split in manifest.splits.values()] == [1, 1]
 
 
-def test_skipped_documents_are_in_the_manifest_and_the_summary(tmp_path, texts, tokenizer, capsys):
-    corpus = write_jsonl(tmp_path / "a.jsonl", texts)
-    with corpus.open("ab") as file:
-        file.write(b'{"text": "\xff"}\nnot json\n{"text": null}\n')
-    (tmp_path / "b.txt").write_text(" \n")
-    manifest = encode(settings(tmp_path, tokenizer, tmp_path / "out"))
-    assert manifest.skipped == {"bad_json": 1, "empty_text": 1, "invalid_utf8": 1, "missing_text": 1}
-    assert "1 bad_json, 1 empty_text, 1 invalid_utf8, 1 missing_text" in capsys.readouterr().out
-    assert [source.documents for source in manifest.sources] == [len(texts), 0]
-
-
 def test_forced_int32_holds_the_same_tokens(tmp_path, corpus, tokenizer, shards):
-    manifest = encode(settings(corpus, tokenizer, tmp_path / "out", dtype="int32"))
-    assert documents(manifest.train_prefix(tmp_path / "out")) == documents(manifest.train_prefix(shards))
+    manifest = encode(encode_settings(corpus, tokenizer, tmp_path / "out", dtype="int32"))
+    assert documents(manifest.train_prefix(tmp_path / "out")) == documents(str(shards / "train"))
     assert (tmp_path / "out" / "train.bin").stat().st_size == 2 * (shards / "train.bin").stat().st_size
 
 
@@ -143,36 +145,43 @@ def test_forced_int32_holds_the_same_tokens(tmp_path, corpus, tokenizer, shards)
     [("auto", 65_499, "uint16"), ("auto", 65_500, "int32"), ("uint16", 65_536, "uint16"), ("int32", 9, "int32")],
 )
 def test_the_token_type_holds_the_vocabulary(wanted, vocab_size, dtype):
-    assert tokenization.encode._token_type(wanted, vocab_size) == dtype
+    assert token_type(wanted, vocab_size) == dtype
 
 
 def test_a_vocabulary_larger_than_the_forced_type_is_refused():
     with pytest.raises(TokenizationError, match="65,537; use --dtype int32"):
-        tokenization.encode._token_type("uint16", 65_537)
+        token_type("uint16", 65_537)
 
 
 def test_finished_shards_are_left_alone_and_others_are_not_overwritten(tmp_path, corpus, tokenizer, shards, capsys):
     output = tmp_path / "out"
     shutil.copytree(shards, output)
     before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    encode(settings(corpus, tokenizer, output))
+    encode(encode_settings(corpus, tokenizer, output))
     assert "already done" in capsys.readouterr().out
     other = write_jsonl(tmp_path / "other.jsonl", make_texts(20, seed=5))
     for source, changes, sentence in [
-        (corpus, {"seed": 1}, "written with seed 0, not 1"),
+        (corpus, {"seed": 1}, "made with seed 0, not 1"),
         (corpus, {"heldout_fraction": 0.3}, "heldout_fraction 0.2, not 0.3"),
-        (corpus, {"dtype": "int32"}, "written as uint16, not int32"),
-        (other, {}, f"{other} has other content"),
+        (corpus, {"dtype": "int32"}, "made as uint16, not int32"),
+        (corpus, {"min_characters": 10}, "made with min_characters None, not 10"),
+        (other, {}, f"made from {corpus}, where now {other} stands"),
         (tmp_path, {}, "from 1 files, not"),
     ]:
         shutil.copy(corpus, tmp_path / "zz.jsonl")
         with pytest.raises(TokenizationError, match=sentence):
-            encode(settings(source, tokenizer, output, **changes))
+            encode(encode_settings(source, tokenizer, output, **changes))
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == before
-    manifest = encode(settings(other, tokenizer, output, overwrite=True))
+    manifest = encode(encode_settings(other, tokenizer, output, overwrite=True))
     assert manifest.sources[0].path == str(other)
     verify(output)
-    assert not list(tmp_path.glob("out.partial-*"))
+
+
+def test_finished_shards_of_files_that_were_moved_are_recognised(tmp_path, corpus, tokenizer, shards, capsys):
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(corpus.read_bytes())
+    encode(encode_settings(moved, tokenizer, Path(shutil.copytree(shards, tmp_path / "out"))))
+    assert "already done" in capsys.readouterr().out
 
 
 def test_damaged_shards_are_not_taken_for_done(tmp_path, corpus, tokenizer, shards):
@@ -180,8 +189,8 @@ def test_damaged_shards_are_not_taken_for_done(tmp_path, corpus, tokenizer, shar
     shutil.copytree(shards, output)
     os.truncate(output / "train.bin", 10)
     with pytest.raises(TokenizationError, match=r"not whole.*train\.bin"):
-        encode(settings(corpus, tokenizer, output))
-    encode(settings(corpus, tokenizer, output, overwrite=True))
+        encode(encode_settings(corpus, tokenizer, output))
+    encode(encode_settings(corpus, tokenizer, output, overwrite=True))
     assert hashes(output) == hashes(shards)
 
 
@@ -190,113 +199,48 @@ def test_overwrite_never_deletes_what_is_no_shard(tmp_path, corpus, tokenizer):
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     (tmp_path / "out" / "manifest.json").write_text("{}")
     with pytest.raises(TokenizationError, match=r"thesis\.tex"):
-        encode(settings(corpus, tokenizer, tmp_path / "out", overwrite=True))
+        encode(encode_settings(corpus, tokenizer, tmp_path / "out", overwrite=True))
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("moment", ["folder", "tokens"])
-def test_a_run_killed_in_the_middle_leaves_nothing_and_the_next_gives_the_same_bytes(tmp_path, tokenizer, moment):
-    corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(6_000, words=120))
-    output = tmp_path / "out"
-    arguments = ["--input", corpus, "--tokenizer", tokenizer, "--output", output, "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokenization.encode", *map(str, arguments), "--heldout-fraction", "0.2"],
-        cwd=REPOSITORY,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while not _has_begun(tmp_path, moment):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not output.exists()
-    assert list(tmp_path.glob("out.partial-*"))
-    _wait_until_session_is_empty(process.pid)
-    encode(settings(corpus, tokenizer, output))
-    encode(settings(corpus, tokenizer, tmp_path / "uninterrupted"))
-    assert hashes(output) == hashes(tmp_path / "uninterrupted")
-    assert not list(tmp_path.glob("out.partial-*"))
-
-
-def _has_begun(folder: Path, moment: str) -> bool:
-    if moment == "folder":
-        return any(folder.glob("out.partial-*"))
-    return any(path.stat().st_size > 0 for path in folder.glob("out.partial-*/train.bin"))
-
-
-def _wait_until_session_is_empty(session: int) -> None:
-    """The workers of a killed run must not stay behind."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(session, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    os.killpg(session, signal.SIGKILL)
-    pytest.fail("workers outlived their parent")
-
-
-def test_a_run_in_progress_is_not_taken_for_dead(tmp_path):
-    with staged_folder(tmp_path / "out", replace=False) as first:
-        with staged_folder(tmp_path / "out", replace=False) as second:
-            (second / "a").write_text("second")
-        assert first.is_dir()
-        (tmp_path / "out" / "a").unlink()
-        (first / "a").write_text("first")
-    assert (tmp_path / "out" / "a").read_text() == "first"
-
-
-def test_ctrl_c_ends_with_a_short_line_and_130(tmp_path, tokenizer):
-    corpus = write_jsonl(tmp_path / "a.jsonl", make_texts(6_000, words=120))
-    arguments = ["--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out", "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokenization.encode", *map(str, arguments)],
-        cwd=REPOSITORY,
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not _has_begun(tmp_path, "folder"):
-        assert process.poll() is None
-        time.sleep(0.002)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.splitlines() == ["interrupted; nothing half-written is left, run the same command again"]
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, corpus, tokenizer, monkeypatch, capsys):
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(import_indexed_dataset().IndexedDatasetBuilder, "add_document", full)
-    with pytest.raises(SystemExit) as end:
-        run_command(lambda: encode(settings(corpus, tokenizer, tmp_path / "out")) and None)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: the disk is full")
-    assert not any(tmp_path.iterdir())
-
-
-def test_unusable_input_is_one_sentence_status_2_and_nothing_written(fails, corpus, tokenizer, tmp_path):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "a.txt").write_text("the only document")
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.txt").write_bytes(b"\xff")
+def test_unusable_settings_are_one_sentence_and_status_2(fails, corpus, tokenizer, tmp_path):
     output = tmp_path / "out"
     common = ["--output", output, "--tokenizer", tokenizer, "--input"]
     assert f"{tmp_path}/nowhere" in fails("encode", *common, tmp_path / "nowhere")
-    assert "one document" in fails("encode", *common, tmp_path / "one")
-    assert "1 invalid_utf8" in fails("encode", *common, tmp_path / "bad")
-    assert "--workers is 0" in fails("encode", *common, corpus, "--workers", 0)
-    assert "--heldout-fraction is 1.0" in fails("encode", *common, corpus, "--heldout-fraction", 1)
-    assert "--input is empty" in fails("encode", *common)
     assert not output.exists()
-    assert not list(tmp_path.glob("out.partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"workers": 0}, "--workers is 0"),
+        ({"heldout_fraction": 1.0}, "--heldout-fraction is 1.0"),
+        ({"input": ()}, "--input is empty"),
+        ({"shard": "3/3"}, "--shard is '3/3'"),
+        ({"shard": "1"}, "--shard is '1'"),
+        ({"shard_tokens": 0}, "--shard-tokens is 0"),
+        ({"unit_mb": float("nan")}, "--unit-mb is nan"),
+        ({"max_rejected": "many"}, "--max-rejected is 'many'"),
+        ({"max_rejected": "101%"}, "--max-rejected is '101%'"),
+        ({"dataset": "some/set"}, "both are given"),
+        ({"name": "sample"}, "belong to a --dataset"),
+        ({"min_characters": 9, "max_characters": 3}, "no document is both"),
+    ],
+)
+def test_unusable_settings_are_refused_by_name(tmp_path, corpus, tokenizer, changes, sentence):
+    with pytest.raises(TokenizationError, match=sentence):
+        encode(encode_settings(corpus, tokenizer, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"), [("the only document", "one document"), ("  ", "1 of 1 documents are bad .*1 empty_text")]
+)
+def test_too_few_documents_are_told(tmp_path, tokenizer, data, sentence):
+    (tmp_path / "a.txt").write_text(data)
+    with pytest.raises(TokenizationError, match=sentence):
+        encode(encode_settings(tmp_path / "a.txt", tokenizer, tmp_path / "out"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(("data", "sentence"), [(None, "no such file"), (b"", "not a"), (b"text\n" * 99, "not a")])
@@ -305,7 +249,7 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, corpus, data, sentenc
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(TokenizationError, match=rf"t\.model: {sentence}"):
-        encode(settings(corpus, path, tmp_path / "out"))
+        encode(encode_settings(corpus, path, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -314,4 +258,4 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, corpus, texts):
     with (tmp_path / "t.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **wanted)
     with pytest.raises(TokenizationError, match=r"start or an end token \(bos 1, eos -1\)"):
-        encode(settings(corpus, tmp_path / "t.model", tmp_path / "out"))
+        encode(encode_settings(corpus, tmp_path / "t.model", tmp_path / "out"))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
@@ -11,10 +12,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenization.documents
-from tokenization.documents import read_documents
+from tokenization.documents import Reader, read_documents
 from tokenization.errors import TokenizationError
-from tokenization.sources import Skipped, Source, find_sources
+from tokenization.lines import split_lines
+from tokenization.records import Span
+from tokenization.skipped import Skipped
+from tokenization.sources import Source, find_sources
 
 
 def read(*inputs: Path | str) -> tuple[list[str], dict[str, int]]:
@@ -56,11 +59,10 @@ def test_rows_count_the_lines_of_the_file_so_that_a_document_can_be_found_again(
 def test_lines_do_not_depend_on_where_blocks_end(lines, block_bytes):
     data = b"\n".join(lines)
     blocks = (data[start : start + block_bytes] for start in range(0, len(data), block_bytes))
-    assert list(
-        tokenization.documents._lines(
-            blocks,
-        )
-    ) == data.split(b"\n")
+    found = list(split_lines(blocks, 1_000, at_start=False))
+    expected = data.split(b"\n")
+    assert [line for line, _ in found] == (expected[:-1] if not expected[-1] else expected)
+    assert sum(length for _, length in found) == len(data)
 
 
 def test_files_of_several_gzip_members_and_zstd_frames_are_read_to_the_end(tmp_path, texts):
@@ -68,6 +70,62 @@ def test_files_of_several_gzip_members_and_zstd_frames_are_read_to_the_end(tmp_p
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(compress(jsonl(texts[:30])) + compress(jsonl(texts[30:])))
         assert read(path) == (texts, {})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.sampled_from(["", "x", "\n", "longer text", "é" * 30]), max_size=12),
+    cuts=st.lists(st.integers(0, 400), max_size=4),
+    ends_with_line_feed=st.booleans(),
+)
+def test_byte_spans_of_a_jsonl_give_every_line_once(tmp_path_factory, lines, cuts, ends_with_line_feed):
+    data = b"\n".join(json.dumps({"text": f"{i} {line}"}, ensure_ascii=False).encode() for i, line in enumerate(lines))
+    data += b"\n" * (ends_with_line_feed and bool(data))
+    path = tmp_path_factory.mktemp("spans") / "a.jsonl"
+    path.write_bytes(data)
+    source = Source(str(path), ".jsonl", len(data))
+    ends = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
+    texts, rows = [], 0
+    for start, stop in pairwise(ends):
+        reader = Reader(source, Span(start, stop), skipped=Skipped())
+        found = list(reader)
+        assert [document.row for document in found] == list(range(len(found)))
+        texts += [document.text for document in found]
+        rows += reader.rows
+    assert texts == [f"{i} {line}" for i, line in enumerate(lines)]
+    assert rows == len(lines)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".parquet", ".txt"])
+def test_documents_above_the_limit_are_counted_and_the_rest_is_read(tmp_path, suffix):
+    texts = ["small", "large " * 2_000, "small again"]
+    if suffix == ".txt":
+        paths = [tmp_path / f"{number}.txt" for number in range(3)]
+        for path, text in zip(paths, texts, strict=True):
+            path.write_text(text)
+    else:
+        paths = [write_all_formats(tmp_path, texts)[suffix]]
+    skipped, found = Skipped(), []
+    for source in find_sources([str(path) for path in paths], skipped):
+        found += [document.text for document in Reader(source, skipped=skipped, max_bytes=10_000)]
+    assert (found, dict(skipped.counts)) == (["small", "small again"], {"document_too_large": 1})
+
+
+def test_a_damaged_row_group_costs_itself_alone(tmp_path):
+    texts = [f"{number} {'text ' * 200}" for number in range(40)]
+    path = tmp_path / "a.parquet"
+    options = {"row_group_size": 10, "use_dictionary": False, "write_page_checksum": True}
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, **options)
+    chunk = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 10] ^= 1
+    path.write_bytes(data)
+    listed = []
+    skipped = Skipped(list_rejected=listed.append)
+    (source,) = find_sources([str(path)], skipped)
+    assert [document.text for document in read_documents(source, skipped)] == texts[:10] + texts[20:]
+    assert skipped.counts == {"broken_rows": 10}
+    assert (listed[0].row, listed[0].rows, listed[0].source) == (10, 10, str(path))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
@@ -90,12 +148,19 @@ def test_unusable_records_are_counted_by_kind_and_the_rest_is_read(tmp_path):
     lines = [
         *(b'{"text": "good"}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"text": ""}', b'{"text": " \\n\\t"}'),
         *(b'{"text": null}', b'{"other": 1}', b'{"text": 3}', b"{broken", b'["text"]', b"[" * 100_000, b""),
-        *(b"\r", b'{"text": "last"}'),
+        *(b"\r", b'{"text": "a\\u0000b"}', b'{"text": "last"}'),
     ]
     path.write_bytes(b"\n".join(lines))
     assert read(path) == (
         ["good", "last"],
-        {"invalid_utf8": 2, "empty_text": 2, "missing_text": 2, "text_not_string": 1, "bad_json": 3},
+        {
+            "invalid_utf8": 2,
+            "empty_text": 2,
+            "missing_text": 2,
+            "text_not_string": 1,
+            "bad_json": 3,
+            "null_character": 1,
+        },
     )
 
 
@@ -146,12 +211,13 @@ def test_links_are_followed_once_and_dead_ones_counted(tmp_path):
 
 def test_a_file_that_vanishes_while_reading_is_counted(tmp_path):
     skipped = Skipped()
-    assert list(read_documents(Source(tmp_path / "gone.txt", ".txt", 1), skipped)) == []
+    assert list(read_documents(Source(str(tmp_path / "gone.txt"), ".txt", 1), skipped)) == []
     assert skipped.counts == {"unreadable_file": 1}
 
 
 def test_stdlib_means_the_sources_of_the_running_python_without_its_tests():
     paths = [source.path for source in find_sources(["stdlib"], Skipped())]
+    paths = [Path(path) for path in paths]
     assert any(path.name == "argparse.py" for path in paths)
     assert not {"site-packages", "test", "tests", "__pycache__"} & {part for path in paths for part in path.parts}
     assert paths == sorted(paths, key=lambda path: path.parts)

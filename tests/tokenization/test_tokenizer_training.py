@@ -7,8 +7,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tokenization.train
 from tokenization.errors import TokenizationError
-from tokenization.sources import Skipped, find_sources
+from tokenization.skipped import Skipped
+from tokenization.sources import find_sources
 from tokenization.tokenizer import load_tokenizer
 from tokenization.train import TrainSettings, cut_passages, sample_passages, train
 
@@ -83,6 +85,26 @@ def test_the_same_text_gives_the_same_tokenizer_and_another_is_not_overwritten(r
     assert run("train", *arguments, "--vocab-size", 390, "--overwrite").returncode == 0
     assert load_tokenizer(output).vocab_size() == 390
     assert [path.name for path in output.parent.iterdir()] == ["tokenizer.model"]
+
+
+def test_of_much_text_only_units_drawn_from_all_of_it_are_read(tmp_path, monkeypatch):
+    texts = make_texts(400)
+    for number in range(20):
+        write_jsonl(tmp_path / f"{number:02}.jsonl", texts[number * 20 : number * 20 + 20])
+    read = []
+    monkeypatch.setattr("tokenization.train._READ_SAMPLES", 4)
+    monkeypatch.setattr("tokenization.train._READ_UNITS", 8)
+    reader = tokenization.train.Reader
+    monkeypatch.setattr(
+        "tokenization.train.Reader", lambda source, *a, **o: read.append(source) or reader(source, *a, **o)
+    )
+    wanted = TrainSettings(input=(str(tmp_path),), output=tmp_path / "x", sample_bytes=10_000, min_characters=150)
+    drawn = sample_passages(wanted, wanted.find(Skipped()), Skipped())
+    assert 8_000 < sum(len(text.encode()) for text in drawn) <= 10_000
+    assert all(len(text) >= 150 for text in drawn)
+    files = {source.path for source in read}
+    assert 3 < len(files) < 20
+    assert max(files) > str(tmp_path / "10")
 
 
 def test_too_little_text_is_told_with_the_largest_vocabulary_that_works(tmp_path):

@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy
 import pytest
 
-from tokenization.encode import EncodeSettings, encode
-from tokenization.manifest import FileInfo, Manifest, ManifestError, _from_json, fingerprint_of
+from tokenization.encode import encode
+from tokenization.json_records import from_json
+from tokenization.manifest import FileInfo, Manifest, ManifestError, fingerprint_of
 from tokenization.shards import import_indexed_dataset
 from tokenization.sources import sha256_of
 from tokenization.train import TrainSettings, train
 from tokenization.verify import verify
 
+from .conftest import encode_settings
+
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, corpus, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("encoded") / "shards"
-    encode(EncodeSettings(input=(str(corpus),), tokenizer=tokenizer, output=folder, workers=1, heldout_fraction=0.2))
+    encode(encode_settings(corpus, tokenizer, folder, heldout_fraction=0.2))
     return folder
 
 
@@ -40,7 +43,7 @@ def reseal(shards: Path, **changes) -> None:
     for split in record["splits"].values():
         for name, info in split["files"].items():
             info.update(bytes=(shards / name).stat().st_size, sha256=sha256_of(shards / name))
-    manifest = _from_json(Manifest, record, "manifest")
+    manifest = from_json(Manifest, record, "manifest")
     record["fingerprint"] = fingerprint_of(manifest.tokenizer, manifest.splits)
     (shards / "manifest.json").write_text(json.dumps(record))
 
@@ -107,6 +110,17 @@ def test_a_manifest_comes_back_from_its_json(encoded, tmp_path):
     assert isinstance(manifest.splits["train"].files["train.bin"], FileInfo)
 
 
+def test_a_manifest_without_what_later_versions_added_is_read(shards):
+    record = json.loads((shards / "manifest.json").read_text())
+    del record["units"], record["records"]
+    for split in record["splits"].values():
+        del split["shards"]
+    record["settings"] = {"seed": 0, "heldout_fraction": 0.2}
+    (shards / "manifest.json").write_text(json.dumps(record))
+    manifest = verify(shards)
+    assert manifest.train_prefixes(shards) == [manifest.train_prefix(shards)] == [str(shards / "train")]
+
+
 def test_a_token_beyond_the_vocabulary_is_found(shards):
     tokens = numpy.memmap(shards / "train.bin", dtype=numpy.uint16, mode="r+")
     tokens[5] = 400
@@ -151,3 +165,28 @@ def test_another_token_type_and_another_entropy_are_found(shards):
     reseal(shards, dtype="uint16", unigram_entropy=1.5)
     with pytest.raises(ManifestError, match="unigram_entropy"):
         verify(shards)
+
+
+def test_each_of_several_damages_is_named(tmp_path, corpus, tokenizer, run):
+    encode(encode_settings(corpus, tokenizer, tmp_path / "out", shard_tokens=1_000))
+    folder = tmp_path / "out"
+    flip_bit(folder / "train-00000.bin")
+    (folder / "train-00001.bin").unlink()
+    os.truncate(folder / "train-00002.idx", 30)
+    flip_bit(folder / "train-00003.rows")
+    (folder / "rejected.jsonl").write_text("{}")
+    flip_bit(folder / "plan.json")
+    shutil.copy(folder / "manifest.json", folder / "tokenizer.model")
+    result = run("verify", folder, "--workers", 2)
+    assert result.returncode == 2
+    for name, damage in [
+        ("train-00000.bin", "damaged, its SHA-256"),
+        ("train-00001.bin", "missing"),
+        ("train-00002.idx", "30 bytes where"),
+        ("train-00003.rows", "damaged, its SHA-256"),
+        ("rejected.jsonl", "2 bytes where"),
+        ("plan.json", "damaged, its SHA-256"),
+        ("tokenizer.model", "not the tokenizer of these shards"),
+    ]:
+        assert any(f"{folder / name}: {damage}" in line for line in result.stderr.splitlines()), name
+    assert "train-00004" not in result.stderr

@@ -1,0 +1,135 @@
+"""From a token back to the text it came from: `python -m tokenization.trace --shard SHARDS/train --token N`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from tokenization.cutting import load_cutter
+from tokenization.documents import text_or_kind
+from tokenization.errors import TokenizationError, run_command
+from tokenization.lines import LINE_SUFFIXES, read_line
+from tokenization.manifest import ORIGIN, TOKENIZER_NAME, Manifest
+from tokenization.parquet import read_rows, row_groups
+from tokenization.records import BrokenFile, Record, Span
+from tokenization.remote import open_source
+from tokenization.shards import import_indexed_dataset
+from tokenization.sources import STDLIB_SUFFIXES, SUFFIXES, Source, suffix_of
+from tokenization.tokenizer import load_tokenizer
+from tokenization.units import encode_long
+
+_NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Where a token comes from."""
+
+    source: str
+    """File."""
+    row: int
+    """Row of a .parquet or line of a .jsonl, from 0."""
+    document: int
+    """Place in the shard, from 0."""
+    token_in_document: int
+    """From 0, which is the start token."""
+    tokens: int
+    """Of the document."""
+    fields: dict[str, Any]
+    """What else the source says of the document: id, url, dump, ..."""
+    text: str
+    """The document's."""
+
+
+def trace(shard: Path, token: int) -> Trace:
+    """Finds the document of a token and reads it again.
+
+    Args:
+        shard: A dataset in its folder, with or without suffix: shards/train, shards/train-00003.bin.
+        token: Place in the dataset, from 0.
+
+    Returns:
+        The document; its text gives exactly the shard's tokens.
+
+    Raises:
+        TokenizationError: No such shard or token, or the source is not what it was.
+    """
+    folder, prefix = shard.parent, shard.name.removesuffix(".bin").removesuffix(".idx")
+    manifest = Manifest.load(folder)
+    known = [one.prefix for split in manifest.splits.values() for one in split.datasets]
+    if prefix not in known:
+        raise TokenizationError(f"--shard {shard}: the manifest lists {', '.join(known[:9])}; give one of them")
+    index = import_indexed_dataset().IndexedDataset(str(folder / prefix))
+    ends = numpy.cumsum(index.sequence_lengths, dtype=numpy.int64)
+    if not 0 <= token < ends[-1]:
+        raise TokenizationError(f"--token {token}: the shard has the tokens 0 to {ends[-1] - 1:,}; give one of them")
+    document = int(numpy.searchsorted(ends, token, side="right"))
+    expected = index[document]
+    origins = folder / f"{prefix}.rows"
+    if not origins.is_file():
+        raise TokenizationError(f"{origins}: missing; without it nothing is traced, encode again")
+    origin = numpy.fromfile(origins, ORIGIN, count=1, offset=document * numpy.dtype(ORIGIN).itemsize)[0]
+    source = manifest.sources[int(origin["source"])]
+    text, fields = _read(source.path, int(origin["row"]))
+    processor = load_tokenizer(folder / TOKENIZER_NAME)
+    tokens = encode_long(processor, load_cutter(processor, folder / TOKENIZER_NAME), text)
+    if not numpy.array_equal(numpy.concatenate(list(tokens)), expected):
+        raise TokenizationError(f"{source.path}: row {origin['row']:,} no longer gives these tokens; it was changed")
+    in_document = token - int(ends[document] - len(expected))
+    return Trace(source.path, int(origin["row"]), document, in_document, len(expected), fields, text)
+
+
+def _read(path: str, row: int) -> tuple[str, dict[str, Any]]:
+    suffix = suffix_of(path, (*SUFFIXES, *STDLIB_SUFFIXES))
+    assert suffix is not None
+    source = Source(path, suffix, 1)
+    try:
+        record = _record(source, row)
+    except (OSError, BrokenFile) as fault:
+        raise TokenizationError(f"{path}: cannot be read ({fault}); put the file back") from fault
+    text = text_or_kind(record.value, _NO_LIMIT) if record is not None else None
+    if not isinstance(text, str):
+        raise TokenizationError(f"{path}: row {row:,} holds no text now; it was changed")
+    assert record is not None
+    return text, {name: value for name, value in record.fields.items() if name != "text"}
+
+
+def _record(source: Source, row: int) -> Record | None:
+    if source.suffix in LINE_SUFFIXES:
+        return read_line(source, row)
+    if source.suffix == ".parquet":
+        first = max((group.first_row for group in row_groups(source) if group.first_row <= row), default=0)
+        return next((one for one in read_rows(source, Span(first, first + 1), ("*",)) if one.row == row), None)
+    with open_source(source.path) as file:
+        return Record(0, file.read().removeprefix(b"\xef\xbb\xbf"), 1.0)
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Prints the source, the row and the text of the document that a token of a shard belongs to."""
+
+    shard: Path
+    """A dataset in a folder of shards: shards/train, shards/train-00003, shards/heldout."""
+    token: int
+    """Place of the token in it, from 0."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; see `--help`."""
+    import tyro
+
+    settings = tyro.cli(TraceSettings, args=arguments, prog="python -m tokenization.trace")
+    found = trace(settings.shard, settings.token)
+    print(f"source: {found.source}")
+    print(f"row: {found.row}")
+    print(f"document: {found.document} of the shard, token {found.token_in_document} of its {found.tokens}")
+    for name, value in found.fields.items():
+        print(f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}")
+    print(f"text:\n{found.text}")
+
+
+if __name__ == "__main__":
+    run_command(main)
