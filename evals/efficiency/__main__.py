@@ -4,14 +4,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
-from evals.efficiency.settings import MemorySettings
+from evals.efficiency.settings import MemorySettings, TokenizationSettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
 
 Measures in one run, side by side, against other implementations.
 
 commands:
-  memory    the neural memory: tokens/s, peak memory, growth with length
+  memory        the neural memory: tokens/s, peak memory, growth with length
+  tokenization  encoding text to shards, against sentencepiece alone
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -29,7 +30,15 @@ def _memory(words: Sequence[str]) -> None:
         print(path, file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"memory": _memory}
+def _tokenization(words: Sequence[str]) -> None:
+    settings = parse_settings(TokenizationSettings, "python -m evals.efficiency tokenization", words)
+    from evals.efficiency.tokenization import measure
+
+    print(measure(settings))
+    print(settings.output / "tokenization.json", file=sys.stderr)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"memory": _memory, "tokenization": _tokenization}
 
 
 def main() -> None:

@@ -1,21 +1,14 @@
 """The measurement of the memory: runs the cases, adds what follows from their numbers, writes the report."""
 
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from evals.command_line import EvaluationError
 from evals.efficiency.cases import OURS, Case, plan
+from evals.efficiency.circumstances import circumstances
 from evals.efficiency.flops import forward_flops_per_token, projection_flops_per_token, training_flops
 from evals.efficiency.runner import Limits, run_group
 from evals.efficiency.settings import MemorySettings
@@ -40,7 +33,7 @@ def measure(settings: MemorySettings) -> str:
         raise EvaluationError(f"--only {' '.join(settings.only)} matches no case; see the names in a memory.json")
     settings.output.mkdir(parents=True, exist_ok=True)
     ceiling = matmul_ceiling(device, settings.threads, size=256 if settings.quick else None)
-    report = {**_circumstances(settings, device), "matmul_ceiling_flops_per_second": ceiling}
+    report = {**circumstances(settings, device), "matmul_ceiling_flops_per_second": ceiling}
     rows: list[Row] = []
     for group in _run(groups, settings):  # what is finished is written, whatever becomes of the rest
         rows += [_with_flops(row, ceiling) for row in group]
@@ -101,36 +94,3 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise EvaluationError("--device cuda, but torch finds no GPU; give --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def _circumstances(settings: MemorySettings, device: str) -> dict[str, Any]:
-    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "evals.efficiency", *sys.argv[1:]]),
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "device_kind": device,
-        "threads": settings.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "settings": chosen,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of this source, with a mark when files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

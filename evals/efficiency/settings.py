@@ -74,3 +74,28 @@ class MemorySettings:
             raise EvaluationError(f"--depth is {self.depth}; a memory has 1 to 4 matrices")
         if self.width % 2:
             raise EvaluationError(f"--width is {self.width}; give an even number")
+
+
+@dataclass(frozen=True)
+class TokenizationSettings:
+    """Measures `tokenization.encode` against sentencepiece alone, on the same text and cores.
+
+    Writes OUTPUT/tokenization.json. The text is held in memory; some hundred MB make the seconds that starting takes
+    weigh as little as they do in real work.
+    """
+
+    output: Path
+    """Folder for tokenization.json."""
+    input: tuple[str, ...]
+    """Text, as for tokenization.encode: files or folders."""
+    tokenizer: Path
+    """Sentencepiece model."""
+    threads: int = field(default_factory=available_cores)
+    """Processes of encode, threads of sentencepiece."""
+    repeats: int = 3
+    """Rounds of both, in turn; the fastest of each counts."""
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")
