@@ -77,6 +77,22 @@ def keep_tokenizer(manifest: Manifest, folder: Path, run_dir: Path) -> None:
         raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
 
 
+class Piece(NamedTuple):
+    """A part of a document in a sample.
+
+    Attributes:
+        prefix: The shard.
+        document: Place of the document in it, from 0.
+        start: First token, counted from the document's start token.
+        stop: Token behind the last.
+    """
+
+    prefix: Path
+    document: int
+    start: int
+    stop: int
+
+
 class Samples:
     """The numbered samples of a split's shards, epoch after epoch.
 
@@ -126,6 +142,22 @@ class Samples:
         items = [self._epochs[i // self.per_epoch][i % self.per_epoch] for i in indices]
         tokens, labels = (torch.stack([item[name] for item in items]) for name in ("tokens", "labels"))
         return MicroBatch(tokens, labels, self._starts(tokens))
+
+    def pieces(self, index: int) -> list["Piece"]:
+        """The parts of documents that a sample is made of, in order; `prepare` has opened it."""
+        dataset, inside = self._epochs[index // self.per_epoch], index % self.per_epoch
+        prefix = self.prefixes[0]
+        if isinstance(dataset, BlendedDataset):
+            prefix = self.prefixes[int(dataset.dataset_index[inside])]
+            dataset, inside = dataset.datasets[dataset.dataset_index[inside]], dataset.dataset_sample_index[inside]
+        row = dataset.shuffle_index[inside]
+        (first, skipped), (last, end) = dataset.sample_index[row], dataset.sample_index[row + 1]
+        found = []
+        for place in range(first, last + 1):
+            document = int(dataset.document_index[place])
+            stop = int(end) if place == last else int(dataset.dataset.sequence_lengths[document])
+            found.append(Piece(prefix, document, int(skipped) if place == first else 0, stop))
+        return [piece for piece in found if piece.start < piece.stop]
 
     def _starts(self, tokens: Tensor) -> Tensor | None:
         if self._start_token is None:

@@ -68,18 +68,27 @@ def trace(shard: Path, token: int) -> Trace:
         raise TokenizationError(f"--token {token}: the shard has the tokens 0 to {ends[-1] - 1:,}; give one of them")
     document = int(numpy.searchsorted(ends, token, side="right"))
     expected = index[document]
-    origins = folder / f"{prefix}.rows"
-    if not origins.is_file():
-        raise TokenizationError(f"{origins}: missing; without it nothing is traced, encode again")
-    origin = numpy.fromfile(origins, ORIGIN, count=1, offset=document * numpy.dtype(ORIGIN).itemsize)[0]
-    source = manifest.sources[int(origin["source"])]
-    text, fields = _read(source.path, int(origin["row"]))
+    source, row = origin_of(manifest, folder / prefix, document)
+    text, fields = _read(source, row)
     processor = load_tokenizer(folder / TOKENIZER_NAME)
     tokens = encode_long(processor, load_cutter(processor, folder / TOKENIZER_NAME), text)
     if not numpy.array_equal(numpy.concatenate(list(tokens)), expected):
-        raise TokenizationError(f"{source.path}: row {origin['row']:,} no longer gives these tokens; it was changed")
+        raise TokenizationError(f"{source}: row {row:,} no longer gives these tokens; it was changed")
     in_document = token - int(ends[document] - len(expected))
-    return Trace(source.path, int(origin["row"]), document, in_document, len(expected), fields, text)
+    return Trace(source, row, document, in_document, len(expected), fields, text)
+
+
+def origin_of(manifest: Manifest, prefix: Path, document: int) -> tuple[str, int]:
+    """Source file and row of a dataset's document, counted from 0.
+
+    Raises:
+        TokenizationError: The list of origins beside the dataset is missing.
+    """
+    origins = prefix.with_name(f"{prefix.name}.rows")
+    if not origins.is_file():
+        raise TokenizationError(f"{origins}: missing; without it nothing is traced, encode again")
+    origin = numpy.fromfile(origins, ORIGIN, count=1, offset=document * numpy.dtype(ORIGIN).itemsize)[0]
+    return manifest.sources[int(origin["source"])].path, int(origin["row"])
 
 
 def _read(path: str, row: int) -> tuple[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pretrain.config import DataConfig, RunConfig, TrainConfig
 from pretrain.data import Batches, Samples, keep_tokenizer, open_data
@@ -122,6 +123,18 @@ def test_several_shards_are_one_set_of_samples(shards, tmp_path):
     together = {tuple(row) for row in samples.micro_batch(range(samples.per_epoch)).tokens.tolist()}
     apart = {tuple(row) for one in alone for row in one.micro_batch(range(one.per_epoch)).tokens.tolist()}
     assert together == apart
+
+
+def test_a_sample_is_made_of_the_pieces_it_names(shards, tmp_path):
+    other = write_shards(tmp_path / "other", seed=5)
+    pair = [shards / "train", other / "train"]
+    samples = Samples(pair, tmp_path / "index", vocab_size=96, sequence_length=32, seed=3)
+    datasets = {prefix.resolve(): IndexedDataset(str(prefix)) for prefix in pair}
+    samples.prepare(0, 2 * samples.per_epoch - 1)
+    for index in range(0, 2 * samples.per_epoch, 3):
+        pieces = samples.pieces(index)
+        held = [torch.from_numpy(datasets[p.prefix][p.document][p.start : p.stop].astype("int64")) for p in pieces]
+        assert torch.equal(torch.cat(held)[:32], samples.micro_batch([index]).tokens[0])
 
 
 def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, reference):

@@ -1,0 +1,63 @@
+"""`python -m tokenization.batches`: from a step back to the texts it learned from."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import DataConfig, RunConfig, TrainConfig, write_run_config
+from titans_mcore.config import TitansConfig
+from tokenization.manifest import Manifest
+from tokenization.trace import trace
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of which only the settings are there, on shards of a real encoding."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text").mkdir()
+    for number in range(12):
+        (folder / "text" / f"{number}.txt").write_text(f"text {number}\n{Path(__file__).read_text()}")
+    words = ("--input", folder / "text", "--vocab-size", 400, "--output", folder / "tokenizer.model")
+    assert run("tokenization.train", *words).returncode == 0
+    words = ("--input", folder / "text", "--tokenizer", folder / "tokenizer.model", "--output", folder / "shards")
+    assert run("tokenization.encode", *words).returncode == 0
+    config = RunConfig(
+        model=TitansConfig(vocab_size=Manifest.load(folder / "shards").tokenizer.vocab_size),
+        data=DataConfig(path=str(folder / "shards"), heldout_sequences=0),
+        train=TrainConfig(steps=5, sequence_length=64, global_batch=4, micro_batch=2),
+    )
+    write_run_config(config, folder)
+    return folder
+
+
+def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> None:
+    done = run("tokenization.batches", "--run", run_dir, "--step", 2)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {int(line.split(":")[0].split()[1]) for line in lines} == {4, 5, 6, 7}
+    found = re.fullmatch(r"sample 4: train document (\d+) tokens (\d+) to (\d+), (.*) row 0", lines[0])
+    assert found
+    traced = trace(run_dir / "shards" / "train", 0)
+    assert Path(found[4]).read_text().startswith("text ")
+    assert Path(traced.source).parent == Path(found[4]).parent
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--run", "{run}", "--step", 6), "--step is 6; the run has the steps 1 to 5"),
+        (("--run", "{run}/text", "--step", 1), "config.toml"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run_dir: Path, words: tuple[object, ...], sentence: str) -> None:
+    done = run("tokenization.batches", *(str(word).replace("{run}", str(run_dir)) for word in words))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert done.stderr.startswith("error: ")
