@@ -111,7 +111,8 @@ def run(tokens: int, chunk_size: int, depth: int, network: str) -> dict[str, obj
         "error_of_a_fresh_memory": round(fresh, 4),
         "largest_error_after": round(float(after[worst]), 4),
         "worst": " / ".join(rows()[worst]),
-        "learns": bool((after < 1.5 * fresh + 0.1).all()),
+        "rows": len(rows()),
+        "rows_that_learn": int((after < 1.5 * fresh + 0.1).sum()),
         "bounded": bool(largest.max() <= 2.0 * STATE_RMS_LIMIT),
         "seconds": round(time.perf_counter() - started, 1),
     }
