@@ -11,6 +11,8 @@ from titans_mcore.memory.network import initial_weights
 from titans_mcore.memory.shell import below_limit
 from titans_mcore.memory.stability import STATE_RMS_LIMIT, step_scale
 
+from . import long_streams
+
 WIDTH = 8
 
 
@@ -81,6 +83,17 @@ def test_one_key_repeated_is_remembered_however_large_the_step(chunk_size: int) 
     repeated = keys.expand(1, 4_096, 1, WIDTH), values.expand(1, 4_096, 1, WIDTH)
     reads, _ = run(*repeated, (0.3, 0.9, 0.0), network="plain", depth=1, chunk_size=chunk_size)
     assert (reads[:, -1] - values[:, -1]).norm() < 0.1 * values.norm()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_no_hostile_stream_under_any_gates_breaks_the_memory(network: str, depth: int) -> None:
+    """36 rows of long_streams.py, ending inside a chunk."""
+    found = long_streams.run(4_096 + 37, 64, depth, network)
+    assert found["finite"]
+    assert found["bounded"]
+    if network == "residual_norm":
+        assert found["rows_that_learn"] == found["rows"]
 
 
 STREAMS = {
