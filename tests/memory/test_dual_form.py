@@ -1,7 +1,10 @@
 """The chunked dual form is the oracle: outputs, states and every outer gradient, in float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from titans_mcore.memory import MemoryState, memory_scan
 
@@ -164,6 +167,25 @@ def test_state_selects_expands_and_detaches_rows() -> None:
     assert torch.equal(beams.weights[0][1], state.weights[0][1])
     assert torch.equal(beams.open_chunk.tokens[0][2], state.open_chunk.tokens[0][0])
     assert not beams.weights[0].requires_grad
+
+
+def test_a_saved_state_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    stream = make_stream(40, 2, dtype=torch.float32)
+    settings = {**stream.settings, "chunk_size": 8}
+    whole, _ = memory_scan(*stream.tokens, stream.weights, **settings)
+    _, state = memory_scan(*stream.piece(0, 21).tokens, stream.weights, **settings)
+    save_file({name: x.contiguous() for name, x in state.state_dict().items()}, tmp_path / "state.safetensors")
+    loaded = MemoryState.from_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert loaded.state_dict().keys() == state.state_dict().keys()
+    reads, _ = memory_scan(*stream.piece(21, 40).tokens, stream.weights, **settings, state=loaded)
+    torch.testing.assert_close(reads, whole[:, 21:])
+
+
+def test_a_saved_state_of_something_else_is_named() -> None:
+    with pytest.raises(ValueError, match=r"MemoryState has no momentum in weights\.0"):
+        MemoryState.from_state_dict({"weights.0": torch.zeros(1)})
+    with pytest.raises(ValueError, match="MemoryState does not hold bias"):
+        MemoryState.from_state_dict({name: torch.zeros(1) for name in ("weights.0", "momentum.0", "bias")})
 
 
 @pytest.mark.parametrize(

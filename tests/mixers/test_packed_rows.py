@@ -89,6 +89,16 @@ def test_padded_rows_go_on_as_rows_alone(variant: str, lengths: tuple[int, int])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_every_mixers_state_can_be_saved(variant: str) -> None:
+    mixer, x = mixer_of(variant), inputs()
+    with torch.no_grad():
+        _, state = mixer(x[:, :50], None, PackedRows(packed().starts[:, :50]))  # type: ignore[index]
+        expected, _ = mixer(x[:, 50:], state)
+        loaded = type(state).from_state_dict({name: part.clone() for name, part in state.state_dict().items()})
+        assert torch.equal(mixer(x[:, 50:], loaded)[0], expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_state_of_padded_rows_is_constant_size(variant: str) -> None:
     mixer, x = mixer_of(variant), inputs()
     real = torch.arange(LENGTH) < torch.tensor([[LENGTH], [50]])

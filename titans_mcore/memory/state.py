@@ -1,8 +1,8 @@
 """MemoryState: all that a memory carries through time, as a value of constant size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -31,6 +31,48 @@ class TensorTree:
             return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
 
         return self.map(move)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name (`weights.0`, `open_chunk.tokens.2`), for a file."""
+        found: dict[str, Tensor] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, TensorTree):
+                found |= {f"{field.name}.{name}": tensor for name, tensor in value.state_dict().items()}
+            elif isinstance(value, list):
+                found |= {f"{field.name}.{index}": tensor for index, tensor in enumerate(value)}
+            elif value is not None:
+                found[field.name] = value
+        return found
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The tree whose state_dict gave these tensors.
+
+        Raises:
+            ValueError: A tensor is missing, or there is one too many; the message names it.
+        """
+        values: dict[str, Any] = {}
+        left = set(tensors)
+        for name, hint in get_type_hints(cls).items():
+            parts = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
+            left -= {name, *(f"{name}.{key}" for key in parts)}
+            kinds = [
+                kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, TensorTree)
+            ]
+            if name in tensors:
+                values[name] = tensors[name]
+            elif parts and kinds:
+                values[name] = kinds[0].from_state_dict(parts)
+            elif parts:
+                values[name] = [parts[str(index)] for index in range(len(parts))]
+            elif type(None) in get_args(hint):
+                values[name] = None
+            else:
+                raise ValueError(f"{cls.__name__} has no {name} in {', '.join(sorted(tensors)) or 'no tensors'}")
+        if left:
+            raise ValueError(f"{cls.__name__} does not hold {', '.join(sorted(left))}")
+        return cls(**values)
 
     def bytes(self) -> int:
         """Bytes that the tensors hold, a tensor that appears twice counted once."""
