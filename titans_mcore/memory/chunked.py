@@ -216,6 +216,7 @@ def walk(
     paths = [Path(state, chunks, bool(borders.restarted)) for state in start]
     write, end = (_by_matrix_and_chunk(x) for x in (gates.write.unsqueeze(-1), gates.end))
     masses = gates.mass.unbind(1)
+    key_overlaps = torch.matmul(tokens.keys, tokens.keys.transpose(-1, -2)).unbind(0) if bounds.step else ()
     steps: list[tuple[Trace, Tensor, Errors]] = []
     loads, reached, acted, mean_squares = [], [], [], []
     floors = floor_by_matrix(network, paths).unsqueeze(1)  # (L, 1, 2)
@@ -233,7 +234,7 @@ def walk(
         steps.append((trace, error, errors))
         shares = [share[c] for share in write]
         if bounds.step:
-            load = chunk_load(trace.inputs, reaching.deltas, error, masses[c])
+            load = chunk_load(trace.inputs, reaching.deltas, error, masses[c], key_overlaps[c])
             loads.append(load)
             reached.append(reaching)
             acted.append(may_hold(load.exceeds()))

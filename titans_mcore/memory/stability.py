@@ -84,7 +84,9 @@ def load_mass(theta: Tensor, eta: Tensor) -> Tensor:
     return 2.0 * step_mass(theta, eta)
 
 
-def chunk_load(inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: Tensor) -> Load:
+def chunk_load(
+    inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: Tensor, key_overlaps: Tensor | None = None
+) -> Load:
     """Load of a chunk's tokens.
 
     Args:
@@ -92,11 +94,13 @@ def chunk_load(inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: 
         deltas: L errors at their outputs by network.reach, (N, b, d_out).
         error: Error of the output, (N, b, D).
         mass: load_mass of the tokens, (L, N, b).
+        key_overlaps: Dot products of the keys, (N, b, b), where they are at hand: they do not depend on the state.
     """
     error_square = error.square().sum(-1).add_(_TINY)
     delta_squares = torch.stack([torch.linalg.vector_norm(delta, dim=-1) for delta in deltas]).square_()
     gains = (delta_squares + _TINY).div_(error_square).sqrt_()
-    overlaps = torch.stack([torch.bmm(h, h.transpose(1, 2)) for h in inputs])
+    known = [] if key_overlaps is None else [key_overlaps]
+    overlaps = torch.stack([*known, *(torch.bmm(h, h.transpose(1, 2)) for h in inputs[len(known) :])])
     input_squares = overlaps.diagonal(dim1=-2, dim2=-1)
     grown = (delta_squares * input_squares).add_(_TINY).sqrt() * growth_units(inputs, deltas)
     pulls = (overlaps.abs() * gains.unsqueeze(-1)).mul(gains.unsqueeze(-2)).add_(grown.unsqueeze(-2))
