@@ -119,7 +119,8 @@ def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) ->
     """DeepSpeed's settings, all derived from ours."""
     bf16 = resolve_precision(config) == torch.bfloat16
     # Buckets are allocated at full size whatever the model; a small one needs no gigabytes.
-    bucket = min(_LARGEST_BUCKET, max(1, sum(p.numel() for p in model.parameters())))
+    held = sum(p.numel() for p in model.parameters())
+    bucket = min(_LARGEST_BUCKET, held + held % 2)  # DeepSpeed takes an even number
     settings: dict[str, object] = {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,

@@ -83,3 +83,12 @@ def test_two_runs_share_a_host(launch, tmp_path):
     jobs = [launch(tmp_path / name, *SHORT, "--nproc", "1") for name in ("one", "two")]
     assert [job.wait()[0] for job in jobs] == [0, 0]
     assert [len(read_metrics(tmp_path / name)) for name in ("one", "two")] == [2, 2]
+
+
+def test_an_odd_number_of_parameters_trains(launch, tmp_path):
+    """DeepSpeed wants buckets of even size; the engine rounds up."""
+    odd = ["--variant", "lmm", "--model.num-heads", "1", "--model.memory-gates", "shared", "--parallel.zero-stage", "1"]
+    status, out, err = launch(tmp_path / "run", "--nproc", "1", "--train.steps", "1", *odd).wait(120)
+    assert status == 0, out + err
+    parameters = int(out.split(" parameters")[0].rsplit(" ", 1)[1].replace(",", ""))
+    assert parameters % 2 == 1

@@ -1,0 +1,278 @@
+"""`python -m pretrain.plan`: what it says of a run without starting it, against the model as it is built."""
+
+import json
+import sys
+import time
+from itertools import product
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from evals.efficiency.flops import forward_flops_per_token
+from pretrain import plan
+from pretrain.config import DataConfig, RunConfig, TrainConfig
+from pretrain.engine import deepspeed_config
+from pretrain.planning.activations import activation_bytes
+from pretrain.planning.flops import dense_flops, mean_visible_keys, memory_flops_per_token
+from pretrain.planning.layout import Layout, for_gpus, layout_of
+from pretrain.planning.parameters import count_by_part, parameters_of
+from pretrain.planning.rank_bytes import bucket_numbers
+from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.mixers.neural_memory import NeuralMemory
+from titans_mcore.model import TitansModel
+from titans_mcore.parallel import groups, transformer_config
+
+from .jobs import ROOT, Job
+
+PRESETS = sorted((ROOT / "pretrain" / "configs").glob("*.toml"))
+SIZES = ("170m", "340m", "400m", "760m", "1.3b")
+SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
+MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48}
+LENGTH = 256
+PRESET = str(ROOT / "pretrain" / "configs" / "mac_170m.toml")
+
+
+def config_of(variant: str) -> TitansConfig:
+    return TitansConfig(variant=variant, **SETTINGS, **MEMORY)
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request, one_process) -> TitansModel:
+    config = config_of(request.param)
+    return TitansModel(config, transformer_config(config), one_process)
+
+
+def planned(*arguments: str) -> dict:
+    return plan.plan_of(plan.request_of(arguments))
+
+
+def refused(monkeypatch, capsys, *arguments: str) -> str:
+    """The sentence of a command line that ends with 2."""
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        plan.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_the_parameters_are_those_of_the_built_model(model):
+    found = parameters_of(model.titans_config)
+    assert {p.name: p.shape for p in found} == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    counts = count_by_part(found)
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+    memories = [m for m in model.modules() if isinstance(m, NeuralMemory)]
+    assert counts["memory"] == sum(p.numel() for m in memories for p in m.parameters())
+    assert (counts["attention"] == 0) == (model.titans_config.variant == "lmm")
+    assert (counts["memory"] == 0) == (model.titans_config.variant == "transformer")
+    mlps = [layer.mlp for layer in model.layers]
+    assert counts["feed_forward"] == sum(p.numel() for m in mlps for p in m.parameters())
+
+
+@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+def test_a_preset_is_planned_in_seconds(variant, size):
+    began = time.perf_counter()
+    found = planned("--config", str(ROOT / "pretrain" / "configs" / f"{variant}_{size}.toml"), "--gpus", "8")
+    assert time.perf_counter() - began < 20
+    label = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert found["parameters"]["total"] == pytest.approx(label, rel=0.03)
+    assert found["step"]["tokens"] == 2**19
+    assert found["ranks"][0]["bytes"] > 2 * found["parameters"]["total"]
+    # Six operations for each parameter and token are the usual estimate; the memory's own products come on top.
+    assert found["step"]["flops"]["total"] > 5 * found["parameters"]["total"] * 2**19
+
+
+def test_every_preset_is_planned():
+    names = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
+    assert {file.stem for file in PRESETS} == {*names, "quickstart"}
+    assert planned("--config", str(ROOT / "pretrain" / "configs" / "quickstart.toml"), "--gpus", "2")
+
+
+def test_json_has_the_documented_keys_and_nothing_else_is_printed(tmp_path):
+    command = [sys.executable, "-m", "pretrain.plan", "--config", PRESET, "--gpus", "4", "--parallel.tensor", "2"]
+    status, out, err = Job([*command, "--json"], tmp_path).wait(60)
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert list(found) == [
+        "model",
+        "layout",
+        "parameters",
+        "ranks",
+        "collectives",
+        "step",
+        "time",
+        "checkpoint",
+        "notes",
+    ]
+    assert list(found["parameters"]) == ["total", "memory", "attention", "feed_forward", "embedding", "rest"]
+    assert found["layout"] == {"gpus": 4, "tensor": 2, "data": 2, "zero_stage": 1, "precision": "bf16"}
+    assert [(r["rank"], r["tensor_rank"], r["data_rank"]) for r in found["ranks"]] == [
+        (0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)
+    ]  # fmt: skip
+    for rank in found["ranks"]:
+        assert rank["bytes"] == sum(rank["parts"].values())
+    assert {c["group"] for c in found["collectives"]} == {"tensor", "data"}
+    assert list(found["step"]["flops"]) == ["total", "dense", "attention", "memory"]
+    assert sum(found["checkpoint"]["parts"].values()) == found["checkpoint"]["bytes"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_names_every_number(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan", "--config", PRESET, "--gpus", "8", "--utilisation", "0.5"])
+    plan.main()
+    out = capsys.readouterr().out
+    for words in ("Parameters", "Memory of each of 8 ranks", "Collectives", "FLOP a token", "GPU hours", "checkpoint"):
+        assert words in out
+    assert "a vocabulary of 32,000 pieces is assumed" in out
+
+
+def test_time_follows_from_operations_peak_and_utilisation():
+    found = planned("--config", PRESET, "--gpus", "8", "--gpu", "a100", "--utilisation", "0.5")
+    time_, flops = found["time"], found["step"]["flops"]["total"]
+    assert time_["step_seconds"] == pytest.approx(flops / (8 * 312e12 * 0.5))
+    assert time_["hours"] == pytest.approx(time_["steps"] * time_["step_seconds"] / 3600)
+    assert time_["tokens_per_second"] == pytest.approx(2**19 / time_["step_seconds"])
+
+
+def test_the_vocabulary_is_the_datas(tiny_toml, shards):
+    found = planned("--config", str(tiny_toml), "--gpus", "1")
+    assert found["model"]["vocab_size"] == 96
+    assert not any("assumed" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpus", "3", "--parallel.tensor", "2"], "3 processes cannot be divided into tensor-parallel groups of 2"),
+        (["--gpus", "3", "--parallel.tensor", "3"], "num_heads 16 cannot be divided by tensor parallel size 3"),
+        (
+            ["--gpus", "3", "--parallel.tensor", "3", "--model.dim", "768", "--model.num-heads", "3"],
+            "cannot be divided by tensor parallel size 3",
+        ),
+        (["--gpus", "7"], "train.global_batch 128 cannot be shared out over 7 data ranks"),
+        (["--gpus", "2", "--parallel.zero-stage", "0"], "parallel.zero_stage 0 keeps no fp32 masters of bf16 weights"),
+        (["--gpus", "2", "--parallel.zero-stage", "4"], "parallel.zero_stage is 4; it must be 0, 1, 2 or 3"),
+        (["--gpus", "2", "--parallel.tensors", "2"], "unknown setting --parallel.tensors"),
+        (["--gpus", "0"], "--gpus is '0'; it must be a number of GPUs, 1 or more"),
+        (["--gpus"], "--gpus needs a value"),
+        ([], "--gpus is missing; usage: python -m pretrain.plan"),
+        (["--gpus", "2", "--gpu", "h900"], "--gpu is 'h900'; it must be one of a100, h100, h200, b200"),
+        (["--gpus", "2", "--utilisation", "40"], "--utilisation is '40'; it must be above 0 and at most 1"),
+        (["--gpus", "2", "--model.segment-length", "100"], "segment_length 100 is not a multiple of chunk_size 16"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch, capsys, arguments, sentence):
+    assert sentence in refused(monkeypatch, capsys, "--config", PRESET, *arguments)
+
+
+@pytest.mark.parametrize("name", ["mac_170m", "lmm_1.3b"])
+def test_buckets_are_the_engines(name):
+    request = plan.request_of(["--config", str(ROOT / "pretrain" / "configs" / f"{name}.toml"), "--gpus", "2"])
+    config = for_gpus(request.config)
+    layout, parameters = layout_of(config, 2), parameters_of(config.model)
+    with torch.device("meta"):
+        model = torch.nn.ParameterList([torch.nn.Parameter(torch.empty(p.shape)) for p in parameters])
+    settings = deepspeed_config(model, config, layout.data)["zero_optimization"]
+    assert settings["reduce_bucket_size"] == settings["allgather_bucket_size"] == bucket_numbers(parameters, layout)
+
+
+def test_a_missing_file_is_a_sentence(monkeypatch, capsys):
+    assert "no configuration at /nowhere.toml" in refused(
+        monkeypatch, capsys, "--config", "/nowhere.toml", "--gpus", "1"
+    )
+
+
+def test_a_mistake_ends_the_process_with_2_within_seconds(tmp_path):
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pretrain.plan", "--config", PRESET, "--gpus", "3", "--parallel.tensor", "2"]
+    status, out, err = Job(command, tmp_path).wait(60)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: 3 processes cannot be divided")
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize(("gpus", "tensor"), [(1, 1), (1, 2), (2, 2), (3, 2), (4, 2), (6, 4), (8, 4)])
+def test_a_world_is_refused_where_and_as_the_run_refuses_it(monkeypatch, gpus, tensor):
+    def sentence(function, *arguments) -> str:
+        try:
+            function(*arguments)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    launcher = {"RANK": 0, "WORLD_SIZE": gpus, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, str(value))
+    from_run = sentence(groups._check_layout, tensor)
+    arguments = (
+        "--config",
+        PRESET,
+        "--gpus",
+        str(gpus),
+        "--parallel.tensor",
+        str(tensor),
+        "--train.global-batch",
+        "12",
+    )
+    assert sentence(planned, *arguments, "--train.micro-batch", "1") == from_run
+
+
+def test_the_dense_operations_are_those_that_torch_counts(model):
+    config, batch = model.titans_config, 2
+    tokens = torch.randint(0, config.vocab_size, (batch, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        loss = model(tokens, tokens).mean()
+        forward = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "aten.mm" in str(op))
+        loss.backward()
+    both = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "aten.mm" in str(op))
+    expected = dense_flops(config, parameters_of(config), batch * LENGTH, config.persistent_tokens)
+    assert forward == pytest.approx(expected, rel=0.02)
+    assert both == pytest.approx(3 * expected, rel=0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_visible_keys_are_those_of_the_mask(variant):
+    config = config_of(variant)
+    token = torch.arange(LENGTH)
+    if variant == "mac":
+        same = token[:, None] // config.segment_length == token // config.segment_length
+        seen = 2.0 * (same & (token <= token[:, None])).sum(1)
+    else:
+        seen = ((token <= token[:, None]) & (token > token[:, None] - config.window)).sum(1).double()
+    prefix = {"transformer": 0, "lmm": 0}.get(variant, config.persistent_tokens)
+    expected = 0.0 if variant == "lmm" else float(seen.mean()) + prefix
+    assert mean_visible_keys(config, LENGTH) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_memorys_operations_are_those_of_the_benchmark(depth):
+    config = TitansConfig(memory_depth=depth)
+    expected = forward_flops_per_token(config.num_heads, config.head_dim, depth, config.memory_expansion, 16)
+    assert memory_flops_per_token(config) == expected
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one-document", "two-documents"])
+def test_activations_are_near_what_autograd_keeps(model, documents):
+    config, batch = model.titans_config, 1
+    tokens = torch.randint(0, config.vocab_size, (batch, LENGTH))
+    starts = torch.zeros(batch, LENGTH, dtype=torch.bool)
+    starts[:, [0, LENGTH // 2]] = True
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: list[torch.Tensor] = []  # alive, so that no two have one address
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens, starts if documents else None).mean()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    measured = sum(size for place, size in storages.items() if place not in weights)
+    train = TrainConfig(sequence_length=LENGTH, micro_batch=batch, global_batch=batch)
+    run = RunConfig(model=config, train=train, data=DataConfig(reset_documents=documents))
+    parts = activation_bytes(run, Layout(1, 1, 1, 1, torch.float32, 1))
+    estimated = parts["activations"] + parts["memory_states"] + parts["logits"] / 2  # the logits themselves go
+    assert estimated == pytest.approx(measured, rel=0.15)
