@@ -43,9 +43,7 @@ def fused_scan(
         tokens = [_into_blocks(x, size, block) for x in tokens]
         counts = torch.full((length // size, batch), size) if chunks.counts is None else chunks.counts
         chunks = Chunks(block, chunks.closed, counts, chunks.restarts)
-    theta, eta, alpha = (
-        x.unflatten(1, (-1, block)).permute(4, 1, 0, 3, 2).flatten(2, 3) for x in tokens[3:]
-    )  # (L, C, N, b)
+    theta, eta, alpha = map(chunks.split_gate, tokens[3:])
     closed: bool | Tensor = chunks.closed
     if chunks.closed and chunks.counts is not None:
         closed = (chunks.counts == block).to(device)

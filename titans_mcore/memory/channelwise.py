@@ -50,10 +50,7 @@ def _group(network: Network, chunks: Chunks, depth: int, heads: int, *tensors: T
     queries, keys, values, theta, eta, *rest = tensors
     alpha, rest = rest[:depth], rest[depth:]
     anchors, state, fresh = rest[:depth], list(rest[depth : 3 * depth]), rest[3 * depth :]
-    by_chunk = [
-        x.unflatten(1, (-1, chunks.size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-        for x in (queries, keys, values, theta, eta, *alpha)
-    ]
+    by_chunk = [chunks.split(x) for x in (queries, keys, values, theta, eta, *alpha)]
     device = queries.device
     real, full, restarted = chunks.real(heads, device), chunks.full(heads, device), chunks.restarted(heads, device)
     reads = []
@@ -69,9 +66,7 @@ def _group(network: Network, chunks: Chunks, depth: int, heads: int, *tensors: T
                 inside = [torch.where(full[c, :, None, None], a, b) for a, b in zip(inside, after, strict=True)]
             after = inside
         state = after
-    batch = len(queries)
-    joined = torch.stack(reads).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-    return joined, *state
+    return chunks.join(torch.stack(reads), len(queries)), *state
 
 
 def _chunk(

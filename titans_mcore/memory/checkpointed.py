@@ -107,22 +107,6 @@ class _Layout:
         borders = Borders(chunks.closed, full, restarted, given.fresh, given.anchors)
         return borders, chunks.real(self.heads, device)
 
-    def split(self, x: Tensor) -> Tensor:
-        """Tokens (B, g b, H, D) to (g, N, b, D)."""
-        return x.unflatten(1, (-1, self.chunks.size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-    def split_gate(self, x: Tensor) -> Tensor:
-        """A gate (B, g b, H, L) to (L, g, N, b)."""
-        return x.unflatten(1, (-1, self.chunks.size)).permute(4, 1, 0, 3, 2).flatten(2, 3)
-
-    def join(self, x: Tensor) -> Tensor:
-        """Back from `split`."""
-        return x.unflatten(1, (self.batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
-    def join_gate(self, x: Tensor) -> Tensor:
-        """Back from `split_gate`."""
-        return x.unflatten(2, (self.batch, -1)).permute(2, 1, 4, 3, 0).flatten(1, 2)
-
 
 class _Stored(NamedTuple):
     """What the forward pass keeps of a group: its first state and the bounds it was walked with."""
@@ -138,15 +122,15 @@ def _scan(layout: _Layout, network: Network, given: _Given) -> tuple[Tensor, lis
     bounds = Bounds(alone, alone)  # one chunk can be looked at while walking as well as afterwards
     for span in layout.groups(given.tokens[0].shape[1]):
         part = [x[:, span] for x in given.tokens]
-        tokens = Tokens(*map(layout.split, part[:3]))
+        tokens = Tokens(*map(layout.chunks.split, part[:3]))
         borders, real = layout.borders(span, given)
-        theta, eta, alpha = map(layout.split_gate, part[3:])
+        theta, eta, alpha = map(layout.chunks.split_gate, part[3:])
         gates = gates_of(theta, eta, alpha, real)
         walked = walk(network, tokens, gates, state, borders, bounds)
         while (met := bounds_met(network, walked, gates, borders, bounds)) != bounds:
             bounds = met  # also for the groups that follow: a bound that has acted will act again
             walked = walk(network, tokens, gates, state, borders, bounds)
-        answers.append(layout.join(read(network, tokens, gates, walked).answers))
+        answers.append(layout.chunks.join(read(network, tokens, gates, walked).answers, layout.batch))
         groups.append(_Stored(state, bounds))
         state = [path.states[-1] for path in walked.paths]
     return torch.cat(answers, 1) if len(answers) > 1 else answers[0], state, groups
@@ -208,15 +192,15 @@ class _Back:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients at a group's tokens and at its first state; walks through the group again."""
         arguments = [x[:, span] for x in self.given.tokens]
-        tokens = Tokens(*map(self.layout.split, arguments[:3]))
+        tokens = Tokens(*map(self.layout.chunks.split, arguments[:3]))
         borders, real = self.layout.borders(span, self.given)
         with torch.enable_grad():
-            leaves = [self.layout.split_gate(x.detach()).requires_grad_() for x in arguments[3:]]
+            leaves = [self.layout.chunks.split_gate(x.detach()).requires_grad_() for x in arguments[3:]]
             made = gates_of(leaves[0], leaves[1], leaves[2], real)
         gates = Gates(*(x.detach() for x in made))
         walked = walk(self.network, tokens, gates, stored.start, borders, stored.bounds)
         reads = read(self.network, tokens, gates, walked)
-        of_answers = self.layout.split(of_reads)
+        of_answers = self.layout.chunks.split(of_reads)
         found = group_gradient(self.network, tokens, gates, walked, borders, reads, of_answers, of_end)
         _add(self.of_norm, found.norm)
         _add(self.of_anchors, found.anchors)
@@ -224,7 +208,8 @@ class _Back:
         differentiated = [(x, of) for x, of in zip(made, found.gates, strict=True) if of is not None]
         outputs, gradients = zip(*differentiated, strict=True)
         of_gates = torch.autograd.grad(outputs, leaves, gradients)
-        parts = [self.layout.join(x) for x in found.tokens] + [self.layout.join_gate(x) for x in of_gates]
+        chunks, batch = self.layout.chunks, self.layout.batch
+        parts = [chunks.join(x, batch) for x in found.tokens] + [chunks.join_gate(x, batch) for x in of_gates]
         return parts, found.start
 
 

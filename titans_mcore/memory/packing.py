@@ -33,6 +33,24 @@ class Chunks:
         counts, restarts = (None if x is None else x[chunks] for x in (self.counts, self.restarts))
         return Chunks(self.size, self.closed, counts, restarts)
 
+    def split(self, x: Tensor) -> Tensor:
+        """Tokens (B, C b, H, F) by chunk and memory, (C, N, b, F)."""
+        return x.unflatten(1, (-1, self.size)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+    def split_gate(self, x: Tensor) -> Tensor:
+        """A gate (B, C b, H, L) by matrix, chunk and memory, (L, C, N, b)."""
+        return x.unflatten(1, (-1, self.size)).permute(4, 1, 0, 3, 2).flatten(2, 3)
+
+    @staticmethod
+    def join(x: Tensor, batch: int) -> Tensor:
+        """Back from `split`, for B rows."""
+        return x.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+
+    @staticmethod
+    def join_gate(x: Tensor, batch: int) -> Tensor:
+        """Back from `split_gate`, for B rows."""
+        return x.unflatten(2, (batch, -1)).permute(2, 1, 4, 3, 0).flatten(1, 2)
+
     def real(self, heads: int, device: torch.device) -> Tensor | None:
         """Which slots hold tokens, for B * heads memories, (C, N, b)."""
         if self.counts is None:
