@@ -63,11 +63,15 @@ class TrainConfig:
     """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
     evaluate_every_steps: int = 0
     """Steps between evaluations of the held-out loss; there is always one at the end. 0: only that one."""
+    recompute: Literal["none", "block", "except_memory"] = "none"
+    """Activations that the backward pass computes again instead of keeping them. block: all of a block, which keeps its
+    input alone; except_memory: the same without the memory's scan, which is the slowest part; none: nothing."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
         _at_least("train", self, evaluate_every_steps=0)
         _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
+        _one_of("train.recompute", self.recompute, ("none", "block", "except_memory"))
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}; "
@@ -121,19 +125,42 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is laid out; processes that tensor parallelism leaves over are data parallel."""
+    """How the model is laid out: tensor x context ranks share a sample; processes left over are data parallel."""
 
     tensor: int = 1
     """Ranks that share one copy of the model (Megatron's tensor parallelism)."""
+    sequence: bool = False
+    """Sequence parallelism: the tensor-parallel ranks share the tokens between the blocks' parallel parts too."""
+    memory_parallel: Literal["auto", "heads", "hidden"] = "auto"
+    """What tensor-parallel ranks share of the memory. heads: each owns some heads whole; hidden: each owns a part of
+    every head's matrices, which costs a sum over the ranks in every chunk; auto: heads where their number divides."""
+    context: int = 1
+    """Ranks that share the tokens of a row (context parallelism): each reads its part and hands the state of every
+    layer on to the next."""
+    pipeline: int = 1
+    """Always 1: pipeline parallelism is not supported."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO: data ranks share the optimizer (1), the gradients too (2), the parameters too (3); 0: nothing."""
+    """DeepSpeed ZeRO: data x context ranks share the optimizer (1), the gradients too (2), the parameters too (3);
+    0: nothing."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's masters and moments in the host's memory, and update them there (ZeRO 1 and above)."""
     timeout_seconds: float = 1_800.0
     """A collective that waits longer ends the run."""
 
     def __post_init__(self) -> None:
-        _at_least("parallel", self, tensor=1, zero_stage=0, timeout_seconds=1)
+        _at_least("parallel", self, tensor=1, context=1, pipeline=1, zero_stage=0, timeout_seconds=1)
+        _one_of("parallel.memory_parallel", self.memory_parallel, ("auto", "heads", "hidden"))
+        if self.pipeline > 1:
+            raise ValueError(
+                f"parallel.pipeline is {self.pipeline}, but pipeline parallelism is not supported; divide the model "
+                "with parallel.tensor, rows with parallel.context, optimizer and weights with parallel.zero_stage"
+            )
         if self.zero_stage > 3:
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence shares tokens over tensor-parallel ranks; parallel.tensor is 1")
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3; it is 0")
 
 
 @dataclass(frozen=True)
@@ -191,6 +218,35 @@ class RunConfig:
     """When the run is saved."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is reported."""
+
+    def __post_init__(self) -> None:
+        self._check_shared_rows()
+
+    def _check_shared_rows(self) -> None:
+        """A row must fall into equal parts for the ranks that share its tokens."""
+        model, length, context = self.model, self.train.sequence_length, self.parallel.context
+        if context > 1:
+            unit, name = 1, ""
+            if model.variant == "mac":
+                unit, name = model.segment_length, "segments of model.segment_length"
+            elif model.variant != "transformer":
+                unit, name = model.chunk_size, "chunks of model.chunk_size"
+            if length % (context * unit):
+                parts = f" of whole {name} {unit}" if name else ""
+                raise ValueError(
+                    f"train.sequence_length {length} cannot be divided into {context} equal parts{parts} for "
+                    f"parallel.context {context}; make it a multiple of {context * unit}"
+                )
+            if model.window == 0 and model.variant in ("mag", "mal", "transformer"):
+                raise ValueError(
+                    f"parallel.context {context} hands on the keys that later tokens see, and model.window 0 keeps all "
+                    "of them; set model.window"
+                )
+        if self.parallel.sequence and (length // context) % self.parallel.tensor:
+            raise ValueError(
+                f"parallel.sequence divides {length // context} tokens over parallel.tensor {self.parallel.tensor} "
+                f"ranks; make train.sequence_length a multiple of {context * self.parallel.tensor}"
+            )
 
     def accumulation(self, data_parallel: int) -> int:
         """Micro-batches of each rank in one step.

@@ -40,6 +40,13 @@ class MicroBatch(NamedTuple):
     labels: Tensor
     starts: Tensor | None
 
+    def part(self, rank: int, ranks: int) -> "MicroBatch":
+        """The tokens of one of so many ranks that share the rows, in order."""
+        tokens, labels, starts = (None if x is None else x.chunk(ranks, 1)[rank] for x in self)
+        assert tokens is not None
+        assert labels is not None
+        return MicroBatch(tokens, labels, starts if starts is not None and bool(starts.any()) else None)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """The same there."""
         return MicroBatch(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]

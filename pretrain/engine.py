@@ -11,12 +11,21 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.data import MicroBatch, Samples
 from titans_mcore.mixers import MIXERS
-from titans_mcore.parallel import DeepSpeedGroups, device, transformer_config
+from titans_mcore.parallel import (
+    DeepSpeedGroups,
+    context_place,
+    device,
+    memory_split,
+    reduce_shared_gradients,
+    sample_place,
+    transformer_config,
+)
 from titans_mcore.weights import model_tensors
 
 if not torch.cuda.is_available():
@@ -67,8 +76,32 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection) -> nn.Module:
     """
     from titans_mcore.model import TitansModel
 
-    megatron = transformer_config(config.model, tensor_parallel=config.parallel.tensor, dtype=resolve_precision(config))
-    return TitansModel(config.model, megatron, groups).to(device())
+    parallel = config.parallel
+    model = TitansModel(
+        config.model,
+        megatron_config(config),
+        groups,
+        memory_parallel=memory_split(config.model, parallel.memory_parallel, parallel.tensor),
+        recompute=config.train.recompute,
+    )
+    if parallel.sequence:
+        reduce_shared_gradients(model, groups.tp)
+    return model.to(device())
+
+
+def megatron_config(config: RunConfig) -> TransformerConfig:
+    """Megatron's view of the run's model.
+
+    Raises:
+        ValueError: It cannot be divided over the tensor-parallel ranks.
+    """
+    return transformer_config(
+        config.model,
+        tensor_parallel=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence,
+        memory_parallel=config.parallel.memory_parallel,
+        dtype=resolve_precision(config),
+    )
 
 
 def build_engine(model: nn.Module, config: RunConfig, data_parallel: int) -> DeepSpeedEngine:
@@ -121,17 +154,23 @@ def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) ->
     # Buckets are allocated at full size whatever the model; a small one needs no gigabytes.
     held = sum(p.numel() for p in model.parameters())
     bucket = min(_LARGEST_BUCKET, held + held % 2)  # DeepSpeed takes an even number
+    zero: dict[str, object] = {
+        "stage": config.parallel.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        # Reducing in the backward pass makes ranks wait for one another, which a wavefront must not.
+        "overlap_comm": torch.cuda.is_available() and config.parallel.context == 1,
+    }
+    if config.parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, object] = {
-        "train_batch_size": config.train.global_batch,
+        # DeepSpeed's data ranks are data x context: those that share a row count as if each had one of its own.
+        "train_batch_size": config.train.global_batch * config.parallel.context,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(data_parallel),
         "gradient_clipping": config.optimizer.clip_norm,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "overlap_comm": torch.cuda.is_available(),
-        },
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "steps_per_print": 2**31,
     }
@@ -143,8 +182,8 @@ def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) ->
 def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: float) -> StepResult:
     """Forward, backward and update on this rank's micro-batches of one step.
 
-    Every micro-batch has the same number of tokens, so the mean of the means is the mean over all tokens, however the
-    global batch is shared out.
+    Every micro-batch, and every rank's part of one, has the same number of tokens, so the mean of the means is the mean
+    over all tokens, however the global batch is shared out.
 
     Args:
         engine: Its model trains.
@@ -155,7 +194,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
         group["lr"] = lr
     loss_sum = torch.zeros((), device=device())
     for micro_batch in micro_batches:
-        loss = engine(**micro_batch.to(device())._asdict()).mean()
+        loss = engine(**_own(micro_batch)._asdict()).mean()
         engine.backward(loss)
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
             unsharded_norm = _gradient_norm(engine.module)
@@ -173,8 +212,7 @@ def heldout_loss(engine: DeepSpeedEngine, samples: Samples, config: RunConfig) -
         samples: Held-out samples.
         config: Says how many, and the micro-batch.
     """
-    groups = DeepSpeedGroups()
-    rank, ranks = groups.get_data_parallel_rank(), groups.get_data_parallel_world_size()
+    rank, ranks = sample_place()
     count, size = min(config.data.heldout_sequences, samples.per_epoch), config.train.micro_batch
     total = torch.zeros(2, dtype=torch.float64, device=device())
     engine.eval()
@@ -183,12 +221,17 @@ def heldout_loss(engine: DeepSpeedEngine, samples: Samples, config: RunConfig) -
         for i in range(math.ceil(count / (size * ranks))):
             wanted = range((i * ranks + rank) * size, (i * ranks + rank + 1) * size)
             micro_batch = samples.micro_batch([min(n, count - 1) for n in wanted])
-            losses_BT = engine(**micro_batch.to(device())._asdict()).double()
+            losses_BT = engine(**_own(micro_batch)._asdict()).double()
             counted_B = torch.tensor([n < count for n in wanted], device=device())
             total += torch.stack([losses_BT[counted_B].sum(), counted_B.sum() * losses_BT.shape[1]])
     engine.train()
-    dist.all_reduce(total, group=groups.get_data_parallel_group())
+    dist.all_reduce(total, group=DeepSpeedGroups().get_data_parallel_group())
     return float(total[0] / total[1])
+
+
+def _own(micro_batch: MicroBatch) -> MicroBatch:
+    """This rank's tokens of it, where it computes."""
+    return micro_batch.part(*context_place()).to(device())
 
 
 def full_precision_values(engine: DeepSpeedEngine) -> dict[str, Tensor]:

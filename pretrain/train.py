@@ -18,6 +18,7 @@ from pretrain.engine import (
     build_engine,
     build_model,
     heldout_loss,
+    megatron_config,
     resolve_precision,
     train_step,
 )
@@ -25,7 +26,7 @@ from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
 from pretrain.schedule import learning_rate
-from titans_mcore.parallel import DeepSpeedGroups, device, start, stop, transformer_config
+from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop
 from titans_mcore.weights import find_checkpoint
 from tokenization.manifest import Manifest
 
@@ -42,9 +43,12 @@ def train(arguments: Sequence[str]) -> None:
         config, run_dir = command.config, command.run_dir
         manifest = open_data(config)
         # The division over ranks, before anything is started.
-        transformer_config(config.model, tensor_parallel=config.parallel.tensor)
-        groups = start(config.parallel.tensor, seed=config.train.seed, timeout_seconds=config.parallel.timeout_seconds)
-        data_rank, data_parallel = groups.dp.rank(), groups.dp.size()
+        megatron_config(config)
+        parallel = config.parallel
+        groups = start(
+            parallel.tensor, parallel.context, seed=config.train.seed, timeout_seconds=parallel.timeout_seconds
+        )
+        data_rank, data_parallel = sample_place()
         on_rank_0(lambda: lock_run_folder(run_dir))
         on_rank_0(lambda: keep_tokenizer(manifest, Path(config.data.path), run_dir))
         resume = find_resume_point(config, manifest.fingerprint, run_dir)
@@ -160,11 +164,30 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
     dist.all_reduce(parameters, group=DeepSpeedGroups().get_tensor_model_parallel_group())
     say(
         f"{config.model.variant}, {int(parameters):,} parameters, {resolve_precision(config)} on {device().type} | "
-        f"tensor {config.parallel.tensor} x data {data_parallel}, ZeRO {config.parallel.zero_stage}, "
+        f"{layout(config, data_parallel)}, "
         f"{torch.get_num_threads()} threads | {config.train.tokens_per_step:,} tokens a step"
     )
     if config.schedule.warmup_steps >= config.train.steps:
         say(f"note: the warm-up of {config.schedule.warmup_steps} steps is as long as the run")
+
+
+def layout(config: RunConfig, data_parallel: int) -> str:
+    """How the run is laid out, in a few words."""
+    parallel = config.parallel
+    words = [f"tensor {parallel.tensor}"]
+    if parallel.context > 1:
+        words.append(f"context {parallel.context}")
+    words.append(f"data {data_parallel}")
+    extras = [f"ZeRO {parallel.zero_stage}"]
+    if parallel.offload_optimizer:
+        extras.append("optimizer on the host")
+    if parallel.tensor > 1 and config.model.variant != "transformer":
+        extras.append(f"memory by {memory_split(config.model, parallel.memory_parallel, parallel.tensor)}")
+    if parallel.sequence:
+        extras.append("sequence parallel")
+    if config.train.recompute != "none":
+        extras.append(f"recomputing {config.train.recompute.replace('_', ' ')}")
+    return ", ".join([" x ".join(words), *extras])
 
 
 def is_counted(parameter: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The language model: embedding, blocks, norm, output matrix and loss, on Megatron-core's parallel layers."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,19 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import TitansConfig
 from .layer_specs import titans_layer_spec
 from .layers.norm import RMSNorm
 from .memory import PackedRows
+from .memory.kept_scans import keeping_scans
+from .mixers import STATES
 from .parallel import padded_vocab_size
+from .parallel.context import ContextRelay, WithGradients
+
+# Parameters that only tokens at the beginning of a sequence read.
+_OF_BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")
 
 
 class TitansModel(MegatronModule):
@@ -25,6 +33,8 @@ class TitansModel(MegatronModule):
         config: The model's settings.
         transformer_config: Megatron's, from parallel.transformer_config().
         pg_collection: Megatron's process groups; None takes those that parallel.start() made.
+        memory_parallel: What tensor-parallel ranks share of the memory, "heads" or "hidden".
+        recompute: What the backward pass computes again: "none", "block" or "except_memory".
     """
 
     def __init__(
@@ -32,19 +42,25 @@ class TitansModel(MegatronModule):
         config: TitansConfig,
         transformer_config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
+        memory_parallel: str = "heads",
+        recompute: str = "none",
     ) -> None:
         super().__init__(config=transformer_config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.titans_config, self.tp_group = config, groups.tp
+        self.titans_config, self.tp_group, self.recompute = config, groups.tp, recompute
+        context = getattr(groups, "cp", None)
+        self.relay = ContextRelay(context) if context is not None and context.size() > 1 else None
         padded = padded_vocab_size(config.vocab_size)
         self.embedding = tensor_parallel.VocabParallelEmbedding(
             padded,
             config.dim,
             init_method=transformer_config.init_method,
             config=transformer_config,
+            reduce_scatter_embeddings=transformer_config.sequence_parallel,
             tp_group=groups.tp,
         )
-        spec = titans_layer_spec(config)
+        spec = titans_layer_spec(config, memory_parallel)
         self.layers = nn.ModuleList(
             build_module(spec, config=transformer_config, pg_collection=groups) for _ in range(config.num_layers)
         )
@@ -61,13 +77,13 @@ class TitansModel(MegatronModule):
         )
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
-        """One pass over whole rows.
+        """One pass over whole rows, or over this context-parallel rank's part of them.
 
         Args:
             tokens: (B, T) ids.
             labels: (B, T) ids of the tokens to predict, or None.
             starts: (B, T) bool, tokens that begin a document; memory, convolution and attention begin anew there.
-                None if each row is one sequence.
+                None if none does.
 
         Returns:
             With labels the cross-entropy of each token in nats, float32 (B, T); without, the logits (B, T, V).
@@ -94,17 +110,40 @@ class TitansModel(MegatronModule):
         Returns:
             Logits (B, last or T, V), and the states, of constant size whatever has been read (for
             variant "transformer", where the window is not 0).
+
+        Raises:
+            ValueError: Sequence- or context-parallel ranks share the tokens.
         """
+        if self.relay is not None or self.config.sequence_parallel:
+            raise ValueError("a model that shares tokens over ranks does not read in pieces; build it without")
         hidden, states = self._blocks(tokens, states, None if starts is None else PackedRows(starts))
         return self._whole_logits(self._local_logits(hidden if last is None else hidden[-last:])), states
 
     def _blocks(self, tokens: Tensor, states: list[Any] | None, rows: PackedRows | None) -> tuple[Tensor, list[Any]]:
-        hidden = self.embedding(tokens).transpose(0, 1)  # Megatron's layout, (T, B, E)
+        hidden = self.embedding(tokens)
+        if not self.config.sequence_parallel:  # else Megatron has made it its layout, (T / TP, B, E)
+            hidden = hidden.transpose(0, 1)
         after = []
         for index, layer in enumerate(self.layers):
-            hidden, state = layer(hidden, None if states is None else states[index], rows)
+            state = None if states is None else states[index]
+            if self.relay is not None:
+                state = self.relay.receive(STATES[self.titans_config.variant], hidden)
+            hidden, state = self._block(layer, hidden, state, rows)
+            if self.relay is not None:
+                hidden = self.relay.pass_on(state, hidden)
             after.append(state)
+        if self.relay is not None and torch.is_grad_enabled():
+            named = self.layers.named_parameters()
+            hidden = WithGradients.apply(hidden, *(p for name, p in named if any(x in name for x in _OF_BEGINNINGS)))
         return self.final_norm(hidden), after
+
+    def _block(self, layer: nn.Module, hidden: Tensor, state: Any, rows: PackedRows | None) -> tuple[Tensor, Any]:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return layer(hidden, state, rows)
+        run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+        if self.recompute == "except_memory":
+            return run(layer, hidden, state, rows, context_fn=keeping_scans)
+        return run(layer, hidden, state, rows)
 
     def _local_logits(self, hidden: Tensor) -> Tensor:
         """(T, B, V / TP); the padding of the vocabulary gets no probability."""

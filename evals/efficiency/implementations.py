@@ -49,36 +49,10 @@ def build(case: Case) -> Subject:
     raise ValueError(f"nothing is called {case.implementation} {case.part}")
 
 
-class PlainParts:
-    """Parameters of a mixer in one process; see titans_mcore.mixers.parts.Parts."""
-
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
-
-    def column(self, d_in: int, per_head: int) -> nn.Module:
-        """Linear map to all heads."""
-        return nn.Linear(d_in, self.heads * per_head, bias=False)
-
-    def row(self, per_head: int, d_out: int) -> nn.Module:
-        """Linear map from all heads."""
-        return nn.Linear(self.heads * per_head, d_out, bias=False)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """Nothing is split."""
-        return x
-
-    def per_head(self, full: Tensor) -> nn.Parameter:
-        """Whole."""
-        return nn.Parameter(full)
-
-    def replicated(self, full: Tensor) -> nn.Parameter:
-        """Whole."""
-        return nn.Parameter(full)
-
-
 def _our_layer(case: Case) -> Subject:
     """Pre-norm, projections, convolution, memory, output norm and gate, output projection; no persistent tokens."""
     from titans_mcore.config import TitansConfig
+    from titans_mcore.mixers.parts import PlainParts
     from titans_mcore.mixers.simple import LmmMixer
 
     dim = case.heads * case.width

@@ -6,8 +6,7 @@ import torch
 from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.memory import TensorTree
 from titans_mcore.mixers import make_mixer
-
-from .plain_parts import PlainParts
+from titans_mcore.mixers.parts import PlainParts
 
 LENGTH = 75
 
@@ -27,7 +26,7 @@ def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: objec
             **settings,
         }
     )
-    return make_mixer(config, PlainParts(config.dim, config.num_heads, dtype))
+    return make_mixer(config, PlainParts(config.num_heads)).to(dtype)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:

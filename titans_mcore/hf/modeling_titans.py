@@ -17,45 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..config import TitansConfig
 from ..mixers import MIXERS, make_mixer
 from ..mixers.neural_memory import NeuralMemory
-from ..mixers.parts import rms_norm
+from ..mixers.parts import PlainParts, ResidualLinear, rms_norm
 from ..mixers.simple import PersistentTokens
 from .cache_titans import TitansCache
 from .configuration_titans import TitansHFConfig
-
-
-class ResidualLinear(nn.Linear):
-    """A linear map that writes to the residual stream; it starts smaller."""
-
-
-class PlainParts:
-    """mixers.parts.Parts for one process: every parameter whole.
-
-    Args:
-        heads: Heads of the model.
-    """
-
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
-
-    def column(self, d_in: int, per_head: int) -> nn.Module:
-        """See Parts."""
-        return nn.Linear(d_in, self.heads * per_head, bias=False)
-
-    def row(self, per_head: int, d_out: int) -> nn.Module:
-        """See Parts."""
-        return ResidualLinear(self.heads * per_head, d_out, bias=False)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """See Parts; there are no other ranks."""
-        return x
-
-    def per_head(self, full: Tensor) -> nn.Parameter:
-        """See Parts."""
-        return self.replicated(full)
-
-    def replicated(self, full: Tensor) -> nn.Parameter:
-        """See Parts; which parameters decay is up to who trains an exported model."""
-        return nn.Parameter(full.clone())
 
 
 class RMSNorm(nn.Module):

@@ -1,14 +1,21 @@
-"""Mixers' parameters as Megatron-core keeps them: linears split by heads over tensor-parallel ranks."""
+"""Mixers' parameters as Megatron-core keeps them, split over tensor-parallel ranks."""
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..memory import Share, split_axis
+from ..mixers.parts import MemoryParts, linear
 
 
 @dataclass
@@ -31,14 +38,26 @@ class MegatronParts:
         config: Megatron's configuration; its num_attention_heads is H.
         submodules: The linear maps' classes.
         pg_collection: Megatron's process groups.
+        memory_parallel: What ranks share of the memory, "heads" or "hidden".
     """
 
     def __init__(
-        self, config: TransformerConfig, submodules: MixerSubmodules, pg_collection: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        submodules: MixerSubmodules,
+        pg_collection: ProcessGroupCollection,
+        memory_parallel: str = "heads",
     ) -> None:
         self.config, self.submodules, self.group = config, submodules, pg_collection.tp
+        # Between open() and finish() a mixer's tokens are whole, also under sequence parallelism.
+        self.inner_config = copy.copy(config)
+        self.inner_config.sequence_parallel = False
         self.ranks, self.rank = self.group.size(), self.group.rank()
         self.heads = config.num_attention_heads // self.ranks
+        self.share: Share | None = None
+        self.memory: MemoryParts = self
+        if memory_parallel == "hidden" and self.ranks > 1:
+            self.memory = HiddenParts(config, pg_collection)
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """See mixers.parts.Parts."""
@@ -46,21 +65,28 @@ class MegatronParts:
             self.submodules.column,
             d_in,
             self.config.num_attention_heads * per_head,
-            config=self.config,
+            config=self.inner_config,
             init_method=self.config.init_method,
             bias=False,
             gather_output=False,
-            disable_grad_reduce=True,  # enter() reduces once for all maps of one input
+            disable_grad_reduce=True,  # open() and enter() reduce once for all maps of one input
             tp_group=self.group,
         )
 
     def row(self, per_head: int, d_out: int) -> nn.Module:
         """See mixers.parts.Parts."""
+        return self._row(per_head, d_out, self.inner_config)
+
+    def last_row(self, per_head: int, d_out: int) -> nn.Module:
+        """See mixers.parts.Parts."""
+        return self._row(per_head, d_out, self.config)
+
+    def _row(self, per_head: int, d_out: int, config: TransformerConfig) -> nn.Module:
         return build_module(
             self.submodules.row,
             self.config.num_attention_heads * per_head,
             d_out,
-            config=self.config,
+            config=config,
             init_method=self.config.output_layer_init_method,
             bias=False,
             input_is_parallel=True,
@@ -68,20 +94,133 @@ class MegatronParts:
             tp_group=self.group,
         )
 
+    def open(self, x: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        if not self.config.sequence_parallel:
+            return self.enter(x)
+        whole = tensor_parallel.gather_from_sequence_parallel_region(x.transpose(0, 1).contiguous(), group=self.group)
+        return whole.transpose(0, 1)
+
     def enter(self, x: Tensor) -> Tensor:
         """See mixers.parts.Parts."""
         return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
 
+    def finish(self, row: nn.Module, x: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        if not self.config.sequence_parallel:
+            return linear(row, x)
+        return linear(row, x.transpose(0, 1).contiguous()).transpose(0, 1)  # Megatron scatters along the first axis
+
+    def close(self, x: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        if not self.config.sequence_parallel:
+            return x
+        return tensor_parallel.scatter_to_sequence_parallel_region(x.transpose(0, 1), group=self.group).transpose(0, 1)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """See mixers.parts.MemoryParts; a rank's heads are its channels."""
+        return x
+
     def per_head(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""
-        own = full[self.rank * self.heads : (self.rank + 1) * self.heads]
-        parameter = self.replicated(own)
-        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
-        return parameter
+        return _part(self.config, full, 0, self.rank, self.ranks)
+
+    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
+        """See mixers.parts.MemoryParts."""
+        return self.per_head(full)
 
     def replicated(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""
-        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
-        parameter = nn.Parameter(full.clone().to(device=device, dtype=self.config.params_dtype))
-        parameter.no_weight_decay = True  # type: ignore[attr-defined]
-        return parameter
+        return _whole(self.config, full)
+
+
+class HiddenParts:
+    """mixers.parts.MemoryParts of memories that all tensor-parallel ranks hold together.
+
+    Every rank knows the queries, keys, values and gates of all heads, from maps that it holds whole, and a part of
+    every head's matrices.
+
+    Args:
+        config: Megatron's configuration; its num_attention_heads is H.
+        pg_collection: Megatron's process groups.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        self.config, self.group = config, pg_collection.tp
+        self.heads = config.num_attention_heads
+        self.share: Share | None = Share(self.group.rank(), self.group.size(), self._add)
+
+    def column(self, d_in: int, per_head: int) -> nn.Module:
+        """See mixers.parts.MemoryParts."""
+        return WholeLinear(self.config, d_in, self.heads * per_head, self.group.size())
+
+    def per_head(self, full: Tensor) -> nn.Parameter:
+        """See mixers.parts.MemoryParts; every rank computes all heads."""
+        return _whole(self.config, full)
+
+    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
+        """See mixers.parts.MemoryParts."""
+        return _part(self.config, full, split_axis(layer, depth), self.group.rank(), self.group.size())
+
+    def leave(self, x: Tensor) -> Tensor:
+        """See mixers.parts.MemoryParts."""
+        return tensor_parallel.scatter_to_tensor_model_parallel_region(x, group=self.group)
+
+    def _add(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+class WholeLinear(nn.Module):
+    """A linear map that every tensor-parallel rank holds whole and applies to all tokens.
+
+    What arrives at its output is the whole gradient on every rank. At its input it goes on as one share of as many:
+    Parts.open() and enter() add them up, together with those of the split maps beside it.
+
+    Args:
+        config: Megatron's configuration.
+        d_in: Width of the input.
+        d_out: Width of the output.
+        ranks: Tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, d_in: int, d_out: int, ranks: int) -> None:
+        super().__init__()
+        self.ranks = ranks
+        weight = torch.empty(d_out, d_in)  # float32 on the CPU and then cast, like Megatron's split maps
+        config.init_method(weight)
+        self.weight = nn.Parameter(weight.to(device=_device(config), dtype=config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) to (..., d_out)."""
+        return F.linear(_SharedGradient.apply(x, self.ranks), self.weight)
+
+
+class _SharedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / ctx.ranks, None
+
+
+def _device(config: TransformerConfig) -> torch.device:
+    return torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+
+
+def _whole(config: TransformerConfig, full: Tensor) -> nn.Parameter:
+    """A parameter that every rank holds whole."""
+    parameter = nn.Parameter(full.clone().to(device=_device(config), dtype=config.params_dtype))
+    parameter.no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def _part(config: TransformerConfig, full: Tensor, axis: int, rank: int, ranks: int) -> nn.Parameter:
+    """A rank's part of a parameter that is cut along an axis."""
+    parameter = _whole(config, full.chunk(ranks, axis)[rank])
+    set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
+    return parameter

@@ -26,13 +26,16 @@ class TitansLayerSubmodules:
 
 
 class TitansLayer(MegatronModule):
-    """A block of any variant, with Megatron's layout outside: hidden states are (T, B, E).
+    """A block of any variant, with Megatron's layout outside: hidden states are (T', B, E).
+
+    T' are all tokens T, or T / TP of them under sequence parallelism.
 
     Args:
         config: Megatron's configuration.
         submodules: Parts of the block.
         titans_config: The model's settings, which choose the mixer.
         pg_collection: Megatron's process groups.
+        memory_parallel: What tensor-parallel ranks share of the memory, "heads" or "hidden".
     """
 
     def __init__(
@@ -41,21 +44,23 @@ class TitansLayer(MegatronModule):
         submodules: TitansLayerSubmodules,
         titans_config: TitansConfig,
         pg_collection: ProcessGroupCollection,
+        memory_parallel: str = "heads",
     ) -> None:
         super().__init__(config=config)
         size, eps = config.hidden_size, config.layernorm_epsilon
         self.input_norm = build_module(submodules.input_norm, config=config, hidden_size=size, eps=eps)
-        self.mixer = make_mixer(titans_config, MegatronParts(config, submodules.mixer, pg_collection))
+        parts = MegatronParts(config, submodules.mixer, pg_collection, memory_parallel)
+        self.mixer = make_mixer(titans_config, parts)
         self.pre_mlp_norm = build_module(submodules.pre_mlp_norm, config=config, hidden_size=size, eps=eps)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
 
     def forward(self, hidden_states: Tensor, state: Any = None, rows: PackedRows | None = None) -> tuple[Tensor, Any]:
-        """Hidden states (T, B, E) and the mixer's state after them.
+        """Hidden states (T', B, E) and the mixer's state after them.
 
         Args:
             hidden_states: The piece.
             state: What an earlier piece returned; None begins the sequences.
-            rows: Documents and padding of the piece.
+            rows: Documents and padding of the whole piece, T tokens.
         """
         mixed, state = self.mixer(self.input_norm(hidden_states).transpose(0, 1), state, rows)
         hidden_states = hidden_states + mixed.transpose(0, 1)

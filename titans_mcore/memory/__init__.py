@@ -2,6 +2,7 @@
 
 from .packing import PackedRows
 from .scan import memory_read, memory_scan
+from .sharing import Share, split_axis
 from .state import MemoryState, TensorTree
 
-__all__ = ["MemoryState", "PackedRows", "TensorTree", "memory_read", "memory_scan"]
+__all__ = ["MemoryState", "PackedRows", "Share", "TensorTree", "memory_read", "memory_scan", "split_axis"]

@@ -151,7 +151,8 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_reads: Tensor, *of_end: Tensor) -> tuple[Tensor | None, ...]:
         layout, depth = ctx.layout, ctx.depth
-        tensors, states = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # taken once: a checkpoint around recomputes them when asked
+        tensors, states = saved[: ctx.count], saved[ctx.count :]
         given, norm = _given(depth, tensors), tensors[6:8]
         back = _Back(layout, Network(layout.residual_norm, *norm), given)
         of_tokens = [torch.empty_like(x) for x in given.tokens]

@@ -3,9 +3,12 @@
 from torch import nn
 
 from ..config import TitansConfig
-from .mac import MacMixer
+from ..memory import TensorTree
+from .attention import AttentionState
+from .mac import MacMixer, MacState
+from .neural_memory import NeuralMemoryState
 from .parts import Parts
-from .simple import LmmMixer, MagMixer, MalMixer, TransformerMixer
+from .simple import BranchesState, LmmMixer, MagMixer, MalMixer, TransformerMixer
 
 MIXERS: dict[str, type[nn.Module]] = {
     "mac": MacMixer,
@@ -15,10 +18,19 @@ MIXERS: dict[str, type[nn.Module]] = {
     "transformer": TransformerMixer,
 }
 
+STATES: dict[str, type[TensorTree]] = {
+    "mac": MacState,
+    "mag": BranchesState,
+    "mal": BranchesState,
+    "lmm": NeuralMemoryState,
+    "transformer": AttentionState,
+}
+"""What each variant's mixer carries through time."""
+
 
 def make_mixer(config: TitansConfig, parts: Parts) -> nn.Module:
     """The token mixer of config.variant."""
     return MIXERS[config.variant](config, parts)
 
 
-__all__ = ["MIXERS", "Parts", "make_mixer"]
+__all__ = ["MIXERS", "STATES", "Parts", "make_mixer"]

@@ -59,20 +59,22 @@ class MacMixer(nn.Module):
         self.memory_norm = parts.replicated(torch.ones(config.dim))
 
     def forward(self, x: Tensor, state: MacState | None, rows: PackedRows | None = None) -> tuple[Tensor, MacState]:
-        """Mix x (B, T, E); the state of None begins a sequence."""
-        batch = x.shape[0]
+        """Mix x as the block holds it; the state of None begins a sequence."""
+        batch = len(x)
         tokens = self.persistent(x)  # the same for every row and every segment
         prefix = None
         if tokens is not None:
             prefix = heads_of(linear(self.key_value, self.parts.enter(tokens)), self.heads).expand(batch, -1, -1, -1)
-        x = self.parts.enter(x)
+        x = self.parts.open(x)
         maps = [x, *(heads_of(linear(part, x), self.heads) for part in (self.query, self.key_value))]
         if state is None:
             nothing = x.new_zeros(batch, 0, 2, self.heads, self.config.head_dim)
             state = MacState(None, Recall(), Kept(nothing, nothing))
         if rows is None and state.kept.real is None:
-            return self._whole_rows(maps, prefix, state)
-        return self._packed_rows(maps, prefix, state, rows)
+            output, state = self._whole_rows(maps, prefix, state)
+        else:
+            output, state = self._packed_rows(maps, prefix, state, rows)
+        return self.parts.close(output), state
 
     def _whole_rows(self, maps: list[Tensor], prefix: Tensor | None, state: MacState) -> tuple[Tensor, MacState]:
         """The segments of rows that hold one sequence each."""
@@ -111,7 +113,7 @@ class MacMixer(nn.Module):
             rows, real, before = segment.rows, PackedRows(real=segment.real), _without(before, segment.restarts)
             recall = Recall(recall.weights, recall.query_tail, segment.restarts)
         recalled, recall = self.memory(x, recall=recall, rows=rows)
-        recalled = self.parts.enter(linear(self.memory_output, recalled.flatten(2)))
+        recalled = self.parts.enter(linear(self.memory_output, recalled))
         recalled_kv = heads_of(linear(self.key_value, recalled), self.heads)
         keys, values = torch.stack([recalled_kv, keys_values], 2).chunk(2, -1)
         kept = before.extended(keys, values)
@@ -127,7 +129,7 @@ class MacMixer(nn.Module):
         )
         y = linear(self.attention_output, attention.flatten(2))
         memory, written = self.memory(self.parts.enter(y), state.written, rows=rows)
-        m = linear(self.memory_output, memory.flatten(2))
+        m = linear(self.memory_output, memory)
         output = combine(y, m, self.attention_norm, self.memory_norm, self.config.norm_eps)
         return output, self._after(written, recall, kept, segment, rows)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..config import TitansConfig
 from ..memory import MemoryState, PackedRows, TensorTree, memory_read, memory_scan
+from ..memory.kept_scans import kept
 from ..memory.network import initial_weights
 from .kept import causal_conv
 from .parts import Parts, heads_of, linear, rms_norm, unit_norm
@@ -48,21 +49,24 @@ class NeuralMemory(nn.Module):
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
-        self.config, self.heads = config, parts.heads
+        memory = parts.memory
+        self.config, self.heads, self.share, self.leave = config, memory.heads, memory.share, memory.leave
         heads, width = config.num_heads, config.head_dim
-        self.query_gate = parts.column(config.dim, 2 * width)  # a head: query, output gate
+        self.query_gate = memory.column(config.dim, 2 * width)  # a head: query, output gate
         # A head: key, value, and its gates.
-        self.key_value = parts.column(config.dim, 2 * width + sum(gate_widths(config)))
+        self.key_value = memory.column(config.dim, 2 * width + sum(gate_widths(config)))
         taps = config.conv_kernel
-        self.query_kernel = parts.per_head(torch.randn(heads, width, taps) / math.sqrt(taps))
-        self.key_value_kernel = parts.per_head(torch.randn(heads, 2 * width, taps) / math.sqrt(taps))
-        self.gate_bias = parts.per_head(initial_gate_bias(config))
+        self.query_kernel = memory.per_head(torch.randn(heads, width, taps) / math.sqrt(taps))
+        self.key_value_kernel = memory.per_head(torch.randn(heads, 2 * width, taps) / math.sqrt(taps))
+        self.gate_bias = memory.per_head(initial_gate_bias(config))
         normed = config.memory_network == "residual_norm"
         start = initial_weights(heads, config.memory_widths, residual_norm=normed)
-        self.initial_weights = nn.ParameterList([parts.per_head(weight) for weight in start])
-        self.norm_weight = parts.per_head(torch.ones(heads, width)) if normed else None
-        self.norm_bias = parts.per_head(torch.zeros(heads, width)) if normed else None
-        self.output_norm = parts.per_head(torch.ones(heads, width))
+        self.initial_weights = nn.ParameterList(
+            [memory.matrix(weight, layer, len(start)) for layer, weight in enumerate(start)]
+        )
+        self.norm_weight = memory.per_head(torch.ones(heads, width)) if normed else None
+        self.norm_bias = memory.per_head(torch.zeros(heads, width)) if normed else None
+        self.output_norm = memory.per_head(torch.ones(heads, width))
 
     def forward(
         self,
@@ -73,7 +77,7 @@ class NeuralMemory(nn.Module):
         start: NeuralMemoryState | None = None,
         rows: PackedRows | None = None,
     ) -> tuple[Tensor, "NeuralMemoryState | Recall"]:
-        """Write and read every token of x (B, T, E), which has passed Parts.enter().
+        """Write and read every token of x (B, T, E), which has passed Parts.open() or enter().
 
         With `recall` the tokens read a memory that stands still, and nothing is written. Both ways go through forward
         because sharded parameters can be read only here.
@@ -86,7 +90,8 @@ class NeuralMemory(nn.Module):
             rows: Documents and padding of the piece; padding stands behind the real tokens.
 
         Returns:
-            (B, T, heads, D) for the output projection, and the state (or the recall) after the last token.
+            (B, T, F) for the output projection, F the channels that this process has there, and the state (or the
+            recall) after the last token.
         """
         query, output_gate = heads_of(linear(self.query_gate, x), self.heads).chunk(2, -1)
         if recall is not None:
@@ -97,18 +102,20 @@ class NeuralMemory(nn.Module):
         first = None if start is None else start.query_tail
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
-        reads, memory = memory_scan(
-            queries,
-            keys,
-            values,
-            *self._gates(gates),
-            list(self.initial_weights),
-            **self._network(),
-            chunk_size=self.config.chunk_size,
-            state=None if state is None else state.memory,
-            start=None if start is None else start.memory,
-            rows=rows,
-            backend=self.config.memory_backend,
+        reads, memory = kept(
+            lambda: memory_scan(
+                queries,
+                keys,
+                values,
+                *self._gates(gates),
+                list(self.initial_weights),
+                **self._network(),
+                chunk_size=self.config.chunk_size,
+                state=None if state is None else state.memory,
+                start=None if start is None else start.memory,
+                rows=rows,
+                backend=self.config.memory_backend,
+            )
         )
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
@@ -159,7 +166,7 @@ class NeuralMemory(nn.Module):
         return gate.expand(*gate.shape[:-1], depth) if gate.shape[-1] else gate.new_zeros(*gate.shape[:-1], depth)
 
     def _finish(self, reads: Tensor, output_gate: Tensor) -> Tensor:
-        return rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)
+        return self.leave((rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)).flatten(2))
 
     def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
         return x.new_zeros(x.shape[0], self.config.conv_kernel - 1, *x.shape[2:]) if tail is None else tail

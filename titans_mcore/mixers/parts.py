@@ -10,30 +10,142 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..memory import Share
+
+
+class MemoryParts(Protocol):
+    """Makes the parameters of the memory, whose heads ranks share in a way of their own.
+
+    Attributes:
+        heads: Heads that this process computes: its own, or all H when each rank holds a part of every head's matrices.
+        share: Which part of the matrices; None if they are whole.
+    """
+
+    heads: int
+    share: Share | None
+
+    def column(self, d_in: int, per_head: int) -> nn.Module:
+        """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
+
+    def per_head(self, full: Tensor) -> nn.Parameter:
+        """A parameter whose first axis is heads, from its value for all H heads."""
+
+    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
+        """Initial weights of matrix `layer` of `depth`, from (H, d_in, d_out) for all heads."""
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What the heads give, (B, T, heads * F), as input of row(): the channels that this process has there."""
+
 
 class Parts(Protocol):
     """Makes parameters: whole ones, or this rank's share.
 
+    A block holds x as (B, T', E): all tokens, or this rank's when sequence parallelism divides them. Inside a mixer
+    they are whole.
+
     Attributes:
         heads: Heads that this process owns, H or a share of them.
+        memory: Makes the memory's.
     """
 
     heads: int
 
+    @property
+    def memory(self) -> MemoryParts:
+        """Makes the memory's."""
+
     def column(self, d_in: int, per_head: int) -> nn.Module:
-        """Linear map (..., d_in) to (..., heads * per_head), head by head; its input must have passed enter()."""
+        """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
 
     def row(self, per_head: int, d_out: int) -> nn.Module:
         """Linear map (..., heads * per_head) to (..., d_out), summed over all heads, those of other ranks included."""
 
+    def last_row(self, per_head: int, d_out: int) -> nn.Module:
+        """The same as a mixer's last map, to be applied by finish()."""
+
+    def open(self, x: Tensor) -> Tensor:
+        """x (B, T', E) as the block holds it, as input of column maps, (B, T, E)."""
+
     def enter(self, x: Tensor) -> Tensor:
-        """x as input of column maps: unchanged, its gradient summed over the ranks that share the heads."""
+        """x (B, T, E) as input of column maps: unchanged, its gradient summed over the ranks that share the heads."""
+
+    def finish(self, row: nn.Module, x: Tensor) -> Tensor:
+        """What last_row() makes of x (B, T, heads * F), as the block holds it, (B, T', E)."""
+
+    def close(self, x: Tensor) -> Tensor:
+        """x (B, T, E) as the block holds it, (B, T', E)."""
 
     def per_head(self, full: Tensor) -> nn.Parameter:
         """A parameter whose first axis is heads, from its value for all H heads."""
 
     def replicated(self, full: Tensor) -> nn.Parameter:
         """A parameter that every rank holds whole. Like those of heads it is not weight-decayed."""
+
+
+class PlainParts:
+    """Parts of a model in one process: every parameter whole.
+
+    Attributes:
+        heads: Heads of the model.
+        share: None.
+    """
+
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.share: Share | None = None
+
+    @property
+    def memory(self) -> "PlainParts":
+        """See Parts."""
+        return self
+
+    def column(self, d_in: int, per_head: int) -> nn.Module:
+        """See Parts."""
+        return nn.Linear(d_in, self.heads * per_head, bias=False)
+
+    def row(self, per_head: int, d_out: int) -> nn.Module:
+        """See Parts."""
+        return ResidualLinear(self.heads * per_head, d_out, bias=False)
+
+    def last_row(self, per_head: int, d_out: int) -> nn.Module:
+        """See Parts."""
+        return self.row(per_head, d_out)
+
+    def open(self, x: Tensor) -> Tensor:
+        """See Parts."""
+        return x
+
+    def enter(self, x: Tensor) -> Tensor:
+        """See Parts."""
+        return x
+
+    def finish(self, row: nn.Module, x: Tensor) -> Tensor:
+        """See Parts."""
+        return linear(row, x)
+
+    def close(self, x: Tensor) -> Tensor:
+        """See Parts."""
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """See MemoryParts."""
+        return x
+
+    def per_head(self, full: Tensor) -> nn.Parameter:
+        """See Parts."""
+        return self.replicated(full)
+
+    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
+        """See MemoryParts."""
+        return self.replicated(full)
+
+    def replicated(self, full: Tensor) -> nn.Parameter:
+        """See Parts; which parameters decay is up to who trains."""
+        return nn.Parameter(full.clone())
+
+
+class ResidualLinear(nn.Linear):
+    """A linear map that writes to the residual stream; it starts smaller."""
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:

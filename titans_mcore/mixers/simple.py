@@ -10,7 +10,7 @@ from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from .attention import Attention, AttentionState
 from .neural_memory import NeuralMemory, NeuralMemoryState
-from .parts import Parts, linear, rms_norm
+from .parts import Parts, heads_of, linear, rms_norm
 
 
 class PersistentTokens(nn.Module):
@@ -36,7 +36,7 @@ class Persistent(NamedTuple):
 
     Attributes:
         tokens: The tokens, (1, N, E), which have passed Parts.enter(); None without any.
-        reads: What the memory answers to them, (1, N, heads, D); None without any.
+        reads: What the memory answers to them, (1, N, F) for its output projection; None without any.
         start: The memory after them, in which every sequence begins; None without any.
     """
 
@@ -67,16 +67,16 @@ class LmmMixer(nn.Module):
         self.parts = parts
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
-        self.output = parts.row(config.head_dim, config.dim)
+        self.output = parts.last_row(config.head_dim, config.dim)
 
     def forward(
         self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """Mix x (B, T, E); the state of None begins a sequence."""
+        """Mix x as the block holds it; the state of None begins a sequence."""
         tokens = self.persistent(x) if begins(state, rows) else None
         persistent = read_persistent(tokens, self.memory, self.parts)
-        heads, state = self.memory(self.parts.enter(x), state, start=persistent.start, rows=rows)
-        return linear(self.output, heads.flatten(2)), state
+        reads, state = self.memory(self.parts.open(x), state, start=persistent.start, rows=rows)
+        return self.parts.finish(self.output, reads), state
 
 
 @dataclass
@@ -98,22 +98,23 @@ class MagMixer(nn.Module):
         self.attention = Attention(config, parts)
         self.attention_norm = parts.per_head(torch.ones(config.num_heads, config.head_dim))
         self.memory_norm = parts.per_head(torch.ones(config.num_heads, config.head_dim))
-        self.output = parts.row(config.head_dim, config.dim)
+        self.output = parts.last_row(config.head_dim, config.dim)
 
     def forward(
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, BranchesState]:
-        """Mix x (B, T, E); the state of None begins a sequence."""
+        """Mix x as the block holds it; the state of None begins a sequence."""
         tokens = self.persistent(x) if begins(state, rows) else None
         persistent = read_persistent(tokens, self.memory, self.parts)
         attended = self.attention.begin(len(x), persistent.tokens) if state is None else state.attention
-        x = self.parts.enter(x)
+        x = self.parts.open(x)
         memory, memory_state = self.memory(
             x, None if state is None else state.memory, start=persistent.start, rows=rows
         )
         attention, attended = self.attention(x, attended, rows)
+        memory = heads_of(memory, self.parts.heads)
         mixed = combine(attention, memory, self.attention_norm, self.memory_norm, self.eps)
-        return linear(self.output, mixed.flatten(2)), BranchesState(memory_state, attended)
+        return self.parts.finish(self.output, mixed.flatten(2)), BranchesState(memory_state, attended)
 
 
 class MalMixer(nn.Module):
@@ -126,12 +127,12 @@ class MalMixer(nn.Module):
         self.memory = NeuralMemory(config, parts)
         self.memory_output = parts.row(config.head_dim, config.dim)
         self.attention = Attention(config, parts)
-        self.output = parts.row(config.head_dim, config.dim)
+        self.output = parts.last_row(config.head_dim, config.dim)
 
     def forward(
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, BranchesState]:
-        """Mix x (B, T, E); the state of None begins a sequence."""
+        """Mix x as the block holds it; the state of None begins a sequence."""
         tokens = self.persistent(x) if begins(state, rows) else None
         persistent = read_persistent(tokens, self.memory, self.parts)
         if state is None:
@@ -140,14 +141,14 @@ class MalMixer(nn.Module):
         else:
             attended = state.attention
         memory, memory_state = self.memory(
-            self.parts.enter(x), None if state is None else state.memory, start=persistent.start, rows=rows
+            self.parts.open(x), None if state is None else state.memory, start=persistent.start, rows=rows
         )
         attention, attended = self.attention(self._answer(memory), attended, rows)
-        return linear(self.output, attention.flatten(2)), BranchesState(memory_state, attended)
+        return self.parts.finish(self.output, attention.flatten(2)), BranchesState(memory_state, attended)
 
     def _answer(self, reads: Tensor) -> Tensor:
         """y, as input of the attention's maps."""
-        return self.parts.enter(linear(self.memory_output, reads.flatten(2)))
+        return self.parts.enter(linear(self.memory_output, reads))
 
 
 class TransformerMixer(nn.Module):
@@ -157,15 +158,15 @@ class TransformerMixer(nn.Module):
         super().__init__()
         self.parts = parts
         self.attention = Attention(config, parts)
-        self.output = parts.row(config.head_dim, config.dim)
+        self.output = parts.last_row(config.head_dim, config.dim)
 
     def forward(
         self, x: Tensor, state: AttentionState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, AttentionState]:
-        """Mix x (B, T, E); the state of None begins a sequence."""
+        """Mix x as the block holds it; the state of None begins a sequence."""
         state = self.attention.begin(len(x)) if state is None else state
-        attention, state = self.attention(self.parts.enter(x), state, rows)
-        return linear(self.output, attention.flatten(2)), state
+        attention, state = self.attention(self.parts.open(x), state, rows)
+        return self.parts.finish(self.output, attention.flatten(2)), state
 
 
 def combine(y: Tensor, m: Tensor, y_norm: Tensor, m_norm: Tensor, eps: float) -> Tensor:

@@ -6,15 +6,32 @@ import warnings
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
 from titans_mcore.parallel.cpu import enable_cpu  # noqa: E402
-from titans_mcore.parallel.groups import DeepSpeedGroups, device, local_rank, start, stop  # noqa: E402
-from titans_mcore.parallel.transformer_config import padded_vocab_size, transformer_config  # noqa: E402
+from titans_mcore.parallel.groups import (  # noqa: E402
+    DeepSpeedGroups,
+    Place,
+    check_world,
+    context_place,
+    device,
+    local_rank,
+    sample_place,
+    start,
+    stop,
+)
+from titans_mcore.parallel.sequence import reduce_shared_gradients  # noqa: E402
+from titans_mcore.parallel.transformer_config import memory_split, padded_vocab_size, transformer_config  # noqa: E402
 
 __all__ = [
     "DeepSpeedGroups",
+    "Place",
+    "check_world",
+    "context_place",
     "device",
     "enable_cpu",
     "local_rank",
+    "memory_split",
     "padded_vocab_size",
+    "reduce_shared_gradients",
+    "sample_place",
     "start",
     "stop",
     "transformer_config",

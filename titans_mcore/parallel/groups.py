@@ -3,6 +3,7 @@
 import math
 import os
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,21 @@ from titans_mcore.parallel.cpu import enable_cpu
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def start(tensor_parallel: int = 1, *, seed: int, timeout_seconds: float = 1800) -> ProcessGroupCollection:
+class Place(NamedTuple):
+    """A rank's place in a group.
+
+    Attributes:
+        rank: From 0.
+        ranks: How many there are.
+    """
+
+    rank: int
+    ranks: int
+
+
+def start(
+    tensor_parallel: int = 1, context_parallel: int = 1, *, seed: int, timeout_seconds: float = 1800
+) -> ProcessGroupCollection:
     """Joins this process to its run: gloo without CUDA, NCCL for device tensors with it.
 
     Under torchrun the run has WORLD_SIZE processes; without it the run is this one process and needs no environment.
@@ -23,7 +38,9 @@ def start(tensor_parallel: int = 1, *, seed: int, timeout_seconds: float = 1800)
     function of the seed at every layout. On the CPU the cores are shared out between the processes of the host.
 
     Args:
-        tensor_parallel: Ranks that share one copy of the model; the remaining factor of the world is data parallel.
+        tensor_parallel: Ranks that share one copy of the model.
+        context_parallel: Ranks (or groups of `tensor_parallel`) that share the tokens of a row; the remaining factor of
+            the world is data parallel.
         seed: Seed of the weights and of Megatron's random streams.
         timeout_seconds: A collective that waits longer fails.
 
@@ -31,11 +48,11 @@ def start(tensor_parallel: int = 1, *, seed: int, timeout_seconds: float = 1800)
         Megatron's groups (`tp`, `dp`, `dp_cp`, ...), to be passed to the layers.
 
     Raises:
-        ValueError: The number of processes is not a multiple of `tensor_parallel`. Every rank raises it before it
-            talks to another one.
+        ValueError: The number of processes is not a multiple of `tensor_parallel` x `context_parallel`. Every rank
+            raises it before it talks to another one.
         RuntimeError: `start` was called already, without `stop`.
     """
-    world_size = _check_layout(tensor_parallel)
+    world_size = _check_layout(tensor_parallel, context_parallel)
     if dist.is_initialized() or parallel_state.model_parallel_is_initialized():
         raise RuntimeError("torch.distributed is running already in this process; call stop() before start()")
     on_cpu = enable_cpu()
@@ -49,6 +66,7 @@ def start(tensor_parallel: int = 1, *, seed: int, timeout_seconds: float = 1800)
     _initialize_distributed(world_size, on_cpu, timedelta(seconds=timeout_seconds))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
+        context_parallel_size=context_parallel,
         distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
         create_gloo_process_groups=False,
     )
@@ -73,6 +91,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if _launched() else 0
 
 
+def sample_place() -> Place:
+    """Among the ranks that read different samples: data parallelism."""
+    return Place(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+
+
+def context_place() -> Place:
+    """Among the ranks that share the tokens of a row, in the order of the tokens."""
+    return Place(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
+
+
 def device() -> torch.device:
     """Where this process computes."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
@@ -82,15 +110,31 @@ def _launched() -> bool:
     return all(name in os.environ for name in _LAUNCHER_VARIABLES)
 
 
-def _check_layout(tensor_parallel: int) -> int:
-    world_size = int(os.environ["WORLD_SIZE"]) if _launched() else 1
-    if tensor_parallel < 1:
-        raise ValueError(f"tensor parallel size is {tensor_parallel}; it must be at least 1")
-    if world_size % tensor_parallel:
+def check_world(world_size: int, tensor_parallel: int, context_parallel: int = 1) -> int:
+    """Data-parallel ranks of so many processes.
+
+    Raises:
+        ValueError: The processes cannot be divided.
+    """
+    for name, size in (("tensor", tensor_parallel), ("context", context_parallel)):
+        if size < 1:
+            raise ValueError(f"{name} parallel size is {size}; it must be at least 1")
+    product = tensor_parallel * context_parallel
+    if world_size % product:
+        groups, sizes = f"tensor-parallel groups of {tensor_parallel}", "the tensor-parallel size"
+        if context_parallel > 1:
+            groups = f"groups of tensor {tensor_parallel} x context {context_parallel}"
+            sizes = "the tensor- and context-parallel sizes"
         raise ValueError(
-            f"{world_size} process{'es' if world_size > 1 else ''} cannot be divided into tensor-parallel groups of "
-            f"{tensor_parallel}; start a multiple of {tensor_parallel} processes or change the tensor-parallel size"
+            f"{world_size} process{'es' if world_size > 1 else ''} cannot be divided into {groups}; "
+            f"start a multiple of {product} processes or change {sizes}"
         )
+    return world_size // product
+
+
+def _check_layout(tensor_parallel: int, context_parallel: int) -> int:
+    world_size = int(os.environ["WORLD_SIZE"]) if _launched() else 1
+    check_world(world_size, tensor_parallel, context_parallel)
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank()} of this host has no GPU, there are {torch.cuda.device_count()}; "

@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.memory import split_axis
 
 _VOCABULARY_MULTIPLE = 128
 
@@ -16,7 +17,12 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def transformer_config(
-    config: TitansConfig, *, tensor_parallel: int = 1, dtype: torch.dtype = torch.float32
+    config: TitansConfig,
+    *,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
+    memory_parallel: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> TransformerConfig:
     """Megatron's view of a Titans model.
 
@@ -26,12 +32,14 @@ def transformer_config(
     Args:
         config: The model.
         tensor_parallel: Ranks that share the model.
+        sequence_parallel: Whether they share the tokens between the blocks' parallel parts too.
+        memory_parallel: What they share of the memory, "auto", "heads" or "hidden".
         dtype: Type of the parameters when they are built.
 
     Raises:
-        ValueError: Heads, feed-forward width or vocabulary cannot be divided by `tensor_parallel`.
+        ValueError: Heads, memory, feed-forward width or vocabulary cannot be divided by `tensor_parallel`.
     """
-    _check_divisible(config, tensor_parallel)
+    _check_divisible(config, tensor_parallel, memory_split(config, memory_parallel, tensor_parallel))
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.dim,
@@ -51,6 +59,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=tensor_parallel,
+        sequence_parallel=sequence_parallel,
         # Megatron's fused kernels come from Apex or Transformer Engine, which we do not require.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -63,17 +72,38 @@ def transformer_config(
     )
 
 
-def _check_divisible(config: TitansConfig, tensor_parallel: int) -> None:
+def memory_split(config: TitansConfig, memory_parallel: str, tensor_parallel: int) -> str:
+    """What tensor-parallel ranks share of the memory, "heads" or "hidden"; "auto" takes heads where they divide."""
+    if memory_parallel != "auto":
+        return memory_parallel
+    return "hidden" if tensor_parallel > 0 and config.num_heads % tensor_parallel else "heads"
+
+
+def _check_divisible(config: TitansConfig, tensor_parallel: int, memory: str) -> None:
     if tensor_parallel < 1:
         raise ValueError(f"tensor parallel size is {tensor_parallel}; it must be at least 1")
     padded = padded_vocab_size(config.vocab_size)
-    for name, number in (
-        ("num_heads", config.num_heads),
-        ("ffn_dim", config.ffn_dim),
-        (f"vocab_size {config.vocab_size}, padded", padded),
-    ):
+    divided = [("ffn_dim", config.ffn_dim), (f"vocab_size {config.vocab_size}, padded", padded)]
+    if config.variant != "lmm" or memory == "heads":  # attention is divided by heads, whatever the memory is
+        divided.insert(0, ("num_heads", config.num_heads))
+    if config.variant != "transformer" and memory == "hidden" and tensor_parallel > 1:
+        divided += _memory_widths(config)
+    for name, number in divided:
         if number % tensor_parallel:
             raise ValueError(
                 f"{name} {number} cannot be divided by tensor parallel size {tensor_parallel}; "
                 f"choose a tensor parallel size that divides {number}, or change the model"
             )
+
+
+def _memory_widths(config: TitansConfig) -> list[tuple[str, int]]:
+    """The widths of the memory network that are cut when ranks share it by "hidden"."""
+    if config.memory_backend in ("fused", "oracle"):
+        raise ValueError(
+            f"model.memory_backend '{config.memory_backend}' computes whole memories; "
+            "use 'auto' or 'chunked' with parallel.memory_parallel 'hidden'"
+        )
+    names = ["head width", *["memory width"] * (config.memory_depth - 1), "head width"]
+    widths = list(zip(names, config.memory_widths, strict=True))
+    depth = config.memory_depth
+    return [*{widths[layer + split_axis(layer, depth) - 1] for layer in range(depth)}, ("dim", config.dim)]

@@ -1,0 +1,160 @@
+"""Run under torchrun by test_layouts: one float64 model at many layouts, its logits and all its gradients.
+
+python -m tests.parallel.layouts_worker REFERENCE.pt OUTPUT.json LAYOUT ...
+
+A layout is words such as "tensor=2 memory=hidden sequence context=2". One process writes the reference; more compare
+with it and write, by variant and layout, the largest error of each tensor over the tensor's largest value.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.model import TitansModel
+from titans_mcore.parallel import reduce_shared_gradients, start, stop, transformer_config
+from titans_mcore.weights import split_of
+
+BATCH, LENGTH = 2, 64
+SETTINGS: dict[str, Any] = {
+    "vocab_size": 100,
+    "num_layers": 2,
+    "dim": 32,
+    "num_heads": 4,
+    "ffn_dim": 64,
+    "memory_expansion": 2,
+    "chunk_size": 4,
+    "persistent_tokens": 3,
+    "segment_length": 8,
+    "window": 12,
+    "theta_max": 0.5,
+}
+# What differs from the paper's memory in ways that matter to a division; depth 2 and residual_norm are everywhere.
+MEMORIES: dict[str, dict[str, Any]] = {
+    "": {},
+    "linear": {"memory_depth": 1},
+    "three": {"memory_depth": 3},
+    "four": {"memory_depth": 4, "memory_network": "plain"},
+    "shared-gates": {"memory_gates": "shared", "memory_momentum": False},
+}
+
+
+def models() -> dict[str, TitansConfig]:
+    """Every variant, and LMM with other memories."""
+    found = {variant: TitansConfig(variant=variant, **SETTINGS) for variant in VARIANTS}  # type: ignore[arg-type]
+    found |= {f"lmm-{name}": TitansConfig(variant="lmm", **SETTINGS, **more) for name, more in MEMORIES.items() if name}
+    return found
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, which of them begin documents, and what the logits are multiplied with to make a loss."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, SETTINGS["vocab_size"], (BATCH, LENGTH), generator=generator)
+    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    starts[0, 21] = starts[0, 45] = starts[1, 32] = True
+    weights = torch.randn(BATCH, LENGTH, SETTINGS["vocab_size"], generator=generator, dtype=torch.float64)
+    return tokens, starts, weights
+
+
+class Layout:
+    """One way to divide the processes, from its words."""
+
+    def __init__(self, words: str) -> None:
+        pairs = dict(word.partition("=")[::2] for word in words.split())
+        self.tensor, self.context = int(pairs.get("tensor", 1)), int(pairs.get("context", 1))
+        self.memory, self.sequence = pairs.get("memory", "heads"), "sequence" in pairs
+        self.recompute = pairs.get("recompute", "none")
+
+    def groups(self) -> ProcessGroupCollection:
+        """Megatron's groups. They are made once for each division: gloo keeps threads for every group ever made."""
+        sizes = self.tensor, self.context
+        if sizes not in _GROUPS:
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=self.tensor,
+                context_parallel_size=self.context,
+                create_gloo_process_groups=False,
+            )
+            _GROUPS[sizes] = ProcessGroupCollection.use_mpu_process_groups()
+        return _GROUPS[sizes]
+
+
+_GROUPS: dict[tuple[int, int], ProcessGroupCollection] = {}
+
+
+def run(config: TitansConfig, layout: Layout, documents: bool) -> dict[str, Tensor]:
+    """Whole logits and gradients, the same on every rank."""
+    groups = layout.groups()
+    torch.manual_seed(0)
+    megatron = transformer_config(
+        config,
+        tensor_parallel=layout.tensor,
+        sequence_parallel=layout.sequence,
+        memory_parallel=layout.memory,
+        dtype=torch.float64,
+    )
+    model = TitansModel(config, megatron, groups, memory_parallel=layout.memory, recompute=layout.recompute)
+    if layout.sequence:
+        reduce_shared_gradients(model, groups.tp)
+    data, context = groups.dp, groups.cp
+    rows = slice(data.rank() * BATCH // data.size(), (data.rank() + 1) * BATCH // data.size())
+    tokens, starts, weights = (x[rows].chunk(context.size(), 1)[context.rank()] for x in batch())
+    logits = model(tokens, starts=starts if documents and bool(starts.any()) else None)
+    (logits * weights).sum().backward()
+    found = {"logits": gather(gather(logits.detach(), context, 1), data, 0)}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        gradient = parameter.grad.clone()
+        dist.all_reduce(gradient, group=groups.dp_cp)
+        rule, parts = split_of(parameter), parts_of(gradient, groups.tp)
+        for part in parts if rule is None else []:
+            assert torch.equal(part, parts[0]), f"the ranks' gradients of {name} differ"
+        found[name] = parts[0] if rule is None else rule.join(parts)
+    return found
+
+
+def parts_of(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's tensor."""
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return parts
+
+
+def gather(x: Tensor, group: dist.ProcessGroup, axis: int) -> Tensor:
+    """The ranks' tensors one after the other."""
+    return torch.cat(parts_of(x, group), axis)
+
+
+def main() -> None:
+    reference, output, *layouts = sys.argv[1:]
+    start(1, seed=0)
+    cases = [(name, config, documents) for name, config in models().items() for documents in (False, True)]
+    if dist.get_world_size() == 1:
+        found = {f"{name} {documents}": run(config, Layout(""), documents) for name, config, documents in cases}
+        torch.save(found, reference)
+    else:
+        wanted, errors = torch.load(reference), {}
+        for words in layouts:
+            for name, config, documents in cases:
+                found = run(config, Layout(words), documents)
+                right = wanted[f"{name} {documents}"]
+                assert set(found) == set(right)
+                kind = f"{name}{' documents' if documents else ''}"
+                errors[f"{kind} | {words}"] = {
+                    key: float((x - right[key]).abs().max() / right[key].abs().max().clamp_min(1e-300))
+                    for key, x in found.items()
+                }
+        if dist.get_rank() == 0:
+            Path(output).write_text(json.dumps(errors))
+    stop()
+
+
+if __name__ == "__main__":
+    main()

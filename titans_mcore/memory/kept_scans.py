@@ -1,0 +1,68 @@
+"""Scans that are kept while the block around them is computed again in the backward pass.
+
+A memory's scan is the slowest part of a block and keeps little (its tokens and some states). When activations are
+recomputed, it can be left out: what it gave the first time is kept, and so is what its own backward pass needs.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from .state import MemoryState
+
+Scanned = tuple[Tensor, MemoryState]
+_CURRENT: ContextVar["_Scans | None"] = ContextVar("kept scans", default=None)
+
+
+def keeping_scans() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's first pass and of its recomputation: the `context_fn` of torch.utils.checkpoint."""
+    scans = _Scans()
+    return scans.during("first"), scans.during("again")
+
+
+def kept(scan: Callable[[], Scanned]) -> Scanned:
+    """scan(), or what it gave in the first pass where a block is recomputed around it."""
+    scans = _CURRENT.get()
+    return scan() if scans is None else scans.run(scan)
+
+
+class _Scans:
+    """The scans of one block, in their order."""
+
+    def __init__(self) -> None:
+        self.results: list[Scanned] = []
+        self.passing, self.next = "first", 0
+
+    @contextmanager
+    def during(self, passing: str) -> Iterator[None]:
+        before = _CURRENT.set(self)
+        self.passing, self.next = passing, 0
+        try:
+            yield
+        finally:
+            _CURRENT.reset(before)
+
+    def run(self, scan: Callable[[], Scanned]) -> Scanned:
+        if self.passing == "first":
+            # What the scan saves for its backward pass is not the surrounding checkpoint's to drop.
+            with saved_tensors_hooks(_same, _same):
+                result = scan()
+            self.results.append((result[0].detach(), result[1].detach()))
+            return result
+        reads, state = self.results[self.next]
+        self.next += 1
+        # Values alone, as leaves: what follows must save the same tensors as in the first pass, no more is looked at.
+        return _leaf(reads), state.map(_leaf)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(torch.is_grad_enabled() and x.is_floating_point())

@@ -1,0 +1,178 @@
+"""Context parallelism: ranks hold parts of a row in order, and every layer's state goes from each to the next.
+
+A rank waits for its left neighbour's state of a layer, reads its own tokens, and sends the state on. While it works on
+layer l, the next rank works on layer l - 1: layers flow as a wavefront, and nothing is gathered. In the backward pass
+the gradients of the states go the other way. What is sent does not depend on the length of the rows.
+"""
+
+import json
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titans_mcore.memory import TensorTree
+
+_HEADER_BYTES = 8192
+Tree = TypeVar("Tree", bound=TensorTree)
+
+
+class ContextRelay:
+    """This rank's place in the chain of ranks that share a row.
+
+    Args:
+        group: Megatron's context-parallel group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank, self.ranks = group, group.rank(), group.size()
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+
+    def receive(self, kind: type[Tree], hidden: Tensor) -> Tree | None:
+        """The state that the rank before has left in this layer; None on the first rank.
+
+        Args:
+            kind: What the state is.
+            hidden: Input of the layer, from which the backward pass gets here.
+        """
+        if self.rank == 0:
+            return None
+        header = torch.empty(_HEADER_BYTES, dtype=torch.uint8)
+        # On the host, which need not wait for a device to know what will come; the world's group takes host tensors.
+        dist.recv(header, dist.get_global_rank(self.group, self.rank - 1))
+        layout = _Layout.read(header)
+        parts = _Receive.apply(self, layout, hidden.device, hidden)
+        return kind.from_state_dict(dict(zip(layout.names, parts, strict=True)))
+
+    def pass_on(self, state: TensorTree, hidden: Tensor) -> Tensor:
+        """Sends the state after this rank's tokens to the next rank.
+
+        Args:
+            state: The layer's, after its last token.
+            hidden: Output of the layer.
+
+        Returns:
+            hidden, behind which the backward pass waits for the state's gradients.
+        """
+        if self.rank == self.ranks - 1:
+            return hidden
+        tensors = state.state_dict()
+        layout = _Layout.of(tensors)
+        self._send(layout.header(), self.rank + 1, dist.group.WORLD)
+        return _PassOn.apply(self, layout, hidden, *tensors.values())
+
+    def _send(self, message: Tensor, to: int, group: dist.ProcessGroup | None = None) -> None:
+        self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
+        work = dist.isend(message, dist.get_global_rank(self.group, to), group=group or self.group)
+        assert work is not None
+        self._sent.append((work, message))  # which must live until it has arrived
+
+    def _take(self, message: Tensor, source: int) -> Tensor:
+        dist.recv(message, dist.get_global_rank(self.group, source), group=self.group)
+        return message
+
+
+class _Layout:
+    """Names, shapes and types of the tensors in a message."""
+
+    def __init__(self, names: list[str], shapes: list[list[int]], dtypes: list[str]) -> None:
+        self.names, self.shapes = names, shapes
+        self.dtypes = [getattr(torch, name) for name in dtypes]
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "_Layout":
+        """That of a state's tensors."""
+        dtypes = [str(x.dtype).removeprefix("torch.") for x in tensors.values()]
+        return cls(list(tensors), [list(x.shape) for x in tensors.values()], dtypes)
+
+    @classmethod
+    def read(cls, header: Tensor) -> "_Layout":
+        """From what header() made."""
+        return cls(*json.loads(header.numpy().tobytes().rstrip(b"\0")))
+
+    def header(self) -> Tensor:
+        """A message of a fixed size that says what the next one holds."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        text = json.dumps([self.names, self.shapes, dtypes], separators=(",", ":")).encode()
+        return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
+
+    def differentiable(self) -> "_Layout":
+        """Those tensors that have gradients."""
+        kept = [i for i, dtype in enumerate(self.dtypes) if dtype.is_floating_point]
+        found = _Layout([self.names[i] for i in kept], [self.shapes[i] for i in kept], [])
+        found.dtypes = [self.dtypes[i] for i in kept]
+        return found
+
+    def bytes(self) -> int:
+        """Size of the message."""
+        return sum(self._sizes())
+
+    def pack(self, tensors: list[Tensor]) -> Tensor:
+        """The tensors as one message."""
+        return torch.cat([x.detach().contiguous().flatten().view(torch.uint8) for x in tensors])
+
+    def unpack(self, message: Tensor) -> list[Tensor]:
+        """The tensors of a message; each is a copy, which is aligned."""
+        pieces = message.split(self._sizes())
+        return [
+            piece.clone().view(dtype).view(shape)
+            for piece, dtype, shape in zip(pieces, self.dtypes, self.shapes, strict=True)
+        ]
+
+    def _sizes(self) -> list[int]:
+        counts = [torch.Size(shape).numel() for shape in self.shapes]
+        return [count * dtype.itemsize for count, dtype in zip(counts, self.dtypes, strict=True)]
+
+
+class _Receive(torch.autograd.Function):
+    """Takes a state from the rank before; its gradients go back there."""
+
+    @staticmethod
+    def forward(ctx: Any, relay: ContextRelay, layout: _Layout, device: torch.device, hidden: Tensor) -> Any:
+        ctx.relay, ctx.layout = relay, layout
+        message = torch.empty(layout.bytes(), dtype=torch.uint8, device=device)
+        parts = layout.unpack(relay._take(message, relay.rank - 1))
+        ctx.mark_non_differentiable(*(x for x in parts if not x.is_floating_point()))
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        kept = [of for of, dtype in zip(gradients, ctx.layout.dtypes, strict=True) if dtype.is_floating_point]
+        ctx.relay._send(ctx.layout.differentiable().pack(kept), ctx.relay.rank - 1)
+        return None, None, None, None
+
+
+class _PassOn(torch.autograd.Function):
+    """Sends a state to the next rank; its gradients come from there."""
+
+    @staticmethod
+    def forward(ctx: Any, relay: ContextRelay, layout: _Layout, hidden: Tensor, *parts: Tensor) -> Tensor:
+        ctx.relay, ctx.layout = relay, layout
+        relay._send(layout.pack(list(parts)), relay.rank + 1)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        layout = ctx.layout.differentiable()
+        message = torch.empty(layout.bytes(), dtype=torch.uint8, device=gradient.device)
+        found = iter(layout.unpack(ctx.relay._take(message, ctx.relay.rank + 1)))
+        of_parts = [next(found) if dtype.is_floating_point else None for dtype in ctx.layout.dtypes]
+        return None, None, gradient, *of_parts
+
+
+class WithGradients(torch.autograd.Function):
+    """hidden as it is, with a gradient of zeros for parameters that this rank's tokens may not have used.
+
+    What a row begins with (persistent tokens, initial memories) is read on the rank that holds its first token. Ranks
+    that reduce gradients together must all have one for every parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
