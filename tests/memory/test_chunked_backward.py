@@ -16,9 +16,9 @@ def largest_rms(matrices: list[torch.Tensor]) -> float:
     return max(float(x.detach().square().mean((-1, -2)).sqrt().max()) for x in matrices)
 
 
-def leaving_the_shell(length: int, network: str, depth: int = 2) -> Stream:
+def leaving_the_shell(length: int, network: str, depth: int = 2, **sizes: int) -> Stream:
     """A stream on which the shell acts: the first matrix begins outside it and is hardly forgotten."""
-    stream = make_stream(length, depth, network, theta=0.002)
+    stream = make_stream(length, depth, network, theta=0.002, **sizes)
     stream.eta = 1.0 - 0.1 * (1.0 - stream.eta)
     stream.alpha = 0.01 * stream.alpha
     stream.values = 100.0 * stream.values

@@ -18,8 +18,12 @@ _KERNELS = "titans_mcore.kernels"
 _SMALLEST_BLOCK = 16  # tokens that a matrix product in a kernel takes at least
 
 
-def why_not_fused(queries: Tensor, weights: list[Tensor], chunk_size: int, *, channelwise: bool) -> str:
+def why_not_fused(
+    queries: Tensor, weights: list[Tensor], chunk_size: int, *, channelwise: bool, shared: bool = False
+) -> str:
     """Why the fused kernels cannot run for these arguments, in a sentence; empty if they can."""
+    if shared:
+        return "the fused memory kernels compute whole memories, not parts of them; use memory backend 'chunked'"
     if channelwise:
         return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:

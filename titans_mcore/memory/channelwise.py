@@ -2,8 +2,11 @@
 
 (1 - alpha) is then a diagonal matrix at the left of W, and what the dual form knows as numbers, G[t, j] and a_t, are
 vectors over the channels. The chunk loop is written for reading; a group of chunks is computed again in the backward
-pass, so that like in checkpointed.py the states of only some chunks are kept.
+pass, so that like in checkpointed.py the states of only some chunks are kept. Shared memories are added up again in it,
+and a chunk takes a sum for each of its quantities: its prediction, its load, its reads, the size of each state.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +17,8 @@ from .checkpointed import group_size
 from .coefficients import Coefficients, coefficients
 from .network import LAYER_NORM_EPS, Network, Normed, answer, back_propagate, forward, normalise, reach, smallest_rms
 from .packing import Chunks
-from .shell import above_floor, anchor_of, below_limit
+from .sharing import into_input, into_output, of_rows, spread, sum_at_output, whole_shape
+from .shell import above_floor, anchors_of, below_limit
 from .stability import chunk_load, load_mass, step_scale
 
 
@@ -29,8 +33,9 @@ def channelwise_scan(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The same as checkpointed.chunked_scan with alpha as L tensors (B, C b, H, d_in)."""
     batch, length, heads = tokens[0].shape[:3]
-    rows = network.for_memories(batch)
-    anchors = [anchor_of(x).expand(batch, *x.shape).flatten(0, 1) for x in initial]
+    share = None if network.share is None else network.share.differentiable()
+    rows = replace(network.for_memories(batch), share=share)
+    anchors = [x.expand(batch, *x.shape).flatten(0, 1) for x in anchors_of(initial, share)]
     state = [x.flatten(0, 1) for x in (*weights, *momentum)]
     first = [] if fresh is None else [x.flatten(0, 1) for x in (*fresh[0], *fresh[1])]
     step = group_size(length // chunks.size)
@@ -82,18 +87,20 @@ def _chunk(
     error = 2.0 * (answer(network, keys, trace.normed.value) - values)
     errors = back_propagate(network, weights, trace, error)
     rates = theta.permute(2, 0, 1), eta.permute(2, 0, 1)  # (L, N, b)
-    load = chunk_load(
-        trace.inputs, reach(network, weights, trace, error, errors).deltas, error, load_mass(rates[0], rates[1])
-    )
-    steps = rates[0] * step_scale(load.own, load.before)
+    reached, share = reach(network, weights, trace, error, errors).deltas, network.share
+    load = chunk_load(trace.inputs, reached, error, load_mass(rates[0], rates[1]), share=share)
+    steps = spread(share, rates[0] * step_scale(load.own, load.before))
+    etas = spread(share, rates[1])
     z = queries
     after_weights, after_momentum = [], []
     for layer, (h, delta) in enumerate(zip(trace.inputs, errors.deltas, strict=True)):
-        x = F.gelu(z) if layer else queries
-        part = _of_channels(rates[1][layer], alpha[layer], real)
+        x = into_input(share, layer, depth, F.gelu(z) if layer else queries)
+        delta = into_output(share, layer, depth, delta)
+        part = _of_channels(etas[layer], of_rows(share, layer, depth, alpha[layer]), real)
         writes = part.writes * steps[layer][:, None, None]  # (N, d_in, b, b)
         attended = torch.einsum("ntc,njc,nctj->ntj", x, h, writes)
         z = (x * part.keep.mT) @ weights[layer] + (x * part.carried.mT) @ momentum[layer] - attended @ delta
+        z = sum_at_output(share, layer, depth, z)
         end = part.keep[..., -1:] * weights[layer] + part.carried[..., -1:] * momentum[layer]
         after_weights.append(end - (h.mT * writes[:, :, -1]) @ delta)
         left = part.momentum[..., -1:] * momentum[layer]
@@ -125,9 +132,11 @@ def _of_channels(eta: Tensor, alpha: Tensor, real: Tensor | None) -> Coefficient
 
 def _into_shell(network: Network, state: list[Tensor], anchors: list[Tensor]) -> list[Tensor]:
     """The state shell, for all memories."""
-    depth = len(anchors)
+    depth, share = len(anchors), network.share
+    widths = [whole_shape(share, layer, depth, w.shape)[0] for layer, w in enumerate(anchors)]
+    floors = [smallest_rms(network.residual_norm, depth, width) for width in widths]
     weights = [
-        above_floor(below_limit(w), smallest_rms(network.residual_norm, depth, w.shape[1]), anchor)
-        for w, anchor in zip(state[:depth], anchors, strict=True)
+        above_floor(below_limit(w, share), floor, anchor, share)
+        for w, floor, anchor in zip(state[:depth], floors, anchors, strict=True)
     ]
-    return [*weights, *map(below_limit, state[depth:])]
+    return [*weights, *(below_limit(s, share) for s in state[depth:])]

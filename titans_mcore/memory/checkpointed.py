@@ -8,18 +8,20 @@ are about equally many, and nothing grows with length times the size of a state.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunked import Borders, Bounds, Gates, Tokens, bounds_met, gates_of, read, walk
+from .chunked import Borders, Bounds, Gates, Tokens, bounds_met, gates_of, norm_of_reads, read, walk
 from .chunked_gradient import group_gradient
-from .network import Network
+from .network import Network, answer
 from .packing import Chunks
-from .shell import anchor_of
+from .sharing import Share
+from .shell import anchors_of
 
 
 def chunked_scan(
@@ -34,7 +36,8 @@ def chunked_scan(
     """Update and read the memory chunk by chunk. The result can be differentiated once.
 
     Args:
-        network: The memory network.
+        network: The memory network. With a share, weights, momentum, initial and fresh are the process's parts, and so
+            are the gradients at them; all else is equal on all processes.
         tokens: Queries, keys and values (B, C b, H, D), theta, eta and alpha (B, C b, H, L), in the slots of the
             chunks; zeros where a slot is empty.
         weights: L of (B, H, d_in, d_out) before the first token; momentum alike.
@@ -47,14 +50,15 @@ def chunked_scan(
     """
     batch, _, heads = tokens[0].shape[:3]
     rows = network.for_memories(batch)
-    layout = _Layout(network.residual_norm, chunks, batch, heads)
-    anchors = [anchor_of(x).expand(batch, *x.shape).flatten(0, 1) for x in initial]
+    layout, share = _Layout(network.residual_norm, network.share, chunks, batch, heads), network.share
+    share = None if share is None else share.differentiable()
+    anchors = [x.expand(batch, *x.shape).flatten(0, 1) for x in anchors_of(initial, share)]
     states = [_joined(weights, momentum), [] if fresh is None else _joined(*fresh)]
     tensors = (*tokens, rows.norm_weight, rows.norm_bias, *anchors, *states[0], *states[1])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         reads, *end = _Scan.apply(layout, len(weights), *tensors)
     else:
-        reads, end, _ = _scan(layout, rows, _Given(tokens, anchors, *states))
+        reads, end, _ = _scan(layout, rows, _Given(tokens, anchors, *states), keep=False)
     both = [state.unflatten(0, (batch, heads)).chunk(2, -2) for state in end]
     return reads, [w.contiguous() for w, _ in both], [s.contiguous() for _, s in both]
 
@@ -90,9 +94,14 @@ class _Layout:
     """How a sequence falls into groups of chunks, for B rows and H heads."""
 
     residual_norm: bool
+    share: Share | None
     chunks: Chunks
     batch: int
     heads: int
+
+    def network(self, norm_weight: Tensor | None, norm_bias: Tensor | None) -> Network:
+        """The memory network, with scale and shift for N memories."""
+        return Network(self.residual_norm, norm_weight, norm_bias, self.share)
 
     def groups(self, length: int) -> list[slice]:
         """The tokens of each group."""
@@ -109,15 +118,18 @@ class _Layout:
 
 
 class _Stored(NamedTuple):
-    """What the forward pass keeps of a group: its first state and the bounds it was walked with."""
+    """What the forward pass keeps of a group: its first state, the bounds it was walked with, sums over the parts."""
 
     start: list[Tensor]
     bounds: Bounds
+    sums: list[Tensor]
 
 
-def _scan(layout: _Layout, network: Network, given: _Given) -> tuple[Tensor, list[Tensor], list[_Stored]]:
-    """Reads, the last state, and what is kept of each group."""
-    answers, groups, state = [], [], given.start
+def _scan(
+    layout: _Layout, network: Network, given: _Given, *, keep: bool
+) -> tuple[Tensor, list[Tensor], list[_Stored]]:
+    """Reads, the last state, and what is kept of each group; the sums only if they are wanted."""
+    outputs, groups, state = [], [], given.start
     alone = given.tokens[0].shape[1] == layout.chunks.size
     bounds = Bounds(alone, alone)  # one chunk can be looked at while walking as well as afterwards
     for span in layout.groups(given.tokens[0].shape[1]):
@@ -126,14 +138,32 @@ def _scan(layout: _Layout, network: Network, given: _Given) -> tuple[Tensor, lis
         borders, real = layout.borders(span, given)
         theta, eta, alpha = map(layout.chunks.split_gate, part[3:])
         gates = gates_of(theta, eta, alpha, real)
-        walked = walk(network, tokens, gates, state, borders, bounds)
+        sums: list[Tensor] = []
+        recording = _recording(network, sums) if keep else network
+        walked = walk(recording, tokens, gates, state, borders, bounds)
         while (met := bounds_met(network, walked, gates, borders, bounds)) != bounds:
             bounds = met  # also for the groups that follow: a bound that has acted will act again
-            walked = walk(network, tokens, gates, state, borders, bounds)
-        answers.append(layout.chunks.join(read(network, tokens, gates, walked).answers, layout.batch))
-        groups.append(_Stored(state, bounds))
+            sums.clear()
+            walked = walk(recording, tokens, gates, state, borders, bounds)
+        outputs.append(read(recording, tokens, gates, walked).output)
+        groups.append(_Stored(state, bounds, sums))
         state = [path.states[-1] for path in walked.paths]
-    return torch.cat(answers, 1) if len(answers) > 1 else answers[0], state, groups
+    queries = layout.chunks.split(given.tokens[0])
+    normed = norm_of_reads(network, len(state), torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+    if keep and network.share is not None:
+        for group, output in zip(groups, normed.raw.split([len(x) for x in outputs]), strict=True):
+            group.sums.append(output)
+    answers = answer(network, queries, normed.value.view_as(queries))
+    return layout.chunks.join(answers, layout.batch), state, groups
+
+
+def _recording(network: Network, sums: list[Tensor]) -> Network:
+    """The same network, whose sums over the parts are kept for the backward pass."""
+    return network if network.share is None else replace(network, share=network.share.recorded(sums))
+
+
+def _replaying(network: Network, sums: list[Tensor]) -> Network:
+    return network if network.share is None else replace(network, share=network.share.replayed(sums))
 
 
 class _Scan(torch.autograd.Function):
@@ -142,9 +172,10 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: _Layout, depth: int, *tensors: Any) -> tuple[Tensor, ...]:
         given = _given(depth, tensors)
-        reads, end, groups = _scan(layout, Network(layout.residual_norm, *tensors[6:8]), given)
+        reads, end, groups = _scan(layout, layout.network(*tensors[6:8]), given, keep=True)
         ctx.layout, ctx.depth, ctx.bounds, ctx.count = layout, depth, [group.bounds for group in groups], len(tensors)
-        ctx.save_for_backward(*tensors, *(matrix for group in groups for matrix in group.start))
+        ctx.sums = [len(group.sums) for group in groups]
+        ctx.save_for_backward(*tensors, *(x for group in groups for x in (*group.start, *group.sums)))
         return reads, *end
 
     @staticmethod
@@ -152,20 +183,31 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, of_reads: Tensor, *of_end: Tensor) -> tuple[Tensor | None, ...]:
         layout, depth = ctx.layout, ctx.depth
         saved = ctx.saved_tensors  # taken once: a checkpoint around recomputes them when asked
-        tensors, states = saved[: ctx.count], saved[ctx.count :]
+        tensors, kept = saved[: ctx.count], iter(saved[ctx.count :])
+        groups = [
+            _Stored(list(islice(kept, depth)), bounds, list(islice(kept, sums)))
+            for bounds, sums in zip(ctx.bounds, ctx.sums, strict=True)
+        ]
         given, norm = _given(depth, tensors), tensors[6:8]
-        back = _Back(layout, Network(layout.residual_norm, *norm), given)
+        back = _Back(layout, layout.network(*norm), given)
         of_tokens = [torch.empty_like(x) for x in given.tokens]
         of_state = [x.clone(memory_format=torch.contiguous_format) for x in of_end]  # it is changed in place
-        for group, (span, bounds) in reversed(
-            list(enumerate(zip(layout.groups(of_reads.shape[1]), ctx.bounds, strict=True)))
-        ):
-            stored = _Stored(list(states[group * depth : (group + 1) * depth]), bounds)
+        for span, stored in reversed(list(zip(layout.groups(of_reads.shape[1]), groups, strict=True))):
             part, of_state = back.through(span, stored, of_reads[:, span], of_state)
             for whole, piece in zip(of_tokens, part, strict=True):
                 whole[:, span] = piece
         of_norm = [None if x is None else total for x, total in zip(norm, back.of_norm, strict=True)]
+        if layout.share is not None:
+            of_tokens, of_norm = _whole(layout.share, of_tokens, of_norm)
         return None, None, *of_tokens, *of_norm, *back.of_anchors, *of_state, *back.of_fresh
+
+
+def _whole(share: Share, of_tokens: list[Tensor], of_norm: list[Tensor | None]) -> tuple[list[Tensor], list[Any]]:
+    """Partial gradients at tokens and norm, summed over the parts in one."""
+    whole = share.add_all([*of_tokens, *(x for x in of_norm if x is not None)])
+    count = len(of_tokens)
+    rest = iter(whole[count:])
+    return whole[:count], [None if x is None else next(rest) for x in of_norm]
 
 
 def _given(depth: int, tensors: Any) -> _Given:
@@ -199,10 +241,12 @@ class _Back:
             leaves = [self.layout.chunks.split_gate(x.detach()).requires_grad_() for x in arguments[3:]]
             made = gates_of(leaves[0], leaves[1], leaves[2], real)
         gates = Gates(*(x.detach() for x in made))
-        walked = walk(self.network, tokens, gates, stored.start, borders, stored.bounds)
-        reads = read(self.network, tokens, gates, walked)
+        again = _replaying(self.network, stored.sums)
+        walked = walk(again, tokens, gates, stored.start, borders, stored.bounds)
+        reads = read(again, tokens, gates, walked)
+        normed = norm_of_reads(again, len(walked.paths), reads.output)
         of_answers = self.layout.chunks.split(of_reads)
-        found = group_gradient(self.network, tokens, gates, walked, borders, reads, of_answers, of_end)
+        found = group_gradient(self.network, tokens, gates, walked, borders, reads, normed, of_answers, of_end)
         _add(self.of_norm, found.norm)
         _add(self.of_anchors, found.anchors)
         _add(self.of_fresh, found.fresh)

@@ -34,6 +34,7 @@ from .network import (
     reach,
     smallest_rms,
 )
+from .sharing import Share, into_input, sum_at_output, whole_mean, whole_shape
 from .shell import floor_lack, leaves_shell
 from .stability import STATE_RMS_LIMIT, Load, chunk_load, load_mass, step_scale
 
@@ -174,29 +175,49 @@ def bounds_met(network: Network, walked: Walked, gates: Gates, borders: Borders,
         weights = [state[:, : state.shape[1] // 2] for state in before]
         all_chunks = network.for_chunks(len(walked.paths[0].before))
         reaching = reach(all_chunks, weights, walked.trace, walked.error, walked.errors)
-        load = chunk_load(walked.trace.inputs, reaching.deltas, walked.error, gates.mass.flatten(1, 2))
-        step = bool(load.exceeds().any())
+        mass = gates.mass.flatten(1, 2)
+        load = chunk_load(walked.trace.inputs, reaching.deltas, walked.error, mass, share=network.share)
+        step = _holds_anywhere(network.share, load.exceeds())
     if borders.closed and not shell:
         floors = floor_by_matrix(network, walked.paths)
-        shell = any(
-            _leaves_shell(states, floor)
-            for path, floor in zip(walked.paths, floors, strict=True)
-            for states in (path.before[1:], path.states[-1])  # what comes first was not made here
-        )
+        made = [(path.before[1:], path.states[-1]) for path in walked.paths]  # what comes first was not made here
+        if network.share is None:
+            shell = any(_leaves_shell(x, floor) for xs, floor in zip(made, floors, strict=True) for x in xs)
+        else:
+            shell = _part_leaves_shell(network.share, made, floors)
     return Bounds(step, shell)
+
+
+def _holds_anywhere(share: Share | None, where: Tensor) -> bool:
+    """Whether it holds somewhere. Processes that decided apart could part for a rounding error and wait forever."""
+    anywhere = where.any()
+    return bool(anywhere) if share is None else bool(share.add(anywhere.float().view(1)) > 0)
 
 
 def floor_by_matrix(network: Network, paths: list[Path]) -> Tensor:
     """Smallest root mean square of weights and momentum, (L, 2); momentum may vanish."""
-    smallest = [smallest_rms(network.residual_norm, len(paths), path.weights[0].shape[1]) for path in paths]
+    depth = len(paths)
+    widths = [whole_shape(network.share, i, depth, path.weights[0].shape)[0] for i, path in enumerate(paths)]
+    smallest = [smallest_rms(network.residual_norm, depth, width) for width in widths]
     return torch.tensor([[rms, 0.0] for rms in smallest], dtype=paths[0].before.dtype, device=paths[0].before.device)
 
 
 def _leaves_shell(states: Tensor, floor: Tensor) -> bool:
     """Whether weights or momentum in states (..., 2 d_in, d_out) are too large or too small."""
-    matrices = states.unflatten(-2, (2, -1)).flatten(-2)
-    mean_square = _mean_square(matrices)
+    mean_square = _mean_square(_matrices(states))
     return bool((leaves_shell(mean_square, floor) | mean_square.isnan()).any())
+
+
+def _part_leaves_shell(share: Share, states: list[tuple[Tensor, Tensor]], floors: Tensor) -> bool:
+    """The same for L pairs of states before, (g - 1, N, 2 d_in, d_out), and the last one, in one sum over the parts."""
+    squares = [[_mean_square(_matrices(x)) for x in (before, last.unsqueeze(0))] for before, last in states]
+    mean_square = whole_mean(share, torch.stack([torch.cat(parts) for parts in squares]))
+    return bool((leaves_shell(mean_square, floors[:, None, None]) | mean_square.isnan()).any())
+
+
+def _matrices(states: Tensor) -> Tensor:
+    """Weights and momentum flat, (..., 2, d_in * d_out), in states (..., 2 d_in, d_out)."""
+    return states.unflatten(-2, (2, -1)).flatten(-2)
 
 
 def walk(
@@ -205,7 +226,7 @@ def walk(
     """Go through a group's chunks, each from the state that the one before has left.
 
     Args:
-        network: With scale and shift for N memories.
+        network: With scale and shift for N memories. With a share, states, inputs, errors and anchors are parts of it.
         tokens: The group's.
         gates: The group's.
         start: L states before the first chunk.
@@ -216,7 +237,8 @@ def walk(
     paths = [Path(state, chunks, bool(borders.restarted)) for state in start]
     write, end = (_by_matrix_and_chunk(x) for x in (gates.write.unsqueeze(-1), gates.end))
     masses = gates.mass.unbind(1)
-    key_overlaps = torch.matmul(tokens.keys, tokens.keys.transpose(-1, -2)).unbind(0) if bounds.step else ()
+    keyed = into_input(network.share, 0, len(paths), tokens.keys)
+    key_overlaps = torch.matmul(keyed, keyed.transpose(-1, -2)).unbind(0) if bounds.step else ()
     steps: list[tuple[Trace, Tensor, Errors]] = []
     loads, reached, acted, mean_squares = [], [], [], []
     floors = floor_by_matrix(network, paths).unsqueeze(1)  # (L, 1, 2)
@@ -234,10 +256,10 @@ def walk(
         steps.append((trace, error, errors))
         shares = [share[c] for share in write]
         if bounds.step:
-            load = chunk_load(trace.inputs, reaching.deltas, error, masses[c], key_overlaps[c])
+            load = chunk_load(trace.inputs, reaching.deltas, error, masses[c], key_overlaps[c], network.share)
             loads.append(load)
             reached.append(reaching)
-            acted.append(may_hold(load.exceeds()))
+            acted.append(may_hold(load.exceeds(), network.share))
             if acted[-1]:
                 scale = step_scale(load.own, load.before)[..., None, None]
                 shares = [share * scale for share in shares]
@@ -246,11 +268,12 @@ def walk(
             torch.bmm(mix[c], path.pairs[c], out=path.pairs[c + 1])
             after.baddbmm_((h.unsqueeze(2) * share).flatten(2).transpose(1, 2), delta, alpha=-1)
         if bounds.shell and borders.closed:
-            mean_squares.append(torch.stack([_mean_square(path.pairs[c + 1]) for path in paths]))
-            if may_hold(leaves_shell(mean_squares[-1], floors)):
+            parts = torch.stack([_mean_square(path.pairs[c + 1]) for path in paths])
+            mean_squares.append(whole_mean(network.share, parts))
+            if may_hold(leaves_shell(mean_squares[-1], floors), network.share):
                 full = None if borders.full is None else borders.full[c]
                 for path, square, floor, anchor in zip(paths, mean_squares[-1], floors, borders.anchors, strict=True):
-                    _into_shell(path, c + 1, square, floor[0, 0], anchor, full)
+                    _into_shell(path, c + 1, square, floor[0, 0], anchor, full, network.share)
     walked = Walked(paths, *_in_one(steps), acted=acted)
     if any(acted):
         walked.load = Load(*map(torch.stack, zip(*loads, strict=True)))
@@ -265,14 +288,16 @@ def _mean_square(pairs: Tensor) -> Tensor:
     return torch.linalg.vector_norm(pairs, dim=-1).square_().div_(pairs.shape[-1])
 
 
-def _into_shell(path: Path, chunk: int, square: Tensor, floor: Tensor, anchor: Tensor, full: Tensor | None) -> None:
+def _into_shell(
+    path: Path, chunk: int, square: Tensor, floor: Tensor, anchor: Tensor, full: Tensor | None, share: Share | None
+) -> None:
     """The state shell, in place, for the memories whose chunk is full; their mean squares are (N, 2)."""
     above, lack = square > STATE_RMS_LIMIT**2, floor_lack(square[:, 0], floor)
     if full is not None:
         above, lack = above & full.unsqueeze(-1), lack * full
-    if may_hold(above):
+    if may_hold(above, share):
         path.pairs[chunk].mul_(torch.where(above, STATE_RMS_LIMIT * square.rsqrt(), 1.0).unsqueeze(-1))
-    if may_hold(lack > 0):
+    if may_hold(lack > 0, share):
         path.weights[chunk].addcmul_(lack[:, None, None], anchor)
 
 
@@ -280,41 +305,44 @@ class Reads(NamedTuple):
     """The queries' way through a group's memories; (g N, ...) like Walked.
 
     Attributes:
-        answers: (g, N, b, D).
         inputs: For each matrix its input x, (g N, b, d_in).
         similarities: For each matrix the products x_t . h_j, (g N, b, b).
         attended: Those times G with the bound's scale.
         shared: For each matrix x as it meets weights and momentum, (g N, b, 2 d_in).
         hidden: For each matrix but the last its output, (g N, b, d_out).
-        normed: LayerNorm of the last output.
+        output: The last output, (g N, b, D); partial with a share, so that a sequence needs one sum.
     """
 
-    answers: Tensor
     inputs: list[Tensor]
     similarities: list[Tensor]
     attended: list[Tensor]
     shared: list[Tensor]
     hidden: list[Tensor]
-    normed: Normed
+    output: Tensor
 
 
 def read(network: Network, tokens: Tokens, gates: Gates, walked: Walked) -> Reads:
-    """What the queries of a walked group read, each from the state that its own token has left."""
+    """The queries' way through a walked group, each through the state that its own token has left."""
+    depth = len(walked.paths)
     x = z = tokens.queries.flatten(0, 1)
     inputs, similarities, attended, shared, hidden = [], [], [], [], []
     for layer, path in enumerate(walked.paths):
         if layer:
-            hidden.append(z)
-            x = F.gelu(z)
+            hidden.append(sum_at_output(network.share, layer - 1, depth, z))
+            x = F.gelu(hidden[-1])
+        x = into_input(network.share, layer, depth, x)
         inputs.append(x)
         similarities.append(torch.bmm(x, walked.trace.inputs[layer].transpose(1, 2)))
         attended.append(similarities[-1] * bounded_writes(gates, walked, layer))
         shared.append((x.unsqueeze(2) * gates.read[layer].flatten(0, 1).unsqueeze(-1)).flatten(2))
         z = torch.bmm(shared[-1], path.before.flatten(0, 1))
         z.baddbmm_(attended[-1], walked.errors.deltas[layer], alpha=-1)
-    normed = normalise(network, z)
-    answers = answer(network, tokens.queries, normed.value.view_as(tokens.queries))
-    return Reads(answers, inputs, similarities, attended, shared, hidden, normed)
+    return Reads(inputs, similarities, attended, shared, hidden, z)
+
+
+def norm_of_reads(network: Network, depth: int, output: Tensor) -> Normed:
+    """LayerNorm of Reads.output, of one group or of several in one tensor; with a share their one sum."""
+    return normalise(network, sum_at_output(network.share, depth - 1, depth, output))
 
 
 def bounded_writes(gates: Gates, walked: Walked, layer: int) -> Tensor:
@@ -323,9 +351,12 @@ def bounded_writes(gates: Gates, walked: Walked, layer: int) -> Tensor:
     return writes if walked.scale is None else writes * walked.scale.unsqueeze(-2)
 
 
-def may_hold(where: Tensor) -> bool:
-    """Whether it may hold somewhere; a GPU would stall for the answer, so there it always may."""
-    return where.is_cuda or bool(where.any())
+def may_hold(where: Tensor, share: Share | None = None) -> bool:
+    """Whether it may hold somewhere.
+
+    A GPU would stall for the answer, and with a share the processes might not agree; so there it always may.
+    """
+    return where.is_cuda or share is not None or bool(where.any())
 
 
 def _by_matrix_and_chunk(x: Tensor) -> list[list[Tensor]]:

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from .chunked import Borders, Gates, Reads, Tokens, Walked, bounded_writes, floor_by_matrix, may_hold
-from .network import Network, gelu_gradient
+from .network import Network, Normed, gelu_gradient
 from .network_gradient import InnerGradient, ReachGradient, by_chunk
+from .sharing import once, once_at_input, out_of_input, sum_at_input, whole_mean
 from .shell import EMPTY, floor_lack
 from .stability import STATE_RMS_LIMIT, growth_units
 from .stability_gradient import LoadChain
 
 
 class GroupGradient(NamedTuple):
-    """Gradients at what a group was made of.
+    """Gradients at what a group was made of. With a share those at tokens, gates and norm are partial.
 
     Attributes:
         tokens: At queries, keys and values.
@@ -45,6 +46,7 @@ def group_gradient(
     walked: Walked,
     borders: Borders,
     reads: Reads,
+    normed: Normed,
     of_answers: Tensor,
     of_end: list[Tensor],
 ) -> GroupGradient:
@@ -55,20 +57,22 @@ def group_gradient(
         walked: What chunked.walk has found.
         borders: As for chunked.walk.
         reads: What chunked.read has found.
-        of_answers: Gradient at reads.answers, (g, N, b, D).
+        normed: What chunked.norm_of_reads makes of it.
+        of_answers: Gradient at the answers to the queries, (g, N, b, D).
         of_end: L gradients at the states after the last chunk, contiguous; they are changed.
     """
-    of_reads = _back_through_reads(network, gates, walked, reads, of_answers)
+    of_reads = _back_through_reads(network, gates, walked, reads, normed, of_answers)
     chain = _Chain(network, gates, walked, borders, reads, of_reads)
     of_state = of_end
     for chunk in reversed(range(len(tokens.keys))):
         of_state = chain.step(chunk, of_state)
-    of_key_answers = chain.inner.of_answers()
-    of_queries, of_keys = of_reads.queries.view_as(tokens.queries), of_reads.inputs[0].view_as(tokens.keys)
+    of_key_answers, of_answers = chain.inner.of_answers(), once(network.share, of_answers)
+    at_first = [out_of_input(network.share, len(of_end), x) for x in (of_reads.queries, of_reads.inputs[0])]
+    of_queries, of_keys = (x.view_as(tokens.queries) for x in at_first)
     norm: tuple[Tensor, ...] = ()
     if network.residual_norm:
         of_queries, of_keys = of_queries + of_answers, of_keys + of_key_answers
-        of_scale = (of_answers * reads.normed.value.view_as(of_answers)).sum((0, 2)).unsqueeze(1)
+        of_scale = (of_answers * normed.value.view_as(of_answers)).sum((0, 2)).unsqueeze(1)
         of_shift = of_answers.sum((0, 2)).unsqueeze(1)
         norm = tuple(a + b for a, b in zip(chain.inner.of_norm(of_key_answers), (of_scale, of_shift), strict=True))
     of_tokens = Tokens(of_queries, of_keys, -of_key_answers)
@@ -96,11 +100,11 @@ class _ReadGradient(NamedTuple):
 
 
 def _back_through_reads(
-    network: Network, gates: Gates, walked: Walked, reads: Reads, of_answers: Tensor
+    network: Network, gates: Gates, walked: Walked, reads: Reads, normed: Normed, of_answers: Tensor
 ) -> _ReadGradient:
     of_z = (of_answers if network.norm_weight is None else of_answers * network.norm_weight).flatten(0, 1)
     if network.residual_norm:
-        of_z = reads.normed.gradient(of_z)
+        of_z = normed.gradient(of_z)
     found = []
     for layer in reversed(range(len(walked.paths))):
         x, h, delta = reads.inputs[layer], walked.trace.inputs[layer], walked.errors.deltas[layer]
@@ -114,6 +118,7 @@ def _back_through_reads(
         of_read = (of_shared * x.unsqueeze(2)).sum(-1)
         found.append((of_h, of_delta, of_z, of_attended.mul_(reads.similarities[layer]), of_read))
         if layer:
+            of_x = sum_at_input(network.share, layer, len(walked.paths), of_x)
             of_z = gelu_gradient(of_x, reads.hidden[layer - 1])
     return _ReadGradient(of_x, *(list(column) for column in zip(*reversed(found), strict=True)))
 
@@ -126,6 +131,7 @@ class _Chain:
     ) -> None:
         chunks = gates.mass.shape[1]
         self.gates, self.walked, self.borders, self.of_reads, self.chunks = gates, walked, borders, of_reads, chunks
+        self.share = network.share
         self.of_fresh: list[Tensor | None] = [None] * len(walked.paths)
         self.of_anchors: list[Tensor | None] = [None] * len(walked.paths)
         trace, deltas = walked.trace, walked.errors.deltas
@@ -192,14 +198,14 @@ class _Chain:
             of_writes = of_writes * self.walked.scale.unsqueeze(-2)
             of_write = of_write * self.walked.scale.unsqueeze(-1)
         of_writes, of_write = of_writes.view_as(gates.writes), of_write.view_as(gates.write)
-        of_mass = None if self.loads is None else self.loads.of_mass().transpose(0, 1)
+        of_mass = None if self.loads is None else once(self.share, self.loads.of_mass().transpose(0, 1))
         return of_read.view_as(gates.read), of_end, of_writes, of_write, of_mass
 
     def _prepare_bounds(self) -> None:
         self.loads: LoadChain | None = None
         if self.walked.load is not None:
             assert self.walked.reach is not None
-            units = growth_units(self.walked.trace.inputs, self.walked.errors.deltas)
+            units = growth_units(self.walked.trace.inputs, self.walked.errors.deltas, self.share)
             self.loads = LoadChain(self.walked.load, self.gates.mass.transpose(0, 1), units)
             self.inner.prepare_reach(self.walked.reach)
             of_writes = torch.stack(self.of_reads.writes)
@@ -219,8 +225,9 @@ class _Chain:
         of_scale = self.of_scale[chunk]
         for of_written, weighted in zip(self.of_written_by_chunk, self.weighted, strict=True):
             of_scale = of_scale - (of_written[chunk] * weighted[chunk]).sum(-1)
-        found = self.loads.step(chunk, of_scale)
+        found = self.loads.step(chunk, of_scale if self.share is None else self.share.add(of_scale))
         for layer, of_overlaps in enumerate(found.overlaps.unbind(0)):
+            of_overlaps = once_at_input(self.share, layer, len(weights), of_overlaps)
             of_inputs[layer].baddbmm_(of_overlaps, self.inputs[layer][chunk])
         return self.inner.through_reach(chunk, weights, found.deltas, found.error, self.error[chunk])
 
@@ -237,29 +244,46 @@ class _Chain:
         """Back through W = s U with s = limit / rms(U), or W = U + lack(U) anchor, where the shell acted."""
         if self.walked.mean_squares is None:
             return of_after
-        found = []
-        for layer, (path, floor, of_state) in enumerate(zip(self.walked.paths, self.floors, of_after, strict=True)):
-            square, of_pair = self.walked.mean_squares[chunk, layer], of_state.view_as(path.pairs[chunk + 1])
-            ended = torch.ones_like(square, dtype=torch.bool)
-            if self.borders.full is not None:
-                ended &= self.borders.full[chunk].unsqueeze(-1)
-            above, below = (square > STATE_RMS_LIMIT**2) & ended, (square[:, 0] < floor**2) & ended[:, 0]
-            if may_hold(above):
-                of_pair = _through_limit(of_pair, path.pairs[chunk + 1], square, above)
-            if may_hold(below):
-                self._through_floor(layer, of_pair, path.pairs[chunk + 1], square[:, 0], floor, below)
-            found.append(of_pair.view_as(of_state))
-        return found
+        squares = self.walked.mean_squares[chunk]
+        ended = torch.ones_like(squares[0], dtype=torch.bool)
+        if self.borders.full is not None:
+            ended &= self.borders.full[chunk].unsqueeze(-1)
+        above = (squares > STATE_RMS_LIMIT**2) & ended
+        below = torch.stack([x < floor**2 for x, floor in zip(squares[..., 0], self.floors, strict=True)]) & ended[:, 0]
+        if not may_hold(above | below.unsqueeze(-1), self.share):
+            return of_after
+        states = [path.pairs[chunk + 1] for path in self.walked.paths]
+        pairs = [of_state.view_as(state) for of_state, state in zip(of_after, states, strict=True)]
+        along_states, along_anchors = self._along(states, pairs)
+        for layer, (floor, state) in enumerate(zip(self.floors, states, strict=True)):
+            square = squares[layer]
+            if may_hold(above[layer], self.share):
+                pairs[layer] = _through_limit(pairs[layer], state, square, above[layer], along_states[layer])
+            if may_hold(below[layer], self.share):
+                along = along_anchors[layer]
+                self._through_floor(layer, pairs[layer], state, square[:, 0], floor, below[layer], along)
+        return [pair.view_as(of_state) for pair, of_state in zip(pairs, of_after, strict=True)]
+
+    def _along(self, states: list[Tensor], pairs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Means over the matrices of gradients (N, 2, size) times states, (L, N, 2), and times anchors, (L, N)."""
+        with_states = [(pair * state).mean(-1) for pair, state in zip(pairs, states, strict=True)]
+        anchors = [anchor.flatten(1) for anchor in self.borders.anchors]
+        with_anchors = [
+            torch.linalg.vecdot(pair[:, 0], anchor) / anchor.shape[-1]
+            for pair, anchor in zip(pairs, anchors, strict=True)
+        ]
+        both = torch.cat([torch.stack(with_states), torch.stack(with_anchors).unsqueeze(-1)], -1)
+        both = whole_mean(self.share, both)
+        return both[..., :2], both[..., 2]
 
     def _through_floor(
-        self, layer: int, of_pair: Tensor, state: Tensor, square: Tensor, floor: float, below: Tensor
+        self, layer: int, of_pair: Tensor, state: Tensor, square: Tensor, floor: float, below: Tensor, along: Tensor
     ) -> None:
         """Through U + lack(U) anchor, in place, for the weights of those memories; keeps the gradient at the anchor."""
         anchor = self.borders.anchors[layer].flatten(1)
         lack = (floor_lack(square, floor) * below).unsqueeze(-1)
         of_weights = of_pair[:, 0]
-        along = torch.linalg.vecdot(of_weights, anchor).unsqueeze(-1) / anchor.shape[-1]
-        along = along * below.unsqueeze(-1) / (square.unsqueeze(-1) + EMPTY).sqrt()
+        along = along.unsqueeze(-1) * below.unsqueeze(-1) / (square.unsqueeze(-1) + EMPTY).sqrt()
         total = self.of_anchors[layer]
         if total is None:
             total = self.of_anchors[layer] = torch.zeros_like(self.borders.anchors[layer])
@@ -268,10 +292,10 @@ class _Chain:
         of_weights.addcmul_(along, state[:, 0], value=-1.0).addcmul_(along * lack, anchor)
 
 
-def _through_limit(of_pair: Tensor, state: Tensor, square: Tensor, above: Tensor) -> Tensor:
-    """Through s U for pairs (N, 2, size): s (D - (D . W) W / (size limit^2)), where above (N, 2)."""
+def _through_limit(of_pair: Tensor, state: Tensor, square: Tensor, above: Tensor, along: Tensor) -> Tensor:
+    """Through s U for pairs (N, 2, size): s (D - (D . W) W / (size limit^2)), where above; along is D . W / size."""
     scale = STATE_RMS_LIMIT * square.masked_fill(~above, 1.0).rsqrt().unsqueeze(-1)
-    along = (of_pair * state).mean(-1, keepdim=True) / STATE_RMS_LIMIT**2
+    along = along.unsqueeze(-1) / STATE_RMS_LIMIT**2
     return torch.where(above.unsqueeze(-1), scale * (of_pair - along * state), of_pair)
 
 

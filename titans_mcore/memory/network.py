@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .sharing import Share, into_input, into_output, sum_at_input, sum_at_output
+
 LAYER_NORM_EPS = 1e-6
 
 
@@ -25,11 +27,14 @@ class Network:
         residual_norm: Add the input to the layer-normed output of the MLP.
         norm_weight: (H, D) scale of the LayerNorm, an outer parameter; None is 1. See `for_memories`.
         norm_bias: (H, D) shift of the LayerNorm; None is 0.
+        share: The process's part of the fast weights; None is all. With one, matrices and what lies between them are
+            parts as sharing.py says, and errors and gradients with them.
     """
 
     residual_norm: bool
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+    share: Share | None = None
 
     def for_memories(self, batch: int) -> "Network":
         """The same with scale and shift (N, 1, D) for N = batch * H memories in one axis."""
@@ -37,12 +42,12 @@ class Network:
             None if x is None else x.expand(batch, *x.shape).flatten(0, 1).unsqueeze(1)
             for x in (self.norm_weight, self.norm_bias)
         )
-        return Network(self.residual_norm, weight, bias)
+        return Network(self.residual_norm, weight, bias, self.share)
 
     def for_chunks(self, chunks: int) -> "Network":
         """From scale and shift for N memories those for the same memories in g chunks, (g N, 1, D)."""
         weight, bias = (None if x is None else x.repeat(chunks, 1, 1) for x in (self.norm_weight, self.norm_bias))
-        return Network(self.residual_norm, weight, bias)
+        return Network(self.residual_norm, weight, bias, self.share)
 
 
 @dataclass
@@ -96,11 +101,13 @@ class Errors(NamedTuple):
 
 def forward(network: Network, weights: list[Tensor], x: Tensor) -> Trace:
     """The MLP and its LayerNorm for x (N, b, D) and weights of (N, d_in, d_out)."""
-    inputs, hidden = [x], []
-    for weight in weights[:-1]:
-        hidden.append(torch.bmm(inputs[-1], weight))
-        inputs.append(F.gelu(hidden[-1]))
-    return Trace(inputs, hidden, normalise(network, torch.bmm(inputs[-1], weights[-1])))
+    share, depth = network.share, len(weights)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for layer, weight in enumerate(weights):
+        inputs.append(into_input(share, layer, depth, F.gelu(outputs[-1]) if layer else x))
+        outputs.append(sum_at_output(share, layer, depth, torch.bmm(inputs[-1], weight)))
+    return Trace(inputs, outputs[:-1], normalise(network, outputs[-1]))
 
 
 def normalise(network: Network, raw: Tensor) -> Normed:
@@ -122,8 +129,8 @@ def answer(network: Network, x: Tensor, normed: Tensor) -> Tensor:
 def back_propagate(network: Network, weights: list[Tensor], trace: Trace, error: Tensor) -> Errors:
     """Errors at the output of each matrix for the error (N, b, D) of M(x); scale is (N, 1, D)."""
     if not network.residual_norm:
-        return _through_matrices(weights, trace.hidden, error)
-    return _through_matrices(weights, trace.hidden, trace.normed.gradient(scaled(network, error)))
+        return _through_matrices(network, weights, trace.hidden, error)
+    return _through_matrices(network, weights, trace.hidden, trace.normed.gradient(scaled(network, error)))
 
 
 def reach(network: Network, weights: list[Tensor], trace: Trace, error: Tensor, errors: Errors) -> Errors:
@@ -138,7 +145,7 @@ def reach(network: Network, weights: list[Tensor], trace: Trace, error: Tensor, 
     """
     if not network.residual_norm:
         return errors
-    return _through_matrices(weights, trace.hidden, trace.normed.inverse_std * scaled(network, error))
+    return _through_matrices(network, weights, trace.hidden, trace.normed.inverse_std * scaled(network, error))
 
 
 def back_propagate_and_reach(
@@ -151,8 +158,9 @@ def back_propagate_and_reach(
     size, sent = error.shape[1], scaled(network, error)
     both = torch.cat([trace.normed.gradient(sent), trace.normed.inverse_std * sent], 1)
     arriving, deltas = [], [both]
-    for weight, z in zip(weights[:0:-1], trace.hidden[::-1], strict=True):
-        arriving.append(torch.bmm(deltas[-1], weight.transpose(1, 2)))
+    for layer in reversed(range(1, len(weights))):
+        arriving.append(_arriving(network, weights, layer, deltas[-1]))
+        z = trace.hidden[layer - 1]
         slope = gelu_gradient(z.new_ones(()).expand_as(z), z)
         deltas.append((arriving[-1].unflatten(1, (2, size)) * slope.unsqueeze(1)).flatten(1, 2))
     halves = [
@@ -167,12 +175,19 @@ def scaled(network: Network, x: Tensor) -> Tensor:
     return x if network.norm_weight is None else x * network.norm_weight
 
 
-def _through_matrices(weights: list[Tensor], hidden: list[Tensor], delta: Tensor) -> Errors:
+def _through_matrices(network: Network, weights: list[Tensor], hidden: list[Tensor], delta: Tensor) -> Errors:
     arriving, deltas = [], [delta]
-    for weight, z in zip(weights[:0:-1], hidden[::-1], strict=True):
-        arriving.append(torch.bmm(deltas[-1], weight.transpose(1, 2)))
-        deltas.append(gelu_gradient(arriving[-1], z))
+    for layer in reversed(range(1, len(weights))):
+        arriving.append(_arriving(network, weights, layer, deltas[-1]))
+        deltas.append(gelu_gradient(arriving[-1], hidden[layer - 1]))
     return Errors(arriving[::-1], deltas[::-1])
+
+
+def _arriving(network: Network, weights: list[Tensor], layer: int, delta: Tensor) -> Tensor:
+    """The error at the input of a matrix for the one at its output."""
+    share, depth = network.share, len(weights)
+    delta = into_output(share, layer, depth, delta)
+    return sum_at_input(share, layer, depth, torch.bmm(delta, weights[layer].transpose(1, 2)))
 
 
 def initial_weights(

@@ -3,6 +3,9 @@
 What an update writes are the inputs h and errors delta that network.forward and network.back_propagate have found. Both
 are functions of the weights, so the outer gradient comes back through both: upward through the back-propagation, where
 the second derivatives of GELU and LayerNorm appear, then downward through the forward pass.
+
+Where processes hold parts of the weights, what arrives at the last matrix' output stays partial up to there and is
+summed once, before it goes down through the parts.
 """
 
 from typing import NamedTuple
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .network import Errors, Network, Normed, Trace, gelu_gradient, gelu_second_derivative, scaled
+from .sharing import once, once_at_output, sum_at_input, sum_at_output
 
 
 class WeightGradient(NamedTuple):
@@ -29,8 +33,8 @@ class ReachGradient(NamedTuple):
     """Gradients of the step bound by way of network.reach, for one chunk.
 
     Attributes:
-        error: At the answers' error, (N, b, D).
-        outputs: At the output of each matrix, (N, b, d_out).
+        error: At the answers' error, (N, b, D); partial with a share.
+        outputs: At the output of each matrix, (N, b, d_out); partial for the last.
         arriving: At reach.arriving, for each matrix but the last; with reach.deltas it is a gradient at the weights.
         deltas: Those deltas.
     """
@@ -91,19 +95,23 @@ class InnerGradient:
             of_deltas: Gradients at the deltas; added to likewise.
             bound: What the step bound adds; None where it did not act.
         """
+        share, depth = self.network.share, len(weights)
         slopes, bends = [s[chunk] for s in self.slopes], [s[chunk] for s in self.bends]
         of_arriving, of_outputs = [], []
         for layer, (slope, bend) in enumerate(zip(slopes, bends, strict=True)):
-            of_arriving.append(of_deltas[layer] * slope)
-            of_outputs.append(of_deltas[layer] * bend)
+            of_delta = sum_at_output(share, layer, depth, of_deltas[layer])
+            of_arriving.append(of_delta * slope)
+            of_outputs.append(of_delta * bend)
             of_deltas[layer + 1].baddbmm_(of_arriving[-1], weights[layer + 1])
         of_outputs.append(self._through_error(chunk, of_deltas[-1], None if bound is None else bound.error))
         for of_output, part in zip(of_outputs, [] if bound is None else bound.outputs, strict=bound is not None):
             of_output += part
-        for layer in reversed(range(len(weights))):
+        of_outputs[-1] = sum_at_output(share, depth - 1, depth, of_outputs[-1])
+        for layer in reversed(range(depth)):
             of_inputs[layer].baddbmm_(of_outputs[layer], weights[layer].transpose(1, 2))
             if layer:
-                of_outputs[layer - 1].addcmul_(of_inputs[layer], slopes[layer - 1])
+                of_hidden = sum_at_input(share, layer, depth, of_inputs[layer])
+                of_outputs[layer - 1].addcmul_(of_hidden, slopes[layer - 1])
         return WeightGradient(of_outputs, of_arriving)
 
     def _through_error(self, chunk: int, of_delta: Tensor, of_error: Tensor | None) -> Tensor:
@@ -140,13 +148,16 @@ class InnerGradient:
             of_error: Likewise for the answers' error, (N, b).
             error: The answers' error, (N, b, D).
         """
+        share, depth = self.network.share, len(weights)
         deltas = [delta[chunk] for delta in self.reach_deltas]
-        at_deltas = [delta * along.unsqueeze(-1) for delta, along in zip(deltas, of_deltas.unbind(0), strict=True)]
-        at_error = error * of_error.unsqueeze(-1)
+        along_deltas = [once_at_output(share, layer, depth, x) for layer, x in enumerate(of_deltas.unbind(0))]
+        at_deltas = [delta * along.unsqueeze(-1) for delta, along in zip(deltas, along_deltas, strict=True)]
+        at_error = error * once(share, of_error).unsqueeze(-1)
         of_outputs, of_arriving = [], []
         for layer, (slope, bend) in enumerate(zip(self.slopes, self.reach_bends, strict=True)):
-            of_arriving.append(at_deltas[layer] * slope[chunk])
-            of_outputs.append(at_deltas[layer] * bend[chunk])
+            at_delta = sum_at_output(share, layer, depth, at_deltas[layer])
+            of_arriving.append(at_delta * slope[chunk])
+            of_outputs.append(at_delta * bend[chunk])
             at_deltas[layer + 1].baddbmm_(of_arriving[-1], weights[layer + 1])
         if not self.network.residual_norm:
             return ReachGradient(
@@ -161,11 +172,11 @@ class InnerGradient:
         return ReachGradient(at_error, [*of_outputs, -along * normed.value], of_arriving, deltas)
 
     def of_answers(self) -> Tensor:
-        """Gradient at the answers M(k), minus that at the values, for all chunks stepped through, (g, N, b, D)."""
+        """Gradient at the answers M(k), minus that at the values, (g, N, b, D) for all chunks; partial with a share."""
         return 2.0 * torch.stack(self.of_error[::-1])
 
     def of_norm(self, of_answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients at scale and shift of the LayerNorm, (N, 1, D)."""
+        """Gradients at scale and shift of the LayerNorm, (N, 1, D), partial if of_answers is."""
         error = self.error.view_as(of_answers)
         of_weight = torch.stack(self.of_scaled_error[::-1]) * error
         for chunk, of_scaled_error in self.of_reached_error.items():

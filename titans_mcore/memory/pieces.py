@@ -22,8 +22,8 @@ class Memory:
     """What does not change along a sequence.
 
     Attributes:
-        network: The memory network.
-        initial: L of (H, d_in, d_out), the learned M_0.
+        network: The memory network, and the process's part of it.
+        initial: L of (H, d_in, d_out), the learned M_0 or the process's parts of it.
         chunk_size: Tokens b of a chunk.
         backend: The scan that is used, "chunked", "fused" or "oracle".
     """

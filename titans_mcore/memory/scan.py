@@ -9,6 +9,7 @@ from .accelerated import why_not_fused
 from .network import Network, answer, forward
 from .packing import PackedRows
 from .pieces import Memory, scan_packed, scan_rows_apart, scan_whole
+from .sharing import Share, count_of, split_axis, whole_shape
 from .state import MemoryState
 
 NETWORKS = ("residual_norm", "plain")
@@ -32,6 +33,7 @@ def memory_scan(
     start: MemoryState | None = None,
     rows: PackedRows | None = None,
     backend: str = "auto",
+    share: Share | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Run the neural memory over a piece of a sequence: every token writes, then reads (paper, section 3.1).
 
@@ -56,6 +58,9 @@ def memory_scan(
         rows: Which tokens begin documents and which are padding; None if the rows hold one sequence each.
         backend: "chunked" is the dual form, "fused" the same in Triton kernels, "oracle" the literal loop, "auto" the
             fastest that fits: on a GPU fused, for up to two matrices and forgetting by head, else chunked.
+        share: The process's part of memories that several hold together: weights and states are its parts, matrix by
+            matrix cut along split_axis, and so are their gradients; the rest, and every other gradient, is whole and
+            equal on all. Chunked only; every process makes the same calls.
 
     Returns:
         The reads (B, T, H, D) in the queries' dtype, and the state after the last token. The computation and the state
@@ -67,14 +72,14 @@ def memory_scan(
     weights = list(weights)
     forget = [alpha] if isinstance(alpha, Tensor) else list(alpha)
     _check_settings(network, norm_weight, norm_bias, chunk_size, backend, queries)
-    _check_shapes(queries, keys, values, weights)
-    _check_gates(theta, eta, alpha, queries, weights)
+    _check_shapes(queries, keys, values, weights, share)
+    _check_gates(theta, eta, alpha, queries, weights, share)
     _check_rows(rows, start, queries)
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
+    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), share)
     weights = [w.to(dtype) for w in weights]
     first = _first_state(weights if start is None else start, queries.shape[0], dtype)
-    backend = _chosen(backend, queries, weights, chunk_size, channelwise=not isinstance(alpha, Tensor))
+    backend = _chosen(backend, queries, weights, chunk_size, share, channelwise=not isinstance(alpha, Tensor))
     memory = Memory(net, weights, chunk_size, backend)
     wide = queries.dtype if backend == "fused" else dtype
     tokens = [*(x.to(wide) for x in (queries, keys, values)), *(x.to(dtype) for x in (theta, eta, *forget))]
@@ -96,19 +101,21 @@ def memory_read(
     network: str = "residual_norm",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    share: Share | None = None,
 ) -> Tensor:
     """Retrieve without updating, M(q) (paper, equation 15).
 
     Args:
         queries: (B, T, H, D), any floating dtype.
         weights: State of a memory, L matrices of (B, H, d_in, d_out), or (H, d_in, d_out) for all rows.
-        network: As for memory_scan, like norm_weight and norm_bias.
+        network: As for memory_scan, like norm_weight, norm_bias and share.
 
     Returns:
         (B, T, H, D) in the queries' dtype, computed in float32 at least.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype))
+    share = None if share is None else share.differentiable()
+    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), share)
     batch, _, heads, _ = queries.shape
     rows = net.for_memories(batch)
     flat = [w.to(dtype).expand(batch, *w.shape[-3:]).flatten(0, 1) for w in weights]
@@ -117,11 +124,15 @@ def memory_read(
     return reads.unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
 
 
-def _chosen(backend: str, queries: Tensor, weights: list[Tensor], chunk_size: int, *, channelwise: bool) -> str:
+def _chosen(
+    backend: str, queries: Tensor, weights: list[Tensor], chunk_size: int, share: Share | None, *, channelwise: bool
+) -> str:
     """The backend that "auto" means here."""
+    if backend == "oracle" and share is not None:
+        raise ValueError("the oracle computes whole memories, not parts of them; use backend 'chunked' with a share")
     if backend in ("chunked", "oracle") or (backend == "auto" and not queries.is_cuda):
         return "chunked" if backend == "auto" else backend
-    reason = why_not_fused(queries, weights, chunk_size, channelwise=channelwise)
+    reason = why_not_fused(queries, weights, chunk_size, channelwise=channelwise, shared=share is not None)
     if reason and backend == "fused":
         raise ValueError(f"backend is 'fused'; {reason}")
     return "chunked" if reason else "fused"
@@ -162,7 +173,7 @@ def _check_settings(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (H, D) = {tuple(queries.shape[2:])}")
 
 
-def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]) -> None:
+def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor], share: Share | None) -> None:
     if queries.dim() != 4 or not queries.is_floating_point() or not queries.shape[1]:
         raise ValueError(
             f"queries are {queries.dtype} of shape {tuple(queries.shape)}; floating point (B, T >= 1, H, D) is needed"
@@ -175,29 +186,39 @@ def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, weights: list[T
             raise ValueError(
                 f"{name} have shape {tuple(tensor.shape)}, the queries {tuple(queries.shape)}; make them equal"
             )
-    d_in = width
+    if width % count_of(share):
+        raise ValueError(f"the memories are {width} wide; {count_of(share)} parts need a multiple of {count_of(share)}")
+    d_in, depth = width, len(weights)
     for layer, weight in enumerate(weights):
-        last = layer == len(weights) - 1
-        if weight.dim() != 3 or weight.shape[:2] != (heads, d_in) or (last and weight.shape[2] != width):
+        last = layer == depth - 1
+        part = d_in // count_of(share) if split_axis(layer, depth) == 1 else d_in
+        if weight.dim() != 3 or weight.shape[:2] != (heads, part) or (last and weight.shape[2] != width):
             end = width if last else "any width"
             raise ValueError(
                 f"weights[{layer}] has shape {tuple(weight.shape)}; "
-                f"it must be (H, d_in, d_out) = ({heads}, {d_in}, {end})"
+                f"it must be (H, d_in, d_out) = ({heads}, {part}, {end})"
             )
-        d_in = weight.shape[2]
+        d_in = whole_shape(share, layer, depth, weight.shape)[1]
 
 
 def _check_gates(
-    theta: Tensor, eta: Tensor, alpha: Tensor | Sequence[Tensor], queries: Tensor, weights: list[Tensor]
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor | Sequence[Tensor],
+    queries: Tensor,
+    weights: list[Tensor],
+    share: Share | None,
 ) -> None:
-    wanted = (*queries.shape[:3], len(weights))
+    depth = len(weights)
+    wanted = (*queries.shape[:3], depth)
     by_head = {"theta": theta, "eta": eta} | ({"alpha": alpha} if isinstance(alpha, Tensor) else {})
     for name, gate in by_head.items():
         if gate.shape != wanted:
             raise ValueError(f"{name} has shape {tuple(gate.shape)}; it must be (B, T, H, L) = {wanted}")
     if isinstance(alpha, Tensor):
         return
-    shapes = [(*queries.shape[:3], weight.shape[1]) for weight in weights]
+    widths = [whole_shape(share, layer, depth, weight.shape)[0] for layer, weight in enumerate(weights)]
+    shapes = [(*queries.shape[:3], width) for width in widths]
     if [tuple(gate.shape) for gate in alpha] != shapes:
         raise ValueError(
             f"alpha by channel has shapes {[tuple(gate.shape) for gate in alpha]}; "

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .sharing import Share, count_of, once_at_input, once_at_output
+
 STATE_RMS_LIMIT = 16.0
 FREE_LOAD = 0.5  # up to here steps stay as they are; step_scale says the same in numbers
 _SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must give a large load, not an infinite one
@@ -85,33 +87,51 @@ def load_mass(theta: Tensor, eta: Tensor) -> Tensor:
 
 
 def chunk_load(
-    inputs: list[Tensor], deltas: list[Tensor], error: Tensor, mass: Tensor, key_overlaps: Tensor | None = None
+    inputs: list[Tensor],
+    deltas: list[Tensor],
+    error: Tensor,
+    mass: Tensor,
+    key_overlaps: Tensor | None = None,
+    share: Share | None = None,
 ) -> Load:
-    """Load of a chunk's tokens.
+    """Load of a chunk's tokens. What it takes of the matrices is summed over the parts at once.
 
     Args:
         inputs: L inputs of the matrices, (N, b, d_in).
         deltas: L errors at their outputs by network.reach, (N, b, d_out).
         error: Error of the output, (N, b, D).
         mass: load_mass of the tokens, (L, N, b).
-        key_overlaps: Dot products of the keys, (N, b, b), where they are at hand: they do not depend on the state.
+        key_overlaps: Dot products of inputs[0], (N, b, b), where they are at hand: they do not depend on the state.
+        share: The process's part of the matrices.
     """
     error_square = error.square().sum(-1).add_(_TINY)
     delta_squares = torch.stack([torch.linalg.vector_norm(delta, dim=-1) for delta in deltas]).square_()
-    gains = (delta_squares + _TINY).div_(error_square).sqrt_()
     known = [] if key_overlaps is None else [key_overlaps]
     overlaps = torch.stack([*known, *(torch.bmm(h, h.transpose(1, 2)) for h in inputs[len(known) :])])
+    if share is not None:
+        delta_squares, overlaps = _whole(share, delta_squares, overlaps)
+    gains = (delta_squares + _TINY).div_(error_square).sqrt_()
     input_squares = overlaps.diagonal(dim1=-2, dim2=-1)
-    grown = (delta_squares * input_squares).add_(_TINY).sqrt() * growth_units(inputs, deltas)
+    grown = (delta_squares * input_squares).add_(_TINY).sqrt() * growth_units(inputs, deltas, share)
     pulls = (overlaps.abs() * gains.unsqueeze(-1)).mul(gains.unsqueeze(-2)).add_(grown.unsqueeze(-2))
     own = (pulls.diagonal(dim1=-2, dim2=-1) * mass).sum(0)
     before = torch.matmul(pulls.tril(-1), mass.unsqueeze(-1)).squeeze(-1).sum(0)
     return Load(own, before, gains, error_square, overlaps, grown)
 
 
-def growth_units(inputs: list[Tensor], deltas: list[Tensor]) -> Tensor:
+def _whole(share: Share, delta_squares: Tensor, overlaps: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the parts; what every process has whole is counted once."""
+    depth = len(overlaps)
+    squares = [once_at_output(share, layer, depth, x) for layer, x in enumerate(delta_squares.unbind(0))]
+    products = [once_at_input(share, layer, depth, x) for layer, x in enumerate(overlaps.unbind(0))]
+    whole = share.add_all([*squares, *products])
+    return torch.stack(whole[:depth]), torch.stack(whole[depth:])
+
+
+def growth_units(inputs: list[Tensor], deltas: list[Tensor], share: Share | None = None) -> Tensor:
     """growth_unit of each matrix, (L, 1, 1)."""
-    units = [growth_unit(h.shape[-1] * delta.shape[-1]) for h, delta in zip(inputs, deltas, strict=True)]
+    sizes = [h.shape[-1] * delta.shape[-1] * count_of(share) for h, delta in zip(inputs, deltas, strict=True)]
+    units = [growth_unit(size) for size in sizes]
     return deltas[0].new_tensor(units).view(-1, 1, 1)
 
 

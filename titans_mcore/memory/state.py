@@ -108,7 +108,7 @@ class OpenChunk(TensorTree):
 
 @dataclass
 class MemoryState(TensorTree):
-    """The memory after its last token.
+    """The memory after its last token; of shared memories the process's parts, in its open chunk too.
 
     Attributes:
         weights: L of (B, H, d_in, d_out), float32 (float64 when the memory ran in float64).

@@ -173,6 +173,7 @@ class NeuralMemory(nn.Module):
 
     def _network(self) -> dict[str, Any]:
         return {
+            "share": self.share,
             "network": self.config.memory_network,
             "norm_weight": self.norm_weight,
             "norm_bias": self.norm_bias,

@@ -6,7 +6,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from titans_mcore.config import TitansConfig
-from titans_mcore.memory import split_axis
 
 _VOCABULARY_MULTIPLE = 128
 
@@ -103,7 +102,4 @@ def _memory_widths(config: TitansConfig) -> list[tuple[str, int]]:
             f"model.memory_backend '{config.memory_backend}' computes whole memories; "
             "use 'auto' or 'chunked' with parallel.memory_parallel 'hidden'"
         )
-    names = ["head width", *["memory width"] * (config.memory_depth - 1), "head width"]
-    widths = list(zip(names, config.memory_widths, strict=True))
-    depth = config.memory_depth
-    return [*{widths[layer + split_axis(layer, depth) - 1] for layer in range(depth)}, ("dim", config.dim)]
+    return [("head width", config.head_dim), ("memory width", max(config.memory_widths))]
