@@ -11,7 +11,7 @@ Starts `python -m pretrain.train` under torchrun. A run folder that holds checkp
 
   --config FILE     settings, for example pretrain/configs/quickstart.toml
   --run-dir DIR     takes everything that the run writes
-  --nproc N         processes on this host; default: its GPUs, or parallel.tensor without CUDA
+  --nproc N         processes on this host; default: its GPUs, or tensor x context without CUDA
   --variant X       mac, mag, mal, lmm or transformer
   --train.steps N   overrides one setting; `python -m pretrain.train --help` lists all of them
   --help            shows this

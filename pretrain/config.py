@@ -159,6 +159,12 @@ class ParallelConfig:
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
         if self.sequence and self.tensor == 1:
             raise ValueError("parallel.sequence shares tokens over tensor-parallel ranks; parallel.tensor is 1")
+        if self.context > 1 and self.zero_stage == 3:
+            raise ValueError(
+                "parallel.zero_stage 3 gathers a block's weights on all context ranks at once, but a rank comes to a "
+                "block only when the one before has left it: they would wait for each other forever; "
+                f"with parallel.context {self.context} use zero_stage 1 or 2"
+            )
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3; it is 0")
 

@@ -153,7 +153,10 @@ def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) ->
     bf16 = resolve_precision(config) == torch.bfloat16
     # Buckets are allocated at full size whatever the model; a small one needs no gigabytes.
     held = sum(p.numel() for p in model.parameters())
-    bucket = min(_LARGEST_BUCKET, held + held % 2)  # DeepSpeed takes an even number
+    bucket = held + held % 2  # DeepSpeed takes an even number
+    if config.parallel.context == 1:
+        # Context ranks may not wait for each other's gradients before the last state's gradient has come: one bucket.
+        bucket = min(_LARGEST_BUCKET, bucket)
     zero: dict[str, object] = {
         "stage": config.parallel.zero_stage,
         "reduce_bucket_size": bucket,

@@ -41,11 +41,12 @@ def main() -> None:
     flags, words = sys.argv[1:at], sys.argv[at + 1 :]
     try:
         asked, words = _take_nproc(words)
-        tensor_parallel = parse(words).config.parallel.tensor
+        parallel = parse(words).config.parallel
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(_EXIT_MISTAKE) from None
-    _run([*flags, "--nproc-per-node", str(asked or _gpus() or tensor_parallel), "-m", "pretrain.train", *words])
+    processes = asked or _gpus() or parallel.tensor * parallel.context
+    _run([*flags, "--nproc-per-node", str(processes), "-m", "pretrain.train", *words])
 
 
 def _take_nproc(words: list[str]) -> tuple[int | None, list[str]]:

@@ -20,10 +20,7 @@ from .memory import PackedRows
 from .memory.kept_scans import keeping_scans
 from .mixers import STATES
 from .parallel import padded_vocab_size
-from .parallel.context import ContextRelay, WithGradients
-
-# Parameters that only tokens at the beginning of a sequence read.
-_OF_BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")
+from .parallel.context import ContextRelay, with_gradients
 
 
 class TitansModel(MegatronModule):
@@ -127,14 +124,12 @@ class TitansModel(MegatronModule):
         for index, layer in enumerate(self.layers):
             state = None if states is None else states[index]
             if self.relay is not None:
+                hidden = with_gradients(hidden, layer)
                 state = self.relay.receive(STATES[self.titans_config.variant], hidden)
             hidden, state = self._block(layer, hidden, state, rows)
             if self.relay is not None:
                 hidden = self.relay.pass_on(state, hidden)
             after.append(state)
-        if self.relay is not None and torch.is_grad_enabled():
-            named = self.layers.named_parameters()
-            hidden = WithGradients.apply(hidden, *(p for name, p in named if any(x in name for x in _OF_BEGINNINGS)))
         return self.final_norm(hidden), after
 
     def _block(self, layer: nn.Module, hidden: Tensor, state: Any, rows: PackedRows | None) -> tuple[Tensor, Any]:

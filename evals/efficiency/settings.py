@@ -99,3 +99,25 @@ class TokenizationSettings:
         for name in ("threads", "repeats"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True)
+class LayoutsSettings:
+    """Counts what the ways to divide a model over processes send and hold, in real steps on gloo.
+
+    Writes OUTPUT/layouts.json and OUTPUT/layouts.md.
+    """
+
+    output: Path
+    """Folder for layouts.json and layouts.md."""
+    context_lengths: tuple[int, ...] = (4096, 65536)
+    """Tokens of the rows that context-parallel ranks share, multiples of 1,024."""
+    threads: int = field(default_factory=available_cores)
+    """Threads of all processes together."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise EvaluationError(f"--threads is {self.threads}; give at least 1")
+        for length in self.context_lengths:
+            if length < 1 or length % 1024:
+                raise EvaluationError(f"--context-lengths has {length}; give multiples of 1,024")

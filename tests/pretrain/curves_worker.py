@@ -1,6 +1,6 @@
 """Run under torchrun by test_equivalence: trains some layouts one after the other and writes their curves.
 
-python curves_worker.py CONFIG.toml OUTPUT.json NAME=SETTING=VALUE[,SETTING=VALUE ...] ...
+python -m tests.pretrain.curves_worker CONFIG.toml OUTPUT.json "NAME: SETTINGS" ...
 """
 
 import json
@@ -14,15 +14,18 @@ from pretrain.command_line import parse
 from pretrain.data import Batches
 from pretrain.engine import build_engine, build_model, heldout_loss, train_step
 from pretrain.train import open_samples, rate_of
-from titans_mcore.parallel import start, stop
+from titans_mcore.parallel import sample_place, start, stop
 from tokenization.manifest import Manifest
 
+from ..parallel.regroup import groups_of
 
-def curve(config, groups, run_dir):
+
+def curve(config, run_dir):
+    groups = groups_of(config.parallel.tensor, config.parallel.context)
     torch.manual_seed(config.train.seed)
     samples, heldout = open_samples(config, Manifest.load(config.data.path), run_dir)
-    batches = Batches(samples, config, groups.dp.rank(), groups.dp.size())
-    engine = build_engine(build_model(config, groups), config, groups.dp.size())
+    batches = Batches(samples, config, *sample_place())
+    engine = build_engine(build_model(config, groups), config, sample_place().ranks)
     results = []
     for step in range(1, config.train.steps + 1):
         results.append(train_step(engine, batches.fetch(step - 1), rate_of(step, config)))
@@ -36,13 +39,11 @@ def curve(config, groups, run_dir):
 
 def main():
     config_file, output, *layouts = sys.argv[1:]
-    curves, groups = {}, None
-    for layout in layouts:
-        name, _, settings = layout.partition("=")
-        flags = [word for setting in settings.split(",") for word in setting.split("=")]
-        config = parse(["--config", config_file, "--run-dir", "unused", *flags]).config
-        groups = groups or start(config.parallel.tensor, seed=config.train.seed)
-        curves[name] = curve(config, groups, Path(output).parent)
+    named = dict(layout.split(": ") for layout in layouts)
+    flags = {name: ["--config", config_file, "--run-dir", "unused", *text.split()] for name, text in named.items()}
+    configs = {name: parse(words).config for name, words in flags.items()}
+    start(1, seed=0)
+    curves = {name: curve(config, Path(output).parent) for name, config in configs.items()}
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(curves))
     stop()

@@ -1,49 +1,75 @@
-"""The same global batches give the same training, however they are shared out."""
+"""The same global batches give the same training, however model, tokens and samples are shared out."""
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-from .jobs import Job
+from titans_mcore.config import VARIANTS
+
+from .jobs import ROOT, Job
 
 pytestmark = pytest.mark.slow
 
-WORKER = str(Path(__file__).with_name("curves_worker.py"))
 RELATIVE = 1e-4
+MODEL = "--model.num-heads 4 --model.segment-length 8"
 
+# name: processes, settings. Every way to divide and every ZeRO stage meets every variant.
 LAYOUTS = {
-    # processes, [name=settings]
-    "one process": (1, ["plain=--train.micro-batch=4", "accumulated=--train.micro-batch=1"]),
-    "tensor parallel 2": (2, ["tensor=--parallel.tensor=2"]),
-    "data parallel 2": (2, [f"zero{stage}=--parallel.zero-stage={stage}" for stage in range(4)]),
+    "one process": (1, "--train.micro-batch 4"),
+    "accumulated": (1, "--train.micro-batch 1"),
+    "data 2, ZeRO 0": (2, "--parallel.zero-stage 0"),
+    "data 2, ZeRO 2": (2, "--parallel.zero-stage 2"),
+    "data 2, ZeRO 3": (2, "--parallel.zero-stage 3"),
+    "tensor 2": (2, "--parallel.tensor 2"),
+    "tensor 2, sequence, recomputed": (
+        2,
+        "--parallel.tensor 2 --parallel.sequence true --train.recompute except_memory",
+    ),
+    "tensor 2 x data 2, ZeRO 3": (4, "--parallel.tensor 2 --parallel.zero-stage 3 --train.recompute block"),
+    "tensor 4": (4, "--parallel.tensor 4"),
+    "context 2": (2, "--parallel.context 2"),
+    "context 2 x data 2, ZeRO 2, offloaded": (
+        4,
+        "--parallel.context 2 --parallel.zero-stage 2 --parallel.offload-optimizer true",
+    ),
+    "context 2 x tensor 2, sequence": (4, "--parallel.context 2 --parallel.tensor 2 --parallel.sequence true"),
+    "context 4": (4, "--parallel.context 4"),
 }
 
 
 @pytest.fixture(scope="module")
 def curves(tiny_toml, tmp_path_factory):
-    """Losses, gradient norms and held-out loss of 20 steps, by layout; clipping acts on every step."""
+    """Losses, gradient norms and held-out loss of 20 steps, by variant and layout; clipping acts on every step."""
     found = {}
-    for processes, layouts in LAYOUTS.values():
+    for world in sorted({processes for processes, _ in LAYOUTS.values()}):
         output = tmp_path_factory.mktemp("curves") / "curves.json"
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
-        clipped = [f"{layout},--optimizer.clip-norm=0.3" for layout in layouts]
-        command = [sys.executable, *torchrun, "--rdzv-endpoint", "localhost:0", WORKER]
-        status, out, err = Job([*command, str(tiny_toml), str(output), *clipped], output.parent).wait()
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--rdzv-backend", "c10d"]
+        runs = [
+            f"{variant} {name}: --variant {variant} {MODEL} --optimizer.clip-norm 0.3 {settings}"
+            for name, (processes, settings) in LAYOUTS.items()
+            for variant in VARIANTS
+            if processes == world
+        ]
+        worker = ["--rdzv-endpoint", "localhost:0", "-m", "tests.pretrain.curves_worker"]
+        command = [sys.executable, *torchrun, *worker, str(tiny_toml), str(output), *runs]
+        status, out, err = Job(command, ROOT).wait(timeout_seconds=550)
         assert status == 0, out + err
         found |= json.loads(output.read_text())
     return found
 
 
-def test_the_reference_learns(curves):
-    losses = curves["plain"]["loss"]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_learns(curves, variant):
+    losses = curves[f"{variant} one process"]["loss"]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 0.2
-    assert min(curves["plain"]["grad_norm"]) > 0.3
+    assert min(curves[f"{variant} one process"]["grad_norm"]) > 0.3
 
 
-@pytest.mark.parametrize("layout", ["accumulated", "tensor", "zero0", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("quantity", ["loss", "grad_norm", "heldout"])
-def test_a_layout_trains_like_one_process(curves, layout, quantity):
-    assert curves[layout][quantity] == pytest.approx(curves["plain"][quantity], rel=RELATIVE)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_layout_trains_like_one_process(curves, variant, layout):
+    for quantity in ("loss", "grad_norm", "heldout"):
+        right = curves[f"{variant} one process"][quantity]
+        assert curves[f"{variant} {layout}"][quantity] == pytest.approx(right, rel=RELATIVE), quantity

@@ -53,6 +53,17 @@ def test_processes_that_the_layout_does_not_divide_are_refused_in_one_line(launc
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_tensor_and_context_do_not_divide_are_refused_in_one_line(launch, tmp_path):
+    layout = ["--parallel.tensor", "2", "--parallel.context", "2", "--nproc", "2"]
+    status, out, err = launch(tmp_path / "run", *layout).wait()
+    assert (status, out) == (2, "")
+    assert err.startswith(
+        "error: 2 processes cannot be divided into groups of tensor 2 x context 2; start a multiple of 4"
+    )
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_heads_that_the_layout_does_not_divide_are_refused_in_one_line(train, tmp_path):
     status, out, err = train(tmp_path / "run", "--parallel.tensor", "2", "--model.num-heads", "1").wait()
     assert (status, out) == (2, "")

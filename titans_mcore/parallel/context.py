@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans_mcore.memory import TensorTree
 
 _HEADER_BYTES = 8192
+_OF_BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")  # parameters that only a sequence's beginning reads
 Tree = TypeVar("Tree", bound=TensorTree)
 
 
@@ -161,13 +162,20 @@ class _PassOn(torch.autograd.Function):
         return None, None, gradient, *of_parts
 
 
-class WithGradients(torch.autograd.Function):
-    """hidden as it is, with a gradient of zeros for parameters that this rank's tokens may not have used.
+def with_gradients(hidden: Tensor, layer: nn.Module) -> Tensor:
+    """hidden as it is, in front of a layer, with a gradient of zeros for parameters that may go without.
 
-    What a row begins with (persistent tokens, initial memories) is read on the rank that holds its first token. Ranks
-    that reduce gradients together must all have one for every parameter.
+    What a sequence begins with (persistent tokens, initial memories) is read on the rank that holds its first token,
+    but ranks that reduce gradients together must all have one for every parameter, and in the same order: these
+    parameters' come last of their layer, on every rank.
     """
+    if not torch.is_grad_enabled():
+        return hidden
+    beginnings = [p for name, p in layer.named_parameters() if any(part in name for part in _OF_BEGINNINGS)]
+    return _WithGradients.apply(hidden, *beginnings) if beginnings else hidden
 
+
+class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.parameters = parameters
