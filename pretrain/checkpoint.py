@@ -1,17 +1,20 @@
 """Saving a run so that it goes on exactly, and finding where it stopped.
 
     RUN/checkpoints/step-00000100/
-        weights/          the model, readable without pickle (titans_mcore.weights)
-        deepspeed/        optimizer and random states, for resuming alone
-        checkpoint.json   where the run stood and every file's size and checksum; written last
+        weights/          the model (titans_mcore.weights)
+        optimizer/        AdamW's moments, a file for each rank that holds some (pretrain.optimizer_state)
+        random/           random states, a file for each rank
+        checkpoint.json   where the run stood, at which layout, every file's size and checksum; written last
 
 A checkpoint is written under a hidden name and renamed when it is on the disk: a folder with the final name is whole
-unless something damaged it later, which sizes and checksums show before anything is loaded.
+unless something damaged it later, which sizes and checksums show before anything is loaded. Nothing in it is a pickle,
+and a run goes on from it at any number of tensor-parallel and data-parallel ranks and at any ZeRO stage.
 """
 
 import json
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +23,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from pretrain.config import RunConfig
-from pretrain.engine import DeepSpeedEngine, full_precision_values, resolve_precision, without_chatter
-from titans_mcore.parallel import DeepSpeedGroups
+from pretrain.engine import DeepSpeedEngine, full_precision_values, resolve_precision
+from pretrain.optimizer_state import HOLDING, file_of_this_rank, restore_parameters, save_moments, saved_moments
+from pretrain.reshape import Division, Fragment, Part, SavedTensors, Wanted
+from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place
+from titans_mcore.tensor_files import read_tensors
 from titans_mcore.weights import (
     MARKER,
     WEIGHTS_FOLDER,
@@ -32,12 +40,27 @@ from titans_mcore.weights import (
     damage,
     file_sha256,
     load_config,
+    model_tensors,
+    read_shards,
     save_shard,
+    shape_on_rank,
+    split_of,
 )
 from tokenization.files import sync
 
-_DEEPSPEED_FOLDER = "deepspeed"
+OPTIMIZER_FOLDER = "optimizer"
+RANDOM_FOLDER = "random"
+_STREAM = "stream."
+_LAYOUT_WORDS = {
+    "tensor": "tensor",
+    "memory": "memory by",
+    "context": "context",
+    "data": "data",
+    "zero_stage": "ZeRO",
+    "device": "device",
+}
 T = TypeVar("T")
+Layout = dict[str, int | str]
 
 
 @dataclass(frozen=True)
@@ -94,11 +117,14 @@ def save(engine: DeepSpeedEngine, config: RunConfig, fingerprint: str, run_dir: 
             tokens=progress.tokens,
             values=values,
         )
-    engine.save_checkpoint(partial, _DEEPSPEED_FOLDER, {"random": _random_state()}, save_latest=False)
+    else:
+        deque(values, maxlen=0)  # every data rank has its share in gathering each
+    save_moments(engine, partial / OPTIMIZER_FOLDER)
+    _save_random_state(partial / RANDOM_FOLDER)
     dist.barrier()
     files = _settle_files(partial)
     if dist.get_rank() == 0:
-        record = {**asdict(progress), **_identity(config, fingerprint), "files": files}
+        record = {**asdict(progress), **_identity(config, fingerprint), "layout": _layout(config), "files": files}
         _publish(partial, final, record)
         _delete_old(run_dir, config.checkpoint.keep)
     dist.barrier()
@@ -108,25 +134,44 @@ def save(engine: DeepSpeedEngine, config: RunConfig, fingerprint: str, run_dir: 
 def find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> tuple[Path, Progress] | None:
     """The checkpoint that the run goes on from, and where it stands; None when there is none yet. Collective.
 
-    Damaged checkpoints are named on stderr and the one before is taken.
+    Damaged checkpoints are named on stderr and the one before is taken. A layout that has changed is said.
 
     Raises:
-        ValueError: Every checkpoint is damaged, or the newest whole one is of another model, layout, data or order of
-            samples. Every rank raises it.
+        ValueError: Every checkpoint is damaged, or the newest whole one is of another model, precision, data or order
+            of samples. Every rank raises it.
     """
     return on_rank_0(lambda: _find_resume_point(config, fingerprint, run_dir))
 
 
-def restore(engine: DeepSpeedEngine, checkpoint: Path) -> None:
-    """Puts weights, optimizer and random states back as they were. Collective."""
-    with without_chatter():
-        path, client = engine.load_checkpoint(checkpoint, _DEEPSPEED_FOLDER, load_lr_scheduler_states=False)
-    if path is None:
-        raise ValueError(f"DeepSpeed could not load {checkpoint / _DEEPSPEED_FOLDER}; it is of another version?")
-    torch.set_rng_state(client["random"]["cpu"])
-    get_cuda_rng_tracker().set_states(client["random"]["streams"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(client["random"]["cuda"])
+def restore(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Path) -> None:
+    """Puts weights, optimizer and random states back as they were, at whatever layout they were saved. Collective.
+
+    Args:
+        engine: A new one, with any values.
+        config: Of the run as it goes on.
+        checkpoint: A whole one, from `find_resume_point`.
+
+    Raises:
+        ValueError: Its files do not hold this model. Every rank raises it, and the engine is as it was.
+    """
+    weights, (moments, optimizer_steps) = on_rank_0(
+        lambda: (_saved_weights(checkpoint), saved_moments(checkpoint / OPTIMIZER_FOLDER))
+    )
+    saved_weights = SavedTensors(checkpoint / WEIGHTS_FOLDER, weights, "weights")
+    saved_optimizer = SavedTensors(checkpoint / OPTIMIZER_FOLDER, moments, HOLDING)
+    parameters, tensors = dict(engine.module.named_parameters()), model_tensors(engine.module)
+    shapes = {name: _whole_shape(parameters.get(name, tensor)) for name, tensor in tensors.items()}
+    saved_weights.check_same(shapes)
+    saved_optimizer.check_same({name: shapes[name] for name in parameters})
+    restore_parameters(engine, saved_weights, saved_optimizer, optimizer_steps)
+    for name in tensors.keys() - parameters.keys():
+        buffer = tensors[name]
+        whole = Wanted(Division.of(None, buffer.shape, 1), 0, 0, buffer.numel())
+        buffer.copy_(saved_weights.read(name, whole).view_as(buffer))
+    record = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    engine.global_steps, engine.global_samples = record["step"], record["samples"]
+    if _same_ranks(record["layout"], _layout(config)):
+        _restore_random_state(checkpoint / RANDOM_FOLDER)
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
@@ -150,8 +195,15 @@ def _find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> tu
             print(f"{folder} is damaged: {reason}; looking for the checkpoint before it", file=sys.stderr)
             continue
         record = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in record["files"]):
+            raise ValueError(
+                f"cannot go on from {folder}: its optimizer state is in DeepSpeed's format of an earlier version; "
+                "its weights can still be evaluated and exported, and a new run needs another --run-dir"
+            )
         check_same_model(load_config(folder), config.model, folder)
         _check_identity(record, _identity(config, fingerprint), folder)
+        if change := _change_of_layout(record["layout"], _layout(config)):
+            print(f"going on at another layout: {change}", flush=True)
         return folder, Progress(record["step"], record["samples"], record["tokens"])
     if reason:
         raise ValueError(f"every checkpoint in {run_dir} is damaged; start again with another --run-dir")
@@ -165,21 +217,12 @@ def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         "seed": config.train.seed,
         "global_batch": config.train.global_batch,
         "sequence_length": config.train.sequence_length,
-        "layout": {
-            "tensor_parallel": config.parallel.tensor,
-            "data_parallel": DeepSpeedGroups().get_data_parallel_world_size(),
-            "zero_stage": config.parallel.zero_stage,
-            "precision": str(resolve_precision(config)).removeprefix("torch."),
-        },
+        "precision": str(resolve_precision(config)).removeprefix("torch."),
     }
 
 
 def _check_identity(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    def flat(record: dict[str, Any]) -> dict[str, Any]:
-        return {name: record[name] for name in wanted if name != "layout"} | record["layout"]
-
-    then, now = flat(saved), flat(wanted)
-    differing = [f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name]]
+    differing = [f"{name} was {saved.get(name)} and is {now}" for name, now in wanted.items() if saved.get(name) != now]
     if differing:
         raise ValueError(
             f"cannot go on from {folder}: {'; '.join(differing)}; start with what it was saved with, "
@@ -187,17 +230,65 @@ def _check_identity(saved: dict[str, Any], wanted: dict[str, Any], folder: Path)
         )
 
 
-def _random_state() -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state(), "streams": dict(get_cuda_rng_tracker().get_states())}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+def _layout(config: RunConfig) -> Layout:
+    """How the run is laid out over ranks and where, which may change."""
+    return {
+        "tensor": config.parallel.tensor,
+        "memory": memory_split(config.model, config.parallel.memory_parallel, config.parallel.tensor),
+        "context": config.parallel.context,
+        "data": sample_place().ranks,
+        "zero_stage": config.parallel.zero_stage,
+        "device": device().type,
+    }
+
+
+def _change_of_layout(then: Layout, now: Layout) -> str:
+    """The difference in words; empty when there is none."""
+    words = [f"{word} {then[name]} -> {now[name]}" for name, word in _LAYOUT_WORDS.items() if then[name] != now[name]]
+    return ", ".join(words) + ("" if _same_ranks(then, now) else "; random states begin anew from the seed")
+
+
+def _same_ranks(then: Layout, now: Layout) -> bool:
+    """Whether every rank is what it was, so that it may have its random states back."""
+    return {**then, "zero_stage": 0} == {**now, "zero_stage": 0}
+
+
+def _save_random_state(folder: Path) -> None:
+    state = {"cpu": torch.get_rng_state()}
+    state |= {_STREAM + name: stream for name, stream in get_cuda_rng_tracker().get_states().items()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    folder.mkdir(exist_ok=True)
+    (folder / file_of_this_rank()).write_bytes(to_safetensors(state))
+
+
+def _restore_random_state(folder: Path) -> None:
+    mapped, _ = read_tensors(folder / file_of_this_rank(), "random states")
+    state = {name: tensor.clone() for name, tensor in mapped.items()}
+    torch.set_rng_state(state["cpu"])
+    streams = {name.removeprefix(_STREAM): tensor for name, tensor in state.items() if name.startswith(_STREAM)}
+    get_cuda_rng_tracker().set_states(streams)
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _saved_weights(checkpoint: Path) -> list[dict[str, Part]]:
+    return [
+        {
+            name: Part(tuple(tensor.shape), shard.rules[name], (Fragment(0, tensor.numel(), shard.file.name),))
+            for name, tensor in shard.tensors.items()
+        }
+        for shard in read_shards(checkpoint)
+    ]
+
+
+def _whole_shape(tensor: Tensor) -> list[int]:
+    rule, shape = split_of(tensor), shape_on_rank(tensor)
+    return rule.whole_shape(shape, DeepSpeedGroups().get_tensor_model_parallel_world_size()) if rule else list(shape)
 
 
 def _settle_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of every file, each rank reading its share, once they are on the disk."""
-    if dist.get_rank() == 0:
-        for script in folder.glob("zero_to_*.py"):
-            script.unlink()  # DeepSpeed leaves its recovery scripts; weights/ needs none
-    dist.barrier()
     names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -127,7 +128,7 @@ def build_engine(model: nn.Module, config: RunConfig, data_parallel: int) -> Dee
 
 
 def without_chatter() -> contextlib.AbstractContextManager[object]:
-    """Drops what DeepSpeed prints on stdout while it builds and loads; warnings, errors and stderr stay."""
+    """Drops what DeepSpeed prints on stdout while it builds; warnings, errors and stderr stay."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
@@ -237,16 +238,15 @@ def _own(micro_batch: MicroBatch) -> MicroBatch:
     return micro_batch.part(*context_place()).to(device())
 
 
-def full_precision_values(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """This tensor-parallel rank's weights in fp32, whole over the data ranks, on the CPU.
+def full_precision_values(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
+    """This tensor-parallel rank's weights in fp32, whole over the data ranks, one after the other.
 
-    Collective: every rank calls it.
+    Collective: every rank takes them to the end.
     """
-    module = engine.module
-    if engine.zero_optimization_stage() < 3 and not engine.bfloat16_enabled():
-        return {name: tensor.detach().cpu() for name, tensor in model_tensors(module).items()}
-    parameters = {name: safe_get_full_fp32_param(p).cpu() for name, p in module.named_parameters()}
-    return {name: parameters.get(name, tensor).cpu() for name, tensor in model_tensors(module).items()}
+    module, parameters = engine.module, dict(engine.module.named_parameters())
+    gathered = engine.zero_optimization_stage() == 3 or engine.bfloat16_enabled()
+    for name, tensor in model_tensors(module).items():
+        yield name, safe_get_full_fp32_param(parameters[name]) if gathered and name in parameters else tensor
 
 
 def _mean_over_data_ranks(value: Tensor) -> float:

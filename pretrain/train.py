@@ -62,7 +62,7 @@ def train(arguments: Sequence[str]) -> None:
         describe(model, config, data_parallel)
         engine = build_engine(model, config, data_parallel)
         if resume:
-            restore(engine, resume[0])
+            restore(engine, config, resume[0])
             say(f"going on from {resume[0]}, after step {progress.step}")
         if dist.get_rank() == 0:
             write_run_config(config, run_dir)

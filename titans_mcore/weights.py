@@ -9,17 +9,16 @@ folder; a folder without it, or with other files than it lists, is not a checkpo
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
 WEIGHTS_FOLDER = "weights"
@@ -60,6 +59,21 @@ def split_of(parameter: Tensor) -> Split | None:
     return Split(parameter.partition_dim, getattr(parameter, "partition_stride", 1))  # type: ignore[attr-defined]
 
 
+def rules_to_json(rules: Mapping[str, Split | None]) -> str:
+    """Rules by name, for a file's metadata."""
+    return json.dumps({name: asdict(rule) if rule else None for name, rule in rules.items()})
+
+
+def rules_from_json(text: str) -> dict[str, Split | None]:
+    """What `rules_to_json` wrote."""
+    return {name: Split(**rule) if rule else None for name, rule in json.loads(text).items()}
+
+
+def shape_on_rank(parameter: Tensor) -> torch.Size:
+    """Shape of this tensor-parallel rank's part; ZeRO 3 empties a parameter between uses and keeps it beside."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint must hold: parameters, and buffers that are part of the state; tied ones once."""
     saved = set(model.state_dict())
@@ -77,7 +91,7 @@ def save_shard(
     size: int,
     step: int,
     tokens: int,
-    values: Mapping[str, Tensor] | None = None,
+    values: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Writes one tensor-parallel rank's weights; rank 0 writes `model.json` too.
 
@@ -89,17 +103,14 @@ def save_shard(
         size: Tensor-parallel ranks.
         step: Optimizer steps done.
         tokens: Tokens trained on.
-        values: Tensors by name when the model does not hold them itself: fp32 masters, gathered ZeRO 3 parameters.
+        values: Tensors in the order of `model_tensors`, one after the other, when the model does not hold them itself:
+            fp32 masters, gathered ZeRO 3 parameters.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())
-    rules = {name: split_of(p) for name, p in parameters.items()}
-    tensors = {
-        name: value.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, value in (model_tensors(model) if values is None else values).items()
-    }
-    metadata = {"rules": json.dumps({name: asdict(rule) if (rule := rules.get(name)) else None for name in tensors})}
-    save_file(tensors, folder / _shard_name(rank, size), metadata)
+    tensors, parameters = model_tensors(model), dict(model.named_parameters())
+    shapes = {name: shape_on_rank(parameters.get(name, tensor)) for name, tensor in tensors.items()}
+    rules = {name: split_of(parameters[name]) if name in parameters else None for name in tensors}
+    metadata = {"rules": rules_to_json(rules)}
+    write_tensors(folder / _shard_name(rank, size), shapes, tensors.items() if values is None else values, metadata)
     if rank == 0:
         description = {"format": FORMAT, "tensor_parallel": size, "step": step, "tokens": tokens}
         text = json.dumps({**description, "model": config.to_dict()}, indent=2)
@@ -115,6 +126,37 @@ def load_config(checkpoint: Path) -> TitansConfig:
     return TitansConfig.from_dict(_description(_weights_folder(checkpoint))["model"])
 
 
+class Shard(NamedTuple):
+    """One tensor-parallel rank's weights."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+    """By name; their values come from the disk when they are used."""
+    rules: dict[str, Split | None]
+
+
+def read_shards(checkpoint: Path) -> list[Shard]:
+    """The files of the weights, in the order of the tensor-parallel ranks that wrote them.
+
+    Args:
+        checkpoint: A checkpoint folder, or its `weights` folder.
+
+    Raises:
+        ValueError: Files are missing or damaged.
+    """
+    folder = _weights_folder(checkpoint)
+    size = _description(folder)["tensor_parallel"]
+    shards = []
+    for rank in range(size):
+        file = folder / _shard_name(rank, size)
+        tensors, metadata = read_tensors(file, "weights")
+        try:
+            shards.append(Shard(file, tensors, rules_from_json(metadata["rules"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"cannot read the weights in {file}: {error!r}") from error
+    return shards
+
+
 def load_full(checkpoint: Path) -> tuple[TitansConfig, dict[str, Tensor]]:
     """The whole weights, fp32, whatever the number of tensor-parallel ranks that wrote them.
 
@@ -124,24 +166,17 @@ def load_full(checkpoint: Path) -> tuple[TitansConfig, dict[str, Tensor]]:
     Raises:
         ValueError: Files are missing or damaged, or the ranks disagree about a tensor that all of them hold.
     """
-    folder = _weights_folder(checkpoint)
-    description = _description(folder)
-    size = description["tensor_parallel"]
-    shards: list[dict[str, Tensor]] = []
-    rules: dict[str, Split | None] = {}
-    for rank in range(size):
-        tensors, rules = _read_shard(folder / _shard_name(rank, size))
-        shards.append(tensors)
+    folder, shards = _weights_folder(checkpoint), read_shards(checkpoint)
     state = {}
-    for name, rule in rules.items():
-        parts = [_tensor(shard, name, folder) for shard in shards]
+    for name, rule in shards[-1].rules.items():
+        parts = [_tensor(shard.tensors, name, folder) for shard in shards]
         if rule is None:
             if any(not torch.equal(parts[0].view(torch.int32), part.view(torch.int32)) for part in parts[1:]):
                 raise ValueError(f"{folder}: the ranks hold different values of {name}, which all of them should share")
             state[name] = parts[0]
         else:
             state[name] = rule.join(parts)
-    return TitansConfig.from_dict(description["model"]), state
+    return load_config(checkpoint), state
 
 
 def load_into(
@@ -162,7 +197,7 @@ def load_into(
         rank, size = _tensor_parallel_place()
     targets = model_tensors(model)
     rules = {name: split_of(p) for name, p in model.named_parameters()}
-    _check_names(targets, state)
+    check_names(targets, state)
     for name, target in targets.items():
         rule = rules.get(name)
         expected = rule.whole_shape(target.shape, size) if rule else list(target.shape)
@@ -174,6 +209,25 @@ def load_into(
         for name, target in targets.items():
             rule = rules.get(name)
             target.copy_(rule.take(state[name], rank, size) if rule else state[name])
+
+
+def check_names(targets: Mapping[str, object], state: Mapping[str, object]) -> None:
+    """Compares names of tensors: those of this model, and those of a checkpoint.
+
+    Raises:
+        ValueError: They differ.
+    """
+    missing, unexpected = sorted(set(targets) - set(state)), sorted(set(state) - set(targets))
+    if missing or unexpected:
+        parts = [
+            f"{len(names)} tensors {what}, {names[0]} first"
+            for names, what in (
+                (missing, "of this model are missing there"),
+                (unexpected, "there are not in this model"),
+            )
+            if names
+        ]
+        raise ValueError(f"checkpoint of another model: {' and '.join(parts)}")
 
 
 def check_same_model(saved: TitansConfig, wanted: TitansConfig, where: Path) -> None:
@@ -275,34 +329,10 @@ def _description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _read_shard(file: Path) -> tuple[dict[str, Tensor], dict[str, Split | None]]:
-    try:
-        with safe_open(file, "pt") as shard:
-            rules = json.loads(shard.metadata()["rules"])
-            tensors = {name: shard.get_tensor(name) for name in rules}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"cannot read the weights in {file}: {error}") from error
-    return tensors, {name: Split(**rule) if rule else None for name, rule in rules.items()}
-
-
 def _tensor(shard: dict[str, Tensor], name: str, folder: Path) -> Tensor:
     if name not in shard:
         raise ValueError(f"{folder}: {name} is missing in the weights of one rank")
     return shard[name]
-
-
-def _check_names(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    missing, unexpected = sorted(set(targets) - set(state)), sorted(set(state) - set(targets))
-    if missing or unexpected:
-        parts = [
-            f"{len(names)} tensors {what}, {names[0]} first"
-            for names, what in (
-                (missing, "of this model are missing there"),
-                (unexpected, "there are not in this model"),
-            )
-            if names
-        ]
-        raise ValueError(f"checkpoint of another model: {' and '.join(parts)}")
 
 
 def _tensor_parallel_place() -> tuple[int, int]:
