@@ -132,7 +132,7 @@ def _run(division: tuple[int, int, int], members: list[Case], threads: int) -> l
         folder = Path(scratch)
         files = [folder / f"{index}.json" for index in range(len(members))]
         for file, case in zip(files, members, strict=True):
-            file.write_text(json.dumps(case.tree()))
+            file.write_text(json.dumps({"run": case.tree(), "held": case.table == "zero"}))
         output = folder / "found.json"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
@@ -147,7 +147,6 @@ def _run(division: tuple[int, int, int], members: list[Case], threads: int) -> l
 
 
 def _traffic_table(rows: list[dict[str, Any]]) -> str:
-    """One step of each variant and layout; the mixers' part of `heads` is what the issue is about."""
     chosen = [row for row in rows if row["table"] == "traffic"]
     lines = []
     for row in chosen:

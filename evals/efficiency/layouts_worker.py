@@ -2,7 +2,8 @@
 
 python -m evals.efficiency.layouts_worker OUTPUT.json TENSOR CONTEXT CASE.json ...
 
-A case is a file of run settings. Rank 0 writes, for each, what it sent in a step and what it held before the update.
+A case is a file of run settings, and of whether bytes are asked for. Rank 0 writes, for each, what it sent in a step or
+what it held before the update.
 """
 
 import gc
@@ -23,34 +24,35 @@ from titans_mcore.parallel import DeepSpeedGroups, sample_place, start, stop
 from titans_mcore.parallel.traffic import counted_traffic
 
 
-def measure(config: RunConfig, groups: Any) -> dict[str, Any]:
-    """Traffic of a step by group and operation, and bytes held by part before its update."""
+def measure(config: RunConfig, groups: Any, *, held: bool) -> dict[str, Any]:
+    """Traffic of a step by group and operation, or bytes held by part before its update."""
     torch.manual_seed(config.train.seed)
     idle = set(storages())  # of cases before this one
     engine = build_engine(build_model(config, groups), config, sample_place().ranks)
     rows, length = config.train.micro_batch, config.train.sequence_length
-    held: list[dict[str, int]] = []
 
     def step() -> None:
         tokens = [torch.randint(0, config.model.vocab_size, (rows, length)) for _ in range(micro_batches)]
         train_step(engine, [MicroBatch(x, x, None) for x in tokens], 1e-4)
 
     micro_batches = config.accumulation(sample_place().ranks)
-    step()  # the first one allocates the moments
+    if held:
+        step()  # the first one allocates the moments
+        update, found = engine.step, []
+
+        def looked_at() -> None:
+            found.append(bytes_by_part(engine, idle))
+            update()
+
+        engine.step = looked_at
+        step()
+        numbers = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        return {"held": found[-1], "numbers": numbers}
     named = {"tensor": groups.tp, "context": groups.cp, "data": DeepSpeedGroups().get_data_parallel_group()}
     assert dist.group.WORLD is not None
     with counted_traffic({**named, "header": dist.group.WORLD}) as traffic:
         step()
-    update = engine.step
-
-    def looked_at() -> None:
-        held.append(bytes_by_part(engine, idle))
-        update()
-
-    engine.step = looked_at
-    step()
-    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    return {"calls": traffic.calls, "bytes": traffic.bytes, "held": held[-1], "numbers": numbers}
+    return {"calls": traffic.calls, "bytes": traffic.bytes}
 
 
 def bytes_by_part(engine: Any, idle: set[int]) -> dict[str, int]:
@@ -91,7 +93,8 @@ def main() -> None:
     """Runs the command line."""
     output, tensor, context, *files = sys.argv[1:]
     groups = start(int(tensor), int(context), seed=0)
-    found = [measure(build(json.loads(Path(file).read_text()), file), groups) for file in files]
+    asked = [json.loads(Path(file).read_text()) for file in files]
+    found = [measure(build(x["run"], "the case"), groups, held=x["held"]) for x in asked]
     if dist.get_rank() == 0:
         write_json(Path(output), {"cases": found})
     stop()
