@@ -117,6 +117,8 @@ class TitansModel(MegatronModule):
         return self._whole_logits(self._local_logits(hidden if last is None else hidden[-last:])), states
 
     def _blocks(self, tokens: Tensor, states: list[Any] | None, rows: PackedRows | None) -> tuple[Tensor, list[Any]]:
+        if self.relay is not None:
+            self.relay.begin()
         hidden = self.embedding(tokens)
         if not self.config.sequence_parallel:  # else Megatron has made it its layout, (T / TP, B, E)
             hidden = hidden.transpose(0, 1)

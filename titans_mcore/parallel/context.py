@@ -17,6 +17,8 @@ from titans_mcore.memory import TensorTree
 _HEADER_BYTES = 8192
 _OF_BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")  # parameters that only a sequence's beginning reads
 Tree = TypeVar("Tree", bound=TensorTree)
+# What is on its way. A message that is freed before it has arrived is lost, also with the model that sent it.
+_SENT: list[tuple[dist.Work, Tensor]] = []
 
 
 class ContextRelay:
@@ -28,7 +30,15 @@ class ContextRelay:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+
+    def begin(self) -> None:
+        """Called at the start of a pass: waits until what this process sent before has arrived.
+
+        It costs nothing: the pass's first state comes from the left neighbour, which took those gradients first.
+        """
+        while _SENT:
+            work, _ = _SENT.pop()
+            work.wait()
 
     def receive(self, kind: type[Tree], hidden: Tensor) -> Tree | None:
         """The state that the rank before has left in this layer; None on the first rank.
@@ -64,10 +74,9 @@ class ContextRelay:
         return _PassOn.apply(self, layout, hidden, *tensors.values())
 
     def _send(self, message: Tensor, to: int, group: dist.ProcessGroup | None = None) -> None:
-        self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
         work = dist.isend(message, dist.get_global_rank(self.group, to), group=group or self.group)
         assert work is not None
-        self._sent.append((work, message))  # which must live until it has arrived
+        _SENT.append((work, message))
 
     def _take(self, message: Tensor, source: int) -> Tensor:
         dist.recv(message, dist.get_global_rank(self.group, source), group=self.group)
@@ -96,6 +105,10 @@ class _Layout:
         """A message of a fixed size that says what the next one holds."""
         dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
         text = json.dumps([self.names, self.shapes, dtypes], separators=(",", ":")).encode()
+        if len(text) > _HEADER_BYTES:
+            raise ValueError(
+                f"describing {len(self.names)} tensors takes {len(text)} bytes; a message's header has {_HEADER_BYTES}"
+            )
         return torch.frombuffer(bytearray(text.ljust(_HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
     def differentiable(self) -> "_Layout":
