@@ -8,7 +8,8 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,10 @@ import tomli_w
 from titans_mcore.config import TitansConfig
 
 CONFIG_FILE = "config.toml"
+SMALLEST_SHARE = 1e-4
+"""A folder that gives fewer of the samples is not worth opening, and its share would be met badly."""
+TEXTS = tuple[str, ...]
+"""Type of a setting that is a list of texts: [...] in TOML, words one behind the other on the command line."""
 
 
 def _at_least(section: str, settings: object, **limits: float) -> None:
@@ -36,6 +41,9 @@ class DataConfig:
 
     path: str = ""
     """Folder of shards that `python -m tokenization.encode` wrote: manifest.json, train.bin, heldout.bin, ..."""
+    blend: TEXTS = ()
+    """Several folders in place of `path`, each with its share of the tokens: "web=0.7" "code=0.3"; shares are divided
+    by their sum. The held-out set is blended alike, and ends before a folder's held-out text would come again."""
     reset_documents: bool = True
     """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
     heldout_sequences: int = 64
@@ -43,6 +51,44 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data", self, heldout_sequences=0)
+        if self.path and self.blend:
+            raise ValueError("data.path and data.blend both name folders of shards; give one of them")
+        smallest = min(self.folders, key=self.folders.__getitem__, default="")
+        if smallest and self.folders[smallest] < SMALLEST_SHARE:
+            raise ValueError(
+                f"data.blend takes {self.folders[smallest]:.1e} of the samples from {smallest}; "
+                f"give it at least {SMALLEST_SHARE:g} or leave it out"
+            )
+
+    @property
+    def folders(self) -> dict[str, float]:
+        """The folders, each with its share of the samples, in sum 1."""
+        weights: dict[str, Fraction] = {self.path: Fraction(1)} if self.path else {}
+        for entry in self.blend:
+            folder, weight = _folder_and_weight(entry)
+            if folder in weights:
+                raise ValueError(f"data.blend names {folder} twice; add its shares up")
+            weights[folder] = weight
+        return {folder: float(weight / sum(weights.values())) for folder, weight in weights.items()}
+
+    def absolute(self) -> "DataConfig":
+        """The same with paths that hold from any working directory."""
+        blend = []
+        for entry in self.blend:
+            folder, _, weight = entry.rpartition("=")
+            blend.append(f"{Path(folder).resolve()}={weight}")
+        return replace(self, path=str(Path(self.path).resolve()) if self.path else "", blend=tuple(blend))
+
+
+def _folder_and_weight(entry: str) -> tuple[str, Fraction]:
+    folder, _, weight = entry.rpartition("=")
+    try:
+        value = Fraction(weight)  # exact, so that 7 and 3 are the same shares as 0.7 and 0.3
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not folder or value <= 0:
+        raise ValueError(f"data.blend has {entry!r}; write FOLDER=SHARE with a share above 0, as in web=0.7")
+    return folder, value
 
 
 @dataclass(frozen=True)
@@ -294,6 +340,10 @@ def _section(section: str, kind: Any, values: dict[str, Any], source: str) -> An
 
 
 def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
+    if kind == TEXTS:
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{name} in {source} is {value!r}; it must be a list of texts in quotes")
+        return tuple(value)
     kind = kind if isinstance(kind, type) else str  # the other settings are a choice of words
     if kind is float and type(value) is int:
         return float(value)

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig, RunConfig
-from pretrain.data import MicroBatch, Samples
+from pretrain.data import MicroBatch, NumberedSamples
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import DeepSpeedGroups, device, transformer_config
 from titans_mcore.weights import model_tensors
@@ -165,7 +165,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
     return StepResult(_mean_over_data_ranks(loss_sum / len(micro_batches)), float(norm))
 
 
-def heldout_loss(engine: DeepSpeedEngine, samples: Samples, config: RunConfig) -> float:
+def heldout_loss(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunConfig) -> float:
     """Mean cross-entropy, nats a token, over the first held-out sequences; the same at every layout.
 
     Args:

@@ -158,7 +158,7 @@ def _checkpoints(config: RunConfig) -> int:
 def _lacks_vocabulary(words: Sequence[str]) -> bool:
     """Whether neither the file nor the flags say how large the vocabulary is, or where the data is."""
     flags = [word.partition("=")[0].replace("_", "-") for word in words]
-    if "--config" not in flags or {"--model.vocab-size", "--data.path"} & set(flags):
+    if "--config" not in flags or {"--model.vocab-size", "--data.path", "--data.blend"} & set(flags):
         return False
     at = flags.index("--config")
     file = words[at].partition("=")[2] or (words[at + 1] if at + 1 < len(words) else "")
@@ -168,7 +168,7 @@ def _lacks_vocabulary(words: Sequence[str]) -> bool:
     sections = [tree.get(name, {}) for name in ("model", "data")]
     if not all(isinstance(section, dict) for section in sections):
         return False  # parse() says what is wrong with it
-    return "vocab_size" not in sections[0] and not sections[1].get("path")
+    return "vocab_size" not in sections[0] and not (sections[1].get("path") or sections[1].get("blend"))
 
 
 def _gpus(text: str) -> int:

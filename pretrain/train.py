@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pretrain.blend import Blend
 from pretrain.checkpoint import Progress, checkpoint_folder, find_resume_point, on_rank_0, restore, save
 from pretrain.command_line import parse
 from pretrain.config import RunConfig, write_run_config
-from pretrain.data import Batches, Samples, keep_tokenizer, open_data
+from pretrain.data import Batches, NumberedSamples, Samples
 from pretrain.ending import EXIT_FAILED, StopRequest, TrainingFailed, end_with, mistakes_as_sentences
 from pretrain.engine import (
     StepResult,
@@ -21,13 +22,13 @@ from pretrain.engine import (
     resolve_precision,
     train_step,
 )
+from pretrain.folders import RunData, keep_tokenizer, open_data
 from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
 from pretrain.schedule import learning_rate
 from titans_mcore.parallel import DeepSpeedGroups, device, start, stop, transformer_config
 from titans_mcore.weights import find_checkpoint
-from tokenization.manifest import Manifest
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -40,19 +41,19 @@ def train(arguments: Sequence[str]) -> None:
     with mistakes_as_sentences():
         command = parse(arguments)
         config, run_dir = command.config, command.run_dir
-        manifest = open_data(config)
+        data = open_data(config)
         # The division over ranks, before anything is started.
         transformer_config(config.model, tensor_parallel=config.parallel.tensor)
         groups = start(config.parallel.tensor, seed=config.train.seed, timeout_seconds=config.parallel.timeout_seconds)
         data_rank, data_parallel = groups.dp.rank(), groups.dp.size()
         on_rank_0(lambda: lock_run_folder(run_dir))
-        on_rank_0(lambda: keep_tokenizer(manifest, Path(config.data.path), run_dir))
-        resume = find_resume_point(config, manifest.fingerprint, run_dir)
+        on_rank_0(lambda: keep_tokenizer(data, run_dir))
+        resume = find_resume_point(config, data.fingerprint, run_dir)
         progress = resume[1] if resume else Progress()
         if progress.step >= config.train.steps:
             say(f"{run_dir} is finished: step {progress.step} of {config.train.steps}; raise --train.steps to go on")
             return
-        samples, heldout = open_samples(config, manifest, run_dir)
+        samples, heldout = open_samples(config, data, run_dir)
         batches = Batches(samples, config, data_rank, data_parallel)
         model = build_model(config, groups)
         describe(model, config, data_parallel)
@@ -79,7 +80,7 @@ def train(arguments: Sequence[str]) -> None:
             values["heldout_loss"] = heldout_loss(engine, heldout, config)
         metrics.step(step, values)
         if last or stopping or due(step, config.checkpoint.every_steps):
-            save(engine, config, manifest.fingerprint, run_dir, step)
+            save(engine, config, data.fingerprint, run_dir, step)
         if stopping and not last:
             say(f"stopped by {stopping} after step {step}, which is saved; the same command goes on from there")
             break
@@ -89,11 +90,11 @@ def train(arguments: Sequence[str]) -> None:
     metrics.close()
 
 
-def open_samples(config: RunConfig, manifest: Manifest, run_dir: Path) -> tuple[Samples, Samples | None]:
-    """Training samples, and held-out ones unless none are asked for."""
-    start_token = manifest.tokenizer.bos_id if config.data.reset_documents else None
+def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[NumberedSamples, NumberedSamples | None]:
+    """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
+    start_token = data.tokenizer.bos_id if config.data.reset_documents else None
 
-    def opened(prefixes: list[str]) -> Samples:
+    def of_folder(prefixes: list[str]) -> Samples:
         return Samples(
             prefixes,
             run_dir / "index",
@@ -103,10 +104,14 @@ def open_samples(config: RunConfig, manifest: Manifest, run_dir: Path) -> tuple[
             start_token=start_token,
         )
 
-    samples = opened(manifest.train_prefixes(config.data.path))
+    def blended(prefixes: list[list[str]]) -> NumberedSamples:
+        parts = [of_folder(one) for one in prefixes]
+        return Blend(parts, [folder.share for folder in data.folders]) if len(parts) > 1 else parts[0]
+
+    samples = blended([folder.manifest.train_prefixes(folder.path) for folder in data.folders])
     if not config.data.heldout_sequences:
         return samples, None
-    return samples, opened([manifest.heldout_prefix(config.data.path)])
+    return samples, blended([[folder.manifest.heldout_prefix(folder.path)] for folder in data.folders])
 
 
 def rate_of(step: int, config: RunConfig) -> float:

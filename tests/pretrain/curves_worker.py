@@ -13,14 +13,14 @@ import torch.distributed as dist
 from pretrain.command_line import parse
 from pretrain.data import Batches
 from pretrain.engine import build_engine, build_model, heldout_loss, train_step
+from pretrain.folders import open_data
 from pretrain.train import open_samples, rate_of
 from titans_mcore.parallel import start, stop
-from tokenization.manifest import Manifest
 
 
 def curve(config, groups, run_dir):
     torch.manual_seed(config.train.seed)
-    samples, heldout = open_samples(config, Manifest.load(config.data.path), run_dir)
+    samples, heldout = open_samples(config, open_data(config), run_dir)
     batches = Batches(samples, config, groups.dp.rank(), groups.dp.size())
     engine = build_engine(build_model(config, groups), config, groups.dp.size())
     results = []

@@ -9,9 +9,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pretrain.config import DataConfig, RunConfig, TrainConfig
-from pretrain.data import Batches, Samples, keep_tokenizer, open_data
+from pretrain.data import Batches, Samples
+from pretrain.folders import keep_tokenizer, open_data
 from titans_mcore.config import TitansConfig
-from tokenization.manifest import Manifest
 
 from .tiny_shards import BOS, EOS, write_shards
 
@@ -183,11 +183,11 @@ def test_less_text_than_one_sequence_is_refused(shards, tmp_path):
 def test_a_run_keeps_the_tokenizer_of_its_data_and_no_other(tmp_path):
     shards, run = tmp_path / "shards", tmp_path / "run"
     write_shards(shards)
-    manifest = Manifest.load(shards)
+    data = open_data(run_config(shards))
     for _ in range(2):
-        keep_tokenizer(manifest, shards, run)
+        keep_tokenizer(data, run)
     kept = run / "tokenizer" / "tokenizer.model"
     assert kept.read_bytes() == (shards / "tokenizer.model").read_bytes()
     kept.write_bytes(b"another one")
     with pytest.raises(ValueError, match="is not the tokenizer of"):
-        keep_tokenizer(manifest, shards, run)
+        keep_tokenizer(data, run)

@@ -94,6 +94,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_0(launch, finished_run, 
 
 def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(finished_run, one_process):
     from pretrain.engine import heldout_loss
+    from pretrain.folders import open_data
     from pretrain.train import open_samples
     from titans_mcore.model import TitansModel
     from titans_mcore.parallel import transformer_config
@@ -103,7 +104,7 @@ def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(
     assert saved == config.model
     model = TitansModel(config.model, transformer_config(config.model), one_process)
     load_into(model, state)
-    _, heldout = open_samples(config, Manifest.load(config.data.path), finished_run)
+    _, heldout = open_samples(config, open_data(config), finished_run)
     assert heldout_loss(model, heldout, config) == pytest.approx(
         read_metrics(finished_run)[-1]["heldout_loss"], rel=1e-6
     )
