@@ -9,6 +9,7 @@ import tyro
 
 from pretrain.config import load_run_config
 from pretrain.folders import open_data
+from pretrain.schedule import portion_of
 from pretrain.train import open_samples
 from tokenization.errors import TokenizationError
 from tokenization.trace import origin_of
@@ -37,11 +38,11 @@ def documents_of_step(run: Path, step: int) -> list[str]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     samples, _ = open_samples(config, data, run)
-    first = (step - 1) * config.train.global_batch
-    samples.prepare(first, first + config.train.global_batch - 1)
+    first, count, _ = portion_of(step, config.train)
+    samples.prepare(first, first + count - 1)
     manifests = {folder.path.resolve(): folder.manifest for folder in data.folders}
     lines = []
-    for index in range(first, first + config.train.global_batch):
+    for index in range(first, first + count):
         for piece in samples.pieces(index):
             source, row = origin_of(manifests[piece.prefix.parent], piece.prefix, piece.document)
             shard = piece.prefix.name if len(manifests) == 1 else piece.prefix

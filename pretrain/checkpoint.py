@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from pretrain.config import RunConfig
 from pretrain.engine import DeepSpeedEngine, full_precision_values, resolve_precision, without_chatter
+from pretrain.schedule import portion_of, tokens_after
 from titans_mcore.parallel import DeepSpeedGroups
 from titans_mcore.weights import (
     MARKER,
@@ -54,7 +55,7 @@ class Progress:
     @classmethod
     def at(cls, step: int, config: RunConfig) -> "Progress":
         """After `step` steps."""
-        return cls(step, step * config.train.global_batch, step * config.train.tokens_per_step)
+        return cls(step, portion_of(step + 1, config.train).first, tokens_after(step, config.train))
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -165,6 +166,10 @@ def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         "seed": config.train.seed,
         "global_batch": config.train.global_batch,
         "sequence_length": config.train.sequence_length,
+        "batch_warmup_from": config.train.batch_warmup_from,
+        "batch_warmup_tokens": config.train.batch_warmup_tokens,
+        "sequence_warmup_from": config.train.sequence_warmup_from,
+        "sequence_warmup_tokens": config.train.sequence_warmup_tokens,
         "layout": {
             "tensor_parallel": config.parallel.tensor,
             "data_parallel": DeepSpeedGroups().get_data_parallel_world_size(),
@@ -176,7 +181,8 @@ def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
 
 def _check_identity(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
     def flat(record: dict[str, Any]) -> dict[str, Any]:
-        return {name: record[name] for name in wanted if name != "layout"} | record["layout"]
+        # Checkpoints from before the warm-ups have none.
+        return {name: record.get(name, 0) for name in wanted if name != "layout"} | record["layout"]
 
     then, now = flat(saved), flat(wanted)
     differing = [f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name]]

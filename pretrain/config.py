@@ -103,6 +103,15 @@ class TrainConfig:
     """Samples of one step over all ranks and micro-batches."""
     micro_batch: int = 4
     """Samples that one rank computes at a time; the rest of the global batch is accumulated."""
+    batch_warmup_from: int = 0
+    """Samples of the first step; the batch grows by as many at a time. 0: global_batch from the start."""
+    batch_warmup_tokens: int = 0
+    """Tokens after which a step has global_batch samples."""
+    sequence_warmup_from: int = 0
+    """Tokens of a row at first; rows double until they are whole samples. Before, a sample is cut into rows that begin
+    anew, so that samples, their order and the tokens of a step stay the same. 0: whole samples from the start."""
+    sequence_warmup_tokens: int = 0
+    """Tokens after which rows are whole samples."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the samples."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -119,10 +128,44 @@ class TrainConfig:
                 f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}; "
                 "change one of them"
             )
+        self._check_warmups()
+
+    def _check_warmups(self) -> None:
+        for kind, full in (("batch", "global_batch"), ("sequence", "sequence_length")):
+            start, tokens = (f"{kind}_warmup_{end}" for end in ("from", "tokens"))
+            _at_least("train", self, **{start: 0, tokens: 0})
+            if bool(getattr(self, start)) != bool(getattr(self, tokens)):
+                raise ValueError(
+                    f"train.{start} is {getattr(self, start)} and train.{tokens} {getattr(self, tokens)}; "
+                    "a warm-up needs both, none neither"
+                )
+            if getattr(self, start) >= getattr(self, full):
+                raise ValueError(
+                    f"train.{start} {getattr(self, start)} is no less than train.{full} {getattr(self, full)}; "
+                    "lower it, or leave the warm-up out"
+                )
+        if self.batch_warmup_from and (
+            self.global_batch % self.batch_warmup_from or self.batch_warmup_from % self.micro_batch
+        ):
+            raise ValueError(
+                f"train.batch_warmup_from {self.batch_warmup_from} must be a multiple of train.micro_batch "
+                f"{self.micro_batch} and go into train.global_batch {self.global_batch} without rest; change it"
+            )
+        rows, rest = divmod(self.sequence_length, self.sequence_warmup_from or self.sequence_length)
+        if rest or rows & (rows - 1):
+            raise ValueError(
+                f"train.sequence_warmup_from {self.sequence_warmup_from} does not become train.sequence_length "
+                f"{self.sequence_length} by doubling; take a half, a quarter, ... of it"
+            )
+
+    @property
+    def shortest_row(self) -> int:
+        """Tokens of the shortest rows that the model is given; every row length is a multiple of it."""
+        return self.sequence_warmup_from or self.sequence_length
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step learns from."""
+        """Tokens that one optimizer step learns from, after the warm-up."""
         return self.global_batch * self.sequence_length
 
 
@@ -239,12 +282,17 @@ class RunConfig:
     """What is reported."""
 
     def accumulation(self, data_parallel: int) -> int:
-        """Micro-batches of each rank in one step.
+        """Micro-batches of each rank in one step, after the warm-up.
 
         Raises:
-            ValueError: The global batch cannot be shared out evenly over `data_parallel` ranks.
+            ValueError: A batch cannot be shared out evenly over `data_parallel` ranks.
         """
         portion = self.train.micro_batch * data_parallel
+        if self.train.batch_warmup_from % portion:
+            raise ValueError(
+                f"train.batch_warmup_from {self.train.batch_warmup_from} cannot be shared out over {data_parallel} "
+                f"data ranks in micro-batches of {self.train.micro_batch}; make it a multiple of {portion}"
+            )
         if self.train.global_batch % portion:
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} cannot be shared out over {data_parallel} data ranks in "

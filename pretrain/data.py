@@ -2,9 +2,9 @@
 
 The samples of a run are numbered 0, 1, 2, ... Sample i is a function of the data, the seed, the sequence length and i
 alone: every epoch is Megatron's GPTDataset over one pass of the documents, shuffled by (seed, epoch), so that neither
-the length of the run nor the number of ranks moves a sample. Step s learns from the samples s * global_batch and on;
-its micro-batches go round the data ranks, and all tensor-parallel ranks of one data rank read the same. Several folders
-are one such row of samples, too: pretrain.blend.
+the length of the run nor the number of ranks moves a sample. A step learns from consecutive samples, and how many is a
+function of the step (pretrain.schedule); its micro-batches go round the data ranks, and all tensor-parallel ranks of
+one data rank read the same. Several folders are one such row of samples, too: pretrain.blend.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from pretrain.config import RunConfig
+from pretrain.schedule import Portion, portion_of
 
 
 class MicroBatch(NamedTuple):
@@ -42,6 +43,13 @@ class MicroBatch(NamedTuple):
     def to(self, device: torch.device) -> "MicroBatch":
         """The same there."""
         return MicroBatch(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
+    def cut(self, length: int) -> "MicroBatch":
+        """The same tokens and labels in rows of `length`, (B * T / length, length)."""
+        if length == self.tokens.shape[1]:
+            return self
+        starts = None if self.starts is None else _inside(self.starts.reshape(-1, length))
+        return MicroBatch(self.tokens.reshape(-1, length), self.labels.reshape(-1, length), starts)
 
 
 class Piece(NamedTuple):
@@ -143,11 +151,7 @@ class Samples:
         return [piece for piece in found if piece.start < piece.stop]
 
     def _starts(self, tokens: Tensor) -> Tensor | None:
-        if self._start_token is None:
-            return None
-        starts = tokens == self._start_token
-        starts[:, 0] = False  # a row begins anew by itself
-        return starts if bool(starts.any()) else None
+        return None if self._start_token is None else _inside(tokens == self._start_token)
 
     def _build(self, epoch: int) -> GPTDataset | BlendedDataset:
         # Folders of a blend have shards of the same names.
@@ -206,15 +210,13 @@ class Batches:
 
         Args:
             samples: Numbered samples.
-            config: Gives global and micro-batch.
+            config: Says what a step learns from.
             data_rank: This rank's place among the data ranks.
             data_parallel: Data ranks.
         """
         self._samples = samples
-        self._global_batch = config.train.global_batch
-        self._micro_batch = config.train.micro_batch
+        self._train = config.train
         self._data_rank, self._data_parallel = data_rank, data_parallel
-        self._last_step = config.train.steps - 1
         self._thread = ThreadPoolExecutor(1, "batches")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
         self.waited_seconds = 0.0
@@ -226,7 +228,7 @@ class Batches:
         ahead = self._ahead.pop(step, None) or self._submit(step)
         micro_batches = ahead.result()
         self.waited_seconds = time.perf_counter() - started
-        if step < self._last_step:
+        if step < self._train.steps - 1:
             self._ahead[step + 1] = self._submit(step + 1)
         return micro_batches
 
@@ -235,15 +237,16 @@ class Batches:
         self._thread.shutdown(cancel_futures=True)
 
     def _submit(self, step: int) -> "Future[list[MicroBatch]]":
-        first = step * self._global_batch
+        portion = portion_of(step + 1, self._train)
         # Here and not in the thread: building an index is collective.
-        self._samples.prepare(first, first + self._global_batch - 1)
-        return self._thread.submit(self._read, first)
+        self._samples.prepare(portion.first, portion.first + portion.samples - 1)
+        return self._thread.submit(self._read, portion)
 
-    def _read(self, first: int) -> list[MicroBatch]:
-        size, stride = self._micro_batch, self._micro_batch * self._data_parallel
-        starts = range(first + self._data_rank * size, first + self._global_batch, stride)
-        return [self._samples.micro_batch(range(start, start + size)) for start in starts]
+    def _read(self, portion: Portion) -> list[MicroBatch]:
+        size, stride = self._train.micro_batch, self._train.micro_batch * self._data_parallel
+        starts = range(portion.first + self._data_rank * size, portion.first + portion.samples, stride)
+        batches = (self._samples.micro_batch(range(start, start + size)) for start in starts)
+        return [batch.cut(portion.row_length) for batch in batches]
 
 
 class _TokenizerFacts:
@@ -255,6 +258,13 @@ class _TokenizerFacts:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.unique_identifiers = {"vocab_size": vocab_size}
+
+
+def _inside(starts: Tensor) -> Tensor | None:
+    """Starts of documents without those of rows, which begin anew by themselves."""
+    starts = starts.clone()
+    starts[:, 0] = False
+    return starts if bool(starts.any()) else None
 
 
 def _agree(mine: bool) -> bool:

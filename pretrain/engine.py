@@ -148,13 +148,17 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
 
     Args:
         engine: Its model trains.
-        micro_batches: As many as the engine accumulates.
+        micro_batches: All have the same shape; their number may change from step to step, alike on every rank.
         lr: Learning rate of this step.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    # DeepSpeed divides the loss by the number of micro-batches, and counts them from the start of the run to know the
+    # last of a step, which is wrong as soon as their number changes: it is told.
+    engine.set_train_batch_size(len(micro_batches) * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
     loss_sum = torch.zeros((), device=device())
-    for micro_batch in micro_batches:
+    for place, micro_batch in enumerate(micro_batches, 1):
+        engine.set_gradient_accumulation_boundary(place == len(micro_batches))
         loss = engine(**micro_batch.to(device())._asdict()).mean()
         engine.backward(loss)
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():

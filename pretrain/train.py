@@ -26,7 +26,7 @@ from pretrain.folders import RunData, keep_tokenizer, open_data
 from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
-from pretrain.schedule import learning_rate
+from pretrain.schedule import learning_rate, portion_of, tokens_after
 from titans_mcore.parallel import DeepSpeedGroups, device, start, stop, transformer_config
 from titans_mcore.weights import find_checkpoint
 
@@ -133,8 +133,8 @@ def measured(
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
-        "tokens": Progress.at(step, config).tokens,
-        "tokens_per_second": config.train.tokens_per_step / seconds,
+        "tokens": tokens_after(step, config.train),
+        "tokens_per_second": portion_of(step, config.train).samples * config.train.sequence_length / seconds,
         "seconds": seconds,
         "data_wait_seconds": wait_seconds,
     }
@@ -170,6 +170,10 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
     )
     if config.schedule.warmup_steps >= config.train.steps:
         say(f"note: the warm-up of {config.schedule.warmup_steps} steps is as long as the run")
+    tokens = tokens_after(config.train.steps - 1, config.train)
+    for name in ("batch_warmup_tokens", "sequence_warmup_tokens"):
+        if tokens < (needed := getattr(config.train, name)):
+            say(f"note: train.{name} is {needed:,}, but the last step begins after {tokens:,} tokens")
 
 
 def is_counted(parameter: torch.Tensor) -> bool:

@@ -24,7 +24,9 @@ def open_samples(shards, index_dir, seed=3):
 
 
 def config_of(micro_batch, steps=STEPS):
-    return RunConfig(train=TrainConfig(steps=steps, global_batch=GLOBAL_BATCH, micro_batch=micro_batch))
+    return RunConfig(
+        train=TrainConfig(steps=steps, sequence_length=32, global_batch=GLOBAL_BATCH, micro_batch=micro_batch)
+    )
 
 
 def rank_batches(shards, index_dir, *, ranks, micro_batch, steps, seed=3):
@@ -146,6 +148,37 @@ def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, re
     batches = rank_batches(shards, tmp_path, ranks=1, micro_batch=GLOBAL_BATCH, steps=range(1))
     assert torch.equal(samples_of(batches)[0], reference[0])
     assert not [folder for folder in tmp_path.iterdir() if folder.name.startswith(".")]
+
+
+def test_short_rows_are_the_parts_of_the_same_samples(shards, tmp_path):
+    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    whole = samples.micro_batch(range(samples.per_epoch))
+    short = whole.cut(8)
+    assert short.tokens.shape == (4 * samples.per_epoch, 8)
+    assert torch.equal(short.tokens.reshape(-1, 32), whole.tokens)
+    assert torch.equal(short.labels.reshape(-1, 32), whole.labels)  # the last token of a short row is predicted, too
+    assert torch.equal(short.starts[:, 1:], (short.tokens == BOS)[:, 1:])
+    assert not short.starts[:, 0].any()
+    assert whole.cut(32) is whole
+
+
+def test_both_warm_ups_leave_the_order_of_the_samples_as_it_is(shards, tmp_path, reference):
+    warm_ups = {"batch_warmup_from": 4, "batch_warmup_tokens": 1_000, "sequence_warmup_from": 8}
+    train = TrainConfig(
+        steps=STEPS,
+        sequence_length=32,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=2,
+        sequence_warmup_tokens=1_200,
+        **warm_ups,
+    )
+    reader = Batches(open_samples(shards, tmp_path), RunConfig(train=train), 0, 1)
+    steps = [[tokens for tokens, *_ in reader.fetch(step)] for step in range(STEPS)]
+    reader.close()
+    assert [len(step) for step in steps] == [2, 2, 2, 2, 4, 4, 6, 6, 6]
+    assert [step[0].shape[1] for step in steps] == [8, 8, 8, 8, 8, 16, 16, 32, 32]
+    seen = torch.cat([tokens.reshape(-1, 32) for step in steps for tokens in step])
+    assert torch.equal(seen, torch.cat(reference)[: len(seen)])
 
 
 def run_config(shards: Path, **model) -> RunConfig:

@@ -13,11 +13,28 @@ pytestmark = pytest.mark.slow
 WORKER = str(Path(__file__).with_name("curves_worker.py"))
 RELATIVE = 1e-4
 
+# Batches of 2, then of 4; rows of 8, 16 and 32 tokens: both change in the middle.
+WARM = (
+    "--train.micro-batch=1,--train.batch-warmup-from=2,--train.batch-warmup-tokens=500,"
+    "--train.sequence-warmup-from=8,--train.sequence-warmup-tokens=1000"
+)
 LAYOUTS = {
     # processes, [name=settings]
-    "one process": (1, ["plain=--train.micro-batch=4", "accumulated=--train.micro-batch=1"]),
+    "one process": (
+        1,
+        [
+            "plain=--train.micro-batch=4",
+            "accumulated=--train.micro-batch=1",
+            f"warm-plain={WARM},--train.micro-batch=2",
+            f"warm-accumulated={WARM}",
+        ],
+    ),
     "tensor parallel 2": (2, ["tensor=--parallel.tensor=2"]),
-    "data parallel 2": (2, [f"zero{stage}=--parallel.zero-stage={stage}" for stage in range(4)]),
+    "data parallel 2": (
+        2,
+        [f"zero{stage}=--parallel.zero-stage={stage}" for stage in range(4)]
+        + [f"warm-zero{stage}={WARM},--parallel.zero-stage={stage}" for stage in range(4)],
+    ),
 }
 
 
@@ -47,3 +64,10 @@ def test_the_reference_learns(curves):
 @pytest.mark.parametrize("quantity", ["loss", "grad_norm", "heldout"])
 def test_a_layout_trains_like_one_process(curves, layout, quantity):
     assert curves[layout][quantity] == pytest.approx(curves["plain"][quantity], rel=RELATIVE)
+
+
+@pytest.mark.parametrize("layout", ["accumulated", "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("quantity", ["loss", "grad_norm", "heldout"])
+def test_a_layout_warms_up_like_one_process(curves, layout, quantity):
+    assert curves[f"warm-{layout}"][quantity] == pytest.approx(curves["warm-plain"][quantity], rel=RELATIVE)
+    assert curves["warm-plain"][quantity] != pytest.approx(curves["plain"][quantity], rel=RELATIVE)

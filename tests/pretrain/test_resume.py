@@ -16,6 +16,9 @@ from pretrain.metrics import read_metrics
 from titans_mcore.weights import find_checkpoint, load_full, load_into
 from tokenization.manifest import Manifest
 
+# Batches of 2, 2, 2, 2, 4, 4 samples, rows of 16 tokens and from step 5 on of 32.
+WARM_UPS = ["--train.micro-batch", "1", "--train.batch-warmup-from", "2", "--train.batch-warmup-tokens", "250"]
+WARM_UPS += ["--train.sequence-warmup-from", "16", "--train.sequence-warmup-tokens", "250"]
 TIME = ("seconds", "tokens_per_second", "data_wait_seconds")
 
 
@@ -61,10 +64,10 @@ def test_a_run_killed_in_the_middle_ends_bitwise_like_an_uninterrupted_one(launc
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [["--parallel.zero-stage", "3"], ["--train.precision", "bf16"]],
-    ids=["zero 3", "bf16 with fp32 masters"],
+    [["--parallel.zero-stage", "3"], ["--train.precision", "bf16"], WARM_UPS],
+    ids=["zero 3", "bf16 with fp32 masters", "in the middle of both warm-ups"],
 )
-def test_sharded_and_low_precision_runs_go_on_bitwise(launch, tmp_path, settings):
+def test_sharded_low_precision_and_warming_runs_go_on_bitwise(launch, tmp_path, settings):
     arguments = ["--nproc", "2", "--train.steps", "6", "--checkpoint.every-steps", "3", *settings]
     run_dir = tmp_path / "straight"
     status, _, err = launch(run_dir, *arguments).wait()
@@ -173,6 +176,8 @@ def test_a_folder_without_checkpoints_starts_anew(resumable):
         ({"parallel": {"zero_stage": 2}}, "zero_stage was 1 and is 2"),
         ({"train": {"global_batch": 8}}, "global_batch was 4 and is 8"),
         ({"train": {"sequence_length": 16}}, "sequence_length was 32 and is 16"),
+        ({"train": {"batch_warmup_from": 2, "batch_warmup_tokens": 9}}, "batch_warmup_tokens was 0 and is 9"),
+        ({"train": {"sequence_warmup_from": 8, "sequence_warmup_tokens": 9}}, "sequence_warmup_from was 0 and is 8"),
         ({"train": {"seed": 1}}, "seed was 1234 and is 1"),
         ({"fingerprint": "other"}, "data_fingerprint was .* and is other"),
     ],
