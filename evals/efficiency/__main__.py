@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
-from evals.efficiency.settings import MemorySettings, TokenizationSettings
+from evals.efficiency.settings import DataSettings, MemorySettings, TokenizationSettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
 
@@ -13,6 +13,7 @@ Measures in one run, side by side, against other implementations.
 commands:
   memory        the neural memory: tokens/s, peak memory, growth with length
   tokenization  encoding text to shards, against sentencepiece alone
+  data          shards to batches: index, start, resume, memory, reading, on a billion synthetic tokens
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -38,7 +39,19 @@ def _tokenization(words: Sequence[str]) -> None:
     print(settings.output / "tokenization.json", file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"memory": _memory, "tokenization": _tokenization}
+def _data(words: Sequence[str]) -> None:
+    settings = parse_settings(DataSettings, "python -m evals.efficiency data", words)
+    from evals.efficiency.data import measure
+
+    print(measure(settings))
+    print(settings.output / "data.json", file=sys.stderr)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "memory": _memory,
+    "tokenization": _tokenization,
+    "data": _data,
+}
 
 
 def main() -> None:

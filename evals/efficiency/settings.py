@@ -99,3 +99,39 @@ class TokenizationSettings:
         for name in ("threads", "repeats"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Measures the data of a run: index, start, resume, memory, reading; extrapolates to larger sets.
+
+    Writes OUTPUT/data.json. Synthetic shards lie in OUTPUT while it measures, two to five bytes a token.
+    """
+
+    output: Path
+    """Folder for data.json."""
+    shards: Path | None = None
+    """Folder of shards to measure; by default synthetic ones are written, and deleted at the end."""
+    tokens: float = 1e9
+    """Tokens of the synthetic set."""
+    shard_tokens: float = 1e8
+    """Tokens of a synthetic shard."""
+    sequence_length: int = 4_096
+    """Tokens of a sample."""
+    global_batch: int = 128
+    """Samples of a step; one process reads all of them."""
+    steps: int = 20
+    """Steps that are read for the speed of reading."""
+    builds: int = 3
+    """Times that an index is built; the fastest counts, since other work on the machine slows single ones."""
+    extrapolate: tuple[float, ...] = (3e10, 1e11)
+    """Tokens of larger sets, in shards of a billion."""
+    threads: int = field(default_factory=available_cores)
+    """Processes that write the shards."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "shard_tokens", "sequence_length", "global_batch", "steps", "builds", "threads"):
+            if not getattr(self, name) >= 1:
+                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        if any(not tokens >= self.sequence_length for tokens in self.extrapolate):
+            raise EvaluationError(f"--extrapolate is {self.extrapolate}; give sets of at least one sample each")

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ def test_a_restart_with_another_number_of_ranks_goes_on_with_the_same_batches(sh
 def test_a_longer_run_sees_the_same_first_batches(shards, tmp_path, reference):
     reader = Batches(open_samples(shards, tmp_path), config_of(GLOBAL_BATCH, steps=10_000), 0, 1)
     assert torch.equal(reader.fetch(0)[0][0], reference[0])
+    reader.close()
+
+
+def test_the_next_step_is_read_while_this_one_computes(shards, tmp_path):
+    samples, read = open_samples(shards, tmp_path), []
+    monitored = SimpleNamespace(prepare=samples.prepare)
+    monitored.micro_batch = lambda indices: (read.extend(indices), samples.micro_batch(indices))[1]
+    reader = Batches(monitored, config_of(4), 0, 1)
+    for step in range(STEPS - 1):
+        reader.fetch(step)
+        reader._ahead[step + 1].result()  # what the computation of a step leaves time for
+        assert read == list(range((step + 2) * GLOBAL_BATCH))
+    reader.fetch(STEPS - 1)
+    assert len(read) == STEPS * GLOBAL_BATCH  # nothing is read for a step that does not come
     reader.close()
 
 
