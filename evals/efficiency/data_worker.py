@@ -1,6 +1,6 @@
 """One start of a training run's data, in a process of its own: `python -m evals.efficiency.data_worker REQUEST`.
 
-REQUEST is a Start or a Join as JSON under its name; the answer is a line of JSON.
+REQUEST is a Start as JSON, the answer a Started as a line of JSON.
 """
 
 import json
@@ -12,9 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from megatron.core.datasets import helpers
 
 from evals.measure import PeakMemory
 from pretrain.config import RunConfig, TrainConfig
@@ -32,7 +30,6 @@ class Start:
     Attributes:
         folder: Of the shards.
         index: Of the index; what is there is used.
-        shards: How many train shards.
         sequence_length: Tokens of a sample.
         global_batch: Samples of a step; this process reads all of them.
         epochs: The first step begins after so many epochs; 0.5 is the middle of the first.
@@ -43,7 +40,6 @@ class Start:
 
     folder: str
     index: str
-    shards: int
     sequence_length: int
     global_batch: int
     epochs: float
@@ -60,43 +56,28 @@ class Started:
         import_seconds: Until Python, torch and Megatron-core are loaded.
         open_seconds: Checking the manifest and opening the samples; builds the index where there is none.
         open_cpu_seconds: Of the processor, for that; does not grow when others use the machine.
+        open_peak_bytes: Most resident memory meanwhile, over that of the imports; mapped pages count.
         first_batch_seconds: Until the batch of the first step is there.
-        peak_bytes: Most resident memory until then, over that of the imports; mapped pages count.
         anonymous_bytes: Memory of its own after all steps, over that of the imports: cannot be given back.
         mapped_bytes: Pages of mapped files after all steps: the system takes them back when it needs them.
         tokens_per_second: Read as fast as it goes.
         tokens_per_cpu_second: Likewise, by the processor's time.
         step_read_seconds: Reading a step's batch as fast as it goes.
         wait_share: Median share of a step that waits, where a step computes twice as long as its batch takes to read.
-        documents: In the shards.
         samples: Of an epoch.
     """
 
     import_seconds: float
     open_seconds: float
     open_cpu_seconds: float
+    open_peak_bytes: int
     first_batch_seconds: float
-    peak_bytes: int
     anonymous_bytes: int
     mapped_bytes: int
     tokens_per_second: float
     tokens_per_cpu_second: float
     step_read_seconds: float
     wait_share: float
-    documents: int
-    samples: int
-
-
-@dataclass(frozen=True)
-class Join:
-    """Joins shards into one row of samples, with no shards there.
-
-    Attributes:
-        shards: How many.
-        samples: Of all of them.
-    """
-
-    shards: int
     samples: int
 
 
@@ -116,7 +97,7 @@ def run_start(request: Start) -> Started:
     manifest = Manifest.load(folder)
     manifest.check_quick(folder)
     samples = Samples(
-        manifest.train_prefixes(folder)[: request.shards],
+        manifest.train_prefixes(folder),
         Path(request.index),
         vocab_size=manifest.tokenizer.vocab_size,
         sequence_length=request.sequence_length,
@@ -124,6 +105,7 @@ def run_start(request: Start) -> Started:
         start_token=manifest.tokenizer.bos_id,
     )
     opened, opened_cpu = time.perf_counter(), time.process_time()
+    open_peak_bytes = peak.bytes() - baseline
     train = TrainConfig(
         steps=10**9,
         sequence_length=request.sequence_length,
@@ -134,7 +116,6 @@ def run_start(request: Start) -> Started:
     first = int(request.epochs * samples.per_epoch) // request.global_batch
     batches.fetch(first)
     read, read_cpu = time.perf_counter(), time.process_time()
-    peak_bytes = peak.bytes() - baseline
 
     waiting = first + 1 + request.steps
     for step in range(first + 1, waiting):
@@ -151,27 +132,16 @@ def run_start(request: Start) -> Started:
         import_seconds=import_seconds,
         open_seconds=opened - began,
         open_cpu_seconds=opened_cpu - began_cpu,
+        open_peak_bytes=open_peak_bytes,
         first_batch_seconds=read - opened,
-        peak_bytes=peak_bytes,
         anonymous_bytes=_resident("RssAnon") - own,
         mapped_bytes=_resident("RssFile") - mapped,
         tokens_per_second=train.tokens_per_step / step_seconds,
         tokens_per_cpu_second=train.tokens_per_step / step_cpu_seconds,
         step_read_seconds=step_seconds,
         wait_share=statistics.median(waits),
-        documents=sum(shard.documents for shard in manifest.splits["train"].datasets[: request.shards]),
         samples=samples.per_epoch,
     )
-
-
-def run_join(request: Join) -> dict[str, float]:
-    """What Megatron's BlendedDataset does to join shards, on arrays of the real size."""
-    sizes = [request.samples // request.shards] * request.shards
-    began = time.process_time()
-    part, place = np.zeros(sum(sizes), np.int16), np.zeros(sum(sizes), np.int64)
-    helpers.build_exhaustive_blending_indices(part, place, sizes, request.shards)
-    np.unique(part, return_counts=True)
-    return {"cpu_seconds": time.process_time() - began, "bytes": part.nbytes + place.nbytes}
 
 
 def _resident(kind: str) -> int:
@@ -190,9 +160,7 @@ def main() -> None:
     # What libraries print must not stand before the answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    ((kind, values),) = json.loads(sys.argv[1]).items()
-    answer = asdict(run_start(Start(**values))) if kind == "start" else run_join(Join(**values))
-    answers.write(json.dumps(answer) + "\n")
+    answers.write(json.dumps(asdict(run_start(Start(**json.loads(sys.argv[1]))))) + "\n")
     answers.close()
 
 

@@ -103,7 +103,7 @@ class TokenizationSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Measures the data of a run: index, start, resume, memory, reading; extrapolates to larger sets.
+    """Measures the data of a run: index, start, resume, memory, reading; and the index of much larger sets.
 
     Writes OUTPUT/data.json. Synthetic shards lie in OUTPUT while it measures, two to five bytes a token.
     """
@@ -124,8 +124,8 @@ class DataSettings:
     """Steps that are read for the speed of reading."""
     builds: int = 3
     """Times that an index is built; the fastest counts, since other work on the machine slows single ones."""
-    extrapolate: tuple[float, ...] = (3e10, 1e11)
-    """Tokens of larger sets, in shards of a billion."""
+    sparse: tuple[float, ...] = (3e10, 1e11)
+    """Tokens of larger sets, in shards of a billion, whose token files are empty but of the right size."""
     threads: int = field(default_factory=available_cores)
     """Processes that write the shards."""
 
@@ -133,5 +133,5 @@ class DataSettings:
         for name in ("tokens", "shard_tokens", "sequence_length", "global_batch", "steps", "builds", "threads"):
             if not getattr(self, name) >= 1:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
-        if any(not tokens >= self.sequence_length for tokens in self.extrapolate):
-            raise EvaluationError(f"--extrapolate is {self.extrapolate}; give sets of at least one sample each")
+        if any(not tokens >= 2e6 for tokens in self.sparse):
+            raise EvaluationError(f"--sparse is {self.sparse}; give sets of at least two million tokens each")

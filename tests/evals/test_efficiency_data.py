@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from evals.command_line import EvaluationError
 from evals.efficiency import data
 from evals.efficiency.settings import DataSettings
-from evals.efficiency.synthetic_shards import MEAN_TOKENS, VOCABULARY, write_synthetic_shards
+from evals.efficiency.synthetic_shards import MEAN_TOKENS, VOCABULARY, write_sparse_shards, write_synthetic_shards
 from tokenization.manifest import Manifest, ManifestError
 from tokenization.verify import verify
 
@@ -21,25 +21,23 @@ SMALL = ("--tokens", "3e5", "--shard-tokens", "1e5", "--sequence-length", "128",
 
 
 @pytest.mark.slow
-def test_a_start_with_and_without_an_index_and_a_resume_are_measured(tmp_path: Path) -> None:
+def test_starts_with_and_without_an_index_and_a_resume_are_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "evals.efficiency", "data", "--output", str(tmp_path), *SMALL]
-    done = subprocess.run(
-        [*command, "--extrapolate", "1e7", "--builds", "1"], capture_output=True, text=True, timeout=500
-    )
+    command += ["--sparse", "4e6", "--builds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "data.json").read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
-    assert report["set"]["shards"] == 3
-    assert abs(report["set"]["tokens"] - 3e5) < 0.1 * 3e5
-    half, *whole = report["starts"].values()
-    assert len(whole) == 3
-    assert {one["samples"] for one in whole} == {whole[0]["samples"]}
-    assert half["samples"] < whole[0]["samples"] == pytest.approx(report["set"]["tokens"] / 128, abs=4)
-    assert all(one["tokens_per_second"] > 0 and 0 <= one["wait_share"] <= 1 for one in report["starts"].values())
-    (larger,) = report["extrapolated"]
-    assert larger["index_bytes"] == pytest.approx(report["set"]["index_bytes"] / report["set"]["tokens"] * 1e7)
-    for name in (*report["starts"], "extrapolated", f"{report['set']['tokens']:,} tokens"):
-        assert name in done.stdout
+    small, large = json.loads((tmp_path / "data.json").read_text())["sets"]
+    assert [one["shards"] for one in (small, large)] == [3, 2]
+    for one, tokens in ((small, 3e5), (large, 4e6)):
+        assert abs(one["tokens"] - tokens) < 0.1 * tokens
+        assert one["samples"] == pytest.approx(one["tokens"] / 128, abs=4)
+        assert one["index_bytes"] > 22 * one["samples"]
+        assert len(one["starts"]) == 3
+        for name, start in one["starts"].items():
+            assert name in done.stdout
+            assert start["tokens_per_second"] > 0
+            assert 0 <= start["wait_share"] <= 1
 
 
 def test_synthetic_shards_are_whole_but_for_the_tokenizer(tmp_path: Path) -> None:
@@ -58,19 +56,20 @@ def test_synthetic_shards_are_whole_but_for_the_tokenizer(tmp_path: Path) -> Non
     assert datasets[0][0].max() < VOCABULARY
 
 
-def test_larger_sets_lie_on_the_line_through_half_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(data, "_run", lambda request: {"cpu_seconds": request["join"]["shards"], "bytes": 7})
-    starts = {
-        "half, index built": {"open_cpu_seconds": 2.0, "peak_bytes": 50},
-        "whole, index built": {"open_cpu_seconds": 3.0, "peak_bytes": 80},
-    }
-    sizes = {"tokens": 2e9, "tokens_of_half": 1e9, "index_bytes": 10}
-    settings = DataSettings(output=tmp_path, sequence_length=1_000)
-    found = data._extrapolate({"set": sizes, "starts": starts}, 1e10, settings)
-    assert (found["samples"], found["shards"]) == (10_000_000, 10)
-    assert found["build_cpu_seconds"] == 3.0 + 8 * 1.0 + 10
-    assert found["build_peak_bytes"] == 80 + 8 * 30
-    assert found["index_bytes"] == 50
+def test_sparse_shards_open_like_others_and_take_no_room(tmp_path: Path) -> None:
+    manifest = write_sparse_shards(tmp_path, 4_000_000)
+    assert Manifest.load(tmp_path) == manifest
+    manifest.check_quick(tmp_path)
+    datasets = [IndexedDataset(prefix) for prefix in manifest.train_prefixes(tmp_path)]
+    assert sum(int(one.sequence_lengths.sum()) for one in datasets) == manifest.splits["train"].tokens
+    assert [len(one) for one in datasets] == [shard.documents for shard in manifest.splits["train"].datasets]
+    blocks = {(file.stat().st_ino, file.stat().st_blocks) for file in tmp_path.glob("*.bin")}
+    assert [count for _, count in blocks] == [0]
+
+
+def test_a_sparse_set_of_less_than_two_shards_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"--sparse is \(1000\.0,\); give sets of at least two million tokens"):
+        DataSettings(output=tmp_path, sparse=(1_000.0,))
 
 
 @pytest.mark.parametrize(

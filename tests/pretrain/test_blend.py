@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pretrain.train import open_samples
 from titans_mcore.config import TitansConfig
 from tokenization.manifest import Manifest
 
+from .jobs import Job
 from .tiny_shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -183,3 +185,25 @@ def test_a_blend_on_the_command_line_is_kept_with_whole_paths(folders, tiny_toml
     assert (config.train.steps, config.model.vocab_size) == (3, 96)
     write_run_config(config, tmp_path / "run")
     assert load_run_config(tmp_path / "run") == config
+
+
+def test_a_run_on_a_blend_goes_on_with_the_same_shares_and_refuses_others(folders, tiny_toml, tmp_path):
+    toml = tmp_path / "blend.toml"
+    entries = ", ".join(f'"{folder}={share}"' for folder, share in zip(folders, SHARES, strict=True))
+    toml.write_text(re.sub(r"path = .*", f"blend = [{entries}]", tiny_toml.read_text()))
+
+    def train(*more):
+        words = ["--config", str(toml), "--run-dir", str(tmp_path / "run"), "--variant", "transformer", *more]
+        return Job([sys.executable, "-m", "pretrain.train", *words], tmp_path).wait()
+
+    status, out, err = train("--train.steps", "2")
+    assert (status, err) == (0, "")
+    assert "done: held-out loss 4." in out
+    assert load_run_config(tmp_path / "run").data.blend[1].endswith("=0.25")
+    status, out, err = train("--train.steps", "3")
+    assert (status, err) == (0, "")
+    assert "step-00000002, after step 2" in out
+    others = [f"{folder}=1" for folder in folders]
+    status, _, err = train("--train.steps", "4", "--data.blend", *others)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "data_fingerprint was" in err
