@@ -30,7 +30,7 @@ def measure(settings: DataSettings) -> str:
         The tables.
 
     Raises:
-        EvaluationError: The disk is too small, there are fewer tokens than can be measured, or --shards holds none.
+        EvaluationError: The disk is too small, there are fewer tokens than a sample, or --shards holds none.
     """
     settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.output) as scratch:
@@ -56,15 +56,6 @@ def _write(settings: DataSettings, folder: Path) -> None:
 
 
 def _measure(settings: DataSettings, folder: Path, scratch: Path) -> dict[str, Any]:
-    try:
-        train = Manifest.load(folder).splits["train"]
-    except ManifestError as fault:
-        raise EvaluationError(f"--shards: {fault}") from fault
-    if len(train.datasets) < 2:
-        raise EvaluationError(
-            f"{train.tokens:,} tokens are one shard; give --shard-tokens of half of --tokens or less, or --shards "
-            "with several"
-        )
     found = [_measure_set(settings, folder, scratch / "index", settings.builds)]
     for tokens in settings.sparse:
         from evals.efficiency.synthetic_shards import write_sparse_shards
@@ -78,7 +69,10 @@ def _measure(settings: DataSettings, folder: Path, scratch: Path) -> dict[str, A
 
 def _measure_set(settings: DataSettings, folder: Path, index: Path, builds: int) -> dict[str, Any]:
     """Starts that build the index, of which the fastest counts, one that finds it, one in the middle of the epoch."""
-    train = Manifest.load(folder).splits["train"]
+    try:
+        train = Manifest.load(folder).splits["train"]
+    except ManifestError as fault:
+        raise EvaluationError(f"--shards: {fault}") from fault
 
     def start(name: str, place: Path, epochs: float = 0.0, cold: bool = False) -> dict[str, Any]:
         _say(f"{train.tokens:,} tokens: {name}")

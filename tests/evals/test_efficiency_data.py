@@ -80,9 +80,10 @@ def test_less_than_one_is_refused(tmp_path: Path, name: str) -> None:
         DataSettings(output=tmp_path, **{name: 0})
 
 
-def test_a_single_shard_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"tokens are one shard; give --shard-tokens of half of --tokens"):
-        data.measure(DataSettings(output=tmp_path, tokens=1e5, shard_tokens=1e6, threads=1))
+def test_fewer_tokens_than_a_sample_are_refused_in_the_words_of_a_run(tmp_path: Path) -> None:
+    settings = DataSettings(output=tmp_path, tokens=1e4, sequence_length=100_000, threads=1, builds=1)
+    with pytest.raises(EvaluationError, match=r"a measurement failed: .* fewer tokens than one sequence"):
+        data.measure(settings)
     assert not list(tmp_path.iterdir())
 
 
