@@ -8,7 +8,8 @@ import torch.distributed as dist
 import tyro
 
 from pretrain.config import load_run_config
-from pretrain.data import open_data
+from pretrain.folders import open_data
+from pretrain.schedule import portion_of
 from pretrain.train import open_samples
 from tokenization.errors import TokenizationError
 from tokenization.trace import origin_of
@@ -33,18 +34,20 @@ def documents_of_step(run: Path, step: int) -> list[str]:
     config = load_run_config(run)
     if not 1 <= step <= config.train.steps:
         raise ValueError(f"--step is {step}; the run has the steps 1 to {config.train.steps}")
-    manifest = open_data(config)
+    data = open_data(config)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    samples, _ = open_samples(config, manifest, run)
-    first = (step - 1) * config.train.global_batch
-    samples.prepare(first, first + config.train.global_batch - 1)
+    samples, _ = open_samples(config, data, run)
+    first, count, _ = portion_of(step, config.train)
+    samples.prepare(first, first + count - 1)
+    manifests = {folder.path.resolve(): folder.manifest for folder in data.folders}
     lines = []
-    for index in range(first, first + config.train.global_batch):
+    for index in range(first, first + count):
         for piece in samples.pieces(index):
-            source, row = origin_of(manifest, piece.prefix, piece.document)
+            source, row = origin_of(manifests[piece.prefix.parent], piece.prefix, piece.document)
+            shard = piece.prefix.name if len(manifests) == 1 else piece.prefix
             lines.append(
-                f"sample {index}: {piece.prefix.name} document {piece.document} tokens {piece.start} to "
+                f"sample {index}: {shard} document {piece.document} tokens {piece.start} to "
                 f"{piece.stop - 1}, {source} row {row}"
             )
     return lines

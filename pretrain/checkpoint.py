@@ -30,6 +30,7 @@ from pretrain.config import RunConfig
 from pretrain.engine import DeepSpeedEngine, full_precision_values, resolve_precision
 from pretrain.optimizer_state import HOLDING, file_of_this_rank, restore_parameters, save_moments, saved_moments
 from pretrain.reshape import Division, Fragment, Part, SavedTensors, Wanted
+from pretrain.schedule import portion_of, tokens_after
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place
 from titans_mcore.tensor_files import read_tensors
 from titans_mcore.weights import (
@@ -77,7 +78,7 @@ class Progress:
     @classmethod
     def at(cls, step: int, config: RunConfig) -> "Progress":
         """After `step` steps."""
-        return cls(step, step * config.train.global_batch, step * config.train.tokens_per_step)
+        return cls(step, portion_of(step + 1, config.train).first, tokens_after(step, config.train))
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -218,6 +219,10 @@ def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         "global_batch": config.train.global_batch,
         "sequence_length": config.train.sequence_length,
         "precision": str(resolve_precision(config)).removeprefix("torch."),
+        "batch_warmup_from": config.train.batch_warmup_from,
+        "batch_warmup_tokens": config.train.batch_warmup_tokens,
+        "sequence_warmup_from": config.train.sequence_warmup_from,
+        "sequence_warmup_tokens": config.train.sequence_warmup_tokens,
     }
 
 

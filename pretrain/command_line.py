@@ -1,5 +1,6 @@
 """The command line of a run: `--config FILE --run-dir DIR` and a flag for every setting, `--train.steps 300`."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from pretrain.config import RunConfig, build, read_toml, setting_names, unknown_setting
+from pretrain.config import TEXTS, RunConfig, build, read_toml, setting_names, unknown_setting
 from titans_mcore.config import TitansConfig
 
 _FLAGS = ("--config", "--run-dir", "--variant")
@@ -46,20 +47,21 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     tree = read_toml(file)
     base = build(tree, str(file))
     config = _override(base, overrides)
-    if config.data.path:  # evaluation reads it back from RUN/config.toml, in another folder perhaps
-        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).resolve())))
+    # RUN/config.toml is read back in another working directory perhaps.
+    config = replace(config, data=config.data.absolute())
     if "vocab_size" not in tree.get("model", {}) and "model.vocab_size" not in overrides:
         config = replace(config, model=_with_vocabulary_of_data(config))
     return CommandLine(config, Path(named["--run-dir"]))
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Our own flags by name, and the settings by dotted name."""
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Our own flags by name, and the settings by dotted name: a text, or a tuple of texts where it takes several."""
     named: dict[str, str] = {}
-    settings: dict[str, str] = {}
+    settings: dict[str, Any] = {}
     known = setting_names()
-    words = iter(arguments)
-    for word in words:
+    words = deque(arguments)
+    while words:
+        word = words.popleft()
         flag, equals, value = word.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not word.startswith("--"):
@@ -67,21 +69,30 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         if flag not in _FLAGS and name not in known:
             raise ValueError(unknown_setting(flag, "the command line", [*_FLAGS, *map(_flag, known)]))
         if not equals:
-            value = next(words, "--")
+            value = words.popleft() if words else "--"
         if value.startswith("--"):
             raise ValueError(f"{flag} needs a value")
         if flag in _FLAGS:
             named[flag] = value
+        elif known[name] == TEXTS:
+            settings[name] = (value, *_words_before_the_next_flag(words))
         else:
             settings[name] = value
     return named, settings
+
+
+def _words_before_the_next_flag(words: deque[str]) -> list[str]:
+    taken = []
+    while words and not words[0].startswith("--"):
+        taken.append(words.popleft())
+    return taken
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _override(base: RunConfig, settings: dict[str, str]) -> RunConfig:
+def _override(base: RunConfig, settings: dict[str, Any]) -> RunConfig:
     types = setting_names()
     tree: dict[str, dict[str, Any]] = {}
     for name, text in settings.items():
@@ -92,7 +103,7 @@ def _override(base: RunConfig, settings: dict[str, str]) -> RunConfig:
     return replace(base, **sections)
 
 
-def _value(name: str, text: str, kind: Any) -> Any:
+def _value(name: str, text: Any, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -105,6 +116,6 @@ def _value(name: str, text: str, kind: Any) -> Any:
 def _with_vocabulary_of_data(config: RunConfig) -> TitansConfig:
     from tokenization.manifest import Manifest  # only here, so that --help needs no more than the settings
 
-    if not config.data.path:
+    if not config.data.folders:
         raise ValueError("data.path is missing: name the folder of shards with --data.path DIR")
-    return replace(config.model, vocab_size=Manifest.load(Path(config.data.path)).tokenizer.vocab_size)
+    return replace(config.model, vocab_size=Manifest.load(Path(next(iter(config.data.folders)))).tokenizer.vocab_size)

@@ -8,7 +8,8 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,10 @@ import tomli_w
 from titans_mcore.config import TitansConfig
 
 CONFIG_FILE = "config.toml"
+SMALLEST_SHARE = 1e-4
+"""A folder that gives fewer of the samples is not worth opening, and its share would be met badly."""
+TEXTS = tuple[str, ...]
+"""Type of a setting that is a list of texts: [...] in TOML, words one behind the other on the command line."""
 
 
 def _at_least(section: str, settings: object, **limits: float) -> None:
@@ -36,6 +41,9 @@ class DataConfig:
 
     path: str = ""
     """Folder of shards that `python -m tokenization.encode` wrote: manifest.json, train.bin, heldout.bin, ..."""
+    blend: TEXTS = ()
+    """Several folders in place of `path`, each with its share of the tokens: "web=0.7" "code=0.3"; shares are divided
+    by their sum. The held-out set is blended alike, and ends before a folder's held-out text would come again."""
     reset_documents: bool = True
     """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
     heldout_sequences: int = 64
@@ -43,6 +51,44 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data", self, heldout_sequences=0)
+        if self.path and self.blend:
+            raise ValueError("data.path and data.blend both name folders of shards; give one of them")
+        smallest = min(self.folders, key=self.folders.__getitem__, default="")
+        if smallest and self.folders[smallest] < SMALLEST_SHARE:
+            raise ValueError(
+                f"data.blend takes {self.folders[smallest]:.1e} of the samples from {smallest}; "
+                f"give it at least {SMALLEST_SHARE:g} or leave it out"
+            )
+
+    @property
+    def folders(self) -> dict[str, float]:
+        """The folders, each with its share of the samples, in sum 1."""
+        weights: dict[str, Fraction] = {self.path: Fraction(1)} if self.path else {}
+        for entry in self.blend:
+            folder, weight = _folder_and_weight(entry)
+            if folder in weights:
+                raise ValueError(f"data.blend names {folder} twice; add its shares up")
+            weights[folder] = weight
+        return {folder: float(weight / sum(weights.values())) for folder, weight in weights.items()}
+
+    def absolute(self) -> "DataConfig":
+        """The same with paths that hold from any working directory."""
+        blend = []
+        for entry in self.blend:
+            folder, _, weight = entry.rpartition("=")
+            blend.append(f"{Path(folder).resolve()}={weight}")
+        return replace(self, path=str(Path(self.path).resolve()) if self.path else "", blend=tuple(blend))
+
+
+def _folder_and_weight(entry: str) -> tuple[str, Fraction]:
+    folder, _, weight = entry.rpartition("=")
+    try:
+        value = Fraction(weight)  # exact, so that 7 and 3 are the same shares as 0.7 and 0.3
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not folder or value <= 0:
+        raise ValueError(f"data.blend has {entry!r}; write FOLDER=SHARE with a share above 0, as in web=0.7")
+    return folder, value
 
 
 @dataclass(frozen=True)
@@ -57,6 +103,15 @@ class TrainConfig:
     """Samples of one step over all ranks and micro-batches."""
     micro_batch: int = 4
     """Samples that one rank computes at a time; the rest of the global batch is accumulated."""
+    batch_warmup_from: int = 0
+    """Samples of the first step; the batch grows by as many at a time. 0: global_batch from the start."""
+    batch_warmup_tokens: int = 0
+    """Tokens after which a step has global_batch samples."""
+    sequence_warmup_from: int = 0
+    """Tokens of a row at first; rows double until they are whole samples. Before, a sample is cut into rows that begin
+    anew, so that samples, their order and the tokens of a step stay the same. 0: whole samples from the start."""
+    sequence_warmup_tokens: int = 0
+    """Tokens after which rows are whole samples."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the samples."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -77,10 +132,44 @@ class TrainConfig:
                 f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}; "
                 "change one of them"
             )
+        self._check_warmups()
+
+    def _check_warmups(self) -> None:
+        for kind, full in (("batch", "global_batch"), ("sequence", "sequence_length")):
+            start, tokens = (f"{kind}_warmup_{end}" for end in ("from", "tokens"))
+            _at_least("train", self, **{start: 0, tokens: 0})
+            if bool(getattr(self, start)) != bool(getattr(self, tokens)):
+                raise ValueError(
+                    f"train.{start} is {getattr(self, start)} and train.{tokens} {getattr(self, tokens)}; "
+                    "a warm-up needs both, none neither"
+                )
+            if getattr(self, start) >= getattr(self, full):
+                raise ValueError(
+                    f"train.{start} {getattr(self, start)} is no less than train.{full} {getattr(self, full)}; "
+                    "lower it, or leave the warm-up out"
+                )
+        if self.batch_warmup_from and (
+            self.global_batch % self.batch_warmup_from or self.batch_warmup_from % self.micro_batch
+        ):
+            raise ValueError(
+                f"train.batch_warmup_from {self.batch_warmup_from} must be a multiple of train.micro_batch "
+                f"{self.micro_batch} and go into train.global_batch {self.global_batch} without rest; change it"
+            )
+        rows, rest = divmod(self.sequence_length, self.sequence_warmup_from or self.sequence_length)
+        if rest or rows & (rows - 1):
+            raise ValueError(
+                f"train.sequence_warmup_from {self.sequence_warmup_from} does not become train.sequence_length "
+                f"{self.sequence_length} by doubling; take a half, a quarter, ... of it"
+            )
+
+    @property
+    def shortest_row(self) -> int:
+        """Tokens of the shortest rows that the model is given; every row length is a multiple of it."""
+        return self.sequence_warmup_from or self.sequence_length
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step learns from."""
+        """Tokens that one optimizer step learns from, after the warm-up."""
         return self.global_batch * self.sequence_length
 
 
@@ -230,7 +319,7 @@ class RunConfig:
 
     def _check_shared_rows(self) -> None:
         """A row must fall into equal parts for the ranks that share its tokens."""
-        model, length, context = self.model, self.train.sequence_length, self.parallel.context
+        model, length, context = self.model, self.train.shortest_row, self.parallel.context
         if context > 1:
             unit, name = 1, ""
             if model.variant == "mac":
@@ -240,7 +329,7 @@ class RunConfig:
             if length % (context * unit):
                 parts = f" of whole {name} {unit}" if name else ""
                 raise ValueError(
-                    f"train.sequence_length {length} cannot be divided into {context} equal parts{parts} for "
+                    f"train.{self._row_setting} {length} cannot be divided into {context} equal parts{parts} for "
                     f"parallel.context {context}; make it a multiple of {context * unit}"
                 )
             if model.window == 0 and model.variant in ("mag", "mal", "transformer"):
@@ -251,16 +340,25 @@ class RunConfig:
         if self.parallel.sequence and (length // context) % self.parallel.tensor:
             raise ValueError(
                 f"parallel.sequence divides {length // context} tokens over parallel.tensor {self.parallel.tensor} "
-                f"ranks; make train.sequence_length a multiple of {context * self.parallel.tensor}"
+                f"ranks; make train.{self._row_setting} a multiple of {context * self.parallel.tensor}"
             )
 
+    @property
+    def _row_setting(self) -> str:
+        return "sequence_warmup_from" if self.train.sequence_warmup_from else "sequence_length"
+
     def accumulation(self, data_parallel: int) -> int:
-        """Micro-batches of each rank in one step.
+        """Micro-batches of each rank in one step, after the warm-up.
 
         Raises:
-            ValueError: The global batch cannot be shared out evenly over `data_parallel` ranks.
+            ValueError: A batch cannot be shared out evenly over `data_parallel` ranks.
         """
         portion = self.train.micro_batch * data_parallel
+        if self.train.batch_warmup_from % portion:
+            raise ValueError(
+                f"train.batch_warmup_from {self.train.batch_warmup_from} cannot be shared out over {data_parallel} "
+                f"data ranks in micro-batches of {self.train.micro_batch}; make it a multiple of {portion}"
+            )
         if self.train.global_batch % portion:
             raise ValueError(
                 f"train.global_batch {self.train.global_batch} cannot be shared out over {data_parallel} data ranks in "
@@ -356,6 +454,10 @@ def _section(section: str, kind: Any, values: dict[str, Any], source: str) -> An
 
 
 def _typed(name: str, value: Any, kind: Any, source: str) -> Any:
+    if kind == TEXTS:
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{name} in {source} is {value!r}; it must be a list of texts in quotes")
+        return tuple(value)
     kind = kind if isinstance(kind, type) else str  # the other settings are a choice of words
     if kind is float and type(value) is int:
         return float(value)

@@ -2,16 +2,18 @@
 
 The samples of a run are numbered 0, 1, 2, ... Sample i is a function of the data, the seed, the sequence length and i
 alone: every epoch is Megatron's GPTDataset over one pass of the documents, shuffled by (seed, epoch), so that neither
-the length of the run nor the number of ranks moves a sample. Step s learns from the samples s * global_batch and on;
-its micro-batches go round the data ranks, and all tensor-parallel ranks of one data rank read the same.
+the length of the run nor the number of ranks moves a sample. A step learns from consecutive samples, and how many is a
+function of the step (pretrain.schedule); its micro-batches go round the data ranks, and all tensor-parallel ranks of
+one data rank read the same. Several folders are one such row of samples, too: pretrain.blend.
 """
 
+import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from pretrain.config import RunConfig
-from titans_mcore.weights import file_sha256
-from tokenization.files import write_file_atomically
-from tokenization.manifest import TOKENIZER_NAME, Manifest
+from pretrain.schedule import Portion, portion_of
 
 
 class MicroBatch(NamedTuple):
@@ -51,37 +51,12 @@ class MicroBatch(NamedTuple):
         """The same there."""
         return MicroBatch(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
 
-
-def open_data(config: RunConfig) -> Manifest:
-    """The manifest of the run's data, checked against the files and the model.
-
-    Raises:
-        ValueError: There are no shards, they are not those of the manifest, or the model has another vocabulary.
-    """
-    if not config.data.path:
-        raise ValueError("data.path is missing: name the folder of shards with --data.path DIR")
-    folder = Path(config.data.path)
-    manifest = Manifest.load(folder)
-    manifest.check_quick(folder)
-    if manifest.tokenizer.vocab_size != config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {config.model.vocab_size} but the tokenizer of {folder} has "
-            f"{manifest.tokenizer.vocab_size} pieces; leave model.vocab_size out to take it from the data"
-        )
-    return manifest
-
-
-def keep_tokenizer(manifest: Manifest, folder: Path, run_dir: Path) -> None:
-    """Puts the data's tokenizer into RUN/tokenizer/, where evaluation and export look for it.
-
-    Raises:
-        ValueError: Another tokenizer is there.
-    """
-    kept = run_dir / "tokenizer" / TOKENIZER_NAME
-    if not kept.exists():
-        write_file_atomically(kept, (folder / TOKENIZER_NAME).read_bytes())
-    elif file_sha256(kept) != manifest.tokenizer.sha256:
-        raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
+    def cut(self, length: int) -> "MicroBatch":
+        """The same tokens and labels in rows of `length`, (B * T / length, length)."""
+        if length == self.tokens.shape[1]:
+            return self
+        starts = None if self.starts is None else _inside(self.starts.reshape(-1, length))
+        return MicroBatch(self.tokens.reshape(-1, length), self.labels.reshape(-1, length), starts)
 
 
 class Piece(NamedTuple):
@@ -98,6 +73,22 @@ class Piece(NamedTuple):
     document: int
     start: int
     stop: int
+
+
+class NumberedSamples(Protocol):
+    """What batches are made of: Samples of one folder, or a Blend of several."""
+
+    per_epoch: int
+    """Samples before the first one is seen again."""
+
+    def prepare(self, first: int, last: int) -> None:
+        """Opens the samples `first` to `last`; collective."""
+
+    def micro_batch(self, indices: Iterable[int]) -> MicroBatch:
+        """The samples of these numbers."""
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The parts of documents that a sample is made of, in order."""
 
 
 class Samples:
@@ -150,7 +141,7 @@ class Samples:
         tokens, labels = (torch.stack([item[name] for item in items]) for name in ("tokens", "labels"))
         return MicroBatch(tokens, labels, self._starts(tokens))
 
-    def pieces(self, index: int) -> list["Piece"]:
+    def pieces(self, index: int) -> list[Piece]:
         """The parts of documents that a sample is made of, in order; `prepare` has opened it."""
         dataset, inside = self._epochs[index // self.per_epoch], index % self.per_epoch
         prefix = self.prefixes[0]
@@ -167,27 +158,27 @@ class Samples:
         return [piece for piece in found if piece.start < piece.stop]
 
     def _starts(self, tokens: Tensor) -> Tensor | None:
-        if self._start_token is None:
-            return None
-        starts = tokens == self._start_token
-        starts[:, 0] = False  # a row begins anew by itself
-        return starts if bool(starts.any()) else None
+        return None if self._start_token is None else _inside(tokens == self._start_token)
 
     def _build(self, epoch: int) -> GPTDataset | BlendedDataset:
-        shards = f"{self.prefixes[0].name}-of-{len(self.prefixes)}"
+        # Folders of a blend have shards of the same names.
+        digest = hashlib.sha256("\n".join(map(str, self.prefixes)).encode()).hexdigest()[:8]
+        shards = f"{self.prefixes[0].name}-of-{len(self.prefixes)}-{digest}"
         name = f"{shards}-length-{self._sequence_length}-seed-{self._seed}-epoch-{epoch:05d}"
         final, partial = self._index_dir / name, self._index_dir / f".{name}.partial"
-        ready = _agree(final.is_dir())
-        if not ready and dist.get_rank() == 0:
-            # What an earlier process left unfinished may hold half an index.
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dataset = self._one_epoch(epoch, final if ready else partial)
-        dist.barrier()
-        if not ready and dist.get_rank() == 0:
-            partial.rename(final)
-        return dataset
+        if not _agree(final.is_dir()):
+            if dist.get_rank() == 0:
+                # What an earlier process left unfinished may hold half an index.
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            self._one_epoch(epoch, partial)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                partial.rename(final)
+            dist.barrier()
+        # Read back even by the rank that built it: the files are mapped, what was built is whole in its memory.
+        return self._one_epoch(epoch, final)
 
     def _one_epoch(self, epoch: int, cache: Path) -> GPTDataset | BlendedDataset:
         config = GPTDatasetConfig(
@@ -221,20 +212,18 @@ class Samples:
 class Batches:
     """This rank's micro-batches, one step ahead in a thread."""
 
-    def __init__(self, samples: Samples, config: RunConfig, data_rank: int, data_parallel: int) -> None:
+    def __init__(self, samples: NumberedSamples, config: RunConfig, data_rank: int, data_parallel: int) -> None:
         """Nothing is read before the first `fetch`.
 
         Args:
             samples: Numbered samples.
-            config: Gives global and micro-batch.
+            config: Says what a step learns from.
             data_rank: This rank's place among the data ranks.
             data_parallel: Data ranks.
         """
         self._samples = samples
-        self._global_batch = config.train.global_batch
-        self._micro_batch = config.train.micro_batch
+        self._train = config.train
         self._data_rank, self._data_parallel = data_rank, data_parallel
-        self._last_step = config.train.steps - 1
         self._thread = ThreadPoolExecutor(1, "batches")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
         self.waited_seconds = 0.0
@@ -246,7 +235,7 @@ class Batches:
         ahead = self._ahead.pop(step, None) or self._submit(step)
         micro_batches = ahead.result()
         self.waited_seconds = time.perf_counter() - started
-        if step < self._last_step:
+        if step < self._train.steps - 1:
             self._ahead[step + 1] = self._submit(step + 1)
         return micro_batches
 
@@ -255,15 +244,16 @@ class Batches:
         self._thread.shutdown(cancel_futures=True)
 
     def _submit(self, step: int) -> "Future[list[MicroBatch]]":
-        first = step * self._global_batch
+        portion = portion_of(step + 1, self._train)
         # Here and not in the thread: building an index is collective.
-        self._samples.prepare(first, first + self._global_batch - 1)
-        return self._thread.submit(self._read, first)
+        self._samples.prepare(portion.first, portion.first + portion.samples - 1)
+        return self._thread.submit(self._read, portion)
 
-    def _read(self, first: int) -> list[MicroBatch]:
-        size, stride = self._micro_batch, self._micro_batch * self._data_parallel
-        starts = range(first + self._data_rank * size, first + self._global_batch, stride)
-        return [self._samples.micro_batch(range(start, start + size)) for start in starts]
+    def _read(self, portion: Portion) -> list[MicroBatch]:
+        size, stride = self._train.micro_batch, self._train.micro_batch * self._data_parallel
+        starts = range(portion.first + self._data_rank * size, portion.first + portion.samples, stride)
+        batches = (self._samples.micro_batch(range(start, start + size)) for start in starts)
+        return [batch.cut(portion.row_length) for batch in batches]
 
 
 class _TokenizerFacts:
@@ -275,6 +265,13 @@ class _TokenizerFacts:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.unique_identifiers = {"vocab_size": vocab_size}
+
+
+def _inside(starts: Tensor) -> Tensor | None:
+    """Starts of documents without those of rows, which begin anew by themselves."""
+    starts = starts.clone()
+    starts[:, 0] = False
+    return starts if bool(starts.any()) else None
 
 
 def _agree(mine: bool) -> bool:

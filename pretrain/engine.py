@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig, RunConfig
-from pretrain.data import MicroBatch, Samples
+from pretrain.data import MicroBatch, NumberedSamples
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import (
     DeepSpeedGroups,
@@ -191,13 +191,17 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
 
     Args:
         engine: Its model trains.
-        micro_batches: As many as the engine accumulates.
+        micro_batches: All have the same shape; their number may change from step to step, alike on every rank.
         lr: Learning rate of this step.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    # DeepSpeed divides the loss by the number of micro-batches, and counts them from the start of the run to know the
+    # last of a step, which is wrong as soon as their number changes: it is told.
+    engine.set_train_batch_size(len(micro_batches) * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
     loss_sum = torch.zeros((), device=device())
-    for micro_batch in micro_batches:
+    for place, micro_batch in enumerate(micro_batches, 1):
+        engine.set_gradient_accumulation_boundary(place == len(micro_batches))
         loss = engine(**_own(micro_batch)._asdict()).mean()
         engine.backward(loss)
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
@@ -208,7 +212,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
     return StepResult(_mean_over_data_ranks(loss_sum / len(micro_batches)), float(norm))
 
 
-def heldout_loss(engine: DeepSpeedEngine, samples: Samples, config: RunConfig) -> float:
+def heldout_loss(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunConfig) -> float:
     """Mean cross-entropy, nats a token, over the first held-out sequences; the same at every layout.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pretrain.command_line import parse
 from pretrain.config import RunConfig, read_toml
+from pretrain.schedule import tokens_after
 from titans_mcore.config import TitansConfig
 
 _USAGE = (
@@ -118,7 +119,8 @@ def plan_of(request: Request) -> dict[str, Any]:
 def _time(request: Request, step_flops: int) -> dict[str, Any]:
     gpu, train = _known_gpu(request.gpu), request.config.train
     seconds = step_flops / (request.gpus * gpu.flops * request.utilisation)
-    hours = train.steps * seconds / 3600
+    tokens = tokens_after(train.steps, train)
+    hours = tokens / train.tokens_per_step * seconds / 3600  # steps of a smaller batch take less
     return {
         "gpu": request.gpu,
         "peak_flops_per_second": gpu.flops,
@@ -127,7 +129,7 @@ def _time(request: Request, step_flops: int) -> dict[str, Any]:
         "step_seconds": seconds,
         "tokens_per_second": train.tokens_per_step / seconds,
         "steps": train.steps,
-        "tokens": train.steps * train.tokens_per_step,
+        "tokens": tokens,
         "hours": hours,
         "gpu_hours": hours * request.gpus,
     }
@@ -158,7 +160,7 @@ def _checkpoints(config: RunConfig) -> int:
 def _lacks_vocabulary(words: Sequence[str]) -> bool:
     """Whether neither the file nor the flags say how large the vocabulary is, or where the data is."""
     flags = [word.partition("=")[0].replace("_", "-") for word in words]
-    if "--config" not in flags or {"--model.vocab-size", "--data.path"} & set(flags):
+    if "--config" not in flags or {"--model.vocab-size", "--data.path", "--data.blend"} & set(flags):
         return False
     at = flags.index("--config")
     file = words[at].partition("=")[2] or (words[at + 1] if at + 1 < len(words) else "")
@@ -168,7 +170,7 @@ def _lacks_vocabulary(words: Sequence[str]) -> bool:
     sections = [tree.get(name, {}) for name in ("model", "data")]
     if not all(isinstance(section, dict) for section in sections):
         return False  # parse() says what is wrong with it
-    return "vocab_size" not in sections[0] and not sections[1].get("path")
+    return "vocab_size" not in sections[0] and not (sections[1].get("path") or sections[1].get("blend"))
 
 
 def _gpus(text: str) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pretrain.blend import Blend
 from pretrain.checkpoint import Progress, checkpoint_folder, find_resume_point, on_rank_0, restore, save
 from pretrain.command_line import parse
 from pretrain.config import RunConfig, write_run_config
-from pretrain.data import Batches, Samples, keep_tokenizer, open_data
+from pretrain.data import Batches, NumberedSamples, Samples
 from pretrain.ending import EXIT_FAILED, StopRequest, TrainingFailed, end_with, mistakes_as_sentences
 from pretrain.engine import (
     StepResult,
@@ -22,13 +23,13 @@ from pretrain.engine import (
     resolve_precision,
     train_step,
 )
+from pretrain.folders import RunData, keep_tokenizer, open_data
 from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
-from pretrain.schedule import learning_rate
+from pretrain.schedule import learning_rate, portion_of, tokens_after
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop
 from titans_mcore.weights import find_checkpoint
-from tokenization.manifest import Manifest
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -41,7 +42,7 @@ def train(arguments: Sequence[str]) -> None:
     with mistakes_as_sentences():
         command = parse(arguments)
         config, run_dir = command.config, command.run_dir
-        manifest = open_data(config)
+        data = open_data(config)
         # The division over ranks, before anything is started.
         megatron_config(config)
         parallel = config.parallel
@@ -50,13 +51,13 @@ def train(arguments: Sequence[str]) -> None:
         )
         data_rank, data_parallel = sample_place()
         on_rank_0(lambda: lock_run_folder(run_dir))
-        on_rank_0(lambda: keep_tokenizer(manifest, Path(config.data.path), run_dir))
-        resume = find_resume_point(config, manifest.fingerprint, run_dir)
+        on_rank_0(lambda: keep_tokenizer(data, run_dir))
+        resume = find_resume_point(config, data.fingerprint, run_dir)
         progress = resume[1] if resume else Progress()
         if progress.step >= config.train.steps:
             say(f"{run_dir} is finished: step {progress.step} of {config.train.steps}; raise --train.steps to go on")
             return
-        samples, heldout = open_samples(config, manifest, run_dir)
+        samples, heldout = open_samples(config, data, run_dir)
         batches = Batches(samples, config, data_rank, data_parallel)
         model = build_model(config, groups)
         describe(model, config, data_parallel)
@@ -83,7 +84,7 @@ def train(arguments: Sequence[str]) -> None:
             values["heldout_loss"] = heldout_loss(engine, heldout, config)
         metrics.step(step, values)
         if last or stopping or due(step, config.checkpoint.every_steps):
-            save(engine, config, manifest.fingerprint, run_dir, step)
+            save(engine, config, data.fingerprint, run_dir, step)
         if stopping and not last:
             say(f"stopped by {stopping} after step {step}, which is saved; the same command goes on from there")
             break
@@ -93,11 +94,11 @@ def train(arguments: Sequence[str]) -> None:
     metrics.close()
 
 
-def open_samples(config: RunConfig, manifest: Manifest, run_dir: Path) -> tuple[Samples, Samples | None]:
-    """Training samples, and held-out ones unless none are asked for."""
-    start_token = manifest.tokenizer.bos_id if config.data.reset_documents else None
+def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[NumberedSamples, NumberedSamples | None]:
+    """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
+    start_token = data.tokenizer.bos_id if config.data.reset_documents else None
 
-    def opened(prefixes: list[str]) -> Samples:
+    def of_folder(prefixes: list[str]) -> Samples:
         return Samples(
             prefixes,
             run_dir / "index",
@@ -107,10 +108,14 @@ def open_samples(config: RunConfig, manifest: Manifest, run_dir: Path) -> tuple[
             start_token=start_token,
         )
 
-    samples = opened(manifest.train_prefixes(config.data.path))
+    def blended(prefixes: list[list[str]]) -> NumberedSamples:
+        parts = [of_folder(one) for one in prefixes]
+        return Blend(parts, [folder.share for folder in data.folders]) if len(parts) > 1 else parts[0]
+
+    samples = blended([folder.manifest.train_prefixes(folder.path) for folder in data.folders])
     if not config.data.heldout_sequences:
         return samples, None
-    return samples, opened([manifest.heldout_prefix(config.data.path)])
+    return samples, blended([[folder.manifest.heldout_prefix(folder.path)] for folder in data.folders])
 
 
 def rate_of(step: int, config: RunConfig) -> float:
@@ -132,8 +137,8 @@ def measured(
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
-        "tokens": Progress.at(step, config).tokens,
-        "tokens_per_second": config.train.tokens_per_step / seconds,
+        "tokens": tokens_after(step, config.train),
+        "tokens_per_second": portion_of(step, config.train).samples * config.train.sequence_length / seconds,
         "seconds": seconds,
         "data_wait_seconds": wait_seconds,
     }
@@ -169,6 +174,10 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
     )
     if config.schedule.warmup_steps >= config.train.steps:
         say(f"note: the warm-up of {config.schedule.warmup_steps} steps is as long as the run")
+    tokens = tokens_after(config.train.steps - 1, config.train)
+    for name in ("batch_warmup_tokens", "sequence_warmup_tokens"):
+        if tokens < (needed := getattr(config.train, name)):
+            say(f"note: train.{name} is {needed:,}, but the last step begins after {tokens:,} tokens")
 
 
 def layout(config: RunConfig, data_parallel: int) -> str:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
-from evals.efficiency.settings import LayoutsSettings, MemorySettings, TokenizationSettings
+from evals.efficiency.settings import DataSettings, LayoutsSettings, MemorySettings, TokenizationSettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
 
@@ -14,6 +14,7 @@ commands:
   memory        the neural memory: tokens/s, peak memory, growth with length
   tokenization  encoding text to shards, against sentencepiece alone
   layouts       what ways to divide a model send and hold, counted on gloo processes
+  data          shards to batches: index, start, resume, memory, reading, on a billion synthetic tokens
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -47,10 +48,19 @@ def _layouts(words: Sequence[str]) -> None:
     print(settings.output / "layouts.json", file=sys.stderr)
 
 
+def _data(words: Sequence[str]) -> None:
+    settings = parse_settings(DataSettings, "python -m evals.efficiency data", words)
+    from evals.efficiency.data import measure
+
+    print(measure(settings))
+    print(settings.output / "data.json", file=sys.stderr)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "memory": _memory,
     "tokenization": _tokenization,
     "layouts": _layouts,
+    "data": _data,
 }
 
 

@@ -121,3 +121,39 @@ class LayoutsSettings:
         for length in self.context_lengths:
             if length < 1 or length % 1024:
                 raise EvaluationError(f"--context-lengths has {length}; give multiples of 1,024")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Measures the data of a run: index, start, resume, memory, reading; and the index of much larger sets.
+
+    Writes OUTPUT/data.json. Synthetic shards lie in OUTPUT while it measures, two to five bytes a token.
+    """
+
+    output: Path
+    """Folder for data.json."""
+    shards: Path | None = None
+    """Folder of shards to measure; by default synthetic ones are written, and deleted at the end."""
+    tokens: float = 1e9
+    """Tokens of the synthetic set."""
+    shard_tokens: float = 1e8
+    """Tokens of a synthetic shard."""
+    sequence_length: int = 4_096
+    """Tokens of a sample."""
+    global_batch: int = 128
+    """Samples of a step; one process reads all of them."""
+    steps: int = 20
+    """Steps that are read for the speed of reading."""
+    builds: int = 3
+    """Times that an index is built; the fastest counts, since other work on the machine slows single ones."""
+    sparse: tuple[float, ...] = (3e10, 1e11)
+    """Tokens of larger sets, in shards of a billion, whose token files are empty but of the right size."""
+    threads: int = field(default_factory=available_cores)
+    """Processes that write the shards."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "shard_tokens", "sequence_length", "global_batch", "steps", "builds", "threads"):
+            if not getattr(self, name) >= 1:
+                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        if any(not tokens >= 2e6 for tokens in self.sparse):
+            raise EvaluationError(f"--sparse is {self.sparse}; give sets of at least two million tokens each")

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from pretrain.command_line import parse
 from pretrain.data import Batches
 from pretrain.engine import build_engine, build_model, heldout_loss, train_step
+from pretrain.folders import open_data
 from pretrain.train import open_samples, rate_of
 from titans_mcore.parallel import sample_place, start, stop
-from tokenization.manifest import Manifest
 
 from ..parallel.regroup import groups_of
 
@@ -23,7 +23,7 @@ from ..parallel.regroup import groups_of
 def curve(config, run_dir):
     groups = groups_of(config.parallel.tensor, config.parallel.context)
     torch.manual_seed(config.train.seed)
-    samples, heldout = open_samples(config, Manifest.load(config.data.path), run_dir)
+    samples, heldout = open_samples(config, open_data(config), run_dir)
     batches = Batches(samples, config, *sample_place())
     engine = build_engine(build_model(config, groups), config, sample_place().ranks)
     results = []

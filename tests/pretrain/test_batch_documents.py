@@ -1,13 +1,15 @@
 """`python -m tokenization.batches`: from a step back to the texts it learned from."""
 
+import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pretrain.config import DataConfig, RunConfig, TrainConfig, write_run_config
+from pretrain.config import DataConfig, RunConfig, TrainConfig, load_run_config, write_run_config
 from titans_mcore.config import TitansConfig
 from tokenization.manifest import Manifest
 from tokenization.trace import trace
@@ -47,6 +49,17 @@ def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> No
     traced = trace(run_dir / "shards" / "train", 0)
     assert Path(found[4]).read_text().startswith("text ")
     assert Path(traced.source).parent == Path(found[4]).parent
+
+
+def test_in_a_blend_a_line_names_the_shard_with_its_folder(run_dir: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run_dir / "shards", tmp_path / "other")
+    config = load_run_config(run_dir)
+    data = DataConfig(blend=(f"{run_dir / 'shards'}=1", f"{other}=3"), heldout_sequences=0)
+    write_run_config(dataclasses.replace(config, data=data), tmp_path)
+    done = run("tokenization.batches", "--run", tmp_path, "--step", 1)
+    assert done.returncode == 0, done.stderr
+    shards = dict(re.findall(r"sample (\d): (\S+) document", done.stdout))
+    assert sorted(shards.values()) == sorted([str(other / "train")] * 3 + [str(run_dir / "shards" / "train")])
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,16 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pretrain.config import DataConfig, RunConfig, TrainConfig
-from pretrain.data import Batches, Samples, keep_tokenizer, open_data
+from pretrain.data import Batches, Samples
+from pretrain.folders import keep_tokenizer, open_data
 from titans_mcore.config import TitansConfig
-from tokenization.manifest import Manifest
 
 from .tiny_shards import BOS, EOS, write_shards
 
@@ -24,7 +25,9 @@ def open_samples(shards, index_dir, seed=3):
 
 
 def config_of(micro_batch, steps=STEPS):
-    return RunConfig(train=TrainConfig(steps=steps, global_batch=GLOBAL_BATCH, micro_batch=micro_batch))
+    return RunConfig(
+        train=TrainConfig(steps=steps, sequence_length=32, global_batch=GLOBAL_BATCH, micro_batch=micro_batch)
+    )
 
 
 def rank_batches(shards, index_dir, *, ranks, micro_batch, steps, seed=3):
@@ -67,6 +70,20 @@ def test_a_restart_with_another_number_of_ranks_goes_on_with_the_same_batches(sh
 def test_a_longer_run_sees_the_same_first_batches(shards, tmp_path, reference):
     reader = Batches(open_samples(shards, tmp_path), config_of(GLOBAL_BATCH, steps=10_000), 0, 1)
     assert torch.equal(reader.fetch(0)[0][0], reference[0])
+    reader.close()
+
+
+def test_the_next_step_is_read_while_this_one_computes(shards, tmp_path):
+    samples, read = open_samples(shards, tmp_path), []
+    monitored = SimpleNamespace(prepare=samples.prepare)
+    monitored.micro_batch = lambda indices: (read.extend(indices), samples.micro_batch(indices))[1]
+    reader = Batches(monitored, config_of(4), 0, 1)
+    for step in range(STEPS - 1):
+        reader.fetch(step)
+        reader._ahead[step + 1].result()  # what the computation of a step leaves time for
+        assert read == list(range((step + 2) * GLOBAL_BATCH))
+    reader.fetch(STEPS - 1)
+    assert len(read) == STEPS * GLOBAL_BATCH  # nothing is read for a step that does not come
     reader.close()
 
 
@@ -148,6 +165,37 @@ def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, re
     assert not [folder for folder in tmp_path.iterdir() if folder.name.startswith(".")]
 
 
+def test_short_rows_are_the_parts_of_the_same_samples(shards, tmp_path):
+    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    whole = samples.micro_batch(range(samples.per_epoch))
+    short = whole.cut(8)
+    assert short.tokens.shape == (4 * samples.per_epoch, 8)
+    assert torch.equal(short.tokens.reshape(-1, 32), whole.tokens)
+    assert torch.equal(short.labels.reshape(-1, 32), whole.labels)  # the last token of a short row is predicted, too
+    assert torch.equal(short.starts[:, 1:], (short.tokens == BOS)[:, 1:])
+    assert not short.starts[:, 0].any()
+    assert whole.cut(32) is whole
+
+
+def test_both_warm_ups_leave_the_order_of_the_samples_as_it_is(shards, tmp_path, reference):
+    warm_ups = {"batch_warmup_from": 4, "batch_warmup_tokens": 1_000, "sequence_warmup_from": 8}
+    train = TrainConfig(
+        steps=STEPS,
+        sequence_length=32,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=2,
+        sequence_warmup_tokens=1_200,
+        **warm_ups,
+    )
+    reader = Batches(open_samples(shards, tmp_path), RunConfig(train=train), 0, 1)
+    steps = [[tokens for tokens, *_ in reader.fetch(step)] for step in range(STEPS)]
+    reader.close()
+    assert [len(step) for step in steps] == [2, 2, 2, 2, 4, 4, 6, 6, 6]
+    assert [step[0].shape[1] for step in steps] == [8, 8, 8, 8, 8, 16, 16, 32, 32]
+    seen = torch.cat([tokens.reshape(-1, 32) for step in steps for tokens in step])
+    assert torch.equal(seen, torch.cat(reference)[: len(seen)])
+
+
 def run_config(shards: Path, **model) -> RunConfig:
     return RunConfig(model=TitansConfig(vocab_size=96, **model), data=DataConfig(path=str(shards)))
 
@@ -183,11 +231,11 @@ def test_less_text_than_one_sequence_is_refused(shards, tmp_path):
 def test_a_run_keeps_the_tokenizer_of_its_data_and_no_other(tmp_path):
     shards, run = tmp_path / "shards", tmp_path / "run"
     write_shards(shards)
-    manifest = Manifest.load(shards)
+    data = open_data(run_config(shards))
     for _ in range(2):
-        keep_tokenizer(manifest, shards, run)
+        keep_tokenizer(data, run)
     kept = run / "tokenizer" / "tokenizer.model"
     assert kept.read_bytes() == (shards / "tokenizer.model").read_bytes()
     kept.write_bytes(b"another one")
     with pytest.raises(ValueError, match="is not the tokenizer of"):
-        keep_tokenizer(manifest, shards, run)
+        keep_tokenizer(data, run)

@@ -36,6 +36,18 @@ LAYOUTS = {
     "context 2 x tensor 2, sequence": (4, "--parallel.context 2 --parallel.tensor 2 --parallel.sequence true"),
     "context 4": (4, "--parallel.context 4"),
 }
+# Batches of 2, then of 4; rows of 8, 16 and 32 tokens: both change in the middle. For one variant.
+WARM = (
+    "--train.batch-warmup-from 2 --train.batch-warmup-tokens 500 "
+    "--train.sequence-warmup-from 8 --train.sequence-warmup-tokens 1000"
+)
+WARMED = {
+    "warm, one process": (1, "--train.micro-batch 2"),
+    "warm, accumulated": (1, "--train.micro-batch 1"),
+    **{
+        f"warm, data 2, ZeRO {stage}": (2, f"--train.micro-batch 1 --parallel.zero-stage {stage}") for stage in range(4)
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +61,11 @@ def curves(tiny_toml, tmp_path_factory):
             f"{variant} {name}: --variant {variant} {MODEL} --optimizer.clip-norm 0.3 {settings}"
             for name, (processes, settings) in LAYOUTS.items()
             for variant in VARIANTS
+            if processes == world
+        ]
+        runs += [
+            f"{name}: {MODEL} --optimizer.clip-norm 0.3 {WARM} {settings}"
+            for name, (processes, settings) in WARMED.items()
             if processes == world
         ]
         worker = ["--rdzv-endpoint", "localhost:0", "-m", "tests.pretrain.curves_worker"]
@@ -73,3 +90,11 @@ def test_a_layout_trains_like_one_process(curves, variant, layout):
     for quantity in ("loss", "grad_norm", "heldout"):
         right = curves[f"{variant} one process"][quantity]
         assert curves[f"{variant} {layout}"][quantity] == pytest.approx(right, rel=RELATIVE), quantity
+
+
+@pytest.mark.parametrize("layout", [name for name in WARMED if name != "warm, one process"])
+def test_a_layout_warms_up_like_one_process(curves, layout):
+    for quantity in ("loss", "grad_norm", "heldout"):
+        right = curves["warm, one process"][quantity]
+        assert curves[layout][quantity] == pytest.approx(right, rel=RELATIVE), quantity
+        assert right != pytest.approx(curves["mac one process"][quantity], rel=RELATIVE)

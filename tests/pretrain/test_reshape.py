@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from pretrain.checkpoint import find_resume_point
 from pretrain.config import load_run_config
+from pretrain.folders import open_data
 from pretrain.metrics import read_metrics
-from tokenization.manifest import Manifest
 
 from .jobs import Job
 from .test_resume import numbers, tensor_files
@@ -156,7 +156,7 @@ def asked(trained, one_process, tmp_path):
     run = shutil.copytree(trained[0] / "data-2-zero-1", tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-00000020")
     config = load_run_config(run)
-    return run, lambda: find_resume_point(config, Manifest.load(config.data.path).fingerprint, run)
+    return run, lambda: find_resume_point(config, open_data(config).fingerprint, run)
 
 
 @pytest.mark.parametrize(("harm", "words"), [("delete", "is missing"), ("truncate", r"has \d+ bytes instead of \d+")])

@@ -16,6 +16,9 @@ from pretrain.metrics import read_metrics
 from titans_mcore.weights import find_checkpoint, load_full, load_into
 from tokenization.manifest import Manifest
 
+# Batches of 2, 2, 2, 2, 4, 4 samples, rows of 16 tokens and from step 5 on of 32.
+WARM_UPS = ["--train.micro-batch", "1", "--train.batch-warmup-from", "2", "--train.batch-warmup-tokens", "250"]
+WARM_UPS += ["--train.sequence-warmup-from", "16", "--train.sequence-warmup-tokens", "250"]
 TIME = ("seconds", "tokens_per_second", "data_wait_seconds")
 
 
@@ -62,10 +65,10 @@ def test_a_run_killed_in_the_middle_ends_bitwise_like_an_uninterrupted_one(launc
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [["--parallel.zero-stage", "3"], ["--train.precision", "bf16"]],
-    ids=["zero 3", "bf16 with fp32 masters"],
+    [["--parallel.zero-stage", "3"], ["--train.precision", "bf16"], WARM_UPS],
+    ids=["zero 3", "bf16 with fp32 masters", "in the middle of both warm-ups"],
 )
-def test_sharded_and_low_precision_runs_go_on_bitwise(launch, tmp_path, settings):
+def test_sharded_low_precision_and_warming_runs_go_on_bitwise(launch, tmp_path, settings):
     arguments = ["--nproc", "2", "--train.steps", "6", "--checkpoint.every-steps", "3", *settings]
     run_dir = tmp_path / "straight"
     status, _, err = launch(run_dir, *arguments).wait()
@@ -95,6 +98,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_0(launch, finished_run, 
 
 def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(finished_run, one_process):
     from pretrain.engine import heldout_loss
+    from pretrain.folders import open_data
     from pretrain.train import open_samples
     from titans_mcore.model import TitansModel
     from titans_mcore.parallel import transformer_config
@@ -104,7 +108,7 @@ def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(
     assert saved == config.model
     model = TitansModel(config.model, transformer_config(config.model), one_process)
     load_into(model, state)
-    _, heldout = open_samples(config, Manifest.load(config.data.path), finished_run)
+    _, heldout = open_samples(config, open_data(config), finished_run)
     assert heldout_loss(model, heldout, config) == pytest.approx(
         read_metrics(finished_run)[-1]["heldout_loss"], rel=1e-6
     )
@@ -172,6 +176,8 @@ def test_a_folder_without_checkpoints_starts_anew(resumable):
         ({"train": {"precision": "bf16"}}, "precision was float32 and is bfloat16"),
         ({"train": {"global_batch": 8}}, "global_batch was 4 and is 8"),
         ({"train": {"sequence_length": 16}}, "sequence_length was 32 and is 16"),
+        ({"train": {"batch_warmup_from": 2, "batch_warmup_tokens": 9}}, "batch_warmup_tokens was 0 and is 9"),
+        ({"train": {"sequence_warmup_from": 8, "sequence_warmup_tokens": 9}}, "sequence_warmup_from was 0 and is 8"),
         ({"train": {"seed": 1}}, "seed was 1234 and is 1"),
         ({"fingerprint": "other"}, "data_fingerprint was .* and is other"),
     ],

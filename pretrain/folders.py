@@ -1,0 +1,85 @@
+"""What a run reads: its folders of shards, checked, and what identifies them together."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.config import RunConfig
+from titans_mcore.weights import file_sha256
+from tokenization.files import write_file_atomically
+from tokenization.manifest import TOKENIZER_NAME, Manifest
+from tokenization.tokenizer import TokenizerInfo
+
+
+class Folder(NamedTuple):
+    """A folder of shards.
+
+    Attributes:
+        path: The folder.
+        share: Share of the samples that come from it; all shares make 1.
+        manifest: Of the folder.
+    """
+
+    path: Path
+    share: float
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The folders of a run; one tokenizer made all of them."""
+
+    folders: tuple[Folder, ...]
+    """In the order of the settings."""
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer of every folder."""
+        return self.folders[0].manifest.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies everything that decides the samples but seed and length; a folder alone has its manifest's."""
+        if len(self.folders) == 1:
+            return self.folders[0].manifest.fingerprint
+        lines = [f"{folder.manifest.fingerprint} {folder.share!r}" for folder in self.folders]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def open_data(config: RunConfig) -> RunData:
+    """The run's folders, checked against their manifests, each other and the model.
+
+    Raises:
+        ValueError: There are no shards, they are not those of their manifest, folders have different tokenizers, or the
+            model has another vocabulary.
+    """
+    if not config.data.folders:
+        raise ValueError("data.path is missing: name the folder of shards with --data.path DIR")
+    data = RunData(tuple(Folder(Path(p), s, Manifest.load(Path(p))) for p, s in config.data.folders.items()))
+    for folder in data.folders:
+        folder.manifest.check_quick(folder.path)
+        if folder.manifest.tokenizer.sha256 != data.tokenizer.sha256:
+            raise ValueError(
+                f"data.blend mixes tokenizers: that of {folder.path} is not that of {data.folders[0].path}; "
+                "encode both with one tokenizer.model"
+            )
+    if data.tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {config.model.vocab_size} but the tokenizer of {data.folders[0].path} has "
+            f"{data.tokenizer.vocab_size} pieces; leave model.vocab_size out to take it from the data"
+        )
+    return data
+
+
+def keep_tokenizer(data: RunData, run_dir: Path) -> None:
+    """Puts the data's tokenizer into RUN/tokenizer/, where evaluation and export look for it.
+
+    Raises:
+        ValueError: Another tokenizer is there.
+    """
+    kept, folder = run_dir / "tokenizer" / TOKENIZER_NAME, data.folders[0].path
+    if not kept.exists():
+        write_file_atomically(kept, (folder / TOKENIZER_NAME).read_bytes())
+    elif file_sha256(kept) != data.tokenizer.sha256:
+        raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
