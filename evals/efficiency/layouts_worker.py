@@ -63,7 +63,9 @@ def bytes_by_part(engine: Any, idle: set[int]) -> dict[str, int]:
     weights = {_place(p.ds_tensor if stage3 else p.data) for p in parameters}
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = [x for state in base.state.values() for x in state.values() if isinstance(x, Tensor)]
-    optimizer = {_place(x) for x in [*(p for group in base.param_groups for p in group["params"]), *states]} - weights
+    masters = engine.optimizer.fp32_partitioned_groups_flat if stage3 else []
+    stepped = [p for group in base.param_groups for p in group["params"]]
+    optimizer = {_place(x) for x in [*masters, *stepped, *states]} - weights
     buffers = {
         _place(x)
         for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values()
