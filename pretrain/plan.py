@@ -10,12 +10,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.command_line import parse
 from pretrain.config import RunConfig, read_toml
 from pretrain.schedule import tokens_after
 from titans_mcore.config import TitansConfig
+
+if TYPE_CHECKING:
+    from pretrain.planning.step_time import StepTime
 
 _USAGE = (
     "python -m pretrain.plan --config FILE --gpus N [--utilisation 0.4] [--gpu h100] [--json] [--SETTING VALUE ...]"
@@ -84,12 +87,14 @@ def plan_of(request: Request) -> dict[str, Any]:
     from pretrain.planning.layout import for_gpus, layout_of
     from pretrain.planning.parameters import count_by_part, parameters_of
     from pretrain.planning.rank_bytes import ranks_of
+    from pretrain.planning.step_time import step_time
 
     config = for_gpus(request.config)
     layout = layout_of(config, request.gpus)
-    parameters = parameters_of(config.model)
+    parameters = parameters_of(config.model, layout.tensor, layout.memory_parallel)
     ranks = ranks_of(config, layout, parameters)
     flops = step_flops(config, parameters)
+    time = step_time(config, layout, parameters, _known_gpu(request.gpu), request.utilisation)
     checkpoint = checkpoint_bytes(layout, parameters)
     kept = min(config.checkpoint.keep, _checkpoints(config))
     return {
@@ -97,15 +102,25 @@ def plan_of(request: Request) -> dict[str, Any]:
         "layout": {
             "gpus": layout.gpus,
             "tensor": layout.tensor,
+            "context": layout.context,
             "data": layout.data,
+            "sequence": layout.sequence,
+            "memory_parallel": layout.memory_parallel,
             "zero_stage": layout.zero_stage,
+            "offload_optimizer": layout.offload_optimizer,
+            "recompute": layout.recompute,
             "precision": layout.precision,
         },
         "parameters": count_by_part(parameters),
-        "ranks": [{**asdict(rank), "bytes": rank.bytes} for rank in ranks],
+        "ranks": [{**asdict(rank), "bytes": rank.bytes, "host_bytes": rank.host_bytes} for rank in ranks],
         "collectives": [asdict(collective) for collective in collectives_of(config, layout, parameters)],
-        "step": {"tokens": config.train.tokens_per_step, "micro_batches": layout.micro_batches, "flops": flops},
-        "time": _time(request, flops["total"]),
+        "step": {
+            "tokens": config.train.tokens_per_step,
+            "micro_batches": layout.micro_batches,
+            "flops": flops,
+            "recomputed_flops": time.recomputed_flops,
+        },
+        "time": _time(request, time),
         "checkpoint": {
             "bytes": checkpoint.pop("total"),
             "parts": checkpoint,
@@ -116,9 +131,8 @@ def plan_of(request: Request) -> dict[str, Any]:
     }
 
 
-def _time(request: Request, step_flops: int) -> dict[str, Any]:
-    gpu, train = _known_gpu(request.gpu), request.config.train
-    seconds = step_flops / (request.gpus * gpu.flops * request.utilisation)
+def _time(request: Request, time: "StepTime") -> dict[str, Any]:
+    gpu, train, seconds = _known_gpu(request.gpu), request.config.train, time.seconds
     tokens = tokens_after(train.steps, train)
     hours = tokens / train.tokens_per_step * seconds / 3600  # steps of a smaller batch take less
     return {
@@ -126,6 +140,7 @@ def _time(request: Request, step_flops: int) -> dict[str, Any]:
         "peak_flops_per_second": gpu.flops,
         "peak_source": gpu.source,
         "utilisation": request.utilisation,
+        "wavefront_efficiency": time.wavefront_efficiency,
         "step_seconds": seconds,
         "tokens_per_second": train.tokens_per_step / seconds,
         "steps": train.steps,
@@ -140,11 +155,18 @@ def _notes(request: Request, bytes_on_rank: int) -> list[str]:
     if bytes_on_rank > gpu.memory_bytes:
         notes.append(
             f"{bytes_on_rank / 1e9:.1f} GB do not fit into the {gpu.memory_bytes / 1e9:.0f} GB of one {request.gpu}; "
-            "a smaller train.micro_batch, a larger parallel.tensor or a higher parallel.zero_stage needs less"
+            "a smaller train.micro_batch, a larger parallel.tensor or parallel.context, a higher parallel.zero_stage "
+            "or train.recompute needs less"
         )
     if request.assumed_vocabulary:
         pieces = request.config.model.vocab_size
         notes.append(f"a vocabulary of {pieces:,} pieces is assumed; --data.path DIR takes the data's")
+    context, layers = request.config.parallel.context, request.config.model.num_layers
+    if context > layers:
+        notes.append(
+            f"parallel.context {context} is more than {layers} layers: the wavefront gives at most {layers} times the "
+            "speed of one rank, further ranks little but memory"
+        )
     if request.config.train.precision == "fp32":
         notes.append("the peak is that of bf16, and the run is in fp32: it will not come near")
     notes.append("activations are an estimate, and the time is what the utilisation makes of it: neither is measured")

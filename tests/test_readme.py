@@ -25,6 +25,7 @@ SMALL = {
     "evals.efficiency memory": " --quick",
     "evals.efficiency tokenization": " --threads 1 --repeats 1",
     "evals.efficiency data": " --tokens 3e5 --shard-tokens 1e5 --sequence-length 128 --sparse 4e6",
+    "evals.efficiency wavefront": " --repeats 1",
 }
 NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "launch/gpu_check.sh")  # runs this test; a network; a GPU
 

@@ -4,7 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
-from evals.efficiency.settings import DataSettings, LayoutsSettings, MemorySettings, TokenizationSettings
+from evals.efficiency.settings import (
+    DataSettings,
+    LayoutsSettings,
+    MemorySettings,
+    TokenizationSettings,
+    WavefrontSettings,
+)
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
 
@@ -15,6 +21,7 @@ commands:
   tokenization  encoding text to shards, against sentencepiece alone
   layouts       what ways to divide a model send and hold, counted on gloo processes
   data          shards to batches: index, start, resume, memory, reading, on a billion synthetic tokens
+  wavefront     context parallelism: how long ranks that share a row wait, and what memory each takes
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -56,11 +63,21 @@ def _data(words: Sequence[str]) -> None:
     print(settings.output / "data.json", file=sys.stderr)
 
 
+def _wavefront(words: Sequence[str]) -> None:
+    settings = parse_settings(WavefrontSettings, "python -m evals.efficiency wavefront", words)
+    from evals.efficiency.wavefront import measure
+
+    print(measure(settings))
+    for suffix in ("json", "md", "png"):
+        print(settings.output / f"wavefront.{suffix}", file=sys.stderr)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "memory": _memory,
     "tokenization": _tokenization,
     "layouts": _layouts,
     "data": _data,
+    "wavefront": _wavefront,
 }
 
 

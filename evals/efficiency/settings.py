@@ -157,3 +157,36 @@ class DataSettings:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
         if any(not tokens >= 2e6 for tokens in self.sparse):
             raise EvaluationError(f"--sparse is {self.sparse}; give sets of at least two million tokens each")
+
+
+@dataclass(frozen=True)
+class WavefrontSettings:
+    """Simulates context parallelism over many ranks from times of one layer that are measured here.
+
+    Writes OUTPUT/wavefront.json, OUTPUT/wavefront.md and OUTPUT/wavefront.png.
+    """
+
+    output: Path
+    """Folder for the report."""
+    config: Path = Path(__file__).parents[2] / "pretrain" / "configs" / "mag_760m.toml"
+    """Settings of the run that is planned; rows, batch and layout come from the options below."""
+    tokens: int = 2_097_152
+    """Tokens of the row that the ranks share."""
+    ranks: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256, 512)
+    """Numbers of ranks C."""
+    piece: int = 512
+    """Tokens over which a layer is timed; whole chunks."""
+    repeats: int = 5
+    """Timed repeats after one that warms up; the median counts."""
+    threads: int = field(default_factory=available_cores)
+    """Threads."""
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            raise EvaluationError("--ranks is empty; give at least one number")
+        for name, value in (("ranks", min(self.ranks)), ("tokens", self.tokens), ("piece", self.piece)):
+            if value < 1:
+                raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")
+        for name in ("repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")

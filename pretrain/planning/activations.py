@@ -1,30 +1,35 @@
 """Bytes of what the forward pass keeps for the backward pass, and of the largest working set behind it.
 
 An estimate: it counts the tensors that autograd and the memory's own backward pass keep, as the modules' code makes
-them. For one token, E the width, e = E / TP and f = F / TP what a rank owns of width and feed-forward, w bytes of an
-activation, 4 of what is computed in float32:
+them. For one token of the T / CP that a rank has of a row, E the width, e = E / TP and f = F / TP what it owns of width
+and feed-forward, m the width of the heads whose memory it computes (e, or E where ranks share matrices), w bytes of an
+activation, 4 of what is computed in float32, t the ranks of sequence parallelism:
 
-    two norms        2 (2 w + 4) E                     input in float32, normalised, scaled
+    two norms        (3 w + 8) E / t + w E             input in float32, normalised, scaled; what all read is whole
     feed-forward     4 w f                             gate and value, SiLU of the gate, product
     attention        7 w e, with a prefix 11 w e       q, k, v as they are attended to, output twice, new q and v; a
                                                        prefix doubles q and k (rotated and plain)
       its mask       (1 + w) keys                      SDPA; flash-attn has none
-    memory           10 w e + 43 e                     projections, convolved q, k, v, their SiLU; float32: norms'
+    memory           10 w m + 43 m                     projections, convolved q, k, v, their SiLU; float32: norms'
                                                        inputs, the scan's q, k, v, the reads
-      documents      (3 K - 1) w e + 12 e              rows that hold several: a gather for each of K taps, slots
+      documents      (3 K - 1) w m + 12 m              rows that hold several: a gather for each of K taps, slots
     states           S (groups + 2)                    float32 weights and momentum, S bytes, of the first chunk in
                                                        every group of ceil(sqrt(chunks)); first state and anchors
                                                        (MAC: groups + 1 for every segment)
       a first state  S, persistent tokens 1.5 S
-    mac, besides     recall: 10 w e + 12 e + 8 e x expansion (L - 1); two keys a token: 11 w e in attention's place;
-                     y and h: 2 w E; y (x) m: (4 w + 8) E; documents: (K + 3) w e, S for every segment
+    mac, besides     recall: 10 w m + 12 m + 8 e x expansion (L - 1); two keys a token: 11 w e in attention's place;
+                     y and h: 2 w E; y (x) m: (4 w + 8) E; documents: (K + 3) w m, S for every segment
     mag, besides     y (x) m: (4 w + 8) e
     mal, besides     y: w E
-    head             2 w E + 4 E and 4 V / TP + w V / TP   final norm; float32 probabilities, logits
+    head             (2 w + 4) E / t and 4 V / TP + w V / TP   final norm; float32 probabilities, logits
 
 The group at work, in one layer at a time: its states and their gradients, 2 S g, and what its tokens leave in the
 memory network going forth and back, 12 float32 numbers for each of the network's widths. Rows are taken to hold two
 documents where documents are kept apart; MAC's segments are those of rows of one document.
+
+With train.recompute every block keeps its input, w E / t, and one block at a time has all of the above; states are that
+one block's, and S for every block that has received one. except_memory keeps every block's scan: its states and S, and
+(16 + w) m, queries, keys, values and reads in float32 and what the block reads of them.
 """
 
 import itertools
@@ -50,10 +55,18 @@ class _Sizes(NamedTuple):
     ranks: int
     w: int
     documents: bool
+    token_ranks: int
+    hidden: bool
+    received: bool
+    recompute: str
 
     @property
     def e(self) -> float:
         return self.model.dim / self.ranks
+
+    @property
+    def m(self) -> float:
+        return self.model.dim if self.hidden else self.e
 
     @property
     def tokens(self) -> int:
@@ -81,19 +94,29 @@ def activation_bytes(config: RunConfig, layout: Layout) -> dict[str, int]:
     """Bytes on a rank, by part."""
     sizes = _Sizes(
         config.model,
-        config.train.sequence_length,
+        config.train.sequence_length // layout.context,
         config.train.micro_batch,
         layout.tensor,
         layout.bytes_per_weight,
         config.data.reset_documents,
+        layout.token_ranks,
+        layout.hidden,
+        layout.context > 1,
+        layout.recompute,
     )
     return {name: int(formula(sizes)) for name, formula in PARTS.items()}
 
 
 def _activations(s: _Sizes) -> float:
     by_token = _common(s) + _attention(s) + _memory(s) + _combined(s)
-    final_norm = (2 * s.w + _FLOAT32) * s.model.dim
-    return s.tokens * (s.model.num_layers * by_token + final_norm)
+    final_norm = (2 * s.w + _FLOAT32) * s.model.dim / s.token_ranks
+    blocks = s.model.num_layers * by_token
+    if s.recompute != "none":
+        scan = 4 * _FLOAT32 * s.m + s.w * s.m if s.recompute == "except_memory" else 0.0
+        if s.model.variant == "transformer":
+            scan = 0.0
+        blocks = by_token + s.model.num_layers * (s.w * s.model.dim / s.token_ranks + scan)
+    return s.tokens * (blocks + final_norm)
 
 
 def _logits(s: _Sizes) -> float:
@@ -101,7 +124,8 @@ def _logits(s: _Sizes) -> float:
 
 
 def _common(s: _Sizes) -> float:
-    return 2 * (2 * s.w + _FLOAT32) * s.model.dim + 4 * s.w * s.model.ffn_dim / s.ranks
+    norms = ((3 * s.w + 2 * _FLOAT32) / s.token_ranks + s.w) * s.model.dim
+    return norms + 4 * s.w * s.model.ffn_dim / s.ranks
 
 
 def _attention(s: _Sizes) -> float:
@@ -119,8 +143,8 @@ def _attention(s: _Sizes) -> float:
 def _memory(s: _Sizes) -> float:
     if s.model.variant == "transformer":
         return 0.0
-    documents = ((3 * s.model.conv_kernel - 1) * s.w + 12) * s.e if s.documents else 0.0
-    return (10 * s.w + 43) * s.e + documents
+    documents = ((3 * s.model.conv_kernel - 1) * s.w + 12) * s.m if s.documents else 0.0
+    return (10 * s.w + 43) * s.m + documents
 
 
 def _combined(s: _Sizes) -> float:
@@ -132,7 +156,7 @@ def _combined(s: _Sizes) -> float:
     if s.model.variant == "mac":
         hidden = 8 * s.model.memory_expansion * (s.model.memory_depth - 1)
         documents = (s.model.conv_kernel + 3) * s.w if s.documents else 0
-        return (10 * s.w + 12 + hidden + documents) * s.e + (6 * s.w + 8) * s.model.dim
+        return (10 * s.w + 12 + documents) * s.m + hidden * s.e + (6 * s.w + 8) * s.model.dim
     return 0.0
 
 
@@ -142,7 +166,11 @@ def _states(s: _Sizes) -> float:
     groups = [math.ceil(chunks / _group(chunks)) for chunks in s.scans]
     begun = (1.0 if s.documents else 0.0) + (1.5 if s.model.persistent_tokens else 0.0)
     each = 1 + s.documents if s.model.variant == "mac" else 2
-    return s.model.num_layers * s.state * (sum(count + each for count in groups) + begun)
+    block = s.state * (sum(count + each for count in groups) + begun)
+    if s.recompute == "block":
+        return block + s.model.num_layers * s.state * s.received
+    after = s.state if s.recompute == "except_memory" else 0.0
+    return s.model.num_layers * (block + after)
 
 
 def _group_at_work(s: _Sizes) -> float:
@@ -151,7 +179,8 @@ def _group_at_work(s: _Sizes) -> float:
     chunks = max(s.scans)
     group = _group(chunks)
     tokens = group * s.model.chunk_size * s.rows
-    widths = sum(s.model.memory_widths) * s.model.num_heads / s.ranks
+    first, *between, last = s.model.memory_widths
+    widths = sum(between) * s.model.num_heads / s.ranks + (first + last) * s.m / s.model.head_dim
     return 2 * group * s.state + tokens * widths * 12 * _FLOAT32
 
 

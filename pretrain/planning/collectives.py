@@ -3,8 +3,9 @@
 Bytes are those of the whole tensor: what is reduced, what is gathered, what is scattered. A group of one rank sends
 nothing and is left out, and so are the few bytes of losses, gradient norms and stop signals.
 
-Tensor group, for each micro-batch. With h the bytes of hidden states (T, B, E) and p those of persistent tokens (N, E),
-`Parts.enter` and Megatron's column map cost an all-reduce in the backward pass, `Parts.row` one in the forward pass:
+Tensor group, for each micro-batch. With h the bytes of hidden states (T / CP, B, E) and p those of persistent tokens
+(N, E), `Parts.enter` and Megatron's column map cost an all-reduce in the backward pass, `Parts.row` one in the forward
+pass:
 
     embedding       h forward                       head            h backward
     cross-entropy   3 x T B float32 forward         SwiGLU          h forward, h backward
@@ -13,7 +14,22 @@ Tensor group, for each micro-batch. With h the bytes of hidden states (T, B, E) 
     mac             h backward for the block, then by segment: 3 forward, 2 backward of the segment's share of h;
                     p backward
 
-Data group, with N numbers on a tensor-parallel rank, w bytes each as the backward pass makes them, n micro-batches:
+Under sequence parallelism the all-reduces at a block's border become all-gathers (ag) and reduce-scatters (rs); what is
+all-reduced inside a mixer stays. Megatron gathers the input of a column map once more for its weight's gradient:
+
+    embedding       rs forward, ag backward         head            ag forward, ag and rs backward
+    SwiGLU          ag and rs forward, 2 ag and rs backward
+    a mixer         ag and rs forward, ag and rs backward; mac leaves by keeping its share: no rs forward
+    norms           all-reduce of the gradients, 2 L + 1 of E numbers
+
+Ranks that share the memory's matrices ("hidden") gather the gradient of what its heads answer, h for each pass over the
+tokens (mac: two; mal: p besides), and sum inside it (hidden_sums.py).
+
+Context group, for each micro-batch and layer: the state to the next rank behind a header that says what it is, its
+gradients to the rank before (context_messages.py). Calls and bytes are what a rank sends that has both neighbours.
+
+Data group, data x context ranks, with N numbers on a tensor-parallel rank, w bytes each as the backward pass makes
+them, n micro-batches:
 
     ZeRO 0          all-reduce w N
     ZeRO 1          all-reduce w N, all-gather of the new weights w N
@@ -27,8 +43,11 @@ How many calls DeepSpeed makes of it depends on how parameters fall into its buc
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pretrain.config import RunConfig
+from pretrain.planning.context_messages import HEADER_BYTES, state_bytes
+from pretrain.planning.hidden_sums import memory_sums
 from pretrain.planning.layout import Layout
 from pretrain.planning.parameters import Parameter
 from pretrain.planning.rank_bytes import (
@@ -47,7 +66,7 @@ class Collective:
     """One kind of collective in one step.
 
     Attributes:
-        group: The ranks that take part, an axis of the layout.
+        group: The ranks that take part, an axis of the layout; "data" are data x context ranks.
         operation: Its name.
         purpose: What it carries.
         calls: How often; the fewest, in the data group.
@@ -66,41 +85,90 @@ def collectives_of(config: RunConfig, layout: Layout, parameters: list[Parameter
     found: list[Collective] = []
     if layout.tensor > 1:
         found += _tensor_group(config, layout)
-    if layout.data > 1:
+    if layout.context > 1:
+        found += _context_group(config, layout)
+    if layout.sharing > 1:
         found += _data_group(config, layout, parameters)
     return found
 
 
+class _Part(NamedTuple):
+    """What a part of the model does in one micro-batch: (calls, bytes) by operation."""
+
+    purpose: str
+    all_reduce: tuple[int, int] = (0, 0)
+    all_gather: tuple[int, int] = (0, 0)
+    reduce_scatter: tuple[int, int] = (0, 0)
+
+
 def _tensor_group(config: RunConfig, layout: Layout) -> list[Collective]:
     model, n, w = config.model, layout.micro_batches, layout.bytes_per_weight
-    tokens = config.train.micro_batch * config.train.sequence_length
-    hidden, persistent = tokens * model.dim * w, model.persistent_tokens * model.dim * w
-    calls, whole, of_persistent = _mixer(config)
-
-    def row(purpose: str, calls: int, size: int) -> Collective:
-        return Collective("tensor", "all_reduce", purpose, n * calls, n * size)
-
-    layers = model.num_layers
+    tokens = config.train.micro_batch * config.train.sequence_length // layout.context
+    hidden, layers = tokens * model.dim * w, model.num_layers
+    if layout.sequence:
+        norms = 2 * layers + 1
+        parts = [
+            _Part("feed-forward", (0, 0), (layers * 3, layers * 3 * hidden), (layers * 2, layers * 2 * hidden)),
+            _Part("embedding and head", (0, 0), (3, 3 * hidden), (2, 2 * hidden)),
+            _Part("gradients of the norms", (norms, norms * model.dim * w)),
+        ]
+    else:
+        parts = [
+            _Part("feed-forward", (layers * 2, layers * 2 * hidden)),
+            _Part("embedding and head", (2, 2 * hidden)),
+        ]
+    parts = [_mixers(config, layout, hidden), *parts, _Part("cross-entropy", (3, 3 * tokens * _FLOAT32))]
+    if layout.hidden and model.variant != "transformer":
+        parts.append(_hidden_memories(config, layout, hidden))
     return [
-        row("mixers", layers * calls, layers * (whole * hidden + of_persistent * persistent)),
-        row("feed-forward", layers * 2, layers * 2 * hidden),
-        row("embedding and head", 2, 2 * hidden),
-        row("cross-entropy", 3, 3 * tokens * _FLOAT32),
+        Collective("tensor", operation, part.purpose, n * calls, n * size)
+        for part in parts
+        for operation, (calls, size) in zip(part._fields[1:], part[1:], strict=True)
+        if calls
     ]
 
 
-def _mixer(config: RunConfig) -> tuple[int, int, int]:
-    """Of one block and micro-batch: calls, how many times h, how many times p."""
-    model = config.model
+def _mixers(config: RunConfig, layout: Layout, hidden: int) -> _Part:
+    """Of all blocks: at their border, inside, and persistent tokens."""
+    model, layers = config.model, config.model.num_layers
     some = int(model.persistent_tokens > 0)
+    persistent = some * model.persistent_tokens * model.dim * layout.bytes_per_weight
+    calls, whole, of_persistent = 0, 0, some  # inside
+    border = 2
     if model.variant == "transformer":
-        return 2, 2, 0
+        of_persistent = 0
+    elif model.variant == "mac":
+        length = config.train.sequence_length // layout.context
+        calls, whole, border = 5 * math.ceil(length / model.segment_length), 5, 1
+    elif model.variant == "mal":
+        calls, whole, of_persistent = 2, 2, 3 * some
+    inside = layers * (calls + of_persistent), layers * (whole * hidden + of_persistent * persistent)
+    if not layout.sequence:
+        return _Part("mixers", (inside[0] + layers * border, inside[1] + layers * border * hidden))
+    return _Part("mixers", inside, (layers * 2, layers * 2 * hidden), (layers * border, layers * border * hidden))
+
+
+def _hidden_memories(config: RunConfig, layout: Layout, hidden: int) -> _Part:
+    """Of all blocks: sums inside the memories, and the gradients of their answers, gathered."""
+    model = config.model
+    calls, size = memory_sums(config, layout)
+    passes, whole = 1, hidden
     if model.variant == "mac":
-        segments = math.ceil(config.train.sequence_length / model.segment_length)
-        return 1 + 5 * segments + some, 6, some
-    if model.variant == "mal":
-        return 4 + 3 * some, 4, 3 * some
-    return 2 + some, 2, some
+        length = config.train.sequence_length // layout.context
+        passes, whole = 2 * math.ceil(length / model.segment_length), 2 * hidden
+    elif model.variant == "mal" and model.persistent_tokens:
+        passes, whole = 2, hidden + model.persistent_tokens * model.dim * layout.bytes_per_weight
+    layers = model.num_layers
+    return _Part("memories", (layers * calls, layers * size), (layers * passes, layers * whole))
+
+
+def _context_group(config: RunConfig, layout: Layout) -> list[Collective]:
+    calls, size = layout.micro_batches * config.model.num_layers, state_bytes(config, layout)
+    return [
+        Collective("context", "send", "headers, to the next rank", calls, calls * HEADER_BYTES),
+        Collective("context", "send", "states, to the next rank", calls, calls * size),
+        Collective("context", "send", "gradients of states, to the rank before", calls, calls * size),
+    ]
 
 
 def _data_group(config: RunConfig, layout: Layout, parameters: list[Parameter]) -> list[Collective]:

@@ -9,8 +9,9 @@ memory     for one token, head and weight matrix (m inputs, n outputs), b tokens
            back 2 m n (not at the first matrix), read from weights and momentum 4 m n, update of both 4 m n, inside
            the chunk 2 b (m + n). MAC's recall reads once more, 2 m n.
 
-The backward pass counts twice the forward pass; what is computed a second time to save memory does not count.
-Convolutions, norms and gates are left out: less than a per cent at the sizes of the paper.
+The backward pass counts twice the forward pass; what is computed a second time to save memory is counted apart, as it
+takes time and is no work of the model's. Convolutions, norms and gates are left out: less than a per cent at the sizes
+of the paper.
 """
 
 import itertools
@@ -43,17 +44,36 @@ _USES: dict[str, dict[str, tuple[int, int]]] = {
 
 def step_flops(config: RunConfig, parameters: list[Parameter]) -> dict[str, int]:
     """Operations of one optimizer step on all ranks, forward and backward: `total` and by kind."""
+    parts = {kind: 3 * flops for kind, flops in _forward(config, parameters).items()}
+    return {"total": sum(parts.values()), **parts}
+
+
+def recomputed_flops(config: RunConfig, parameters: list[Parameter]) -> int:
+    """Operations of a step that train.recompute does a second time: the blocks' forward pass, or what it says of it."""
+    if config.train.recompute == "none":
+        return 0
+    forward = _forward(config, parameters)
+    if config.train.recompute == "except_memory":
+        forward.pop("memory")
+    return sum(forward.values()) - head_flops(config.model, config.train.tokens_per_step)
+
+
+def head_flops(model: TitansConfig, tokens: int) -> int:
+    """Operations of the output matrix, forward."""
+    return 2 * padded_vocab_size(model.vocab_size) * model.dim * tokens
+
+
+def _forward(config: RunConfig, parameters: list[Parameter]) -> dict[str, int]:
+    """Operations of a step's forward passes, by kind."""
     model, tokens = config.model, config.train.tokens_per_step
     micro_batches = config.train.global_batch // config.train.micro_batch
     persistent = micro_batches * model.persistent_tokens
     keys = mean_visible_keys(model, config.train.sequence_length)
-    forward = {
+    return {
         "dense": dense_flops(model, parameters, tokens, persistent),
         "attention": int(4 * model.dim * keys * tokens) * model.num_layers,
         "memory": _memory_flops(model, tokens, persistent) * model.num_layers,
     }
-    parts = {kind: 3 * flops for kind, flops in forward.items()}
-    return {"total": sum(parts.values()), **parts}
 
 
 def dense_flops(model: TitansConfig, parameters: list[Parameter], tokens: int, persistent: int) -> int:
@@ -66,7 +86,7 @@ def dense_flops(model: TitansConfig, parameters: list[Parameter], tokens: int, p
         persistent: Persistent tokens, over all micro-batches.
     """
     uses = {**_USES[model.variant], **_FEED_FORWARD}
-    total = 2 * padded_vocab_size(model.vocab_size) * model.dim * tokens
+    total = head_flops(model, tokens)
     for parameter in parameters:
         matrix = parameter.name.removeprefix("layers.").partition(".")[2].removesuffix(".weight")
         by_token, by_persistent = uses.get(matrix, (0, 0))

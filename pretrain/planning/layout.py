@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from pretrain.config import RunConfig
-from pretrain.engine import resolve_precision
-from titans_mcore.parallel import transformer_config
+from pretrain.engine import megatron_config
+from titans_mcore.parallel import check_world, memory_split
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,15 @@ class Layout:
     Attributes:
         gpus: All of them, one process each.
         tensor: Ranks that share one copy of the model.
-        data: Ranks, or groups of `tensor` ranks, that see different samples.
-        zero_stage: What the data ranks share, 0 to 3.
+        data: Ranks, or groups of `tensor` x `context` ranks, that see different samples.
+        zero_stage: What the data x context ranks share, 0 to 3.
         dtype: Type of the weights in forward and backward.
         micro_batches: Micro-batches n of each data rank in one step.
+        context: Ranks, or groups of `tensor` ranks, that share the tokens of a row.
+        sequence: Whether tensor-parallel ranks share the tokens between the blocks' parallel parts.
+        memory_parallel: What tensor-parallel ranks share of the memory, "heads" or "hidden".
+        offload_optimizer: Whether masters and moments are on the host.
+        recompute: What the backward pass computes again, "none", "block" or "except_memory".
     """
 
     gpus: int
@@ -28,6 +33,26 @@ class Layout:
     zero_stage: int
     dtype: torch.dtype
     micro_batches: int
+    context: int = 1
+    sequence: bool = False
+    memory_parallel: str = "heads"
+    offload_optimizer: bool = False
+    recompute: str = "none"
+
+    @property
+    def sharing(self) -> int:
+        """Ranks d that share optimizer, gradients or parameters: data x context."""
+        return self.data * self.context
+
+    @property
+    def hidden(self) -> bool:
+        """Whether every tensor-parallel rank computes all heads with a part of every matrix."""
+        return self.memory_parallel == "hidden" and self.tensor > 1
+
+    @property
+    def token_ranks(self) -> int:
+        """Tensor-parallel ranks that share the tokens between the blocks' parallel parts."""
+        return self.tensor if self.sequence else 1
 
     @property
     def precision(self) -> str:
@@ -57,15 +82,21 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
     Raises:
         ValueError: A run with these settings would not start; the message is the run's.
     """
-    tensor = config.parallel.tensor
-    transformer_config(config.model, tensor_parallel=tensor)
+    parallel = config.parallel
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; it must be at least 1")
-    if gpus % tensor:
-        raise ValueError(
-            f"{gpus} process{'es' if gpus > 1 else ''} cannot be divided into tensor-parallel groups of {tensor}; "
-            f"start a multiple of {tensor} processes or change the tensor-parallel size"
-        )
-    data = gpus // tensor
-    dtype = resolve_precision(config)
-    return Layout(gpus, tensor, data, config.parallel.zero_stage, dtype, config.accumulation(data))
+    data = check_world(gpus, parallel.tensor, parallel.context)
+    dtype = megatron_config(config).params_dtype
+    return Layout(
+        gpus=gpus,
+        tensor=parallel.tensor,
+        data=data,
+        zero_stage=parallel.zero_stage,
+        dtype=dtype,
+        micro_batches=config.accumulation(data),
+        context=parallel.context,
+        sequence=parallel.sequence,
+        memory_parallel=memory_split(config.model, parallel.memory_parallel, parallel.tensor),
+        offload_optimizer=parallel.offload_optimizer,
+        recompute=config.train.recompute,
+    )

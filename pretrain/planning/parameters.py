@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titans_mcore.config import TitansConfig
@@ -32,14 +33,14 @@ class Parameter:
         name: As in the built model.
         part: One of PARTS.
         shape: Whole, over all tensor-parallel ranks.
-        divided: Whether tensor-parallel ranks hold a share each; else every rank holds the whole.
+        on_rank: Numbers of it that each tensor-parallel rank holds.
         decayed: Whether weight decay acts on it, which decides its group in the optimizer.
     """
 
     name: str
     part: str
     shape: tuple[int, ...]
-    divided: bool
+    on_rank: int
     decayed: bool
 
     @property
@@ -47,36 +48,50 @@ class Parameter:
         """Numbers in it."""
         return math.prod(self.shape)
 
-    def count_on_rank(self, tensor: int) -> int:
-        """Numbers that one of `tensor` ranks holds."""
-        return self.count // tensor if self.divided else self.count
 
+class _FirstOf:
+    """A group of so many ranks, seen from its first."""
 
-class _OneRank:
-    """A group of one: the shapes of a whole model, from which every other division follows."""
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
 
     def size(self) -> int:
-        return 1
+        return self.ranks
 
     def rank(self) -> int:
         return 0
 
 
-def parameters_of(config: TitansConfig) -> list[Parameter]:
-    """Every parameter of a model; building it takes a fraction of a second and no memory."""
-    groups: Any = SimpleNamespace(tp=_OneRank())
+def parameters_of(config: TitansConfig, tensor: int = 1, memory_parallel: str = "heads") -> list[Parameter]:
+    """Every parameter of a model; building it takes a fraction of a second and no memory.
+
+    Args:
+        config: The model.
+        tensor: Tensor-parallel ranks.
+        memory_parallel: What they share of the memory, "heads" or "hidden".
+    """
+    whole = _built(config, 1, memory_parallel)
+    # Shapes from the whole model: without torch.distributed Megatron's maps are whole whatever the group says.
+    divided = {name for name, p in _built(config, tensor, memory_parallel) if split_of(p) is not None}
+    return [
+        Parameter(
+            name=name,
+            part=_part(name, config.variant),
+            shape=tuple(p.shape),
+            on_rank=p.numel() // tensor if name in divided else p.numel(),
+            decayed=p.ndim >= 2 and not getattr(p, "no_weight_decay", False),
+        )
+        for name, p in whole
+    ]
+
+
+def _built(config: TitansConfig, tensor: int, memory_parallel: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model on the first of so many ranks, without their memory."""
+    groups: Any = SimpleNamespace(tp=_FirstOf(tensor))
+    megatron = transformer_config(config, tensor_parallel=tensor, memory_parallel=memory_parallel)
     with FakeTensorMode():
-        model = TitansModel(config, transformer_config(config), groups)
-        return [
-            Parameter(
-                name=name,
-                part=_part(name, config.variant),
-                shape=tuple(parameter.shape),
-                divided=split_of(parameter) is not None,
-                decayed=parameter.ndim >= 2 and not getattr(parameter, "no_weight_decay", False),
-            )
-            for name, parameter in model.named_parameters()
-        ]
+        model = TitansModel(config, megatron, groups, memory_parallel=memory_parallel)
+    return list(model.named_parameters())
 
 
 def count_by_part(parameters: list[Parameter]) -> dict[str, int]:

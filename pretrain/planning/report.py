@@ -13,7 +13,8 @@ def print_report(plan: dict[str, Any], console: Console) -> None:
     layout = plan["layout"]
     console.print(
         f"{plan['model']['variant']}, {plan['parameters']['total']:,} parameters | "
-        f"tensor {layout['tensor']} x data {layout['data']}, ZeRO {layout['zero_stage']}, {layout['precision']} | "
+        f"tensor {layout['tensor']} x context {layout['context']} x data {layout['data']}{_layout_words(layout)}, "
+        f"ZeRO {layout['zero_stage']}, {layout['precision']} | "
         f"{plan['step']['tokens']:,} tokens a step",
         highlight=False,
         soft_wrap=True,
@@ -22,6 +23,17 @@ def print_report(plan: dict[str, Any], console: Console) -> None:
         console.print(table)
     for note in plan["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _layout_words(layout: dict[str, Any]) -> str:
+    """What is not the default."""
+    words = {
+        "sequence parallel": layout["sequence"],
+        "memory by hidden": layout["memory_parallel"] == "hidden",
+        "optimizer on the host": layout["offload_optimizer"],
+        f"recompute {_words(layout['recompute'])}": layout["recompute"] != "none",
+    }
+    return "".join(f", {word}" for word, here in words.items() if here)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -51,6 +63,9 @@ def _bytes(plan: dict[str, Any]) -> Table:
     for part, size in first["parts"].items():
         table.add_row(_words(part), f"{size / _GIB:.3f}")
     table.add_row("total", f"{first['bytes'] / _GIB:.3f}")
+    for part, size in first["host_parts"].items():
+        if size:
+            table.add_row(f"{_words(part)}, on the host", f"{size / _GIB:.3f}")
     return table
 
 
@@ -71,6 +86,8 @@ def _step(plan: dict[str, Any]) -> Table:
     table.add_row("micro-batches of a rank", f"{step['micro_batches']:,}")
     for kind, flops in step["flops"].items():
         table.add_row(f"TFLOP {kind}", f"{flops / 1e12:,.2f}")
+    if step["recomputed_flops"]:
+        table.add_row("TFLOP recomputed, beside", f"{step['recomputed_flops'] / 1e12:,.2f}")
     table.add_row("FLOP a token", f"{step['flops']['total'] / step['tokens']:,.0f}")
     return table
 
@@ -78,6 +95,8 @@ def _step(plan: dict[str, Any]) -> Table:
 def _run(plan: dict[str, Any]) -> Table:
     time, checkpoint = plan["time"], plan["checkpoint"]
     table = _table(f"\nThe run, {time['gpu']} at utilisation {time['utilisation']:g}", "what", "value")
+    if plan["layout"]["context"] > 1:
+        table.add_row("wavefront efficiency", f"{time['wavefront_efficiency']:.3f}")
     table.add_row("seconds a step", f"{time['step_seconds']:,.3f}")
     table.add_row("tokens a second", f"{time['tokens_per_second']:,.0f}")
     table.add_row("steps", f"{time['steps']:,}")

@@ -30,6 +30,7 @@ SIZES = ("170m", "340m", "400m", "760m", "1.3b")
 SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
 MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48}
 LENGTH = 256
+HIDDEN = ("--parallel.memory-parallel", "hidden")
 PRESET = str(ROOT / "pretrain" / "configs" / "mac_170m.toml")
 
 
@@ -107,7 +108,18 @@ def test_json_has_the_documented_keys_and_nothing_else_is_printed(tmp_path):
         "notes",
     ]
     assert list(found["parameters"]) == ["total", "memory", "attention", "feed_forward", "embedding", "rest"]
-    assert found["layout"] == {"gpus": 4, "tensor": 2, "data": 2, "zero_stage": 1, "precision": "bf16"}
+    assert found["layout"] == {
+        "gpus": 4,
+        "tensor": 2,
+        "context": 1,
+        "data": 2,
+        "sequence": False,
+        "memory_parallel": "heads",
+        "zero_stage": 1,
+        "offload_optimizer": False,
+        "recompute": "none",
+        "precision": "bf16",
+    }
     assert [(r["rank"], r["tensor_rank"], r["data_rank"]) for r in found["ranks"]] == [
         (0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)
     ]  # fmt: skip
@@ -136,6 +148,75 @@ def test_time_follows_from_operations_peak_and_utilisation():
     assert time_["tokens_per_second"] == pytest.approx(2**19 / time_["step_seconds"])
 
 
+def test_tensor_ranks_are_neighbours_and_then_come_those_that_share_rows():
+    found = planned("--config", PRESET, "--gpus", "8", "--parallel.tensor", "2", "--parallel.context", "2")
+    places = [(r["tensor_rank"], r["context_rank"], r["data_rank"]) for r in found["ranks"]]
+    assert places == [(t, c, d) for d in range(2) for c in range(2) for t in range(2)]
+    assert {c["group"] for c in found["collectives"]} == {"tensor", "context", "data"}
+
+
+def test_what_is_recomputed_takes_time_and_is_no_work():
+    none, except_memory, block = (
+        planned("--config", PRESET, "--gpus", "8", "--train.recompute", mode)
+        for mode in ("none", "except_memory", "block")
+    )
+    assert none["step"]["flops"] == block["step"]["flops"]
+    assert none["step"]["recomputed_flops"] == 0
+    memory = none["step"]["flops"]["memory"] // 3
+    assert block["step"]["recomputed_flops"] - except_memory["step"]["recomputed_flops"] == memory
+    share = 1 + block["step"]["recomputed_flops"] / block["step"]["flops"]["total"]
+    assert block["time"]["step_seconds"] == pytest.approx(none["time"]["step_seconds"] * share)
+    assert share < 4 / 3  # the head is not done again
+    bytes_ = [p["ranks"][0]["parts"]["activations"] for p in (none, except_memory, block)]
+    assert bytes_ == sorted(bytes_, reverse=True)
+
+
+def test_ranks_that_share_a_row_wait_as_the_wavefront_says():
+    arguments = ("--config", str(ROOT / "pretrain" / "configs" / "mag_760m.toml"), "--train.sequence-length", "131072")
+    alone = planned(*arguments, "--gpus", "1", "--train.global-batch", "4")
+    shared = planned(*arguments, "--gpus", "8", "--train.global-batch", "4", "--parallel.context", "8")
+    efficiency = shared["time"]["wavefront_efficiency"]
+    assert alone["time"]["wavefront_efficiency"] == 1
+    assert efficiency == pytest.approx(24 / (24 + 7), rel=0.05)
+    assert shared["time"]["step_seconds"] == pytest.approx(alone["time"]["step_seconds"] / 8 / efficiency)
+    for part in ("activations", "logits"):
+        assert shared["ranks"][0]["parts"][part] == pytest.approx(alone["ranks"][0]["parts"][part] / 8, rel=1e-6)
+
+
+def test_messages_between_ranks_do_not_grow_with_the_row():
+    def sent(length: int) -> list[dict]:
+        found = planned(
+            "--config", PRESET, "--gpus", "4", "--parallel.context", "4", "--train.sequence-length", str(length)
+        )
+        return [row for row in found["collectives"] if row["group"] == "context"]
+
+    assert sent(2**14) == sent(2**20)
+
+
+def test_an_offloaded_optimizer_is_on_the_host_and_nowhere_else():
+    stage = ("--config", PRESET, "--gpus", "8", "--parallel.zero-stage", "2")
+    here, away = planned(*stage)["ranks"][0], planned(*stage, "--parallel.offload-optimizer", "true")["ranks"][0]
+    assert here["host_bytes"] == 0
+    assert away["parts"]["optimizer"] == 0
+    assert away["host_bytes"] == sum(away["host_parts"].values()) > here["parts"]["optimizer"]
+    assert away["bytes"] < here["bytes"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("memory", ["heads", "hidden"])
+def test_a_rank_has_its_share_of_what_is_divided(variant, memory):
+    config = config_of(variant)
+    whole, shared = parameters_of(config), parameters_of(config, 2, memory)
+    assert [(p.name, p.shape) for p in shared] == [(p.name, p.shape) for p in whole]
+    for parameter in shared:
+        held_whole = parameter.name.endswith(("norm.weight", "persistent.tokens", "attention_norm", "memory_norm"))
+        if ".memory." in parameter.name:
+            held_whole = memory == "hidden" and ".initial_weights." not in parameter.name
+        if variant == "mag" and parameter.name.endswith(("attention_norm", "memory_norm")):
+            held_whole = False  # head by head
+        assert parameter.on_rank == parameter.count // (1 if held_whole else 2), parameter.name
+
+
 def test_the_vocabulary_is_the_datas(tiny_toml, shards):
     found = planned("--config", str(tiny_toml), "--gpus", "1")
     assert found["model"]["vocab_size"] == 96
@@ -161,6 +242,17 @@ def test_the_vocabulary_is_the_datas(tiny_toml, shards):
         (["--gpus", "2", "--gpu", "h900"], "--gpu is 'h900'; it must be one of a100, h100, h200, b200"),
         (["--gpus", "2", "--utilisation", "40"], "--utilisation is '40'; it must be above 0 and at most 1"),
         (["--gpus", "2", "--model.segment-length", "100"], "segment_length 100 is not a multiple of chunk_size 16"),
+        (["--gpus", "3", "--parallel.context", "3"], "train.sequence_length 4096 cannot be divided into 3 equal parts"),
+        (
+            ["--gpus", "6", "--parallel.context", "4"],
+            "6 processes cannot be divided into groups of tensor 1 x context 4",
+        ),
+        (
+            ["--gpus", "2", "--parallel.tensor", "2", *HIDDEN, "--model.memory-backend", "oracle"],
+            "model.memory_backend 'oracle' computes whole memories",
+        ),
+        (["--gpus", "2", "--parallel.sequence", "true"], "parallel.sequence shares tokens over tensor-parallel ranks"),
+        (["--gpus", "2", "--parallel.pipeline", "2"], "pipeline parallelism is not supported"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -194,8 +286,11 @@ def test_a_mistake_ends_the_process_with_2_within_seconds(tmp_path):
     assert time.perf_counter() - began < 30
 
 
-@pytest.mark.parametrize(("gpus", "tensor"), [(1, 1), (1, 2), (2, 2), (3, 2), (4, 2), (6, 4), (8, 4)])
-def test_a_world_is_refused_where_and_as_the_run_refuses_it(monkeypatch, gpus, tensor):
+@pytest.mark.parametrize(
+    ("gpus", "tensor", "context"),
+    [(1, 1, 1), (1, 2, 1), (2, 2, 1), (3, 2, 1), (6, 4, 1), (8, 4, 1), (2, 1, 4), (8, 2, 2), (6, 2, 2), (12, 1, 4)],
+)
+def test_a_world_is_refused_where_and_as_the_run_refuses_it(monkeypatch, gpus, tensor, context):
     def sentence(function, *arguments) -> str:
         try:
             function(*arguments)
@@ -206,7 +301,7 @@ def test_a_world_is_refused_where_and_as_the_run_refuses_it(monkeypatch, gpus, t
     launcher = {"RANK": 0, "WORLD_SIZE": gpus, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
     for name, value in launcher.items():
         monkeypatch.setenv(name, str(value))
-    from_run = sentence(groups._check_layout, tensor)
+    from_run = sentence(groups._check_layout, tensor, context)
     arguments = (
         "--config",
         PRESET,
@@ -214,6 +309,8 @@ def test_a_world_is_refused_where_and_as_the_run_refuses_it(monkeypatch, gpus, t
         str(gpus),
         "--parallel.tensor",
         str(tensor),
+        "--parallel.context",
+        str(context),
         "--train.global-batch",
         "12",
     )
@@ -276,3 +373,30 @@ def test_activations_are_near_what_autograd_keeps(model, documents):
     parts = activation_bytes(run, Layout(1, 1, 1, 1, torch.float32, 1))
     estimated = parts["activations"] + parts["memory_states"] + parts["logits"] / 2  # the logits themselves go
     assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("recompute", ["none", "except_memory", "block"])
+def test_what_recomputation_leaves_is_near_what_the_forward_pass_leaves(one_process, recompute):
+    config = TitansConfig(variant="mag", **SETTINGS, **MEMORY)
+    model = TitansModel(config, transformer_config(config), one_process, recompute=recompute)
+    tokens = torch.randint(0, config.vocab_size, (1, LENGTH))
+    model(tokens, tokens).mean().backward()  # what is loaded and made once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = model(tokens, tokens).mean()
+    events = profile.profiler.kineto_results.events()
+    left = sum(event.nbytes() for event in events if event.name() == "[memory]")
+    assert loss.requires_grad
+
+    def parts(mode: str) -> dict[str, int]:
+        train = TrainConfig(sequence_length=LENGTH, micro_batch=1, global_batch=1, recompute=mode)
+        run = RunConfig(model=config, train=train, data=DataConfig(reset_documents=False))
+        return activation_bytes(run, Layout(1, 1, 1, 1, torch.float32, 1, recompute=mode))
+
+    found = parts(recompute)
+    estimated = found["activations"] + found["memory_states"] + found["logits"] / 2
+    if recompute != "none":  # less the one block that is computed again, which comes with the backward pass
+        final_norm = 12 * config.dim * LENGTH
+        estimated -= (parts("none")["activations"] - final_norm) / config.num_layers
+    if recompute == "block":
+        estimated -= found["memory_states"]
+    assert estimated == pytest.approx(left, rel=0.1)

@@ -1,0 +1,99 @@
+"""The wavefront's arithmetic: closed forms, bounds, and what must not get better when something gets worse."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.planning.wavefront import BACKWARD, FORWARD, Link, Work, equal_efficiency, simulate
+
+SECONDS = st.integers(10, 10_000).map(lambda milliseconds: milliseconds / 1000)
+
+
+def equal(layers: int, ranks: int, forward: float = 1.0, backward: float = 2.0, micro_batches: int = 1, **more: float):
+    return [[Work([forward] * layers, [backward] * layers, **more)] * ranks] * micro_batches
+
+
+@st.composite
+def any_work(draw: st.DrawFn, micro_batches: int = 2) -> list[list[Work]]:
+    """Every rank and layer takes a time of its own."""
+    layers, ranks = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    each = st.lists(SECONDS, min_size=layers, max_size=layers)
+    rank = st.builds(Work, each, each, SECONDS, SECONDS, SECONDS)
+    return [draw(st.lists(rank, min_size=ranks, max_size=ranks)) for _ in range(micro_batches)]
+
+
+def any_link(bytes_per_second: float = 1e9) -> st.SearchStrategy[Link]:
+    return st.builds(Link, st.integers(0, 10**9), st.integers(0, 10**9), st.just(bytes_per_second), SECONDS)
+
+
+@pytest.mark.parametrize(("layers", "ranks", "n"), list(product((1, 3, 24), (1, 2, 8, 512), (1, 3))))
+def test_equal_times_reproduce_the_closed_form(layers, ranks, n):
+    found = simulate(equal(layers, ranks, 1.0, 2.5, n))
+    assert found.efficiency == pytest.approx(equal_efficiency(layers, ranks))
+    assert found.seconds == pytest.approx(n * (layers + ranks - 1) * 3.5)
+
+
+def test_the_head_of_all_ranks_but_the_last_hides_in_their_waiting():
+    assert simulate(equal(4, 3, head=5.0)).seconds == pytest.approx((4 + 3 - 1) * 3 + 5)
+
+
+def test_a_message_delays_every_rank_behind_it():
+    link = Link(forward_bytes=10, backward_bytes=20, bytes_per_second=100, latency_seconds=0.05)
+    assert simulate(equal(4, 3), link).seconds == pytest.approx((4 + 3 - 1) * 3 + 2 * (0.15 + 0.25))
+
+
+def test_a_link_that_is_slower_than_the_layers_sets_the_pace():
+    # The last of 4 states leaves after the first layer and four messages of 2 seconds; its layer follows.
+    link = Link(forward_bytes=2, backward_bytes=0, bytes_per_second=1)
+    found = simulate(equal(4, 2), link)
+    assert max(task.end for task in found.tasks if task.direction == FORWARD) == pytest.approx(1 + 4 * 2 + 1)
+
+
+@given(any_work(), any_link())
+def test_efficiency_is_a_share_and_idle_time_is_the_rest_of_it(work, link):
+    found = simulate(work, link)
+    assert 0 < found.efficiency <= 1 + 1e-12
+    assert sum(found.idle_shares) / len(found.idle_shares) == pytest.approx(1 - found.efficiency, abs=1e-9)
+    if len(work[0]) == 1:
+        assert found.efficiency == pytest.approx(1)
+
+
+@given(any_work(), any_link())
+def test_no_task_begins_before_what_it_needs(work, link):
+    ends = {(t.micro_batch, t.rank, t.direction, t.layer): t.end for t in simulate(work, link).tasks}
+    for task in simulate(work, link).tasks:
+        step = 1 if task.direction == FORWARD else -1
+        at = (task.micro_batch, task.direction, task.layer)
+        own = (task.micro_batch, task.rank, task.direction, task.layer - step)
+        neighbour = (at[0], task.rank - step, at[1], at[2])
+        turned = (task.micro_batch, task.rank, FORWARD, task.layer) if task.direction == BACKWARD else None
+        for needed in (own, neighbour, turned):
+            if needed in ends:
+                assert task.start >= ends[needed] - 1e-9
+
+
+@given(any_work(1), any_link(), st.data())
+def test_a_slower_layer_or_link_never_shortens_the_step(work, link, data):
+    rank, layer = data.draw(st.integers(0, len(work[0]) - 1)), data.draw(st.integers(0, len(work[0][0].forward) - 1))
+    times = list(work[0][rank].backward)
+    times[layer] += 1
+    slower = [[own._replace(backward=times) if r == rank else own for r, own in enumerate(work[0])]]
+    before = simulate(work, link).seconds
+    assert simulate(slower, link).seconds >= before - 1e-9
+    assert simulate(work, link._replace(latency_seconds=link.latency_seconds + 1)).seconds >= before - 1e-9
+    assert simulate(work, link._replace(bytes_per_second=1e8)).seconds >= before - 1e-9
+
+
+@given(st.integers(1, 30), st.integers(1, 40), SECONDS, SECONDS, SECONDS)
+def test_more_ranks_are_faster_in_all_and_worse_each(layers, ranks, forward, backward, head):
+    """The same row over one rank more."""
+
+    def divided(ranks: int):
+        return simulate(equal(layers, ranks, forward / ranks, backward / ranks, head=head / ranks))
+
+    few, more = divided(ranks), divided(ranks + 1)
+    assert more.efficiency <= few.efficiency + 1e-12
+    assert more.seconds <= few.seconds + 1e-12
+    assert more.seconds >= divided(1).seconds / (ranks + 1) - 1e-12
