@@ -173,7 +173,8 @@ def group_numbers(parameters: list[Parameter], layout: Layout) -> list[int]:
 def bucket_numbers(parameters: list[Parameter], layout: Layout) -> int:
     """Numbers in a bucket, as engine.deepspeed_config sets it."""
     held = numbers_on_rank(parameters, layout)
-    return min(LARGEST_BUCKET, held + held % 2)
+    held += held % 2
+    return held if layout.context > 1 else min(LARGEST_BUCKET, held)
 
 
 def numbers_kept_whole(parameters: list[Parameter], layout: Layout) -> int:
