@@ -27,7 +27,9 @@ LAYOUTS = {
         "--parallel.tensor 2 --parallel.sequence true --train.recompute except_memory",
     ),
     "tensor 2 x data 2, ZeRO 3": (4, "--parallel.tensor 2 --parallel.zero-stage 3 --train.recompute block"),
+    "tensor 2, hidden, ZeRO 2": (2, "--parallel.tensor 2 --parallel.memory-parallel hidden --parallel.zero-stage 2"),
     "tensor 4": (4, "--parallel.tensor 4"),
+    "tensor 4, hidden": (4, "--parallel.tensor 4 --parallel.memory-parallel hidden"),
     "context 2": (2, "--parallel.context 2"),
     "context 2 x data 2, ZeRO 2, offloaded": (
         4,
