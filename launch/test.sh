@@ -27,7 +27,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
 cd "$root"
 
-selection=()
+selection=() workers=()
 if [[ ${1:-} == --fast ]]; then
     selection=(-m 'not slow')
     shift
@@ -38,6 +38,8 @@ if (($# == 0)); then
     "$PYTHON" -m ruff format --check .
     say "mypy"
     "$PYTHON" -m mypy
+    # Most tests are one thread: several files at a time. A file's tests stay together, which share what they trained.
+    workers=(-n logical --maxprocesses 4 --dist loadfile)
 fi
 say "pytest"
-exec "$PYTHON" -m pytest ${selection[@]+"${selection[@]}"} "$@"
+exec "$PYTHON" -m pytest ${workers[@]+"${workers[@]}"} ${selection[@]+"${selection[@]}"} "$@"

@@ -7,7 +7,8 @@ import pytest
 
 from ..pretrain.jobs import ROOT, Job
 
-pytestmark = pytest.mark.slow
+# One fixture trains for all tests: it may take its time where other tests share the cores.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 CLOSE = 1e-9
 LAYOUTS = {
@@ -40,7 +41,7 @@ def errors(tmp_path_factory):
         worker = ["--rdzv-endpoint", "localhost:0", "-m", "tests.parallel.layouts_worker"]
         output = folder / f"{processes}.json"
         command = [sys.executable, *torchrun, *worker, str(folder / "reference.pt"), str(output), *layouts]
-        status, out, err = Job(command, ROOT).wait(timeout_seconds=500)
+        status, out, err = Job(command, ROOT).wait(timeout_seconds=1200)
         assert status == 0, out + err
         if layouts:
             read = json.loads(output.read_text())

@@ -30,7 +30,7 @@ class Job:
             start_new_session=True,
         )
 
-    def wait(self, timeout_seconds: float = 240) -> tuple[int, str, str]:
+    def wait(self, timeout_seconds: float = 480) -> tuple[int, str, str]:
         """Exit status, stdout, stderr."""
         try:
             out, err = self.process.communicate(timeout=timeout_seconds)

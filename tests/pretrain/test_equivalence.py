@@ -9,7 +9,8 @@ from titans_mcore.config import VARIANTS
 
 from .jobs import ROOT, Job
 
-pytestmark = pytest.mark.slow
+# One fixture trains for all tests: it may take its time where other tests share the cores.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 RELATIVE = 1e-4
 MODEL = "--model.num-heads 4 --model.segment-length 8"
@@ -72,7 +73,7 @@ def curves(tiny_toml, tmp_path_factory):
         ]
         worker = ["--rdzv-endpoint", "localhost:0", "-m", "tests.pretrain.curves_worker"]
         command = [sys.executable, *torchrun, *worker, str(tiny_toml), str(output), *runs]
-        status, out, err = Job(command, ROOT).wait(timeout_seconds=550)
+        status, out, err = Job(command, ROOT).wait(timeout_seconds=1200)
         assert status == 0, out + err
         found |= json.loads(output.read_text())
     return found

@@ -38,7 +38,7 @@ def test_the_script_is_clean():
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line_before_any_process_starts(launch, tmp_path, arguments, message):
-    status, out, err = launch(tmp_path / "run", *arguments).wait(60)
+    status, out, err = launch(tmp_path / "run", *arguments).wait(120)
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

@@ -93,7 +93,7 @@ def test_every_preset_is_planned():
 
 def test_json_has_the_documented_keys_and_nothing_else_is_printed(tmp_path):
     command = [sys.executable, "-m", "pretrain.plan", "--config", PRESET, "--gpus", "4", "--parallel.tensor", "2"]
-    status, out, err = Job([*command, "--json"], tmp_path).wait(60)
+    status, out, err = Job([*command, "--json"], tmp_path).wait(120)
     assert (status, err) == (0, "")
     found = json.loads(out)
     assert list(found) == [
@@ -280,7 +280,7 @@ def test_a_missing_file_is_a_sentence(monkeypatch, capsys):
 def test_a_mistake_ends_the_process_with_2_within_seconds(tmp_path):
     began = time.perf_counter()
     command = [sys.executable, "-m", "pretrain.plan", "--config", PRESET, "--gpus", "3", "--parallel.tensor", "2"]
-    status, out, err = Job(command, tmp_path).wait(60)
+    status, out, err = Job(command, tmp_path).wait(120)
     assert (status, out) == (2, "")
     assert err.startswith("error: 3 processes cannot be divided")
     assert time.perf_counter() - began < 30

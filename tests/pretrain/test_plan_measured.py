@@ -30,7 +30,8 @@ from titans_mcore.parallel.traffic import counted_traffic
 
 from .jobs import Job
 
-pytestmark = pytest.mark.slow
+# One fixture trains for all tests: it may take its time where other tests share the cores.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 # Small, and yet its parameters are nearly all that an engine holds.
 SMALL = """
@@ -173,7 +174,7 @@ def everyones(small_toml, tmp_path_factory) -> dict:
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
         module = ["--rdzv-endpoint", "localhost:0", "-m", "tests.pretrain.test_plan_measured"]
         command = [sys.executable, *torchrun, *module, str(small_toml), str(output), *layouts]
-        status, out, err = Job(command, output.parent).wait(600)
+        status, out, err = Job(command, output.parent).wait(timeout_seconds=1200)
         assert status == 0, out + err
         for rank, of_rank in enumerate(json.loads(output.read_text())):
             found.setdefault(rank, {}).update(of_rank)

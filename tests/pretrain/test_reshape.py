@@ -17,7 +17,8 @@ from pretrain.metrics import read_metrics
 from .jobs import Job
 from .test_resume import numbers, tensor_files
 
-pytestmark = pytest.mark.slow
+# One fixture trains for all tests: it may take its time where other tests share the cores.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 WORKER = str(Path(__file__).with_name("reshape_worker.py"))
 TENSOR, BF16 = "--parallel.tensor 2", "--train.precision bf16"
@@ -88,7 +89,7 @@ def trained(tiny_toml, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     for processes, jobs in STARTS:
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
         command = [sys.executable, *torchrun, "--rdzv-endpoint", "localhost:0", WORKER, str(tiny_toml), str(runs)]
-        status, out, err = Job([*command, *jobs], runs).wait(500)
+        status, out, err = Job([*command, *jobs], runs).wait(timeout_seconds=1200)
         assert status == 0, out + err
         parts = out.split("done: held-out loss")
         printed |= {job.split()[0]: part for job, part in zip(jobs, parts, strict=False)}
