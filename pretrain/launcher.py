@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.command_line import parse
+from titans_mcore.division import check_divisible, check_world
 
 _STATUS_DIR = "TITANS_STATUS_DIR"
 _EXIT_MISTAKE = 2
@@ -41,11 +42,15 @@ def main() -> None:
     flags, words = sys.argv[1:at], sys.argv[at + 1 :]
     try:
         asked, words = _take_nproc(words)
-        parallel = parse(words).config.parallel
+        config = parse(words).config
+        parallel = config.parallel
+        processes = asked or _gpus() or parallel.tensor * parallel.context
+        world_size = processes * int(os.environ.get("NNODES", "1"))
+        config.accumulation(check_world(world_size, parallel.tensor, parallel.context))
+        check_divisible(config.model, parallel.tensor, parallel.memory_parallel)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(_EXIT_MISTAKE) from None
-    processes = asked or _gpus() or parallel.tensor * parallel.context
     _run([*flags, "--nproc-per-node", str(processes), "-m", "pretrain.train", *words])
 
 

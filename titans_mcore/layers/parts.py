@@ -35,8 +35,9 @@ class MegatronParts:
     """mixers.parts.Parts on Megatron-core: a tensor-parallel rank owns H / TP heads whole.
 
     Args:
-        config: Megatron's configuration; its num_attention_heads is H.
+        config: Megatron's configuration.
         submodules: The linear maps' classes.
+        heads: H of the whole model.
         pg_collection: Megatron's process groups.
         memory_parallel: What ranks share of the memory, "heads" or "hidden".
     """
@@ -45,6 +46,7 @@ class MegatronParts:
         self,
         config: TransformerConfig,
         submodules: MixerSubmodules,
+        heads: int,
         pg_collection: ProcessGroupCollection,
         memory_parallel: str = "heads",
     ) -> None:
@@ -53,18 +55,18 @@ class MegatronParts:
         self.inner_config = copy.copy(config)
         self.inner_config.sequence_parallel = False
         self.ranks, self.rank = self.group.size(), self.group.rank()
-        self.heads = config.num_attention_heads // self.ranks
+        self.all_heads, self.heads = heads, heads // self.ranks
         self.share: Share | None = None
         self.memory: MemoryParts = self
         if memory_parallel == "hidden" and self.ranks > 1:
-            self.memory = HiddenParts(config, pg_collection)
+            self.memory = HiddenParts(config, heads, pg_collection)
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """See mixers.parts.Parts."""
         return build_module(
             self.submodules.column,
             d_in,
-            self.config.num_attention_heads * per_head,
+            self.all_heads * per_head,
             config=self.inner_config,
             init_method=self.config.init_method,
             bias=False,
@@ -84,7 +86,7 @@ class MegatronParts:
     def _row(self, per_head: int, d_out: int, config: TransformerConfig) -> nn.Module:
         return build_module(
             self.submodules.row,
-            self.config.num_attention_heads * per_head,
+            self.all_heads * per_head,
             d_out,
             config=config,
             init_method=self.config.output_layer_init_method,
@@ -141,13 +143,13 @@ class HiddenParts:
     every head's matrices.
 
     Args:
-        config: Megatron's configuration; its num_attention_heads is H.
+        config: Megatron's configuration.
+        heads: H of the whole model.
         pg_collection: Megatron's process groups.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
-        self.config, self.group = config, pg_collection.tp
-        self.heads = config.num_attention_heads
+    def __init__(self, config: TransformerConfig, heads: int, pg_collection: ProcessGroupCollection) -> None:
+        self.config, self.heads, self.group = config, heads, pg_collection.tp
         self.share: Share | None = Share(self.group.rank(), self.group.size(), self._add)
 
     def column(self, d_in: int, per_head: int) -> nn.Module:

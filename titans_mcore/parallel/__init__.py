@@ -5,11 +5,11 @@ import warnings
 # Megatron-core looks for these on import and says at length that it does without; so do we, on purpose.
 warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
 
+from titans_mcore.division import check_world, memory_split, padded_vocab_size  # noqa: E402
 from titans_mcore.parallel.cpu import enable_cpu  # noqa: E402
 from titans_mcore.parallel.groups import (  # noqa: E402
     DeepSpeedGroups,
     Place,
-    check_world,
     context_place,
     device,
     local_rank,
@@ -18,7 +18,7 @@ from titans_mcore.parallel.groups import (  # noqa: E402
     stop,
 )
 from titans_mcore.parallel.sequence import reduce_shared_gradients  # noqa: E402
-from titans_mcore.parallel.transformer_config import memory_split, padded_vocab_size, transformer_config  # noqa: E402
+from titans_mcore.parallel.transformer_config import transformer_config  # noqa: E402
 
 __all__ = [
     "DeepSpeedGroups",

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from titans_mcore.division import check_world
 from titans_mcore.parallel.cpu import enable_cpu
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -108,28 +109,6 @@ def device() -> torch.device:
 
 def _launched() -> bool:
     return all(name in os.environ for name in _LAUNCHER_VARIABLES)
-
-
-def check_world(world_size: int, tensor_parallel: int, context_parallel: int = 1) -> int:
-    """Data-parallel ranks of so many processes.
-
-    Raises:
-        ValueError: The processes cannot be divided.
-    """
-    for name, size in (("tensor", tensor_parallel), ("context", context_parallel)):
-        if size < 1:
-            raise ValueError(f"{name} parallel size is {size}; it must be at least 1")
-    product = tensor_parallel * context_parallel
-    if world_size % product:
-        groups, sizes = f"tensor-parallel groups of {tensor_parallel}", "the tensor-parallel size"
-        if context_parallel > 1:
-            groups = f"groups of tensor {tensor_parallel} x context {context_parallel}"
-            sizes = "the tensor- and context-parallel sizes"
-        raise ValueError(
-            f"{world_size} process{'es' if world_size > 1 else ''} cannot be divided into {groups}; "
-            f"start a multiple of {product} processes or change {sizes}"
-        )
-    return world_size // product
 
 
 def _check_layout(tensor_parallel: int, context_parallel: int) -> int:

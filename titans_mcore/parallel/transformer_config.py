@@ -6,13 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from titans_mcore.config import TitansConfig
-
-_VOCABULARY_MULTIPLE = 128
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding matrix: the vocabulary rounded up to 128, the same at every tensor-parallel size."""
-    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+from titans_mcore.division import check_divisible
 
 
 def transformer_config(
@@ -38,11 +32,12 @@ def transformer_config(
     Raises:
         ValueError: Heads, memory, feed-forward width or vocabulary cannot be divided by `tensor_parallel`.
     """
-    _check_divisible(config, tensor_parallel, memory_split(config, memory_parallel, tensor_parallel))
+    check_divisible(config, tensor_parallel, memory_parallel)
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.dim,
-        num_attention_heads=config.num_heads,
+        # Megatron wants whole heads on every rank; a memory that ranks share need not have as many as there are ranks.
+        num_attention_heads=config.num_heads if config.num_heads % tensor_parallel == 0 else tensor_parallel,
         ffn_hidden_size=config.ffn_dim,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -69,37 +64,3 @@ def transformer_config(
         persist_layer_norm=False,
         cuda_graph_scope=[],  # the default is a deprecated spelling of the same, with a warning
     )
-
-
-def memory_split(config: TitansConfig, memory_parallel: str, tensor_parallel: int) -> str:
-    """What tensor-parallel ranks share of the memory, "heads" or "hidden"; "auto" takes heads where they divide."""
-    if memory_parallel != "auto":
-        return memory_parallel
-    return "hidden" if tensor_parallel > 0 and config.num_heads % tensor_parallel else "heads"
-
-
-def _check_divisible(config: TitansConfig, tensor_parallel: int, memory: str) -> None:
-    if tensor_parallel < 1:
-        raise ValueError(f"tensor parallel size is {tensor_parallel}; it must be at least 1")
-    padded = padded_vocab_size(config.vocab_size)
-    divided = [("ffn_dim", config.ffn_dim), (f"vocab_size {config.vocab_size}, padded", padded)]
-    if config.variant != "lmm" or memory == "heads":  # attention is divided by heads, whatever the memory is
-        divided.insert(0, ("num_heads", config.num_heads))
-    if config.variant != "transformer" and memory == "hidden" and tensor_parallel > 1:
-        divided += _memory_widths(config)
-    for name, number in divided:
-        if number % tensor_parallel:
-            raise ValueError(
-                f"{name} {number} cannot be divided by tensor parallel size {tensor_parallel}; "
-                f"choose a tensor parallel size that divides {number}, or change the model"
-            )
-
-
-def _memory_widths(config: TitansConfig) -> list[tuple[str, int]]:
-    """The widths of the memory network that are cut when ranks share it by "hidden"."""
-    if config.memory_backend in ("fused", "oracle"):
-        raise ValueError(
-            f"model.memory_backend '{config.memory_backend}' computes whole memories; "
-            "use 'auto' or 'chunked' with parallel.memory_parallel 'hidden'"
-        )
-    return [("head width", config.head_dim), ("memory width", max(config.memory_widths))]
