@@ -19,7 +19,7 @@ def circumstances(settings: Any, device: str) -> dict[str, Any]:
         settings: Its settings, a dataclass with a field `threads`.
         device: "cpu" or "cuda".
     """
-    chosen = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    chosen = {name: _shown(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "evals.efficiency", *sys.argv[1:]]),
@@ -31,6 +31,12 @@ def circumstances(settings: Any, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "settings": chosen,
     }
+
+
+def _shown(path: Path) -> str:
+    """A path of the project's as it is there, whatever folder the project lies in."""
+    root = Path(__file__).parents[2]
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 
 def _processor() -> str:
