@@ -12,7 +12,9 @@ from .jobs import ROOT, Job
 # One fixture trains for all tests: it may take its time where other tests share the cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-RELATIVE = 1e-4
+# A gradient's norm feels rounding more than a loss does, where a memory's load is close to the step bound: in one of the
+# 20 steps of one variant it is 1e-4. In float64 all gradients are equal to 1e-9 (tests/parallel/test_layouts.py).
+RELATIVE = {"loss": 1e-4, "grad_norm": 1e-3, "heldout": 1e-4}
 MODEL = "--model.num-heads 4 --model.segment-length 8"
 
 # name: processes, settings. Every way to divide and every ZeRO stage meets every variant.
@@ -90,14 +92,14 @@ def test_the_reference_learns(curves, variant):
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_layout_trains_like_one_process(curves, variant, layout):
-    for quantity in ("loss", "grad_norm", "heldout"):
+    for quantity, relative in RELATIVE.items():
         right = curves[f"{variant} one process"][quantity]
-        assert curves[f"{variant} {layout}"][quantity] == pytest.approx(right, rel=RELATIVE), quantity
+        assert curves[f"{variant} {layout}"][quantity] == pytest.approx(right, rel=relative), quantity
 
 
 @pytest.mark.parametrize("layout", [name for name in WARMED if name != "warm, one process"])
 def test_a_layout_warms_up_like_one_process(curves, layout):
-    for quantity in ("loss", "grad_norm", "heldout"):
+    for quantity, relative in RELATIVE.items():
         right = curves["warm, one process"][quantity]
-        assert curves[layout][quantity] == pytest.approx(right, rel=RELATIVE), quantity
-        assert right != pytest.approx(curves["mac one process"][quantity], rel=RELATIVE)
+        assert curves[layout][quantity] == pytest.approx(right, rel=relative), quantity
+        assert right != pytest.approx(curves["mac one process"][quantity], rel=relative)
