@@ -12,8 +12,8 @@ from .jobs import ROOT, Job
 # One fixture trains for all tests: it may take its time where other tests share the cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-# A gradient's norm feels rounding more than a loss does, where a memory's load is close to the step bound: in one of the
-# 20 steps of one variant it is 1e-4. In float64 all gradients are equal to 1e-9 (tests/parallel/test_layouts.py).
+# A gradient's norm feels rounding more than a loss does: in one of the 20 steps of one variant by 1e-4. In float64 all
+# gradients are equal to 1e-9 (tests/parallel/test_layouts.py).
 RELATIVE = {"loss": 1e-4, "grad_norm": 1e-3, "heldout": 1e-4}
 MODEL = "--model.num-heads 4 --model.segment-length 8"
 
