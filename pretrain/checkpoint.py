@@ -230,7 +230,12 @@ def _find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> tu
 
 def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """What must not change for a resumed run to be the same run."""
-    identity = {
+    carried: bool | str = config.data.carry_state
+    if carried:
+        # A rank has the states of its own rows and heads, which are not dealt out anew.
+        words = [f"{_LAYOUT_WORDS[name]} {_layout(config)[name]}" for name in ("tensor", "memory", "data")]
+        carried = f"true at {', '.join(words)}, micro-batch {config.train.micro_batch}"
+    return {
         "data_fingerprint": fingerprint,
         "seed": config.train.seed,
         "global_batch": config.train.global_batch,
@@ -240,14 +245,8 @@ def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         "batch_warmup_tokens": config.train.batch_warmup_tokens,
         "sequence_warmup_from": config.train.sequence_warmup_from,
         "sequence_warmup_tokens": config.train.sequence_warmup_tokens,
-        "carry_state": config.data.carry_state,
+        "carry_state": carried,
     }
-    if config.data.carry_state:
-        # A rank has the states of its own rows and heads, which are not dealt out anew.
-        layout = _layout(config)
-        words = [f"{_LAYOUT_WORDS[name]} {layout[name]}" for name in ("tensor", "memory", "data")]
-        identity["layout_of_carried_state"] = ", ".join([*words, f"micro-batch {config.train.micro_batch}"])
-    return identity
 
 
 def _check_identity(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

@@ -47,9 +47,9 @@ class DataConfig:
     reset_documents: bool = True
     """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
     carry_state: bool = False
-    """Give each row of a step the next piece of what the same row had in the step before, and let memory, convolution
-    and attention go on from the state that it left; gradients end at a row's first token. Texts are then read in runs
-    as long as an epoch is divided by global_batch, and held-out rows begin anew as ever."""
+    """Truncated backpropagation through time: each row goes on with the text, and in the state, of the same row of the
+    step before, and gradients end at its first token. An epoch is read as global_batch runs side by side; held-out rows
+    begin anew as ever. Such a run goes on at the same tensor and data parallelism and micro_batch only."""
     heldout_sequences: int = 64
     """Held-out sequences of one evaluation; fewer when the held-out shard has fewer."""
 

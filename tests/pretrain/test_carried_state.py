@@ -218,9 +218,9 @@ def test_a_run_goes_on_from_its_carried_states_bit_for_bit(
 def test_states_are_not_taken_on_by_other_rows_or_by_a_run_without(configured, stopped, tmp_path):
     config = configured()
     stopped(config)
-    with pytest.raises(ValueError, match=r"layout_of_carried_state was .*-batch 4 and is .*-batch 2; start"):
+    with pytest.raises(ValueError, match=r"carry_state was true at tensor 1, .*-batch 4 and is .*-batch 2; start with"):
         find_resume_point(configured("--train.micro-batch", "2"), "fingerprint", tmp_path)
-    with pytest.raises(ValueError, match="carry_state was True and is False"):
+    with pytest.raises(ValueError, match=r"carry_state was true at .* and is False; start with"):
         find_resume_point(configured("--data.carry-state", "false"), "fingerprint", tmp_path)
 
 
