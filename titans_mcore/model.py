@@ -138,7 +138,7 @@ class TitansModel(MegatronModule):
         for index, layer in enumerate(self.layers):
             state = states[index] if states else None
             if self.relay is not None or states is not None:
-                hidden = with_gradients(hidden, layer, together=states is not None)
+                hidden = with_gradients(hidden, layer)
             if self.relay is not None:
                 state = self.relay.receive(STATES[self.titans_config.variant], hidden)
             hidden, state = self._block(layer, hidden, state, rows)

@@ -175,24 +175,23 @@ class _PassOn(torch.autograd.Function):
         return None, None, gradient, *of_parts
 
 
-def with_gradients(hidden: Tensor, layer: nn.Module, *, together: bool = False) -> Tensor:
-    """hidden as it is, in front of a layer, with a gradient of zeros for parameters that may go without.
+def with_gradients(hidden: Tensor, layer: nn.Module) -> Tensor:
+    """hidden as it is, in front of a layer whose parameters all get gradients, at its end and in the same order.
 
-    What a sequence begins with (persistent tokens, initial memories) is read on the rank that holds its first token,
-    but ranks that reduce gradients together must all have one for every parameter, and in the same order: these
-    parameters' come last of their layer, on every rank.
+    What a sequence begins with (persistent tokens, initial memories) is read where a first token is: on the first rank
+    of a row, or, where rows go on from step to step, on a rank in whose rows a document begins. There the memory's maps
+    read the persistent tokens, too, which delays their gradients. Ranks that reduce gradients together must all have
+    one for every parameter, zeros if need be, and in the same order.
 
     Args:
         hidden: Input of the layer.
-        layer: The layer; of parameters that ZeRO 3 has divided, DeepSpeed sees to the same.
-        together: Let the gradients of all its parameters come at its end. Where rows go on, a document that begins in
-            those of one rank has the memory's maps read the persistent tokens, too, which would change the order there.
+        layer: The layer. Where ZeRO 3 has divided its parameters, DeepSpeed sees to both.
     """
     if not torch.is_grad_enabled():
         return hidden
     whole = {name: p for name, p in layer.named_parameters() if not hasattr(p, "ds_tensor")}
     beginnings = [p for name, p in whole.items() if any(part in name for part in _OF_BEGINNINGS)]
-    others = [p for p in whole.values() if together and all(p is not beginning for beginning in beginnings)]
+    others = [p for p in whole.values() if all(p is not beginning for beginning in beginnings)]
     return _WithGradients.apply(hidden, beginnings, *beginnings, *others) if beginnings else hidden
 
 
