@@ -4,11 +4,13 @@
         weights/          the model (titans_mcore.weights)
         optimizer/        AdamW's moments, a file for each rank that holds some (pretrain.optimizer_state)
         random/           random states, a file for each rank
+        carried/          with data.carry_state, what rows go on from, a file for each rank (pretrain.carried)
         checkpoint.json   where the run stood, at which layout, every file's size and checksum; written last
 
 A checkpoint is written under a hidden name and renamed when it is on the disk: a folder with the final name is whole
 unless something damaged it later, which sizes and checksums show before anything is loaded. Nothing in it is a pickle,
-and a run goes on from it at any number of tensor-parallel and data-parallel ranks and at any ZeRO stage.
+and a run goes on from it at any number of tensor-parallel and data-parallel ranks and at any ZeRO stage; one that
+carries states, at any ZeRO stage.
 """
 
 import json
@@ -26,6 +28,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from pretrain.carried import CarriedState
 from pretrain.config import RunConfig
 from pretrain.engine import DeepSpeedEngine, full_precision_values, resolve_precision
 from pretrain.optimizer_state import HOLDING, file_of_this_rank, restore_parameters, save_moments, saved_moments
@@ -51,6 +54,7 @@ from tokenization.files import sync
 
 OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"
+CARRIED_FOLDER = "carried"
 _STREAM = "stream."
 _LAYOUT_WORDS = {
     "tensor": "tensor",
@@ -86,7 +90,14 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def save(engine: DeepSpeedEngine, config: RunConfig, fingerprint: str, run_dir: Path, step: int) -> Path:
+def save(
+    engine: DeepSpeedEngine,
+    config: RunConfig,
+    fingerprint: str,
+    run_dir: Path,
+    step: int,
+    carried: CarriedState | None = None,
+) -> Path:
     """Writes a checkpoint and deletes those past `checkpoint.keep`. Collective.
 
     Args:
@@ -95,6 +106,7 @@ def save(engine: DeepSpeedEngine, config: RunConfig, fingerprint: str, run_dir: 
         fingerprint: Of the data.
         run_dir: Of the run.
         step: Steps done.
+        carried: What this rank's rows left; None where rows begin anew.
 
     Returns:
         The folder.
@@ -122,6 +134,8 @@ def save(engine: DeepSpeedEngine, config: RunConfig, fingerprint: str, run_dir: 
         deque(values, maxlen=0)  # every data rank has its share in gathering each
     save_moments(engine, partial / OPTIMIZER_FOLDER)
     _save_random_state(partial / RANDOM_FOLDER)
+    if carried is not None:
+        carried.save(partial / CARRIED_FOLDER / file_of_this_rank())
     dist.barrier()
     files = _settle_files(partial)
     if dist.get_rank() == 0:
@@ -144,13 +158,14 @@ def find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> tup
     return on_rank_0(lambda: _find_resume_point(config, fingerprint, run_dir))
 
 
-def restore(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Path) -> None:
+def restore(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Path, carried: CarriedState | None = None) -> None:
     """Puts weights, optimizer and random states back as they were, at whatever layout they were saved. Collective.
 
     Args:
         engine: A new one, with any values.
         config: Of the run as it goes on.
         checkpoint: A whole one, from `find_resume_point`.
+        carried: Gets what this rank's rows left; None where rows begin anew.
 
     Raises:
         ValueError: Its files do not hold this model. Every rank raises it, and the engine is as it was.
@@ -173,6 +188,8 @@ def restore(engine: DeepSpeedEngine, config: RunConfig, checkpoint: Path) -> Non
     engine.global_steps, engine.global_samples = record["step"], record["samples"]
     if _same_ranks(record["layout"], _layout(config)):
         _restore_random_state(checkpoint / RANDOM_FOLDER)
+    if carried is not None:
+        carried.restore(checkpoint / CARRIED_FOLDER / file_of_this_rank(), device())
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
@@ -213,6 +230,11 @@ def _find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> tu
 
 def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
     """What must not change for a resumed run to be the same run."""
+    carried: bool | str = config.data.carry_state
+    if carried:
+        # A rank has the states of its own rows and heads, which are not dealt out anew.
+        words = [f"{_LAYOUT_WORDS[name]} {_layout(config)[name]}" for name in ("tensor", "memory", "data")]
+        carried = f"true at {', '.join(words)}, micro-batch {config.train.micro_batch}"
     return {
         "data_fingerprint": fingerprint,
         "seed": config.train.seed,
@@ -223,11 +245,14 @@ def _identity(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         "batch_warmup_tokens": config.train.batch_warmup_tokens,
         "sequence_warmup_from": config.train.sequence_warmup_from,
         "sequence_warmup_tokens": config.train.sequence_warmup_tokens,
+        "carry_state": carried,
     }
 
 
 def _check_identity(saved: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    differing = [f"{name} was {saved.get(name)} and is {now}" for name, now in wanted.items() if saved.get(name) != now]
+    # A setting that an earlier version did not have was off.
+    then = {name: saved.get(name, False) for name in wanted}
+    differing = [f"{name} was {then[name]} and is {now}" for name, now in wanted.items() if then[name] != now]
     if differing:
         raise ValueError(
             f"cannot go on from {folder}: {'; '.join(differing)}; start with what it was saved with, "

@@ -46,6 +46,10 @@ class DataConfig:
     by their sum. The held-out set is blended alike, and ends before a folder's held-out text would come again."""
     reset_documents: bool = True
     """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
+    carry_state: bool = False
+    """Truncated backpropagation through time: each row goes on with the text, and in the state, of the same row of the
+    step before, and gradients end at its first token. An epoch is read as global_batch runs side by side; held-out rows
+    begin anew as ever. Such a run goes on at the same tensor and data parallelism and micro_batch only."""
     heldout_sequences: int = 64
     """Held-out sequences of one evaluation; fewer when the held-out shard has fewer."""
 
@@ -316,6 +320,31 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_shared_rows()
+        if self.data.carry_state:
+            self._check_carried_state()
+
+    def _check_carried_state(self) -> None:
+        """A row must be the same place of every step, as long as ever, and leave a state of constant size."""
+        for warmup in ("batch_warmup_from", "sequence_warmup_from"):
+            if value := getattr(self.train, warmup):
+                raise ValueError(
+                    f"data.carry_state needs the same rows in every step, and train.{warmup} {value} changes them; "
+                    "leave one of them out"
+                )
+        if len(self.data.folders) > 1:
+            raise ValueError(
+                f"data.carry_state reads one folder in order, and data.blend has {len(self.data.folders)}; "
+                "give one with data.path"
+            )
+        if self.parallel.context > 1:
+            raise ValueError(
+                f"data.carry_state does not go with parallel.context {self.parallel.context} yet; set one of them back"
+            )
+        if self.model.window == 0 and self.model.variant in ("mag", "mal", "transformer"):
+            raise ValueError(
+                "data.carry_state hands on the keys that later tokens see, and model.window 0 keeps all of them; "
+                "set model.window"
+            )
 
     def _check_shared_rows(self) -> None:
         """A row must fall into equal parts for the ranks that share its tokens."""

@@ -5,6 +5,9 @@ alone: every epoch is Megatron's GPTDataset over one pass of the documents, shuf
 the length of the run nor the number of ranks moves a sample. A step learns from consecutive samples, and how many is a
 function of the step (pretrain.schedule); its micro-batches go round the data ranks, and all tensor-parallel ranks of
 one data rank read the same. Several folders are one such row of samples, too: pretrain.blend.
+
+Where rows go on from step to step (data.carry_state), an epoch is cut into as many strands as a step has samples, each
+a run of the text as the shuffled documents follow one upon the other, and sample i is the next one of strand i mod S.
 """
 
 import hashlib
@@ -34,22 +37,25 @@ class MicroBatch(NamedTuple):
         tokens: (B, T) int64.
         labels: The token after each position, (B, T) int64.
         starts: Tokens that begin a document inside a row, (B, T) bool; None where there is none, or it does not count.
+            A row that goes on may have one at its first token, too.
+        begins: Whether rows begin anew; else they go on where the same rows of the step before ended.
     """
 
     tokens: Tensor
     labels: Tensor
     starts: Tensor | None
+    begins: bool = True
 
     def part(self, rank: int, ranks: int) -> "MicroBatch":
         """The tokens of one of so many ranks that share the rows, in order."""
-        tokens, labels, starts = (None if x is None else x.chunk(ranks, 1)[rank] for x in self)
+        tokens, labels, starts = (None if x is None else x.chunk(ranks, 1)[rank] for x in self[:3])
         assert tokens is not None
         assert labels is not None
-        return MicroBatch(tokens, labels, starts if starts is not None and bool(starts.any()) else None)
+        return MicroBatch(tokens, labels, starts if starts is not None and bool(starts.any()) else None, self.begins)
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same there."""
-        return MicroBatch(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+    def arguments(self, device: torch.device) -> dict[str, Tensor | None]:
+        """What the model takes of it, there."""
+        return {name: None if x is None else x.to(device) for name, x in zip(self._fields[:3], self[:3], strict=True)}
 
     def cut(self, length: int) -> "MicroBatch":
         """The same tokens and labels in rows of `length`, (B * T / length, length)."""
@@ -106,6 +112,7 @@ class Samples:
         sequence_length: int,
         seed: int,
         start_token: int | None = None,
+        strands: int = 0,
     ) -> None:
         """Opens epoch 0.
 
@@ -116,6 +123,11 @@ class Samples:
             sequence_length: Tokens T of a sample.
             seed: Seed of the order.
             start_token: The token with which documents begin, where they are to be kept apart; None if not.
+            strands: Strands S of an epoch, which are read side by side and in order; what is left over when the samples
+                are divided is not read. 0: samples are shuffled.
+
+        Raises:
+            ValueError: The shards cannot be read, or have too few tokens.
         """
         self.prefixes = [Path(prefix).resolve() for prefix in prefixes]
         self._index_dir = index_dir
@@ -124,8 +136,16 @@ class Samples:
         self._seed = seed
         self._start_token = start_token
         self._epochs: dict[int, GPTDataset | BlendedDataset] = {}
+        self._strands = strands
         self._epochs[0] = self._build(0)
         self.per_epoch = len(self._epochs[0])
+        if strands:
+            self.per_epoch -= self.per_epoch % strands
+            if not self.per_epoch:
+                raise ValueError(
+                    f"{self._named()} has {len(self._epochs[0])} sequences of train.sequence_length {sequence_length}, "
+                    f"and data.carry_state divides them into {strands} strands; lower train.global_batch or encode more"
+                )
 
     def prepare(self, first: int, last: int) -> None:
         """Opens the epochs of the samples `first` to `last`, and closes those before.
@@ -136,18 +156,16 @@ class Samples:
         self._epochs = {e: self._epochs[e] if e in self._epochs else self._build(e) for e in wanted}
 
     def micro_batch(self, indices: Iterable[int]) -> MicroBatch:
-        """The samples of these numbers, which `prepare` has opened."""
-        items = [self._epochs[i // self.per_epoch][i % self.per_epoch] for i in indices]
+        """The samples of these numbers, which `prepare` has opened; strands are at the same place in each of them."""
+        indices = list(indices)
+        items = [dataset[inside] for _, dataset, inside in map(self._locate, indices)]
         tokens, labels = (torch.stack([item[name] for item in items]) for name in ("tokens", "labels"))
-        return MicroBatch(tokens, labels, self._starts(tokens))
+        begins = not self._strands or indices[0] % self.per_epoch < self._strands
+        return MicroBatch(tokens, labels, self._starts(tokens, begins), begins)
 
     def pieces(self, index: int) -> list[Piece]:
         """The parts of documents that a sample is made of, in order; `prepare` has opened it."""
-        dataset, inside = self._epochs[index // self.per_epoch], index % self.per_epoch
-        prefix = self.prefixes[0]
-        if isinstance(dataset, BlendedDataset):
-            prefix = self.prefixes[int(dataset.dataset_index[inside])]
-            dataset, inside = dataset.datasets[dataset.dataset_index[inside]], dataset.dataset_sample_index[inside]
+        prefix, dataset, inside = self._locate(index)
         row = dataset.shuffle_index[inside]
         (first, skipped), (last, end) = dataset.sample_index[row], dataset.sample_index[row + 1]
         found = []
@@ -157,8 +175,28 @@ class Samples:
             found.append(Piece(prefix, document, int(skipped) if place == first else 0, stop))
         return [piece for piece in found if piece.start < piece.stop]
 
-    def _starts(self, tokens: Tensor) -> Tensor | None:
-        return None if self._start_token is None else _inside(tokens == self._start_token)
+    def _locate(self, index: int) -> tuple[Path, GPTDataset, int]:
+        """The shard of a sample, as a path and as it is opened, and the sample's number there."""
+        epoch, inside = divmod(index, self.per_epoch)
+        dataset, shard = self._epochs[epoch], 0
+        if self._strands:
+            place, strand = divmod(inside, self._strands)
+            inside = strand * (self.per_epoch // self._strands) + place
+        if isinstance(dataset, BlendedDataset):
+            if self._strands:
+                shard, inside = _one_behind_the_other(dataset.datasets, inside)
+            else:
+                shard, inside = int(dataset.dataset_index[inside]), int(dataset.dataset_sample_index[inside])
+            dataset = dataset.datasets[shard]
+        return self.prefixes[shard], dataset, inside
+
+    def _starts(self, tokens: Tensor, begins: bool) -> Tensor | None:
+        if self._start_token is None:
+            return None
+        starts = tokens == self._start_token
+        if begins:
+            return _inside(starts)
+        return starts if bool(starts.any()) else None
 
     def _build(self, epoch: int) -> GPTDataset | BlendedDataset:
         # Folders of a blend have shards of the same names.
@@ -202,6 +240,9 @@ class Samples:
                 f"{self._named()} has fewer tokens than one sequence of train.sequence_length {self._sequence_length}; "
                 "encode more text or shorten the sequence"
             )
+        if self._strands:
+            for one in dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]:
+                one.shuffle_index = range(len(one))  # documents stay shuffled, samples follow one upon the other
         return dataset
 
     def _named(self) -> str:
@@ -265,6 +306,15 @@ class _TokenizerFacts:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.unique_identifiers = {"vocab_size": vocab_size}
+
+
+def _one_behind_the_other(datasets: Sequence[GPTDataset], inside: int) -> tuple[int, int]:
+    """The dataset in which a sample of all of them lies, and its number there."""
+    for place, dataset in enumerate(datasets):
+        if inside < len(dataset):
+            return place, inside
+        inside -= len(dataset)
+    raise AssertionError("an epoch has no more samples than its shards")
 
 
 def _inside(starts: Tensor) -> Tensor | None:

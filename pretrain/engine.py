@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from pretrain.carried import CarriedState
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.data import MicroBatch, NumberedSamples
 from titans_mcore.mixers import MIXERS
@@ -183,7 +184,9 @@ def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) ->
     return settings
 
 
-def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: float) -> StepResult:
+def train_step(
+    engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: float, carried: CarriedState | None = None
+) -> StepResult:
     """Forward, backward and update on this rank's micro-batches of one step.
 
     Every micro-batch, and every rank's part of one, has the same number of tokens, so the mean of the means is the mean
@@ -193,6 +196,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
         engine: Its model trains.
         micro_batches: All have the same shape; their number may change from step to step, alike on every rank.
         lr: Learning rate of this step.
+        carried: What the rows of the step before left, and then those of this one; None where rows begin anew.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -202,7 +206,7 @@ def train_step(engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: flo
     loss_sum = torch.zeros((), device=device())
     for place, micro_batch in enumerate(micro_batches, 1):
         engine.set_gradient_accumulation_boundary(place == len(micro_batches))
-        loss = engine(**_own(micro_batch)._asdict()).mean()
+        loss = _losses(engine, micro_batch, place, carried).mean()
         engine.backward(loss)
         if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
             unsharded_norm = _gradient_norm(engine.module)
@@ -229,7 +233,7 @@ def heldout_loss(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunC
         for i in range(math.ceil(count / (size * ranks))):
             wanted = range((i * ranks + rank) * size, (i * ranks + rank + 1) * size)
             micro_batch = samples.micro_batch([min(n, count - 1) for n in wanted])
-            losses_BT = engine(**_own(micro_batch)._asdict()).double()
+            losses_BT = engine(**_own(micro_batch)).double()
             counted_B = torch.tensor([n < count for n in wanted], device=device())
             total += torch.stack([losses_BT[counted_B].sum(), counted_B.sum() * losses_BT.shape[1]])
     engine.train()
@@ -237,9 +241,18 @@ def heldout_loss(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunC
     return float(total[0] / total[1])
 
 
-def _own(micro_batch: MicroBatch) -> MicroBatch:
-    """This rank's tokens of it, where it computes."""
-    return micro_batch.part(*context_place()).to(device())
+def _losses(engine: DeepSpeedEngine, micro_batch: MicroBatch, place: int, carried: CarriedState | None) -> Tensor:
+    """Cross-entropy of each token, (B, T), of the step's micro-batch at a place."""
+    if carried is None:
+        return engine(**_own(micro_batch))
+    before = [] if micro_batch.begins else carried.states[place]
+    losses, carried.states[place] = engine(**_own(micro_batch), states=before)
+    return losses
+
+
+def _own(micro_batch: MicroBatch) -> dict[str, Tensor | None]:
+    """This rank's tokens of it, where it computes, as the model takes them."""
+    return micro_batch.part(*context_place()).arguments(device())
 
 
 def full_precision_values(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:

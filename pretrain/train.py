@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.blend import Blend
+from pretrain.carried import CarriedState
 from pretrain.checkpoint import Progress, checkpoint_folder, find_resume_point, on_rank_0, restore, save
 from pretrain.command_line import parse
 from pretrain.config import RunConfig, write_run_config
@@ -62,8 +63,9 @@ def train(arguments: Sequence[str]) -> None:
         model = build_model(config, groups)
         describe(model, config, data_parallel)
         engine = build_engine(model, config, data_parallel)
+        carried = CarriedState(config.model.variant) if config.data.carry_state else None
         if resume:
-            restore(engine, config, resume[0])
+            restore(engine, config, resume[0], carried)
             say(f"going on from {resume[0]}, after step {progress.step}")
         if dist.get_rank() == 0:
             write_run_config(config, run_dir)
@@ -75,7 +77,7 @@ def train(arguments: Sequence[str]) -> None:
         started = time.perf_counter()
         micro_batches = batches.fetch(step - 1)
         lr = rate_of(step, config)
-        result = train_step(engine, micro_batches, lr)
+        result = train_step(engine, micro_batches, lr, carried)
         values = measured(result, lr, step, config, time.perf_counter() - started, batches.waited_seconds)
         check_finite(result, step, run_dir)
         stopping = stop_request.seen_by_any_rank()
@@ -84,7 +86,7 @@ def train(arguments: Sequence[str]) -> None:
             values["heldout_loss"] = heldout_loss(engine, heldout, config)
         metrics.step(step, values)
         if last or stopping or due(step, config.checkpoint.every_steps):
-            save(engine, config, data.fingerprint, run_dir, step)
+            save(engine, config, data.fingerprint, run_dir, step, carried)
         if stopping and not last:
             say(f"stopped by {stopping} after step {step}, which is saved; the same command goes on from there")
             break
@@ -98,7 +100,7 @@ def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[Numbe
     """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
     start_token = data.tokenizer.bos_id if config.data.reset_documents else None
 
-    def of_folder(prefixes: list[str]) -> Samples:
+    def of_folder(prefixes: list[str], strands: int = 0) -> Samples:
         return Samples(
             prefixes,
             run_dir / "index",
@@ -106,13 +108,15 @@ def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[Numbe
             sequence_length=config.train.sequence_length,
             seed=config.train.seed,
             start_token=start_token,
+            strands=strands,
         )
 
-    def blended(prefixes: list[list[str]]) -> NumberedSamples:
-        parts = [of_folder(one) for one in prefixes]
+    def blended(prefixes: list[list[str]], strands: int = 0) -> NumberedSamples:
+        parts = [of_folder(one, strands) for one in prefixes]
         return Blend(parts, [folder.share for folder in data.folders]) if len(parts) > 1 else parts[0]
 
-    samples = blended([folder.manifest.train_prefixes(folder.path) for folder in data.folders])
+    strands = config.train.global_batch if config.data.carry_state else 0
+    samples = blended([folder.manifest.train_prefixes(folder.path) for folder in data.folders], strands)
     if not config.data.heldout_sequences:
         return samples, None
     return samples, blended([[folder.manifest.heldout_prefix(folder.path)] for folder in data.folders])

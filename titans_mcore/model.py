@@ -73,7 +73,13 @@ class TitansModel(MegatronModule):
             tp_group=groups.tp,
         )
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        starts: Tensor | None = None,
+        states: list[Any] | None = None,
+    ) -> Tensor | tuple[Tensor, list[Any]]:
         """One pass over whole rows, or over this context-parallel rank's part of them.
 
         Args:
@@ -81,14 +87,19 @@ class TitansModel(MegatronModule):
             labels: (B, T) ids of the tokens to predict, or None.
             starts: (B, T) bool, tokens that begin a document; memory, convolution and attention begin anew there.
                 None if none does.
+            states: For rows that go on from pass to pass: what the pass before returned, which gets no gradient; an
+                empty list begins. None for rows that are whole.
 
         Returns:
-            With labels the cross-entropy of each token in nats, float32 (B, T); without, the logits (B, T, V).
+            With labels the cross-entropy of each token in nats, float32 (B, T); without, the logits (B, T, V). Where
+            states were given, a pair of that and the states for the next pass, one a block.
         """
-        hidden, _ = self._blocks(tokens, None, None if starts is None else PackedRows(starts))
+        hidden, after = self._blocks(tokens, states, None if starts is None else PackedRows(starts))
         logits = self._local_logits(hidden)
-        if labels is None:
-            return self._whole_logits(logits)
+        output = self._whole_logits(logits) if labels is None else self._losses(logits, labels)
+        return output if states is None else (output, [state.carried() for state in after])
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
         return losses.transpose(0, 1)
@@ -118,15 +129,17 @@ class TitansModel(MegatronModule):
 
     def _blocks(self, tokens: Tensor, states: list[Any] | None, rows: PackedRows | None) -> tuple[Tensor, list[Any]]:
         if self.relay is not None:
+            assert not states  # the rank before has them
             self.relay.begin()
         hidden = self.embedding(tokens)
         if not self.config.sequence_parallel:  # else Megatron has made it its layout, (T / TP, B, E)
             hidden = hidden.transpose(0, 1)
         after = []
         for index, layer in enumerate(self.layers):
-            state = None if states is None else states[index]
-            if self.relay is not None:
+            state = states[index] if states else None
+            if self.relay is not None or states is not None:
                 hidden = with_gradients(hidden, layer)
+            if self.relay is not None:
                 state = self.relay.receive(STATES[self.titans_config.variant], hidden)
             hidden, state = self._block(layer, hidden, state, rows)
             if self.relay is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pretrain.carried import CarriedState
 from pretrain.command_line import parse
 from pretrain.data import Batches
 from pretrain.engine import build_engine, build_model, heldout_loss, train_step
@@ -20,15 +21,15 @@ from titans_mcore.parallel import sample_place, start, stop
 from ..parallel.regroup import groups_of
 
 
-def curve(config, run_dir):
-    groups = groups_of(config.parallel.tensor, config.parallel.context)
+def curve(config, run_dir, groups):
     torch.manual_seed(config.train.seed)
     samples, heldout = open_samples(config, open_data(config), run_dir)
     batches = Batches(samples, config, *sample_place())
     engine = build_engine(build_model(config, groups), config, sample_place().ranks)
+    carried = CarriedState(config.model.variant) if config.data.carry_state else None
     results = []
     for step in range(1, config.train.steps + 1):
-        results.append(train_step(engine, batches.fetch(step - 1), rate_of(step, config)))
+        results.append(train_step(engine, batches.fetch(step - 1), rate_of(step, config), carried))
     batches.close()
     return {
         "loss": [result.loss for result in results],
@@ -43,7 +44,10 @@ def main():
     flags = {name: ["--config", config_file, "--run-dir", "unused", *text.split()] for name, text in named.items()}
     configs = {name: parse(words).config for name, words in flags.items()}
     start(1, seed=0)
-    curves = {name: curve(config, Path(output).parent) for name, config in configs.items()}
+    curves = {}
+    for name, config in configs.items():
+        groups = groups_of(config.parallel.tensor, config.parallel.context)
+        curves[name] = curve(config, Path(output).parent, groups)
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(curves))
     stop()

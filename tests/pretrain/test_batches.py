@@ -112,7 +112,7 @@ def test_two_epochs_have_the_same_samples_in_another_order_and_cut(shards, tmp_p
 
 def test_a_label_is_the_token_after_its_position(shards, tmp_path):
     samples = open_samples(shards, tmp_path)
-    tokens, labels, _ = samples.micro_batch(range(samples.per_epoch))
+    tokens, labels, *_ = samples.micro_batch(range(samples.per_epoch))
     assert tokens.shape == labels.shape == (samples.per_epoch, 32)
     assert torch.equal(tokens[:, 1:], labels[:, :-1])
     ends = tokens == EOS
@@ -122,7 +122,7 @@ def test_a_label_is_the_token_after_its_position(shards, tmp_path):
 
 def test_rows_say_where_documents_begin_inside_them(shards, tmp_path):
     samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
-    tokens, _, starts = samples.micro_batch(range(samples.per_epoch))
+    tokens, _, starts, _ = samples.micro_batch(range(samples.per_epoch))
     assert starts is not None
     assert torch.equal(starts[:, 1:], tokens[:, 1:] == BOS)
     assert not starts[:, 0].any()

@@ -90,7 +90,7 @@ def test_rows_of_a_batch_are_the_samples_and_say_where_documents_begin(folders, 
     samples.prepare(0, 15)
     batch = samples.micro_batch(range(16))
     for index, row in enumerate(zip(batch.tokens, batch.labels, batch.starts, strict=True)):
-        tokens, labels, starts = samples.micro_batch([index])
+        tokens, labels, starts, _ = samples.micro_batch([index])
         starts = torch.zeros_like(tokens, dtype=torch.bool) if starts is None else starts
         assert all(torch.equal(mine, other[0]) for mine, other in zip(row, (tokens, labels, starts), strict=True))
     unmarked, _ = opened(folders, tmp_path, reset_documents=False)

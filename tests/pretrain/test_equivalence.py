@@ -34,6 +34,7 @@ LAYOUTS = {
     "tensor 4": (4, "--parallel.tensor 4"),
     "tensor 4, hidden": (4, "--parallel.tensor 4 --parallel.memory-parallel hidden"),
     "context 2": (2, "--parallel.context 2"),
+    "context 2, ZeRO 2": (2, "--parallel.context 2 --parallel.zero-stage 2"),
     "context 2 x data 2, ZeRO 2, offloaded": (
         4,
         "--parallel.context 2 --parallel.zero-stage 2 --parallel.offload-optimizer true",

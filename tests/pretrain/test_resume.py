@@ -19,6 +19,8 @@ from tokenization.manifest import Manifest
 # Batches of 2, 2, 2, 2, 4, 4 samples, rows of 16 tokens and from step 5 on of 32.
 WARM_UPS = ["--train.micro-batch", "1", "--train.batch-warmup-from", "2", "--train.batch-warmup-tokens", "250"]
 WARM_UPS += ["--train.sequence-warmup-from", "16", "--train.sequence-warmup-tokens", "250"]
+# Segments of 16 tokens stay open between steps, so that a state's own keys and its recalled memory are in use, too.
+CARRIED = ["--data.carry-state", "true", "--train.sequence-length", "12", "--train.micro-batch", "1"]
 TIME = ("seconds", "tokens_per_second", "data_wait_seconds")
 
 
@@ -65,8 +67,8 @@ def test_a_run_killed_in_the_middle_ends_bitwise_like_an_uninterrupted_one(launc
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [["--parallel.zero-stage", "3"], ["--train.precision", "bf16"], WARM_UPS],
-    ids=["zero 3", "bf16 with fp32 masters", "in the middle of both warm-ups"],
+    [["--parallel.zero-stage", "3"], ["--train.precision", "bf16"], WARM_UPS, CARRIED],
+    ids=["zero 3", "bf16 with fp32 masters", "in the middle of both warm-ups", "with carried states"],
 )
 def test_sharded_low_precision_and_warming_runs_go_on_bitwise(launch, tmp_path, settings):
     arguments = ["--nproc", "2", "--train.steps", "6", "--checkpoint.every-steps", "3", *settings]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +19,13 @@ class TensorTree:
     def detach(self) -> Self:
         """The same values, cut from the graph that made them (truncated back-propagation through time)."""
         return self.map(Tensor.detach)
+
+    def carried(self) -> Self:
+        """What a training step hands on to the next: detached, and every tensor in memory of its own.
+
+        A state may hold views of parameters, which the step in between changes.
+        """
+        return self.map(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format))
 
     def select(self, rows: Tensor) -> Self:
         """The rows (a vector of batch indices, repeats allowed) of every tensor: reorders or expands beams."""

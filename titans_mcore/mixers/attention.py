@@ -40,20 +40,23 @@ class Attention(nn.Module):
         self.config, self.heads = config, parts.heads
         self.query_key_value = parts.column(config.dim, 3 * config.head_dim)
 
-    def begin(self, batch: int, persistent: Tensor | None = None) -> AttentionState:
+    def begin(self, batch: int, persistent: Tensor | None = None, kept: Kept | None = None) -> AttentionState:
         """The state before the first token of so many rows.
 
         Args:
             batch: B.
             persistent: Persistent tokens that every token sees, (1, N, E), which have passed Parts.enter().
+            kept: Keys and values of earlier tokens, where rows go on and only the persistent tokens are read again.
         """
         prefix_keys = prefix_values = None
         if persistent is not None:
             _, *both = heads_of(linear(self.query_key_value, persistent), self.heads).chunk(3, -1)
             prefix_keys, prefix_values = (part.expand(batch, -1, -1, -1) for part in both)
-        weight = next(self.query_key_value.parameters())
-        nothing = weight.new_zeros(batch, 0, self.heads, self.config.head_dim)
-        return AttentionState(Kept(nothing, nothing), prefix_keys, prefix_values)
+        if kept is None:
+            weight = next(self.query_key_value.parameters())
+            nothing = weight.new_zeros(batch, 0, self.heads, self.config.head_dim)
+            kept = Kept(nothing, nothing)
+        return AttentionState(kept, prefix_keys, prefix_values)
 
     def forward(
         self, x: Tensor, state: AttentionState, rows: PackedRows | None = None

@@ -86,6 +86,15 @@ class BranchesState(TensorTree):
     memory: NeuralMemoryState
     attention: AttentionState
 
+    def carried(self) -> "BranchesState":
+        """Without what the persistent tokens are to the attention: the next step has other ones, and trains them."""
+        return BranchesState(self.memory.carried(), AttentionState(self.attention.kept.carried(), None, None))
+
+
+def lacks_persistent(state: BranchesState | None) -> bool:
+    """Whether the attention is without the keys of persistent tokens."""
+    return state is None or state.attention.prefix_keys is None
+
 
 class MagMixer(nn.Module):
     """Memory as gate: y = window attention, o = y (x) M([p || x]), both sides normalised by head."""
@@ -104,9 +113,12 @@ class MagMixer(nn.Module):
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, BranchesState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
-        tokens = self.persistent(x) if begins(state, rows) else None
+        tokens = self.persistent(x) if begins(state, rows) or lacks_persistent(state) else None
         persistent = read_persistent(tokens, self.memory, self.parts)
-        attended = self.attention.begin(len(x), persistent.tokens) if state is None else state.attention
+        if state is not None and not lacks_persistent(state):
+            attended = state.attention
+        else:
+            attended = self.attention.begin(len(x), persistent.tokens, None if state is None else state.attention.kept)
         x = self.parts.open(x)
         memory, memory_state = self.memory(
             x, None if state is None else state.memory, start=persistent.start, rows=rows
@@ -133,13 +145,13 @@ class MalMixer(nn.Module):
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, BranchesState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
-        tokens = self.persistent(x) if begins(state, rows) else None
+        tokens = self.persistent(x) if begins(state, rows) or lacks_persistent(state) else None
         persistent = read_persistent(tokens, self.memory, self.parts)
-        if state is None:
-            prefix = None if persistent.reads is None else self._answer(persistent.reads)
-            attended = self.attention.begin(len(x), prefix)
-        else:
+        if state is not None and not lacks_persistent(state):
             attended = state.attention
+        else:
+            prefix = None if persistent.reads is None else self._answer(persistent.reads)
+            attended = self.attention.begin(len(x), prefix, None if state is None else state.attention.kept)
         memory, memory_state = self.memory(
             self.parts.open(x), None if state is None else state.memory, start=persistent.start, rows=rows
         )

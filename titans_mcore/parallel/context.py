@@ -176,24 +176,31 @@ class _PassOn(torch.autograd.Function):
 
 
 def with_gradients(hidden: Tensor, layer: nn.Module) -> Tensor:
-    """hidden as it is, in front of a layer, with a gradient of zeros for parameters that may go without.
+    """hidden as it is, in front of a layer whose parameters all get gradients, at its end and in the same order.
 
-    What a sequence begins with (persistent tokens, initial memories) is read on the rank that holds its first token,
-    but ranks that reduce gradients together must all have one for every parameter, and in the same order: these
-    parameters' come last of their layer, on every rank.
+    What a sequence begins with (persistent tokens, initial memories) is read where a first token is: on the first rank
+    of a row, or, where rows go on from step to step, on a rank in whose rows a document begins. There the memory's maps
+    read the persistent tokens, too, which delays their gradients. Ranks that reduce gradients together must all have
+    one for every parameter, zeros if need be, and in the same order.
+
+    Args:
+        hidden: Input of the layer.
+        layer: The layer. Where ZeRO 3 has divided its parameters, DeepSpeed sees to both.
     """
     if not torch.is_grad_enabled():
         return hidden
-    beginnings = [p for name, p in layer.named_parameters() if any(part in name for part in _OF_BEGINNINGS)]
-    return _WithGradients.apply(hidden, *beginnings) if beginnings else hidden
+    whole = {name: p for name, p in layer.named_parameters() if not hasattr(p, "ds_tensor")}
+    beginnings = [p for name, p in whole.items() if any(part in name for part in _OF_BEGINNINGS)]
+    others = [p for p in whole.values() if all(p is not beginning for beginning in beginnings)]
+    return _WithGradients.apply(hidden, beginnings, *beginnings, *others) if beginnings else hidden
 
 
 class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.parameters = parameters
+    def forward(ctx: Any, hidden: Tensor, zeros_for: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.zeros_for, ctx.others = zeros_for, len(parameters) - len(zeros_for)
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.parameters)
+        return gradient, None, *(torch.zeros_like(p) for p in ctx.zeros_for), *[None] * ctx.others
