@@ -78,7 +78,9 @@ def test_logits_equal_the_native_models(name: str, runs: dict[str, Path], alone:
     assert exported.shape == (2, LENGTH, TINY["vocab_size"])  # the vocabulary's padding is gone
     for row in range(2):
         assert exported[row].std() > 0.1
-        torch.testing.assert_close(exported[row], native[f"whole.{row}"], rtol=0, atol=1e-5)
+        # Of the largest logit: products of other shapes round otherwise, on some processors by more than 1e-5 itself.
+        largest = float(exported[row].abs().max())
+        torch.testing.assert_close(exported[row], native[f"whole.{row}"], rtol=0, atol=1e-5 * largest)
         torch.testing.assert_close(exported[row], native[f"pieces.{row}"], rtol=0, atol=1e-4)
 
 
