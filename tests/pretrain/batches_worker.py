@@ -1,6 +1,6 @@
 """Run under torchrun by test_token_hashes: what the ranks of a layout read, step by step, as one hash a step.
 
-python batches_worker.py CONFIG.toml RUN_DIR OUTPUT.json "NAME TENSOR FIRST STOP [--SETTING VALUE ...]" ...
+python batches_worker.py CONFIG.toml RUN_DIR OUTPUT.json "NAME TENSOR CONTEXT FIRST STOP [--SETTING VALUE ...]" ...
 """
 
 import hashlib
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.command_line import parse
 from pretrain.data import Batches
 from pretrain.folders import open_data
 from pretrain.train import open_samples
-from titans_mcore.parallel import start, stop
+from tests.parallel.regroup import groups_of
+from titans_mcore.parallel import context_place, start, stop
 
 
 def hashes(config, groups, run_dir, first, stop_before):
@@ -33,6 +32,7 @@ def parts_of(micro_batches, groups):
     """What this rank holds of the step's rows: (row, first column) -> tokens, labels and starts of documents."""
     parts = {}
     for turn, batch in enumerate(micro_batches):
+        batch = batch.part(*context_place())
         starts = torch.zeros_like(batch.tokens, dtype=torch.bool) if batch.starts is None else batch.starts
         rows, columns = batch.tokens.shape
         # A layout that cuts rows over ranks holds later columns.
@@ -62,21 +62,15 @@ def hash_of(mine):
     return hashlib.sha256(json.dumps([rows[row] for row in sorted(rows)]).encode()).hexdigest()
 
 
-def divided(tensor):
-    """The groups of the running processes with so many tensor-parallel ranks."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, create_gloo_process_groups=False)
-    return ProcessGroupCollection.use_mpu_process_groups()
-
-
 def main():
     config_file, run_dir, output, *cases = sys.argv[1:]
     start(seed=0)
     found = {}
     for case in cases:
-        name, tensor, first, stop_before, *flags = case.split()
+        name, tensor, context, first, stop_before, *flags = case.split()
+        groups = groups_of(int(tensor), int(context))
         config = parse(["--config", config_file, "--run-dir", run_dir, *flags]).config
-        found[name] = hashes(config, divided(int(tensor)), Path(run_dir), int(first), int(stop_before))
+        found[name] = hashes(config, groups, Path(run_dir), int(first), int(stop_before))
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(found))
     stop()

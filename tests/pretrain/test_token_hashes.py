@@ -21,14 +21,17 @@ WARM_UPS = (
     "--train.batch-warmup-from 8 --train.batch-warmup-tokens 900 "
     "--train.sequence-warmup-from 8 --train.sequence-warmup-tokens 2500"
 )
-# name: processes, tensor-parallel ranks, first step; each reads to the last one, a restart has seen nothing before.
+# name: processes, tensor ranks, context ranks, first step; each reads to the last one, a restart saw nothing before.
 LAYOUTS = {
-    "data-2": (2, 1, 0),
-    "tensor-2": (2, 2, 0),
-    "restart-with-2": (2, 1, RESTART),
-    "data-4": (4, 1, 0),
-    "tensor-2-data-2": (4, 2, 0),
-    "restart-with-4": (4, 1, RESTART),
+    "data-2": (2, 1, 1, 0),
+    "restart-with-2": (2, 1, 1, RESTART),
+    "tensor-2": (2, 2, 1, 0),
+    "context-2": (2, 1, 2, 0),
+    "data-4": (4, 1, 1, 0),
+    "restart-with-4": (4, 1, 1, RESTART),
+    "tensor-2-data-2": (4, 2, 1, 0),
+    "context-2-tensor-2": (4, 2, 2, 0),
+    "context-2-data-2": (4, 1, 2, 0),
 }
 
 
@@ -57,9 +60,9 @@ def found(tiny, flags, tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"processes-{processes}")
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
         cases = [
-            f"{run}/{name} {tensor} {first} {STEPS} {words}"
+            f"{run}/{name} {tensor} {context} {first} {STEPS} {words}"
             for run, words in flags.items()
-            for name, (count, tensor, first) in LAYOUTS.items()
+            for name, (count, tensor, context, first) in LAYOUTS.items()
             if count == processes
         ]
         command = [sys.executable, *torchrun, "--rdzv-endpoint", "localhost:0", WORKER]
@@ -83,7 +86,7 @@ def reference(tiny, flags, one_process, tmp_path_factory):
 @pytest.mark.parametrize("run", ["folder", "blend"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_and_a_restart_with_another_one_see_the_global_batches_of_one_process(found, reference, run, layout):
-    first = LAYOUTS[layout][2]
+    first = LAYOUTS[layout][3]
     assert found[f"{run}/{layout}"] == {str(step): reference[run][step] for step in range(first, STEPS)}
 
 
