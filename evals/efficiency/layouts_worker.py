@@ -66,17 +66,17 @@ def bytes_by_part(engine: Any, idle: set[int]) -> dict[str, int]:
     masters = engine.optimizer.fp32_partitioned_groups_flat if stage3 else []
     stepped = [p for group in base.param_groups for p in group["params"]]
     optimizer = {_place(x) for x in [*masters, *stepped, *states]} - weights
-    buffers = {
-        _place(x)
-        for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values()
-        for x in (bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer])
-        if x is not None
-    }
-    if stage3:
-        buffers |= {_place(p.data) for p in parameters} - weights  # gathered for a while
     parts = {"weights": weights, "optimizer": optimizer}
-    parts["gradients"] = set(sizes) - weights - optimizer - buffers
+    parts["gradients"] = set(sizes) - weights - optimizer - communication_buffers(engine)
     return {name: sum(sizes.get(place, 0) for place in places) for name, places in parts.items()}
+
+
+def communication_buffers(engine: Any) -> set[int]:
+    """Storages of DeepSpeed's buckets, and of the parameters that ZeRO 3 has gathered for a while."""
+    buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
+    buffers = [x for bucket in buckets for x in (bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer])]
+    gathered = [p.data for p in engine.module.parameters()] if engine.zero_optimization_stage() == 3 else []
+    return {_place(x) for x in [*buffers, *gathered] if x is not None}
 
 
 def storages() -> dict[int, tuple[int, Tensor]]:

@@ -9,7 +9,6 @@ trains some layouts one after the other and writes, for each rank and layout, wh
 all wrote.
 """
 
-import gc
 import json
 import resource
 import sys
@@ -21,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from evals.efficiency.layouts_worker import communication_buffers, storages
 from pretrain import plan
 from pretrain.checkpoint import save
 from pretrain.command_line import parse
@@ -74,24 +74,9 @@ DATA = [
 ]
 
 
-def storages() -> dict[int, tuple[int, torch.Tensor]]:
-    """Bytes of every storage that a tensor of this process lies in, and the tensor, which keeps it alive."""
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
-    tensors += [x.grad for x in tensors if type(x) is torch.nn.Parameter and x.grad is not None]
-    return {x.untyped_storage().data_ptr(): (x.untyped_storage().nbytes(), x.detach()) for x in tensors}
-
-
 def bytes_held(engine) -> int:
     """Bytes of all tensors but buckets and the parameters that ZeRO 3 has gathered for a while."""
-    left_out = {
-        x.untyped_storage().data_ptr()
-        for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values()
-        for x in (bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer])
-        if x is not None
-    }
-    if engine.zero_optimization_stage() == 3:
-        left_out |= {p.data.untyped_storage().data_ptr() for p in engine.module.parameters()}
+    left_out = communication_buffers(engine)
     return sum(size for place, (size, _) in storages().items() if place not in left_out)
 
 
