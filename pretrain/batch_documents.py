@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 import tyro
 
-from pretrain.config import load_run_config
+from pretrain.config_files import load_run_config
 from pretrain.folders import open_data
 from pretrain.schedule import portion_of
 from pretrain.train import open_samples

@@ -8,7 +8,9 @@ from typing import Any
 
 import tyro
 
-from pretrain.config import TEXTS, RunConfig, build, read_toml, setting_names, unknown_setting
+from pretrain.config import RunConfig
+from pretrain.config_files import build, read_toml, setting_names, unknown_setting
+from pretrain.settings import TEXTS
 from titans_mcore.config import TitansConfig
 
 _FLAGS = ("--config", "--run-dir", "--variant")

@@ -16,8 +16,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from pretrain.carried import CarriedState
-from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.config import RunConfig
 from pretrain.data import MicroBatch, NumberedSamples
+from pretrain.settings import OptimizerConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import (
     DeepSpeedGroups,

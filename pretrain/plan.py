@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.command_line import parse
-from pretrain.config import RunConfig, read_toml
+from pretrain.config import RunConfig
+from pretrain.config_files import read_toml
 from pretrain.schedule import tokens_after
 from titans_mcore.config import TitansConfig
 

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from pretrain.config import TrainConfig
+from pretrain.settings import TrainConfig
 
 
 class Portion(NamedTuple):

@@ -12,7 +12,8 @@ from pretrain.blend import Blend
 from pretrain.carried import CarriedState
 from pretrain.checkpoint import Progress, checkpoint_folder, find_resume_point, on_rank_0, restore, save
 from pretrain.command_line import parse
-from pretrain.config import RunConfig, write_run_config
+from pretrain.config import RunConfig
+from pretrain.config_files import write_run_config
 from pretrain.data import Batches, NumberedSamples, Samples
 from pretrain.ending import EXIT_FAILED, StopRequest, TrainingFailed, end_with, mistakes_as_sentences
 from pretrain.engine import (

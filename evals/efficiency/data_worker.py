@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from evals.measure import PeakMemory
-from pretrain.config import RunConfig, TrainConfig
+from pretrain.config import RunConfig
 from pretrain.data import Batches, Samples
+from pretrain.settings import TrainConfig
 from titans_mcore.parallel import start
 from tokenization.manifest import Manifest
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evals.report import write_json
-from pretrain.config import RunConfig, build
+from pretrain.config import RunConfig
+from pretrain.config_files import build
 from pretrain.data import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
 from titans_mcore.parallel import DeepSpeedGroups, sample_place, start, stop

@@ -9,9 +9,10 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from pretrain.config import DataConfig, RunConfig, TrainConfig
+from pretrain.config import RunConfig
 from pretrain.data import Batches, Samples
 from pretrain.folders import keep_tokenizer, open_data
+from pretrain.settings import DataConfig, TrainConfig
 from titans_mcore.config import TitansConfig
 
 from .tiny_shards import BOS, EOS, write_shards

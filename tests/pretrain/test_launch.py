@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from pretrain.config import load_run_config
+from pretrain.config_files import load_run_config
 from pretrain.metrics import read_metrics
 
 from .jobs import ROOT, Job

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from pretrain.config import LoggingConfig, RunConfig, TrainConfig
+from pretrain.config import RunConfig
 from pretrain.metrics import Metrics, clock, read_metrics
+from pretrain.settings import LoggingConfig, TrainConfig
 
 from .jobs import Job
 

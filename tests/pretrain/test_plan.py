@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from evals.efficiency.flops import forward_flops_per_token
 from pretrain import plan
-from pretrain.config import DataConfig, RunConfig, TrainConfig
+from pretrain.config import RunConfig
 from pretrain.engine import deepspeed_config
 from pretrain.planning.activations import activation_bytes
 from pretrain.planning.flops import dense_flops, mean_visible_keys, memory_flops_per_token
 from pretrain.planning.layout import Layout, for_gpus, layout_of
 from pretrain.planning.parameters import count_by_part, parameters_of
 from pretrain.planning.rank_bytes import bucket_numbers
+from pretrain.settings import DataConfig, TrainConfig
 from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.mixers.neural_memory import NeuralMemory
 from titans_mcore.model import TitansModel

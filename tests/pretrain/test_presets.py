@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import build, read_toml
+from pretrain.config_files import build, read_toml
 from titans_mcore.config import VARIANTS
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM

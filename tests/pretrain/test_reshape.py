@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from pretrain.checkpoint import find_resume_point
-from pretrain.config import load_run_config
+from pretrain.config_files import load_run_config
 from pretrain.folders import open_data
 from pretrain.metrics import read_metrics
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from pretrain.checkpoint import find_resume_point
-from pretrain.config import load_run_config
+from pretrain.config_files import load_run_config
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import read_metrics
 from titans_mcore.weights import find_checkpoint, load_full, load_into

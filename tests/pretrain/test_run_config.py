@@ -5,15 +5,9 @@ import dataclasses
 import pytest
 
 from pretrain.command_line import parse
-from pretrain.config import (
-    RunConfig,
-    TrainConfig,
-    build,
-    load_run_config,
-    read_toml,
-    setting_names,
-    write_run_config,
-)
+from pretrain.config import RunConfig
+from pretrain.config_files import build, load_run_config, read_toml, setting_names, write_run_config
+from pretrain.settings import TrainConfig
 
 
 def arguments(tiny_toml, tmp_path, *more):

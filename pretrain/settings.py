@@ -1,0 +1,280 @@
+"""The sections of a run's settings, each a frozen value that is legal when it exists."""
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+SMALLEST_SHARE = 1e-4
+"""A folder that gives fewer of the samples is not worth opening, and its share would be met badly."""
+TEXTS = tuple[str, ...]
+"""Type of a setting that is a list of texts: [...] in TOML, words one behind the other on the command line."""
+
+
+def _at_least(section: str, settings: object, **limits: float) -> None:
+    for name, limit in limits.items():
+        if not (value := getattr(settings, name)) >= limit:
+            raise ValueError(f"{section}.{name} is {value}; it must be at least {limit}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read."""
+
+    path: str = ""
+    """Folder of shards that `python -m tokenization.encode` wrote: manifest.json, train.bin, heldout.bin, ..."""
+    blend: TEXTS = ()
+    """Several folders in place of `path`, each with its share of the tokens: "web=0.7" "code=0.3"; shares are divided
+    by their sum. The held-out set is blended alike, and ends before a folder's held-out text would come again."""
+    reset_documents: bool = True
+    """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
+    carry_state: bool = False
+    """Truncated backpropagation through time: each row goes on with the text, and in the state, of the same row of the
+    step before, and gradients end at its first token. An epoch is read as global_batch runs side by side; held-out rows
+    begin anew as ever. Such a run goes on at the same tensor and data parallelism and micro_batch only."""
+    heldout_sequences: int = 64
+    """Held-out sequences of one evaluation; fewer when the held-out shard has fewer."""
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, heldout_sequences=0)
+        if self.path and self.blend:
+            raise ValueError("data.path and data.blend both name folders of shards; give one of them")
+        smallest = min(self.folders, key=self.folders.__getitem__, default="")
+        if smallest and self.folders[smallest] < SMALLEST_SHARE:
+            raise ValueError(
+                f"data.blend takes {self.folders[smallest]:.1e} of the samples from {smallest}; "
+                f"give it at least {SMALLEST_SHARE:g} or leave it out"
+            )
+
+    @property
+    def folders(self) -> dict[str, float]:
+        """The folders, each with its share of the samples, in sum 1."""
+        weights: dict[str, Fraction] = {self.path: Fraction(1)} if self.path else {}
+        for entry in self.blend:
+            folder, weight = _folder_and_weight(entry)
+            if folder in weights:
+                raise ValueError(f"data.blend names {folder} twice; add its shares up")
+            weights[folder] = weight
+        return {folder: float(weight / sum(weights.values())) for folder, weight in weights.items()}
+
+    def absolute(self) -> "DataConfig":
+        """The same with paths that hold from any working directory."""
+        blend = []
+        for entry in self.blend:
+            folder, _, weight = entry.rpartition("=")
+            blend.append(f"{Path(folder).resolve()}={weight}")
+        return replace(self, path=str(Path(self.path).resolve()) if self.path else "", blend=tuple(blend))
+
+
+def _folder_and_weight(entry: str) -> tuple[str, Fraction]:
+    folder, _, weight = entry.rpartition("=")
+    try:
+        value = Fraction(weight)  # exact, so that 7 and 3 are the same shares as 0.7 and 0.3
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not folder or value <= 0:
+        raise ValueError(f"data.blend has {entry!r}; write FOLDER=SHARE with a share above 0, as in web=0.7")
+    return folder, value
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, and in what portions."""
+
+    steps: int = 1_000
+    """Optimizer steps of the whole run."""
+    sequence_length: int = 4_096
+    """Tokens T of one sample."""
+    global_batch: int = 128
+    """Samples of one step over all ranks and micro-batches."""
+    micro_batch: int = 4
+    """Samples that one rank computes at a time; the rest of the global batch is accumulated."""
+    batch_warmup_from: int = 0
+    """Samples of the first step; the batch grows by as many at a time. 0: global_batch from the start."""
+    batch_warmup_tokens: int = 0
+    """Tokens after which a step has global_batch samples."""
+    sequence_warmup_from: int = 0
+    """Tokens of a row at first; rows double until they are whole samples. Before, a sample is cut into rows that begin
+    anew, so that samples, their order and the tokens of a step stay the same. 0: whole samples from the start."""
+    sequence_warmup_tokens: int = 0
+    """Tokens after which rows are whole samples."""
+    seed: int = 1234
+    """Seed of the initial weights and of the order of the samples."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
+    evaluate_every_steps: int = 0
+    """Steps between evaluations of the held-out loss; there is always one at the end. 0: only that one."""
+    recompute: Literal["none", "block", "except_memory"] = "none"
+    """Activations that the backward pass computes again instead of keeping them. block: all of a block, which keeps its
+    input alone; except_memory: the same without the memory's scan, which is the slowest part; none: nothing."""
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
+        _at_least("train", self, evaluate_every_steps=0)
+        _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
+        _one_of("train.recompute", self.recompute, ("none", "block", "except_memory"))
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}; "
+                "change one of them"
+            )
+        self._check_warmups()
+
+    def _check_warmups(self) -> None:
+        for kind, full in (("batch", "global_batch"), ("sequence", "sequence_length")):
+            start, tokens = (f"{kind}_warmup_{end}" for end in ("from", "tokens"))
+            _at_least("train", self, **{start: 0, tokens: 0})
+            if bool(getattr(self, start)) != bool(getattr(self, tokens)):
+                raise ValueError(
+                    f"train.{start} is {getattr(self, start)} and train.{tokens} {getattr(self, tokens)}; "
+                    "a warm-up needs both, none neither"
+                )
+            if getattr(self, start) >= getattr(self, full):
+                raise ValueError(
+                    f"train.{start} {getattr(self, start)} is no less than train.{full} {getattr(self, full)}; "
+                    "lower it, or leave the warm-up out"
+                )
+        if self.batch_warmup_from and (
+            self.global_batch % self.batch_warmup_from or self.batch_warmup_from % self.micro_batch
+        ):
+            raise ValueError(
+                f"train.batch_warmup_from {self.batch_warmup_from} must be a multiple of train.micro_batch "
+                f"{self.micro_batch} and go into train.global_batch {self.global_batch} without rest; change it"
+            )
+        rows, rest = divmod(self.sequence_length, self.sequence_warmup_from or self.sequence_length)
+        if rest or rows & (rows - 1):
+            raise ValueError(
+                f"train.sequence_warmup_from {self.sequence_warmup_from} does not become train.sequence_length "
+                f"{self.sequence_length} by doubling; take a half, a quarter, ... of it"
+            )
+
+    @property
+    def shortest_row(self) -> int:
+        """Tokens of the shortest rows that the model is given; every row length is a multiple of it."""
+        return self.sequence_warmup_from or self.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step learns from, after the warm-up."""
+        return self.global_batch * self.sequence_length
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Norms, gates and other vectors are not decayed."""
+
+    lr: float = 4e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of their squares."""
+    eps: float = 1e-8
+    """Added to the root of that mean."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer", self, lr=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
+
+    warmup_steps: int = 0
+    """Steps until the peak is reached."""
+    min_lr_fraction: float = 0.1
+    """Learning rate of the last step, as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        _at_least("schedule", self, warmup_steps=0, min_lr_fraction=0)
+        if self.min_lr_fraction > 1:
+            raise ValueError(f"schedule.min_lr_fraction is {self.min_lr_fraction}; it must be at most 1")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out: tensor x context ranks share a sample; processes left over are data parallel."""
+
+    tensor: int = 1
+    """Ranks that share one copy of the model (Megatron's tensor parallelism)."""
+    sequence: bool = False
+    """Sequence parallelism: the tensor-parallel ranks share the tokens between the blocks' parallel parts too."""
+    memory_parallel: Literal["auto", "heads", "hidden"] = "auto"
+    """What tensor-parallel ranks share of the memory. heads: each owns some heads whole; hidden: each owns a part of
+    every head's matrices, which costs a sum over the ranks in every chunk; auto: heads where their number divides."""
+    context: int = 1
+    """Ranks that share the tokens of a row (context parallelism): each reads its part and hands the state of every
+    layer on to the next."""
+    pipeline: int = 1
+    """Always 1: pipeline parallelism is not supported."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO: data x context ranks share the optimizer (1), the gradients too (2), the parameters too (3);
+    0: nothing."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's masters and moments in the host's memory, and update them there (ZeRO 1 and above)."""
+    timeout_seconds: float = 1_800.0
+    """A collective that waits longer ends the run."""
+
+    def __post_init__(self) -> None:
+        _at_least("parallel", self, tensor=1, context=1, pipeline=1, zero_stage=0, timeout_seconds=1)
+        _one_of("parallel.memory_parallel", self.memory_parallel, ("auto", "heads", "hidden"))
+        if self.pipeline > 1:
+            raise ValueError(
+                f"parallel.pipeline is {self.pipeline}, but pipeline parallelism is not supported; divide the model "
+                "with parallel.tensor, rows with parallel.context, optimizer and weights with parallel.zero_stage"
+            )
+        if self.zero_stage > 3:
+            raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence shares tokens over tensor-parallel ranks; parallel.tensor is 1")
+        if self.context > 1 and self.zero_stage == 3:
+            raise ValueError(
+                "parallel.zero_stage 3 gathers a block's weights on all context ranks at once, but a rank comes to a "
+                "block only when the one before has left it: they would wait for each other forever; "
+                f"with parallel.context {self.context} use zero_stage 1 or 2"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("parallel.offload_optimizer needs parallel.zero_stage 1, 2 or 3; it is 0")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept. A run started again goes on from its newest whole checkpoint."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; there is always one at the end. 0: only that one."""
+    keep: int = 3
+    """Newest checkpoints that are kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint", self, every_steps=0, keep=1)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported; RUN/metrics.jsonl has every step whatever is set here."""
+
+    every_steps: int = 1
+    """Steps between the lines in the terminal."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases; offline writes to RUN/wandb and needs no network."""
+    wandb_project: str = "titans-mcore"
+    """Project there."""
+    wandb_name: str = ""
+    """Name of the run there; empty: the name of the run folder."""
+
+    def __post_init__(self) -> None:
+        _at_least("logging", self, every_steps=1)
+        _one_of("logging.wandb", self.wandb, ("off", "online", "offline"))
