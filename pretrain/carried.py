@@ -23,6 +23,12 @@ class CarriedState:
         self.states: dict[int, list[TensorTree]] = {}
         """One state a block, detached, by the micro-batch's place among this rank's of a step."""
 
+    def frozen(self) -> "CarriedState":
+        """The states as they are now; a step makes new ones and changes none."""
+        copy = CarriedState.__new__(CarriedState)
+        copy._kind, copy.states = self._kind, dict(self.states)
+        return copy
+
     def save(self, file: Path) -> None:
         """Writes them."""
         file.parent.mkdir(exist_ok=True)

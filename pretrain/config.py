@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pretrain.settings import (
     CheckpointConfig,
     DataConfig,
+    HealthConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -40,6 +41,8 @@ class RunConfig:
     """Layout over processes."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run is saved."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """What is done about bad steps."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """What is reported."""
 

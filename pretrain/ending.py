@@ -1,44 +1,90 @@
 """The ways in which a run ends before its last step: a signal, a mistake in what was asked, a failure."""
 
+import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from pretrain.checkpoint import checkpoint_folder
 from titans_mcore.parallel import stop
+from tokenization.files import write_file_atomically
 
+REQUEUE_FILE = "requeue.json"
 EXIT_MISTAKE = 2
 EXIT_FAILED = 1
 _WAIT_FOR_RANK_0_SECONDS = 20
+_STOP_AFTER = 1_000  # no signal has this number
 
 
 class TrainingFailed(Exception):
     """The run cannot go on; the message says where it stopped and what is saved."""
 
 
-class StopRequest:
-    """A signal that asks the run to end after the current step."""
+class Heard(NamedTuple):
+    """What the ranks told each other after a step.
 
-    def __init__(self) -> None:
-        """Takes over SIGTERM, SIGINT and SIGUSR1."""
+    Attributes:
+        stopping: Why the run is to end now: a signal's name, or stop_after; empty when it goes on.
+        writing: Whether a rank is still writing a checkpoint.
+    """
+
+    stopping: str
+    writing: bool
+
+
+class StopRequest:
+    """A signal, or the time that has passed, that asks the run to end after the current step."""
+
+    def __init__(self, stop_after_minutes: float = 0.0) -> None:
+        """Takes over SIGTERM, SIGINT and SIGUSR1.
+
+        Args:
+            stop_after_minutes: Minutes from now on; 0: none.
+        """
         self._signal = 0
+        self._deadline = time.monotonic() + 60 * stop_after_minutes if stop_after_minutes else math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
-    def seen_by_any_rank(self) -> str:
-        """Name of the signal, or an empty text; the same answer on every rank, so that all stop after one step."""
-        number = torch.tensor(self._signal)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return signal.Signals(int(number)).name if int(number) else ""
+    def exchange(self, writing: bool) -> Heard:
+        """What any rank knows; the same answer on every rank, so that all of them stop after one step."""
+        number = self._signal or (_STOP_AFTER if time.monotonic() > self._deadline else 0)
+        known = torch.tensor([number, writing])
+        dist.all_reduce(known, op=dist.ReduceOp.MAX)
+        number = int(known[0])
+        reason = "stop_after" if number == _STOP_AFTER else signal.Signals(number).name if number else ""
+        return Heard(reason, bool(known[1]))
 
     def _note(self, number: int, frame: object) -> None:
         self._signal = number
+
+
+def ask_for_requeue(run_dir: Path, reason: str, step: int, steps: int, attempt: int) -> None:
+    """Leaves RUN/requeue.json: the run ended early and in order, and the same command goes on. torchrun's exit status
+    does not say so."""
+    facts = {
+        "reason": reason,
+        "step": step,
+        "steps": steps,
+        "finished": False,
+        "checkpoint": f"checkpoints/{checkpoint_folder(run_dir, step).name}",
+        "attempt": attempt,
+    }
+    write_file_atomically(run_dir / REQUEUE_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def withdraw_requeue(run_dir: Path) -> None:
+    """Removes RUN/requeue.json: the run has begun again."""
+    (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.carried import CarriedState
 from pretrain.config import RunConfig
 from pretrain.data import MicroBatch, NumberedSamples
+from pretrain.gate import UpdateGate
 from pretrain.settings import OptimizerConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import (
@@ -52,7 +53,9 @@ class StepResult:
     loss: float
     """Mean cross-entropy over the tokens of the global batch, nats, before the update."""
     grad_norm: float
-    """2-norm of the whole gradient, before clipping."""
+    """2-norm of the whole gradient, before clipping; infinite where it was not a number."""
+    updated: bool = True
+    """Whether the weights changed; not, where the loss was above its limit, or loss or gradient not a number."""
 
 
 def resolve_precision(config: RunConfig) -> torch.dtype:
@@ -126,6 +129,7 @@ def build_engine(model: nn.Module, config: RunConfig, data_parallel: int) -> Dee
             mpu=DeepSpeedGroups(),
             dist_init_required=False,
         )
+    engine.update_gate = UpdateGate(engine, device())
     return engine
 
 
@@ -147,7 +151,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=torch.cuda.is_available(),
+        fused=True,  # the form that can leave an update out without asking the host: pretrain.gate
     )
 
 
@@ -186,35 +190,50 @@ def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) ->
 
 
 def train_step(
-    engine: DeepSpeedEngine, micro_batches: list[MicroBatch], lr: float, carried: CarriedState | None = None
+    engine: DeepSpeedEngine,
+    micro_batches: list[MicroBatch],
+    lr: float,
+    carried: CarriedState | None = None,
+    loss_limit: float = math.inf,
 ) -> StepResult:
     """Forward, backward and update on this rank's micro-batches of one step.
 
     Every micro-batch, and every rank's part of one, has the same number of tokens, so the mean of the means is the mean
-    over all tokens, however the global batch is shared out.
+    over all tokens, however the global batch is shared out. The host learns how it went when the update is under way.
 
     Args:
         engine: Its model trains.
         micro_batches: All have the same shape; their number may change from step to step, alike on every rank.
         lr: Learning rate of this step.
-        carried: What the rows of the step before left, and then those of this one; None where rows begin anew.
+        carried: What the rows of the step before left, and then those of this one; None where rows begin anew. Where
+            the update is left out, it stays what it was.
+        loss_limit: With a higher loss the update is left out.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     # DeepSpeed divides the loss by the number of micro-batches, and counts them from the start of the run to know the
     # last of a step, which is wrong as soon as their number changes: it is told.
     engine.set_train_batch_size(len(micro_batches) * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+    gate: UpdateGate = engine.update_gate
+    before = dict(carried.states) if carried else {}
     loss_sum = torch.zeros((), device=device())
     for place, micro_batch in enumerate(micro_batches, 1):
-        engine.set_gradient_accumulation_boundary(place == len(micro_batches))
+        last = place == len(micro_batches)
+        engine.set_gradient_accumulation_boundary(last)
         loss = _losses(engine, micro_batch, place, carried).mean()
         engine.backward(loss)
-        if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-            unsharded_norm = _gradient_norm(engine.module)
-        engine.step()
         loss_sum += loss.detach()
-    norm = unsharded_norm if engine.zero_optimization_stage() == 0 else engine.get_global_grad_norm()
-    return StepResult(_mean_over_data_ranks(loss_sum / len(micro_batches)), float(norm))
+        if last:
+            mean_loss = _mean_over_data_ranks(loss_sum / len(micro_batches))
+            gate.judge_loss(mean_loss, loss_limit)
+            if engine.zero_optimization_stage() == 0:
+                gate.set_norm(_gradient_norm(engine.module))
+        engine.step()
+    norm, left_out = gate.result()
+    found_loss, found_norm, skipped = torch.stack([mean_loss, norm, left_out.float()]).tolist()
+    if carried and skipped:
+        carried.states = before
+    return StepResult(found_loss, found_norm, not skipped)
 
 
 def heldout_loss(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunConfig) -> float:
@@ -246,7 +265,8 @@ def _losses(engine: DeepSpeedEngine, micro_batch: MicroBatch, place: int, carrie
     """Cross-entropy of each token, (B, T), of the step's micro-batch at a place."""
     if carried is None:
         return engine(**_own(micro_batch))
-    before = [] if micro_batch.begins else carried.states[place]
+    # Where the very first step was left out there is nothing to go on from.
+    before = [] if micro_batch.begins else carried.states.get(place, [])
     losses, carried.states[place] = engine(**_own(micro_batch), states=before)
     return losses
 
@@ -267,10 +287,10 @@ def full_precision_values(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor
         yield name, safe_get_full_fp32_param(parameters[name]) if gathered and name in parameters else tensor
 
 
-def _mean_over_data_ranks(value: Tensor) -> float:
+def _mean_over_data_ranks(value: Tensor) -> Tensor:
     groups = DeepSpeedGroups()
     dist.all_reduce(value, group=groups.get_data_parallel_group())
-    return float(value) / groups.get_data_parallel_world_size()
+    return value / groups.get_data_parallel_world_size()
 
 
 def _gradient_norm(model: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ fragment, a range of the flattened parameter, and lies as one range in what Adam
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,11 +58,26 @@ def file_of_this_rank() -> str:
     return f"tp-{groups.get_tensor_model_parallel_rank():02d}-data-{groups.get_data_parallel_rank():03d}.safetensors"
 
 
-def save_moments(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Writes this rank's file. Every rank may call it; where all data ranks own the same, only the first one writes."""
+class Moments(NamedTuple):
+    """What a rank's file holds."""
+
+    shapes: dict[str, list[int]]
+    """By name, in the order of the values."""
+    values: Iterable[tuple[str, Tensor]]
+    """The owned fragments, one after the other."""
+    metadata: dict[str, str]
+    """Of the file."""
+
+    def write(self, file: Path) -> None:
+        """Writes the file."""
+        write_tensors(file, self.shapes, self.values, self.metadata)
+
+
+def moments_of(engine: DeepSpeedEngine) -> Moments | None:
+    """What this rank has to save; None where all data ranks own the same and this is not the first."""
     groups = DeepSpeedGroups()
     if engine.zero_optimization_stage() == 0 and groups.get_data_parallel_rank() > 0:
-        return
+        return None
     parameters, owned = dict(engine.module.named_parameters()), owned_by_name(engine)
     state = engine.basic_optimizer.state
     place = {
@@ -77,7 +92,7 @@ def save_moments(engine: DeepSpeedEngine, folder: Path) -> None:
         "ranges": json.dumps({name: (part.start, part.stop) for name, part in owned.items()}),
     }
     shapes = {f"{moment}.{name}": [part.stop - part.start] for moment in MOMENTS for name, part in owned.items()}
-    write_tensors(folder / file_of_this_rank(), shapes, _moments(state, owned), metadata)
+    return Moments(shapes, _moments(state, owned), metadata)
 
 
 def saved_moments(folder: Path) -> tuple[list[dict[str, Part]], int]:
@@ -105,10 +120,10 @@ def saved_moments(folder: Path) -> tuple[list[dict[str, Part]], int]:
 
 
 def restore_parameters(engine: DeepSpeedEngine, masters: SavedTensors, moments: SavedTensors, step: int) -> None:
-    """Sets parameters, masters and moments of a new engine, one parameter after the other. Collective.
+    """Sets parameters, masters and moments of an engine, one parameter after the other. Collective.
 
     Args:
-        engine: Has not stepped yet.
+        engine: A new one, or one that goes back.
         masters: The weights.
         moments: The optimizer's.
         step: Steps that the optimizer has done.
@@ -119,13 +134,15 @@ def restore_parameters(engine: DeepSpeedEngine, masters: SavedTensors, moments: 
     parameters = dict(engine.module.named_parameters())
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # no gathered copy of an old value stays
+    done: set[Tensor] = set()
     for name, owned in owned_by_name(engine).items():
         parameter = parameters[name]
         division = Division.of(split_of(parameter), shape_on_rank(parameter), ranks)
         wanted = Wanted(division, rank, owned.start, owned.stop)
         owned.of(owned.stepped).copy_(masters.read(name, wanted))
-        if owned.stepped not in optimizer.state:
-            optimizer.state[owned.stepped] = _new_state(optimizer, owned.stepped, step)
+        if owned.stepped not in done:
+            _set_step(optimizer, owned.stepped, step)
+            done.add(owned.stepped)
         for moment in MOMENTS:
             owned.of(optimizer.state[owned.stepped][moment]).copy_(moments.read(name, wanted, kind=f"{moment}."))
         if stage == 3:
@@ -183,9 +200,12 @@ def _moments(state: Mapping[Tensor, Mapping[str, Tensor]], owned: Mapping[str, O
             yield f"{moment}.{name}", part.of(state[part.stepped][moment])
 
 
-def _new_state(optimizer: torch.optim.Optimizer, stepped: Tensor, step: int) -> dict[str, Any]:
-    """AdamW's state as its first step would make it, `step` steps on."""
+def _set_step(optimizer: torch.optim.Optimizer, stepped: Tensor, step: int) -> None:
+    """Sets AdamW's count of updates, and makes the state that its first update would make where there is none."""
     count: Any = step  # DeepSpeed's optimizers count in an int, torch's in a tensor, on the device when it is fused
     if isinstance(optimizer, torch.optim.AdamW):
         count = torch.tensor(float(step), device=stepped.device if optimizer.defaults["fused"] else "cpu")
-    return {"step": count, **{moment: torch.zeros_like(stepped, requires_grad=False) for moment in MOMENTS}}
+    state = optimizer.state[stepped]
+    state["step"] = count
+    for moment in MOMENTS:
+        state.setdefault(moment, torch.zeros_like(stepped, requires_grad=False))

@@ -109,13 +109,15 @@ class TrainConfig:
     """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
     evaluate_every_steps: int = 0
     """Steps between evaluations of the held-out loss; there is always one at the end. 0: only that one."""
+    stop_after_minutes: float = 0.0
+    """Wall-clock time after which the run finishes its step, saves and ends, as after a signal; 0: never."""
     recompute: Literal["none", "block", "except_memory"] = "none"
     """Activations that the backward pass computes again instead of keeping them. block: all of a block, which keeps its
     input alone; except_memory: the same without the memory's scan, which is the slowest part; none: nothing."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
-        _at_least("train", self, evaluate_every_steps=0)
+        _at_least("train", self, evaluate_every_steps=0, stop_after_minutes=0)
         _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
         _one_of("train.recompute", self.recompute, ("none", "block", "except_memory"))
         if self.global_batch % self.micro_batch:
@@ -225,10 +227,13 @@ class ParallelConfig:
     offload_optimizer: bool = False
     """Keep the optimizer's masters and moments in the host's memory, and update them there (ZeRO 1 and above)."""
     timeout_seconds: float = 1_800.0
-    """A collective that waits longer ends the run."""
+    """A collective that waits longer, at the start and in the first step, ends the run."""
+    step_timeout_seconds: float = 600.0
+    """The same after the first step; longer than the slowest evaluation."""
 
     def __post_init__(self) -> None:
-        _at_least("parallel", self, tensor=1, context=1, pipeline=1, zero_stage=0, timeout_seconds=1)
+        _at_least("parallel", self, tensor=1, context=1, pipeline=1, zero_stage=0)
+        _at_least("parallel", self, timeout_seconds=1, step_timeout_seconds=1)
         _one_of("parallel.memory_parallel", self.memory_parallel, ("auto", "heads", "hidden"))
         if self.pipeline > 1:
             raise ValueError(
@@ -256,10 +261,49 @@ class CheckpointConfig:
     every_steps: int = 500
     """Steps between checkpoints; there is always one at the end. 0: only that one."""
     keep: int = 3
-    """Newest checkpoints that are kept; older ones are deleted."""
+    """Newest checkpoints that are kept. The newest healthy one is kept beside them (health.healthy_after_steps)."""
+    keep_every_tokens: int = 0
+    """Keep for good the first checkpoint after each so many tokens; 0: none."""
+    keep_best: int = 1
+    """Checkpoints with the lowest held-out losses that are kept, of those saved at a step that was evaluated."""
+    asynchronous: bool = True
+    """Copy what is saved to the host's memory and write it while training goes on; off: training waits."""
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, every_steps=0, keep=1)
+        _at_least("checkpoint", self, every_steps=0, keep=1, keep_every_tokens=0, keep_best=0)
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What is done about a step whose loss or gradient is not a number, or whose loss is a spike.
+
+    skip: its update is left out, and the learning rate's schedule waits; rewind: the run goes back to its newest
+    healthy checkpoint and passes over the batches that did it; stop: the run ends. Skipping and rewinding end in a stop,
+    too, when they do not help. A run that stops leaves RUN/autopsy/.
+    """
+
+    nonfinite: Literal["skip", "rewind", "stop"] = "skip"
+    """A loss or gradient that is infinite or not a number; its update is left out in any case."""
+    spike: Literal["note", "skip", "rewind", "stop"] = "note"
+    """A loss above the usual ones; note: it is reported, and no checkpoint before it counts as healthy."""
+    spike_window: int = 100
+    """Losses of the latest good steps that make the usual ones; until there are so many, nothing is a spike."""
+    spike_deviations: float = 8.0
+    """A spike is that many standard deviations above their median; they are estimated from absolute deviations."""
+    spike_nats: float = 0.5
+    """A spike is at least so many nats above their median."""
+    in_a_row: int = 10
+    """Skipped steps in a row that stop the run."""
+    rewinds: int = 3
+    """Rewinds to one and the same checkpoint, after which the run stops."""
+    healthy_after_steps: int = 50
+    """A checkpoint is healthy when so many steps after it were good ones."""
+
+    def __post_init__(self) -> None:
+        _one_of("health.nonfinite", self.nonfinite, ("skip", "rewind", "stop"))
+        _one_of("health.spike", self.spike, ("note", "skip", "rewind", "stop"))
+        _at_least("health", self, spike_window=2, spike_deviations=0, spike_nats=0)
+        _at_least("health", self, in_a_row=1, rewinds=1, healthy_after_steps=1)
 
 
 @dataclass(frozen=True)

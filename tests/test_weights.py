@@ -18,7 +18,9 @@ from titans_mcore.weights import (
     load_config,
     load_full,
     load_into,
+    model_tensors,
     save_shard,
+    ShardHeader,
 )
 
 CONFIG = TitansConfig(num_layers=1, dim=8, num_heads=2, ffn_dim=8, vocab_size=16)
@@ -56,7 +58,8 @@ def write(folder, state, size, *, change_norm_of_rank=None):
         model = Shard(state, rank, size)
         if rank == change_norm_of_rank:
             model.norm.data[0] = torch.nextafter(model.norm.data[0], torch.tensor(10.0))
-        save_shard(folder / "weights", model, CONFIG, rank=rank, size=size, step=3, tokens=300)
+        values = model_tensors(model).items()
+        save_shard(folder / "weights", ShardHeader.of(model), values, CONFIG, rank=rank, size=size, step=3, tokens=300)
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in folder.rglob("*")

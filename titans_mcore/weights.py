@@ -22,6 +22,7 @@ from titans_mcore.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
 WEIGHTS_FOLDER = "weights"
+DESCRIPTION = "model.json"
 MARKER = "checkpoint.json"
 _CHECKPOINT_NAME = re.compile(r"step-\d+")
 _SPEED_SETTINGS = ("memory_backend", "attention_backend")
@@ -82,39 +83,67 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+class ShardHeader(NamedTuple):
+    """What a tensor-parallel rank's file says about its tensors."""
+
+    shapes: dict[str, torch.Size]
+    """On this rank, by name, in the order of `model_tensors`."""
+    rules: dict[str, Split | None]
+    """How ranks share each."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ShardHeader":
+        """Of this rank's part of a model; its parameters' attributes give the rules."""
+        tensors, parameters = model_tensors(model), dict(model.named_parameters())
+        return cls(
+            {name: shape_on_rank(parameters.get(name, tensor)) for name, tensor in tensors.items()},
+            {name: split_of(parameters[name]) if name in parameters else None for name in tensors},
+        )
+
+
 def save_shard(
     folder: Path,
-    model: nn.Module,
+    header: ShardHeader,
+    values: Iterable[tuple[str, Tensor]],
     config: TitansConfig,
     *,
     rank: int,
     size: int,
     step: int,
     tokens: int,
-    values: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Writes one tensor-parallel rank's weights; rank 0 writes `model.json` too.
 
     Args:
         folder: The `weights` folder; made when missing.
-        model: Its parameters' attributes give the rules.
+        header: Of this rank's part.
+        values: The tensors in the order of the header, one after the other.
         config: Settings of the model.
         rank: Tensor-parallel rank that writes.
         size: Tensor-parallel ranks.
         step: Optimizer steps done.
         tokens: Tokens trained on.
-        values: Tensors in the order of `model_tensors`, one after the other, when the model does not hold them itself:
-            fp32 masters, gathered ZeRO 3 parameters.
     """
-    tensors, parameters = model_tensors(model), dict(model.named_parameters())
-    shapes = {name: shape_on_rank(parameters.get(name, tensor)) for name, tensor in tensors.items()}
-    rules = {name: split_of(parameters[name]) if name in parameters else None for name in tensors}
-    metadata = {"rules": rules_to_json(rules)}
-    write_tensors(folder / _shard_name(rank, size), shapes, tensors.items() if values is None else values, metadata)
+    write_shard(folder / shard_name(rank, size), header, values)
     if rank == 0:
-        description = {"format": FORMAT, "tensor_parallel": size, "step": step, "tokens": tokens}
-        text = json.dumps({**description, "model": config.to_dict()}, indent=2)
-        (folder / "model.json").write_text(text + "\n", encoding="utf-8")
+        write_description(folder / DESCRIPTION, config, size=size, step=step, tokens=tokens)
+
+
+def write_shard(file: Path, header: ShardHeader, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes the tensors of one tensor-parallel rank; see `save_shard`."""
+    write_tensors(file, header.shapes, values, {"rules": rules_to_json(header.rules)})
+
+
+def write_description(file: Path, config: TitansConfig, *, size: int, step: int, tokens: int) -> None:
+    """Writes what all shards have in common; see `save_shard`."""
+    description = {"format": FORMAT, "tensor_parallel": size, "step": step, "tokens": tokens}
+    text = json.dumps({**description, "model": config.to_dict()}, indent=2)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def shard_name(rank: int, size: int) -> str:
+    """Name of the file of one of so many tensor-parallel ranks."""
+    return f"tp-{rank:02d}-of-{size:02d}.safetensors"
 
 
 def load_config(checkpoint: Path) -> TitansConfig:
@@ -148,7 +177,7 @@ def read_shards(checkpoint: Path) -> list[Shard]:
     size = _description(folder)["tensor_parallel"]
     shards = []
     for rank in range(size):
-        file = folder / _shard_name(rank, size)
+        file = folder / shard_name(rank, size)
         tensors, metadata = read_tensors(file, "weights")
         try:
             shards.append(Shard(file, tensors, rules_from_json(metadata["rules"])))
@@ -309,16 +338,12 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _shard_name(rank: int, size: int) -> str:
-    return f"tp-{rank:02d}-of-{size:02d}.safetensors"
-
-
 def _weights_folder(checkpoint: Path) -> Path:
     return checkpoint / WEIGHTS_FOLDER if (checkpoint / WEIGHTS_FOLDER).is_dir() else checkpoint
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    file = folder / "model.json"
+    file = folder / DESCRIPTION
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         written = description["format"]

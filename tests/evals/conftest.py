@@ -62,7 +62,8 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> MakeR
             parallel.start(1, seed=0)
         model = TitansModel(config, parallel.transformer_config(config))
         checkpoint = run / "checkpoints" / "step-00000001"
-        weights.save_shard(checkpoint / "weights", model, config, rank=0, size=1, step=1, tokens=1)
+        header, values = weights.ShardHeader.of(model), weights.model_tensors(model).items()
+        weights.save_shard(checkpoint / "weights", header, values, config, rank=0, size=1, step=1, tokens=1)
         files = [file for file in checkpoint.rglob("*") if file.is_file()]
         listed = {
             str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": weights.file_sha256(file)}

@@ -12,7 +12,7 @@ import torch
 from titans_mcore.config import TitansConfig
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
-from titans_mcore.weights import MARKER, save_shard
+from titans_mcore.weights import MARKER, ShardHeader, model_tensors, save_shard
 
 VOCABULARY = 330
 WORDS = (
@@ -61,7 +61,10 @@ def save_run(run: Path, config: TitansConfig, tokenizer: Path | None = None, see
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))
     checkpoint = run / "checkpoints" / "step-00000010"
-    save_shard(checkpoint / "weights", model, config, rank=0, size=1, step=10, tokens=5120)
+    values = model_tensors(model).items()
+    save_shard(
+        checkpoint / "weights", ShardHeader.of(model), values, config, rank=0, size=1, step=10, tokens=5120
+    )
     files = {
         str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size}
         for file in checkpoint.rglob("*")

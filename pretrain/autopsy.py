@@ -1,0 +1,121 @@
+"""What a run leaves that stops because of bad steps: RUN/autopsy/step-00000041/.
+
+    checkpoint/     the state before the step: bad steps in a row leave no trace in the weights
+    autopsy.json    why the run stopped, where the first number that is not finite came up, the documents of the batch,
+                    and the command that does the step again in one process (pretrain.replay)
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+AUTOPSY_FILE = "autopsy.json"
+CHECKPOINT = "checkpoint"
+
+
+def autopsy_folder(run_dir: Path, step: int) -> Path:
+    """Where the autopsy of a step lies."""
+    return run_dir / "autopsy" / f"step-{step:08d}"
+
+
+class NonfiniteWatch:
+    """Notes the first modules whose output, or the gradient of it, is not finite."""
+
+    def __init__(self) -> None:
+        self.forward = ""
+        """The first one in the order of the forward pass, and what was not finite."""
+        self.backward = ""
+        """The first one in the order of the backward pass."""
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator["NonfiniteWatch"]:
+        """Looks at all that passes inside the `with`; it waits for the device at every module."""
+        names = {module: name or "the model" for name, module in model.named_modules()}
+        handles = [module.register_forward_hook(self._look(name)) for module, name in names.items()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if not self.forward and (words := nonfinite(tensor)):
+                    self.forward = f"{name} ({type(module).__name__}): {words} of its output"
+                if tensor.requires_grad:
+                    tensor.register_hook(gradient_hook(type(module).__name__))
+
+        def gradient_hook(kind: str) -> Any:
+            def look(gradient: Tensor) -> None:
+                if not self.backward and (words := nonfinite(gradient)):
+                    self.backward = f"{name} ({kind}): {words} of the gradient of its output"
+
+            return look
+
+        return hook
+
+
+def nonfinite(tensor: Tensor) -> str:
+    """How many numbers are not finite, in words; empty when all are."""
+    count = int((~torch.isfinite(tensor)).sum())
+    return f"{count:,} of {tensor.numel():,} numbers" if count else ""
+
+
+def first_nonfinite(engine: Any, losses: Iterator[Tensor]) -> dict[str, str]:
+    """Does forward and backward passes again, one micro-batch after the other, until one is not finite. Collective.
+
+    Nothing can be trained with the engine afterwards.
+
+    Args:
+        engine: The DeepSpeed engine.
+        losses: Makes the loss of each of this rank's micro-batches when it is asked for it.
+
+    Returns:
+        `forward` and `backward`, each with the first module and the rank that saw it, where there is one.
+    """
+    watch = NonfiniteWatch()
+    with watch.watching(engine.module):
+        for loss in losses:
+            engine.backward(loss)
+            seen = torch.tensor([bool(watch.forward), bool(watch.backward)])
+            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+            if bool(seen.any()):
+                break
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {"forward": watch.forward, "backward": watch.backward})
+    result = {}
+    for way in ("forward", "backward"):
+        ranks = [rank for rank, one in enumerate(found) if one[way]]
+        if ranks:
+            result[way] = found[ranks[0]][way] + (f", on rank {ranks[0]}" if len(found) > 1 else "")
+    return result
+
+
+def write_autopsy(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes autopsy.json; numbers that are not finite become texts, which every JSON reader takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / AUTOPSY_FILE).write_text(json.dumps(_plain(facts), indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensors(output: Any) -> Sequence[Tensor]:
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, list | tuple):
+        return [tensor for part in output for tensor in _tensors(part)]
+    return []

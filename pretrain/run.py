@@ -1,0 +1,207 @@
+"""A run that is under way: what it holds, and what is done between its steps."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from pretrain.autopsy import CHECKPOINT, autopsy_folder, first_nonfinite, write_autopsy
+from pretrain.batch_documents import documents_of
+from pretrain.carried import CarriedState
+from pretrain.checkpoint import checkpoint_folder, on_rank_0
+from pretrain.config import RunConfig
+from pretrain.data import Batches, MicroBatch, NumberedSamples
+from pretrain.ending import TrainingFailed
+from pretrain.engine import StepResult, mean_loss
+from pretrain.folders import RunData
+from pretrain.health import Health, Verdict
+from pretrain.inloop.evaluations import Evaluations
+from pretrain.metrics import Metrics
+from pretrain.resume import ResumePoint, restore
+from pretrain.retention import Probation, delete, delete_others, whole_checkpoints
+from pretrain.rewinds import Rewind, Rewinds
+from pretrain.saving import Saved, Saver
+from pretrain.schedule import learning_rate, portion_of
+from titans_mcore.weights import checkpoints_newest_first
+
+
+@dataclass
+class Run:
+    """All that the steps of a run use. Every method is collective."""
+
+    config: RunConfig
+    run_dir: Path
+    data: RunData
+    samples: NumberedSamples
+    batches: Batches
+    engine: DeepSpeedEngine
+    carried: CarriedState | None
+    evaluations: Evaluations
+    metrics: Metrics
+    saver: Saver
+    health: Health
+    rewinds: Rewinds
+    probation: Probation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.probation = Probation(self.run_dir if dist.get_rank() == 0 else Path(os.devnull))
+
+    def rate_of_next_update(self) -> float:
+        """Learning rate; a step that was left out has not moved it."""
+        return learning_rate(
+            self.health.updates + 1,
+            peak=self.config.optimizer.lr,
+            warmup_steps=self.config.schedule.warmup_steps,
+            total_steps=self.config.train.steps,
+            min_fraction=self.config.schedule.min_lr_fraction,
+        )
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluates where it is due and reports it; returns what belongs into the step's own line."""
+        found = self.evaluations.after(self.engine, step)
+        for kind, values in found.items():
+            if kind != "heldout":
+                self.metrics.record(kind, step, values)
+        return {"heldout_loss": found["heldout"]["loss"]} if "heldout" in found else {}
+
+    def begin_save(self, step: int, heldout_loss: float | None = None) -> float:
+        """Begins to write a checkpoint, when the one before is there; returns the seconds that training waited."""
+        began = time.perf_counter()
+        if self.saver.pending:
+            self.finish_save()
+        facts: dict[str, Any] = {"health": self.health.state_dict(), "check_loss": self.check_loss(step)}
+        if heldout_loss is not None:
+            facts["heldout_loss"] = heldout_loss
+        self.saver.begin(step, self.carried, **facts)
+        if not self.config.checkpoint.asynchronous:
+            self.finish_save()
+        return time.perf_counter() - began
+
+    def finish_save(self) -> Saved:
+        """Publishes the checkpoint that is being written, and deletes those that are no longer kept."""
+        saved = self.saver.finish()
+        if saved.error:
+            self._tell_lost(saved)
+            return saved
+        if dist.get_rank() == 0:
+            self.probation.add(saved.folder, saved.record)
+            delete_others(self.run_dir, self.config.checkpoint)
+        size = sum(file["bytes"] for file in saved.record["files"].values())
+        values = {"name": "saved", "folder": saved.folder.name, "seconds": saved.seconds, "bytes": size}
+        self.metrics.record("event", saved.record["step"], values)
+        dist.barrier()  # nobody looks for checkpoints while rank 0 deletes some
+        return saved
+
+    def prove(self, step: int) -> None:
+        """Marks the checkpoints that have become healthy with this step."""
+        try:
+            for folder in self.probation.check(self.health):
+                self.metrics.record("event", step, {"name": "healthy", "folder": folder.name})
+        except OSError as error:
+            self.metrics.event(step, "mark_failed", f"note: a healthy checkpoint could not be marked: {error}")
+
+    def check_loss(self, step: int) -> float:
+        """Loss of the first sample of a step as the weights are now: what --verify-resume compares."""
+        portion = portion_of(step, self.config.train)
+        self.samples.prepare(portion.first, portion.first + portion.samples - 1)
+        return mean_loss(self.engine, self.samples.micro_batch([portion.first]).cut(portion.row_length))
+
+    def go_back(self, step: int, verdict: Verdict) -> int:
+        """Goes back to the newest healthy checkpoint from before a bad step, and passes over the bad ones from then on.
+
+        Returns:
+            The step of the checkpoint.
+
+        Raises:
+            TrainingFailed: There is no healthy checkpoint, or the run has gone back to it often enough.
+        """
+        if self.saver.pending:
+            self.finish_save()
+        first_bad, allowed = self.health.first_bad, self.config.health.rewinds
+        healthy = on_rank_0(lambda: self._newest_healthy(first_bad))
+        if healthy is None:
+            self.fail(step, f"{verdict.reason}; there is no healthy checkpoint to go back to")
+        point = ResumePoint(*healthy)
+        to_step = point.progress.step
+        if self.rewinds.to(to_step) >= allowed:
+            self.fail(step, f"{verdict.reason}; the run went back to step {to_step} {allowed} times already")
+        self.rewinds = self.rewinds.with_another(Rewind(to_step, first_bad, step, verdict.reason))
+        on_rank_0(lambda: self._write_rewinds(to_step))
+        restore(self.engine, self.config, point, self.carried)
+        self.health.load_state_dict(point.record["health"])
+        passed = f"step {step}" if first_bad == step else f"steps {first_bad} to {step}"
+        message = f"{verdict.reason} at step {step}: going back to {point.folder.name}, and passing over {passed}"
+        self.metrics.event(step, "rewind", message, resumed_step=to_step, first=first_bad, last=step)
+        return to_step
+
+    def fail(self, step: int, reason: str) -> None:
+        """Leaves an autopsy and ends the run.
+
+        Raises:
+            TrainingFailed: Always.
+        """
+        folder = autopsy_folder(self.run_dir, step)
+        if self.saver.pending:
+            self.finish_save()
+        self.saver.begin(step - 1, self.carried, folder=folder / CHECKPOINT, health=self.health.state_dict())
+        saved = self.saver.finish()
+        places = first_nonfinite(self.engine, self._losses_again(step))
+        portion = portion_of(step, self.config.train)
+        facts = {
+            "step": step,
+            "reason": reason,
+            "samples": [portion.first, portion.first + portion.samples - 1],
+            "first_nonfinite": places,
+            "health": self.health.state_dict(),
+            "documents": documents_of(self.samples, self.data, portion) if dist.get_rank() == 0 else [],
+            "command": f"python -m pretrain.replay {folder}",
+        }
+        if saved.error:
+            facts["no_checkpoint"] = saved.error
+        on_rank_0(lambda: write_autopsy(folder, facts))
+        newest = next((f"; the newest checkpoint is {one}" for one in checkpoints_newest_first(self.run_dir)), "")
+        where = places.get("forward") or places.get("backward")
+        raise TrainingFailed(
+            f"{reason}, at step {step}{newest}. "
+            + (f"Not finite first in {where}. " if where else "")
+            + f"{folder} has the batch and the weights before it: {facts['command']} does the step again"
+        )
+
+    def close(self) -> None:
+        """Ends threads and closes files."""
+        self.batches.close()
+        self.saver.close()
+        self.metrics.close()
+
+    def _losses_again(self, step: int) -> Iterator[torch.Tensor]:
+        micro_batches: list[MicroBatch] = self.batches.fetch(step - 1)
+        for micro_batch in micro_batches:
+            yield self.engine(**own(micro_batch)).mean()
+
+    def _newest_healthy(self, before: int) -> tuple[Path, dict[str, Any]] | None:
+        for one in whole_checkpoints(self.run_dir):
+            if one.healthy and one.step < before:
+                return one.folder, json.loads((one.folder / "checkpoint.json").read_text(encoding="utf-8"))
+        return None
+
+    def _write_rewinds(self, to_step: int) -> None:
+        self.rewinds.write(self.run_dir)
+        # What was saved since may hold what the bad batches did, and a run started again would go on from there.
+        for one in whole_checkpoints(self.run_dir):
+            if one.step > to_step:
+                delete(one.folder)
+
+    def _tell_lost(self, saved: Saved) -> None:
+        newest = next((str(folder) for folder in checkpoints_newest_first(self.run_dir)), "none")
+        message = (
+            f"error: the checkpoint after step {saved.record['step']} could not be saved: {saved.error}; "
+            f"the run goes on, its newest checkpoint is {newest}; make room below {self.run_dir}"
+        )
+        self.metrics.event(saved.record["step"], "save_failed", message)
