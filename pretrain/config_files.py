@@ -18,6 +18,7 @@ from pretrain.settings import (
     TEXTS,
     CheckpointConfig,
     DataConfig,
+    EvaluateConfig,
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -35,6 +36,7 @@ SECTIONS: dict[str, Any] = {
     "schedule": ScheduleConfig,
     "parallel": ParallelConfig,
     "checkpoint": CheckpointConfig,
+    "evaluate": EvaluateConfig,
     "logging": LoggingConfig,
 }
 

@@ -1,9 +1,8 @@
-"""The model inside a DeepSpeed engine, under Megatron's groups; one optimizer step, and the held-out loss."""
+"""The model inside a DeepSpeed engine, under Megatron's groups; and one optimizer step."""
 
 import contextlib
 import io
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from pretrain.carried import CarriedState
 from pretrain.config import RunConfig
-from pretrain.data import MicroBatch, NumberedSamples
+from pretrain.data import MicroBatch
 from pretrain.settings import OptimizerConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import (
@@ -26,7 +25,6 @@ from titans_mcore.parallel import (
     device,
     memory_split,
     reduce_shared_gradients,
-    sample_place,
     transformer_config,
 )
 from titans_mcore.weights import model_tensors
@@ -215,31 +213,6 @@ def train_step(
         loss_sum += loss.detach()
     norm = unsharded_norm if engine.zero_optimization_stage() == 0 else engine.get_global_grad_norm()
     return StepResult(_mean_over_data_ranks(loss_sum / len(micro_batches)), float(norm))
-
-
-def heldout_loss(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunConfig) -> float:
-    """Mean cross-entropy, nats a token, over the first held-out sequences; the same at every layout.
-
-    Args:
-        engine: Its model is evaluated.
-        samples: Held-out samples.
-        config: Says how many, and the micro-batch.
-    """
-    rank, ranks = sample_place()
-    count, size = min(config.data.heldout_sequences, samples.per_epoch), config.train.micro_batch
-    total = torch.zeros(2, dtype=torch.float64, device=device())
-    engine.eval()
-    with torch.no_grad():
-        # All ranks make the same number of passes, which ZeRO 3 needs; what is past the end has no weight.
-        for i in range(math.ceil(count / (size * ranks))):
-            wanted = range((i * ranks + rank) * size, (i * ranks + rank + 1) * size)
-            micro_batch = samples.micro_batch([min(n, count - 1) for n in wanted])
-            losses_BT = engine(**_own(micro_batch)).double()
-            counted_B = torch.tensor([n < count for n in wanted], device=device())
-            total += torch.stack([losses_BT[counted_B].sum(), counted_B.sum() * losses_BT.shape[1]])
-    engine.train()
-    dist.all_reduce(total, group=DeepSpeedGroups().get_data_parallel_group())
-    return float(total[0] / total[1])
 
 
 def _losses(engine: DeepSpeedEngine, micro_batch: MicroBatch, place: int, carried: CarriedState | None) -> Tensor:

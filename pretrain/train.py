@@ -20,12 +20,12 @@ from pretrain.engine import (
     StepResult,
     build_engine,
     build_model,
-    heldout_loss,
     megatron_config,
     resolve_precision,
     train_step,
 )
 from pretrain.folders import RunData, keep_tokenizer, open_data
+from pretrain.inloop.evaluations import Evaluations
 from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
@@ -60,6 +60,7 @@ def train(arguments: Sequence[str]) -> None:
             say(f"{run_dir} is finished: step {progress.step} of {config.train.steps}; raise --train.steps to go on")
             return
         samples, heldout = open_samples(config, data, run_dir)
+        evaluations = Evaluations(config, data, run_dir, heldout)
         batches = Batches(samples, config, data_rank, data_parallel)
         model = build_model(config, groups)
         describe(model, config, data_parallel)
@@ -83,8 +84,8 @@ def train(arguments: Sequence[str]) -> None:
         check_finite(result, step, run_dir)
         stopping = stop_request.seen_by_any_rank()
         last = step == config.train.steps
-        if heldout and (last or due(step, config.train.evaluate_every_steps)):
-            values["heldout_loss"] = heldout_loss(engine, heldout, config)
+        for kind, evaluated in evaluations.after(engine, step).items():
+            values |= {f"{kind}_{name}": value for name, value in evaluated.items()}
         metrics.step(step, values)
         if last or stopping or due(step, config.checkpoint.every_steps):
             save(engine, config, data.fingerprint, run_dir, step, carried)
@@ -118,7 +119,7 @@ def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[Numbe
 
     strands = config.train.global_batch if config.data.carry_state else 0
     samples = blended([folder.manifest.train_prefixes(folder.path) for folder in data.folders], strands)
-    if not config.data.heldout_sequences:
+    if not config.evaluate.heldout_sequences:
         return samples, None
     return samples, blended([[folder.manifest.heldout_prefix(folder.path)] for folder in data.folders])
 
