@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,8 +85,8 @@ def train(arguments: Sequence[str]) -> None:
         check_finite(result, step, run_dir)
         stopping = stop_request.seen_by_any_rank()
         last = step == config.train.steps
-        for kind, evaluated in evaluations.after(engine, step).items():
-            values |= {f"{kind}_{name}": value for name, value in evaluated.items()}
+        for kind, found in evaluations.after(engine, step):
+            values |= {"heldout_loss": found["loss"]} if kind == "heldout" else {f"{kind}_{found['name']}": found}
         metrics.step(step, values)
         if last or stopping or due(step, config.checkpoint.every_steps):
             save(engine, config, data.fingerprint, run_dir, step, carried)
@@ -137,7 +138,7 @@ def rate_of(step: int, config: RunConfig) -> float:
 
 def measured(
     result: StepResult, lr: float, step: int, config: RunConfig, seconds: float, wait_seconds: float
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The numbers of a step, under their names in metrics.jsonl."""
     return {
         "loss": result.loss,
@@ -211,7 +212,7 @@ def is_counted(parameter: torch.Tensor) -> bool:
     return first or getattr(parameter, "tensor_model_parallel", False)
 
 
-def summary(values: dict[str, float], config: RunConfig, run_dir: Path) -> str:
+def summary(values: dict[str, Any], config: RunConfig, run_dir: Path) -> str:
     """What the run ended with."""
     loss = f"held-out loss {values['heldout_loss']:.4f} nats a token, " if "heldout_loss" in values else ""
     return f"{loss}loss {values['loss']:.4f}, {checkpoint_folder(run_dir, config.train.steps)}"

@@ -1,7 +1,9 @@
 """When a run is evaluated, a function of the step, and on what."""
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 from deepspeed import DeepSpeedEngine
 
@@ -13,6 +15,8 @@ from pretrain.inloop.long_rows import open_long_rows, position_losses
 from pretrain.inloop.probe import Probe
 from pretrain.schedule import tokens_after
 from tokenization.manifest import TOKENIZER_NAME
+
+T = TypeVar("T")
 
 
 def evaluations_by(step: int, config: RunConfig) -> int:
@@ -42,7 +46,7 @@ class Evaluations:
         tokenizer = run_dir / "tokenizer" / TOKENIZER_NAME
         self._probe = Probe.open(config, tokenizer) if config.evaluate.probe_length else None
 
-    def after(self, engine: DeepSpeedEngine, step: int) -> dict[str, dict[str, float]]:
+    def after(self, engine: DeepSpeedEngine, step: int) -> list[tuple[str, dict[str, Any]]]:
         """Evaluates where it is due after a step; collective.
 
         Args:
@@ -50,27 +54,36 @@ class Evaluations:
             step: Counted from 1.
 
         Returns:
-            `heldout`, `position_loss` and `probe`, where they were taken, each with its values and the `seconds` it
-            took. Losses are in nats a token.
+            Records, each its kind and its values. `heldout`: loss. `position_loss` (`name` heldout, for rows read as in
+            training, or long_rows): tokens, loss. `probe`: see Probe.run. Losses are nats a token, `seconds` what an
+            evaluation took.
         """
         number, before = evaluations_by(step, self._config), evaluations_by(step - 1, self._config)
         last = step == self._config.train.steps
-        found: dict[str, dict[str, float]] = {}
         if not last and number == before:
-            return found
-        started = time.perf_counter()
-
-        def take(kind: str, values: dict[str, float]) -> None:
-            nonlocal started
-            now = time.perf_counter()
-            found[kind], started = {**values, "seconds": now - started}, now
-
-        if self._heldout:
-            take("heldout", heldout_losses(engine, self._heldout, self._config).values())
+            return []
+        records = list(self._of_heldout(engine))
         every = self._config.evaluate.long_every
         if last or number // every > before // every:
-            if self._long_rows:
-                take("position_loss", position_losses(engine, self._long_rows, self._config).values())
-            if self._probe:
-                take("probe", self._probe.run(engine))
-        return found
+            records += self._of_long_context(engine)
+        return records
+
+    def _of_heldout(self, engine: DeepSpeedEngine) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._heldout:
+            losses, seconds = _timed(heldout_losses, engine, self._heldout, self._config)
+            yield "heldout", {"loss": losses.mean, "seconds": seconds}
+            yield "position_loss", {"name": "heldout", **losses.curve()}
+
+    def _of_long_context(self, engine: DeepSpeedEngine) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._long_rows:
+            losses, seconds = _timed(position_losses, engine, self._long_rows, self._config)
+            yield "position_loss", {"name": "long_rows", **losses.curve(), "seconds": seconds}
+        if self._probe:
+            values, seconds = _timed(self._probe.run, engine)
+            yield "probe", {**values, "seconds": seconds}
+
+
+def _timed(evaluate: Callable[..., T], *arguments: object) -> tuple[T, float]:
+    started = time.perf_counter()
+    found = evaluate(*arguments)
+    return found, time.perf_counter() - started

@@ -1,7 +1,5 @@
 """The loss of tokens, by how many others the model had read before."""
 
-from itertools import pairwise
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,10 +42,9 @@ class LossByTokensRead:
         losses, tokens = self._sums.sum(1).tolist()
         return losses / tokens
 
-    def values(self) -> dict[str, float]:
-        """`loss` over all, and `loss_FIRST_to_LAST` over those from so many tokens read; empty buckets are left out."""
-        found = {"loss": self.mean}
-        for (before, last), (loss, tokens) in zip(pairwise([0, *self._ends]), self._sums.T.tolist(), strict=True):
-            if tokens:
-                found[f"loss_{before + 1}_to_{last}"] = loss / tokens
-        return found
+    def curve(self) -> dict[str, list[float]]:
+        """`tokens`, where buckets end, and `loss`, their means; a bucket begins behind the one before. The last ones
+        are left out where no document is as long."""
+        buckets = zip(self._ends, *self._sums.tolist(), strict=True)
+        taken = [(end, loss / predicted) for end, loss, predicted in buckets if predicted]
+        return {"tokens": [end for end, _ in taken], "loss": [loss for _, loss in taken]}

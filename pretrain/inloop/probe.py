@@ -77,14 +77,16 @@ class Probe:
             )
         return probe
 
-    def run(self, engine: DeepSpeedEngine) -> dict[str, float]:
-        """For each length `found_at_LENGTH`, the share of needles found, and `answer_loss_at_LENGTH`, the loss of the
-        right values, nats a token; collective, and the same at every layout.
-
-        The latter falls long before the first needle is found. It is not a number where logits are not finite.
+    def run(self, engine: DeepSpeedEngine) -> dict[str, Any]:
+        """Asks at every length; collective, and the same at every layout.
 
         Args:
             engine: Its model is asked.
+
+        Returns:
+            `name` of the task, `lengths`, `samples` of each, and by length `accuracy`, the share of needles found, and
+            `answer_loss`, that of the right values in nats a token: it falls long before the first needle is found,
+            and is no number where logits are not finite.
         """
         config = self.config.evaluate
         sums = torch.zeros(len(config.probe_lengths), 4, dtype=torch.float64, device=device())
@@ -94,10 +96,14 @@ class Probe:
                     samples = [self.builder.build(self._name(length, number)) for number in numbers]
                     sums_of_length += self._sums(samples, self.ask(engine, samples), counted_B)
         dist.all_reduce(sums, group=DeepSpeedGroups().get_data_parallel_group())
-        values: dict[str, float] = {}
-        for length, (found, asked, loss, tokens) in zip(config.probe_lengths, sums.tolist(), strict=True):
-            values |= {f"found_at_{length}": found / asked, f"answer_loss_at_{length}": loss / tokens}
-        return values
+        found, asked, losses, tokens = sums.T
+        return {
+            "name": TASK,
+            "lengths": list(config.probe_lengths),
+            "samples": config.probe_samples,
+            "accuracy": (found / asked).tolist(),
+            "answer_loss": (losses / tokens).tolist(),
+        }
 
     def ask(self, engine: DeepSpeedEngine, samples: list[Sample]) -> Answers:
         """Reads haystacks of one length side by side, and has them answered.
