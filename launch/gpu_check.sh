@@ -118,7 +118,7 @@ train() {
     local name=$1 config=$2
     shift 2
     step "$name" bash launch/torchrun.sh --config "$config" --run-dir "$output/$name" --nproc 1 \
-        --data.path "$output/data/shards" --data.heldout-sequences 0 --train.steps "$steps" \
+        --data.path "$output/data/shards" --evaluate.heldout-sequences 0 --train.steps "$steps" \
         --train.global-batch 8 --train.micro-batch 1 --parallel.tensor 1 --schedule.warmup-steps 5 \
         --checkpoint.every-steps 0 "$@"
 }

@@ -8,9 +8,9 @@ import torch.distributed as dist
 import tyro
 
 from pretrain.config_files import load_run_config
-from pretrain.folders import open_data
-from pretrain.schedule import portion_of
-from pretrain.train import open_samples
+from pretrain.data import NumberedSamples
+from pretrain.folders import RunData, open_data, open_samples
+from pretrain.schedule import Portion, portion_of
 from tokenization.errors import TokenizationError
 from tokenization.trace import origin_of
 
@@ -38,11 +38,16 @@ def documents_of_step(run: Path, step: int) -> list[str]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     samples, _ = open_samples(config, data, run)
-    first, count, _ = portion_of(step, config.train)
-    samples.prepare(first, first + count - 1)
+    portion = portion_of(step, config.train)
+    samples.prepare(portion.first, portion.first + portion.samples - 1)
+    return documents_of(samples, data, portion)
+
+
+def documents_of(samples: NumberedSamples, data: RunData, portion: Portion) -> list[str]:
+    """The same of samples that are open already."""
     manifests = {folder.path.resolve(): folder.manifest for folder in data.folders}
     lines = []
-    for index in range(first, first + count):
+    for index in range(portion.first, portion.first + portion.samples):
         for piece in samples.pieces(index):
             source, row = origin_of(manifests[piece.prefix.parent], piece.prefix, piece.document)
             shard = piece.prefix.name if len(manifests) == 1 else piece.prefix

@@ -13,11 +13,13 @@ from pretrain.config_files import build, read_toml, setting_names, unknown_setti
 from pretrain.settings import TEXTS
 from titans_mcore.config import TitansConfig
 
-_FLAGS = ("--config", "--run-dir", "--variant")
+_FLAGS = ("--config", "--run-dir", "--variant", "--verify-resume")
+_SWITCH = "--verify-resume"
 _USAGE = "python -m pretrain.train --config FILE --run-dir DIR [--SECTION.SETTING VALUE ...]"
 _DESCRIPTION = """Trains a model: --config FILE is a TOML file, --run-dir DIR takes everything that the run writes, and
 each flag below overrides one setting of the file. --variant X is short for --model.variant X. A run folder that holds
-checkpoints is continued."""
+checkpoints is continued; --verify-resume has it compute the loss of a sample first, which must be the one that was
+noted when the checkpoint was saved."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class CommandLine:
     """The settings, complete."""
     run_dir: Path
     """Folder that takes everything the run writes."""
+    verify_resume: bool = False
+    """Compare a loss with the checkpoint's before going on from it."""
 
 
 def parse(arguments: Sequence[str]) -> CommandLine:
@@ -53,7 +57,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     config = replace(config, data=config.data.absolute())
     if "vocab_size" not in tree.get("model", {}) and "model.vocab_size" not in overrides:
         config = replace(config, model=_with_vocabulary_of_data(config))
-    return CommandLine(config, Path(named["--run-dir"]))
+    return CommandLine(config, Path(named["--run-dir"]), _SWITCH in named)
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -70,6 +74,9 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
             raise ValueError(f"unexpected {word!r} on the command line; settings are written --section.setting value")
         if flag not in _FLAGS and name not in known:
             raise ValueError(unknown_setting(flag, "the command line", [*_FLAGS, *map(_flag, known)]))
+        if word == _SWITCH:
+            named[word] = ""
+            continue
         if not equals:
             value = words.popleft() if words else "--"
         if value.startswith("--"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pretrain.settings import (
     CheckpointConfig,
     DataConfig,
+    EvaluateConfig,
     HealthConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -41,6 +42,8 @@ class RunConfig:
     """Layout over processes."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the run is saved."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """What is evaluated between steps."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """What is done about bad steps."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -50,6 +53,7 @@ class RunConfig:
         self._check_shared_rows()
         if self.data.carry_state:
             self._check_carried_state()
+        self._check_constant_memory()
 
     def _check_carried_state(self) -> None:
         """A row must be the same place of every step, as long as ever, and leave a state of constant size."""
@@ -68,11 +72,21 @@ class RunConfig:
             raise ValueError(
                 f"data.carry_state does not go with parallel.context {self.parallel.context} yet; set one of them back"
             )
-        if self.model.window == 0 and self.model.variant in ("mag", "mal", "transformer"):
+        if self._keeps_every_key:
             raise ValueError(
                 "data.carry_state hands on the keys that later tokens see, and model.window 0 keeps all of them; "
                 "set model.window"
             )
+
+    def _check_constant_memory(self) -> None:
+        """What is streamed must leave a state of constant size."""
+        if self._keeps_every_key:
+            for name in ("position_length", "probe_length"):
+                if length := getattr(self.evaluate, name):
+                    raise ValueError(
+                        f"evaluate.{name} {length} is read in constant memory, and model.window 0 keeps the keys of "
+                        "all tokens; set model.window, or leave it out"
+                    )
 
     def _check_shared_rows(self) -> None:
         """A row must fall into equal parts for the ranks that share its tokens."""
@@ -89,7 +103,7 @@ class RunConfig:
                     f"train.{self._row_setting} {length} cannot be divided into {context} equal parts{parts} for "
                     f"parallel.context {context}; make it a multiple of {context * unit}"
                 )
-            if model.window == 0 and model.variant in ("mag", "mal", "transformer"):
+            if self._keeps_every_key:
                 raise ValueError(
                     f"parallel.context {context} hands on the keys that later tokens see, and model.window 0 keeps all "
                     "of them; set model.window"
@@ -99,6 +113,10 @@ class RunConfig:
                 f"parallel.sequence divides {length // context} tokens over parallel.tensor {self.parallel.tensor} "
                 f"ranks; make train.{self._row_setting} a multiple of {context * self.parallel.tensor}"
             )
+
+    @property
+    def _keeps_every_key(self) -> bool:
+        return self.model.window == 0 and self.model.variant in ("mag", "mal", "transformer")
 
     @property
     def _row_setting(self) -> str:

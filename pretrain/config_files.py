@@ -18,6 +18,7 @@ from pretrain.settings import (
     TEXTS,
     CheckpointConfig,
     DataConfig,
+    EvaluateConfig,
     HealthConfig,
     LoggingConfig,
     OptimizerConfig,
@@ -36,6 +37,7 @@ SECTIONS: dict[str, Any] = {
     "schedule": ScheduleConfig,
     "parallel": ParallelConfig,
     "checkpoint": CheckpointConfig,
+    "evaluate": EvaluateConfig,
     "health": HealthConfig,
     "logging": LoggingConfig,
 }

@@ -14,7 +14,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -56,6 +56,13 @@ class MicroBatch(NamedTuple):
     def arguments(self, device: torch.device) -> dict[str, Tensor | None]:
         """What the model takes of it, there."""
         return {name: None if x is None else x.to(device) for name, x in zip(self._fields[:3], self[:3], strict=True)}
+
+    def first_rows(self, count: int) -> "MicroBatch":
+        """The first rows alone."""
+        tokens, labels, starts = (None if x is None else x[:count] for x in self[:3])
+        assert tokens is not None
+        assert labels is not None
+        return MicroBatch(tokens, labels, starts, self.begins)
 
     def cut(self, length: int) -> "MicroBatch":
         """The same tokens and labels in rows of `length`, (B * T / length, length)."""
@@ -270,14 +277,26 @@ class Batches:
         self.waited_seconds = 0.0
         """Time that the last `fetch` waited."""
 
-    def fetch(self, step: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a step counted from 0; every rank fetches the same steps in the same order."""
+    def fetch(self, step: int, ahead: int | None = None) -> list[MicroBatch]:
+        """This rank's micro-batches of a step counted from 0; every rank fetches the same steps in the same order.
+
+        Args:
+            step: Which one.
+            ahead: The step that will be fetched next, and is read meanwhile; by default the one behind it, and none
+                where it is not a later one of the run.
+        """
         started = time.perf_counter()
-        ahead = self._ahead.pop(step, None) or self._submit(step)
-        micro_batches = ahead.result()
+        future = self._ahead.pop(step, None)
+        if future is None:
+            # What is being read is not needed, and would miss the epochs that are opened for this step.
+            wait(self._ahead.values())
+            self._ahead.clear()
+            future = self._submit(step)
+        micro_batches = future.result()
         self.waited_seconds = time.perf_counter() - started
-        if step < self._train.steps - 1:
-            self._ahead[step + 1] = self._submit(step + 1)
+        ahead = step + 1 if ahead is None else ahead
+        if step < ahead < self._train.steps:
+            self._ahead[ahead] = self._submit(ahead)
         return micro_batches
 
     def close(self) -> None:

@@ -44,14 +44,15 @@ class Heard(NamedTuple):
 class StopRequest:
     """A signal, or the time that has passed, that asks the run to end after the current step."""
 
-    def __init__(self, stop_after_minutes: float = 0.0) -> None:
+    def __init__(self, began: float, stop_after_minutes: float) -> None:
         """Takes over SIGTERM, SIGINT and SIGUSR1.
 
         Args:
-            stop_after_minutes: Minutes from now on; 0: none.
+            began: time.monotonic() when the process began.
+            stop_after_minutes: Minutes from then on; 0: no limit.
         """
         self._signal = 0
-        self._deadline = time.monotonic() + 60 * stop_after_minutes if stop_after_minutes else math.inf
+        self._deadline = began + 60 * stop_after_minutes if stop_after_minutes else math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 

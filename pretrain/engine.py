@@ -1,4 +1,4 @@
-"""The model inside a DeepSpeed engine, under Megatron's groups; one optimizer step, and the held-out loss."""
+"""The model inside a DeepSpeed engine, under Megatron's groups; and one optimizer step."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.carried import CarriedState
 from pretrain.config import RunConfig
-from pretrain.data import MicroBatch, NumberedSamples
+from pretrain.data import MicroBatch
 from pretrain.gate import UpdateGate
 from pretrain.settings import OptimizerConfig
 from titans_mcore.mixers import MIXERS
@@ -236,42 +236,30 @@ def train_step(
     return StepResult(found_loss, found_norm, not skipped)
 
 
-def heldout_loss(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunConfig) -> float:
-    """Mean cross-entropy, nats a token, over the first held-out sequences; the same at every layout.
-
-    Args:
-        engine: Its model is evaluated.
-        samples: Held-out samples.
-        config: Says how many, and the micro-batch.
-    """
-    rank, ranks = sample_place()
-    count, size = min(config.data.heldout_sequences, samples.per_epoch), config.train.micro_batch
-    total = torch.zeros(2, dtype=torch.float64, device=device())
-    engine.eval()
-    with torch.no_grad():
-        # All ranks make the same number of passes, which ZeRO 3 needs; what is past the end has no weight.
-        for i in range(math.ceil(count / (size * ranks))):
-            wanted = range((i * ranks + rank) * size, (i * ranks + rank + 1) * size)
-            micro_batch = samples.micro_batch([min(n, count - 1) for n in wanted])
-            losses_BT = engine(**_own(micro_batch)).double()
-            counted_B = torch.tensor([n < count for n in wanted], device=device())
-            total += torch.stack([losses_BT[counted_B].sum(), counted_B.sum() * losses_BT.shape[1]])
-    engine.train()
-    dist.all_reduce(total, group=DeepSpeedGroups().get_data_parallel_group())
-    return float(total[0] / total[1])
-
-
 def _losses(engine: DeepSpeedEngine, micro_batch: MicroBatch, place: int, carried: CarriedState | None) -> Tensor:
     """Cross-entropy of each token, (B, T), of the step's micro-batch at a place."""
     if carried is None:
-        return engine(**_own(micro_batch))
+        return engine(**own(micro_batch))
     # Where the very first step was left out there is nothing to go on from.
     before = [] if micro_batch.begins else carried.states.get(place, [])
-    losses, carried.states[place] = engine(**_own(micro_batch), states=before)
+    losses, carried.states[place] = engine(**own(micro_batch), states=before)
     return losses
 
 
-def _own(micro_batch: MicroBatch) -> dict[str, Tensor | None]:
+def first_rank_loss(engine: DeepSpeedEngine, micro_batch: MicroBatch) -> float:
+    """Mean cross-entropy of the rows of the first data rank, nats, in rows that begin anew. Nothing is learned.
+
+    Collective: the other ranks compute theirs, because weights may have to be gathered.
+    """
+    engine.eval()
+    with torch.no_grad():
+        loss = engine(**own(micro_batch)).mean() * (sample_place().rank == 0)
+    engine.train()
+    dist.all_reduce(loss, group=DeepSpeedGroups().get_data_parallel_group())
+    return float(loss) / context_place().ranks
+
+
+def own(micro_batch: MicroBatch) -> dict[str, Tensor | None]:
     """This rank's tokens of it, where it computes, as the model takes them."""
     return micro_batch.part(*context_place()).arguments(device())
 

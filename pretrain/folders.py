@@ -1,11 +1,13 @@
-"""What a run reads: its folders of shards, checked, and what identifies them together."""
+"""What a run reads: its folders of shards, checked, what identifies them together, and their samples."""
 
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.blend import Blend
 from pretrain.config import RunConfig
+from pretrain.data import NumberedSamples, Samples
 from titans_mcore.weights import file_sha256
 from tokenization.files import write_file_atomically
 from tokenization.manifest import TOKENIZER_NAME, Manifest
@@ -83,3 +85,29 @@ def keep_tokenizer(data: RunData, run_dir: Path) -> None:
         write_file_atomically(kept, (folder / TOKENIZER_NAME).read_bytes())
     elif file_sha256(kept) != data.tokenizer.sha256:
         raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
+
+
+def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[NumberedSamples, NumberedSamples | None]:
+    """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
+    start_token = data.tokenizer.bos_id if config.data.reset_documents else None
+
+    def of_folder(prefixes: list[str], strands: int = 0) -> Samples:
+        return Samples(
+            prefixes,
+            run_dir / "index",
+            vocab_size=config.model.vocab_size,
+            sequence_length=config.train.sequence_length,
+            seed=config.train.seed,
+            start_token=start_token,
+            strands=strands,
+        )
+
+    def blended(prefixes: list[list[str]], strands: int = 0) -> NumberedSamples:
+        parts = [of_folder(one, strands) for one in prefixes]
+        return Blend(parts, [folder.share for folder in data.folders]) if len(parts) > 1 else parts[0]
+
+    strands = config.train.global_batch if config.data.carry_state else 0
+    samples = blended([folder.manifest.train_prefixes(folder.path) for folder in data.folders], strands)
+    if not config.evaluate.heldout_sequences:
+        return samples, None
+    return samples, blended([[folder.manifest.heldout_prefix(folder.path)] for folder in data.folders])

@@ -37,13 +37,13 @@ class Metrics:
         if config.logging.wandb != "off":
             self._wandb = _start_wandb(config, run_dir)
 
-    def step(self, step: int, values: dict[str, float]) -> None:
+    def step(self, step: int, values: dict[str, Any]) -> None:
         """Reports one step.
 
         Args:
             step: Counted from 1.
-            values: loss, grad_norm, lr, tokens, tokens_per_second, seconds, data_wait_seconds; heldout_loss where the
-                step was followed by an evaluation.
+            values: loss, grad_norm, lr, tokens, tokens_per_second, seconds, data_wait_seconds; heldout_loss,
+                position_loss_NAME and probe_NAME where the step was followed by an evaluation.
         """
         if not self._active:
             return
@@ -67,7 +67,7 @@ class Metrics:
             if self._wandb is not None:
                 self._wandb.finish()
 
-    def _line(self, step: int, values: dict[str, float]) -> str:
+    def _line(self, step: int, values: dict[str, Any]) -> str:
         steps = self._config.train.steps
         left = self._seconds / (step - self._first_step) * (steps - step)
         line = (

@@ -77,7 +77,9 @@ def find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> Res
     return on_rank_0(lambda: _find_resume_point(config, fingerprint, run_dir))
 
 
-def restore(engine: DeepSpeedEngine, config: RunConfig, point: ResumePoint, carried: CarriedState | None = None) -> None:
+def restore(
+    engine: DeepSpeedEngine, config: RunConfig, point: ResumePoint, carried: CarriedState | None = None
+) -> None:
     """Puts weights, optimizer and random states back as they were, at whatever layout they were saved. Collective.
 
     Args:

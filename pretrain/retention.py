@@ -78,7 +78,7 @@ def whole_checkpoints(run_dir: Path) -> list[Kept]:
 
 
 class Probation:
-    """The checkpoints that have not proven healthy yet; a rank looks after them, and asks the disk only when one has."""
+    """The checkpoints that have not proven healthy yet. One rank looks after them, and writes only when one has."""
 
     def __init__(self, run_dir: Path) -> None:
         """Finds those that an earlier process left behind."""

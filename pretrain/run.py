@@ -1,12 +1,11 @@
 """A run that is under way: what it holds, and what is done between its steps."""
 
-import json
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,11 +14,11 @@ from deepspeed import DeepSpeedEngine
 from pretrain.autopsy import CHECKPOINT, autopsy_folder, first_nonfinite, write_autopsy
 from pretrain.batch_documents import documents_of
 from pretrain.carried import CarriedState
-from pretrain.checkpoint import checkpoint_folder, on_rank_0
+from pretrain.checkpoint import on_rank_0, read_record
 from pretrain.config import RunConfig
 from pretrain.data import Batches, MicroBatch, NumberedSamples
 from pretrain.ending import TrainingFailed
-from pretrain.engine import StepResult, mean_loss
+from pretrain.engine import first_rank_loss, own
 from pretrain.folders import RunData
 from pretrain.health import Health, Verdict
 from pretrain.inloop.evaluations import Evaluations
@@ -28,8 +27,9 @@ from pretrain.resume import ResumePoint, restore
 from pretrain.retention import Probation, delete, delete_others, whole_checkpoints
 from pretrain.rewinds import Rewind, Rewinds
 from pretrain.saving import Saved, Saver
-from pretrain.schedule import learning_rate, portion_of
+from pretrain.schedule import Portion, learning_rate, portion_of
 from titans_mcore.weights import checkpoints_newest_first
+from tokenization.errors import TokenizationError
 
 
 @dataclass
@@ -65,18 +65,31 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluates where it is due and reports it; returns what belongs into the step's own line."""
-        found = self.evaluations.after(self.engine, step)
-        for kind, values in found.items():
-            if kind != "heldout":
+        belongs: dict[str, float] = {}
+        for kind, values in self.evaluations.after(self.engine, step):
+            if kind == "heldout":
+                belongs["heldout_loss"] = values["loss"]
+            else:
                 self.metrics.record(kind, step, values)
-        return {"heldout_loss": found["heldout"]["loss"]} if "heldout" in found else {}
+        return belongs
 
-    def begin_save(self, step: int, heldout_loss: float | None = None) -> float:
-        """Begins to write a checkpoint, when the one before is there; returns the seconds that training waited."""
+    def begin_save(self, step: int, micro_batches: list[MicroBatch], heldout_loss: float | None = None) -> float:
+        """Begins to write a checkpoint, when the one before is there.
+
+        Args:
+            step: Steps done.
+            micro_batches: This rank's of the last one.
+            heldout_loss: After it, where it was evaluated.
+
+        Returns:
+            Seconds that training waited.
+        """
         began = time.perf_counter()
         if self.saver.pending:
             self.finish_save()
-        facts: dict[str, Any] = {"health": self.health.state_dict(), "check_loss": self.check_loss(step)}
+        rows = self.config.train.sequence_length // micro_batches[0].tokens.shape[1]  # of the first sample
+        check_loss = first_rank_loss(self.engine, micro_batches[0].first_rows(rows))
+        facts: dict[str, Any] = {"health": self.health.state_dict(), "check_loss": check_loss}
         if heldout_loss is not None:
             facts["heldout_loss"] = heldout_loss
         self.saver.begin(step, self.carried, **facts)
@@ -108,10 +121,23 @@ class Run:
             self.metrics.event(step, "mark_failed", f"note: a healthy checkpoint could not be marked: {error}")
 
     def check_loss(self, step: int) -> float:
-        """Loss of the first sample of a step as the weights are now: what --verify-resume compares."""
-        portion = portion_of(step, self.config.train)
-        self.samples.prepare(portion.first, portion.first + portion.samples - 1)
-        return mean_loss(self.engine, self.samples.micro_batch([portion.first]).cut(portion.row_length))
+        """Loss of the first sample of a step with the weights as they are: what was noted when they were saved."""
+        first, _, row_length = portion_of(step, self.config.train)
+        self.samples.prepare(first, first)
+        return first_rank_loss(self.engine, self.samples.micro_batch([first]).cut(row_length))
+
+    def recover(self, step: int, verdict: Verdict) -> int:
+        """Does what follows from a bad step that the run cannot go on from.
+
+        Returns:
+            The step that the run is at now.
+
+        Raises:
+            TrainingFailed: It stops.
+        """
+        if verdict.action == "stop":
+            self.fail(step, verdict.reason)
+        return self.go_back(step, verdict)
 
     def go_back(self, step: int, verdict: Verdict) -> int:
         """Goes back to the newest healthy checkpoint from before a bad step, and passes over the bad ones from then on.
@@ -141,7 +167,7 @@ class Run:
         self.metrics.event(step, "rewind", message, resumed_step=to_step, first=first_bad, last=step)
         return to_step
 
-    def fail(self, step: int, reason: str) -> None:
+    def fail(self, step: int, reason: str) -> NoReturn:
         """Leaves an autopsy and ends the run.
 
         Raises:
@@ -154,13 +180,13 @@ class Run:
         saved = self.saver.finish()
         places = first_nonfinite(self.engine, self._losses_again(step))
         portion = portion_of(step, self.config.train)
-        facts = {
+        facts: dict[str, Any] = {
             "step": step,
             "reason": reason,
             "samples": [portion.first, portion.first + portion.samples - 1],
             "first_nonfinite": places,
             "health": self.health.state_dict(),
-            "documents": documents_of(self.samples, self.data, portion) if dist.get_rank() == 0 else [],
+            "documents": self._documents(portion) if dist.get_rank() == 0 else [],
             "command": f"python -m pretrain.replay {folder}",
         }
         if saved.error:
@@ -181,14 +207,20 @@ class Run:
         self.metrics.close()
 
     def _losses_again(self, step: int) -> Iterator[torch.Tensor]:
-        micro_batches: list[MicroBatch] = self.batches.fetch(step - 1)
+        micro_batches: list[MicroBatch] = self.batches.fetch(step - 1, ahead=0)
         for micro_batch in micro_batches:
             yield self.engine(**own(micro_batch)).mean()
+
+    def _documents(self, portion: Portion) -> list[str]:
+        try:
+            return documents_of(self.samples, self.data, portion)
+        except (TokenizationError, ValueError, OSError) as error:  # shards of elsewhere may say nothing of documents
+            return [f"not known: {error}"]
 
     def _newest_healthy(self, before: int) -> tuple[Path, dict[str, Any]] | None:
         for one in whole_checkpoints(self.run_dir):
             if one.healthy and one.step < before:
-                return one.folder, json.loads((one.folder / "checkpoint.json").read_text(encoding="utf-8"))
+                return one.folder, read_record(one.folder)
         return None
 
     def _write_rewinds(self, to_step: int) -> None:

@@ -126,11 +126,11 @@ class Saver:
     def finish(self) -> Saved:
         """Waits for the pending checkpoint and publishes it. Collective."""
         assert self._writing is not None
-        mine: list[Any] = [{}, ""]
+        mine: tuple[FileFacts, str] = ({}, "")
         try:
-            mine[0] = self._writing.result()
-        except OSError as error:
-            mine[1] = f"{error.strerror or error} on {socket.gethostname()}"
+            mine = (self._writing.result(), "")
+        except OSError as fault:
+            mine = ({}, f"{fault.strerror or fault} on {socket.gethostname()}")
         self._writing = None
         shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, mine)
@@ -139,8 +139,8 @@ class Saver:
         record = {**self._next.record, "files": dict(sorted(files.items()))}
         try:
             on_rank_0(lambda: _give_up(self._next.folder) if error else _publish(self._next.folder, record))
-        except ValueError as failure:  # the disk is full at the last moment, perhaps
-            error = str(failure)
+        except ValueError as fault:  # the disk is full at the last moment, perhaps
+            error = str(fault)
         return Saved(self._next.folder, record, time.perf_counter() - self._began, error)
 
     def close(self) -> None:

@@ -37,11 +37,8 @@ class DataConfig:
     """Truncated backpropagation through time: each row goes on with the text, and in the state, of the same row of the
     step before, and gradients end at its first token. An epoch is read as global_batch runs side by side; held-out rows
     begin anew as ever. Such a run goes on at the same tensor and data parallelism and micro_batch only."""
-    heldout_sequences: int = 64
-    """Held-out sequences of one evaluation; fewer when the held-out shard has fewer."""
 
     def __post_init__(self) -> None:
-        _at_least("data", self, heldout_sequences=0)
         if self.path and self.blend:
             raise ValueError("data.path and data.blend both name folders of shards; give one of them")
         smallest = min(self.folders, key=self.folders.__getitem__, default="")
@@ -107,8 +104,6 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the samples."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
-    evaluate_every_steps: int = 0
-    """Steps between evaluations of the held-out loss; there is always one at the end. 0: only that one."""
     stop_after_minutes: float = 0.0
     """Wall-clock time after which the run finishes its step, saves and ends, as after a signal; 0: never."""
     recompute: Literal["none", "block", "except_memory"] = "none"
@@ -117,7 +112,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
-        _at_least("train", self, evaluate_every_steps=0, stop_after_minutes=0)
+        _at_least("train", self, stop_after_minutes=0)
         _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
         _one_of("train.recompute", self.recompute, ("none", "block", "except_memory"))
         if self.global_batch % self.micro_batch:
@@ -278,8 +273,8 @@ class HealthConfig:
     """What is done about a step whose loss or gradient is not a number, or whose loss is a spike.
 
     skip: its update is left out, and the learning rate's schedule waits; rewind: the run goes back to its newest
-    healthy checkpoint and passes over the batches that did it; stop: the run ends. Skipping and rewinding end in a stop,
-    too, when they do not help. A run that stops leaves RUN/autopsy/.
+    healthy checkpoint and passes over the batches that did it; stop: the run ends. Skipping and rewinding end in a
+    stop, too, when they do not help. A run that stops leaves RUN/autopsy/.
     """
 
     nonfinite: Literal["skip", "rewind", "stop"] = "skip"
@@ -307,18 +302,74 @@ class HealthConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """What is evaluated between steps, on all ranks. The training is, bit for bit, the one without it. There is always
+    an evaluation after the last step."""
+
+    every_tokens: int = 0
+    """Training tokens between evaluations: each comes after the step that completes so many more. 0: every_steps."""
+    every_steps: int = 0
+    """Steps between evaluations, in place of every_tokens. Both 0: only the one after the last step."""
+    heldout_sequences: int = 64
+    """Held-out sequences whose loss is taken, read as in training; fewer when the shard has fewer. 0: none."""
+    long_every: int = 1
+    """Every so manieth evaluation, and the one after the last step, reads the long rows and haystacks below too."""
+    position_length: int = 0
+    """Tokens of rows whose loss is taken by position: held-out text as one long sequence, streamed in constant memory
+    whatever the trained length. 0: none."""
+    position_rows: int = 4
+    """Such rows; fewer when the shard has fewer."""
+    probe_length: int = 0
+    """Tokens of the longest haystack in which a needle is looked for (S-NIAH in noise, RULER's niah_single_1), streamed
+    in constant memory. 0: no probe."""
+    probe_shortest: int = 4_096
+    """Tokens of the shortest; lengths double from here to probe_length."""
+    probe_samples: int = 5
+    """Haystacks of each length, the same at every evaluation; needles lie evenly between the start and the end."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluate", self, every_tokens=0, every_steps=0, heldout_sequences=0, long_every=1)
+        _at_least("evaluate", self, position_length=0, position_rows=1, probe_length=0, probe_shortest=1)
+        _at_least("evaluate", self, probe_samples=1)
+        if self.every_tokens and self.every_steps:
+            raise ValueError(
+                f"evaluate.every_tokens is {self.every_tokens} and evaluate.every_steps {self.every_steps}; "
+                "give one of them"
+            )
+        doublings, rest = divmod(self.probe_length, self.probe_shortest)
+        if rest or doublings & (doublings - 1):
+            raise ValueError(
+                f"evaluate.probe_length {self.probe_length} does not come from evaluate.probe_shortest "
+                f"{self.probe_shortest} by doubling; take {self.probe_shortest << max(doublings.bit_length() - 1, 0)}, "
+                "or another shortest length"
+            )
+
+    @property
+    def probe_lengths(self) -> tuple[int, ...]:
+        """Tokens of the probe's haystacks, short ones first."""
+        doublings = self.probe_length // self.probe_shortest
+        return tuple(self.probe_shortest << power for power in range(doublings.bit_length()))
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What is reported; RUN/metrics.jsonl has every step whatever is set here."""
 
     every_steps: int = 1
     """Steps between the lines in the terminal."""
+    memory_every_steps: int = 0
+    """Steps between looks into the memories of every block, which cost about a forward pass of them over one row:
+    surprise, gates, the step bound, drift, retention (records of kind memory in RUN/metrics.jsonl). 0: never."""
+    tensorboard: bool = False
+    """Write RUN/tensorboard as well; needs the extra `tensorboard`."""
     wandb: Literal["off", "online", "offline"] = "off"
-    """Weights & Biases; offline writes to RUN/wandb and needs no network."""
+    """Weights & Biases; offline writes to RUN/wandb and needs no network. A run that is started again goes on there
+    under the id in RUN/run_id. Its key comes from WANDB_API_KEY or `wandb login`, never from settings."""
     wandb_project: str = "titans-mcore"
     """Project there."""
     wandb_name: str = ""
     """Name of the run there; empty: the name of the run folder."""
 
     def __post_init__(self) -> None:
-        _at_least("logging", self, every_steps=1)
+        _at_least("logging", self, every_steps=1, memory_every_steps=0)
         _one_of("logging.wandb", self.wandb, ("off", "online", "offline"))

@@ -4,34 +4,39 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pretrain.blend import Blend
 from pretrain.carried import CarriedState
-from pretrain.checkpoint import Progress, checkpoint_folder, find_resume_point, on_rank_0, restore, save
+from pretrain.checkpoint import Progress, checkpoint_folder, on_rank_0
 from pretrain.command_line import parse
 from pretrain.config import RunConfig
 from pretrain.config_files import write_run_config
-from pretrain.data import Batches, NumberedSamples, Samples
-from pretrain.ending import EXIT_FAILED, StopRequest, TrainingFailed, end_with, mistakes_as_sentences
-from pretrain.engine import (
-    StepResult,
-    build_engine,
-    build_model,
-    heldout_loss,
-    megatron_config,
-    resolve_precision,
-    train_step,
+from pretrain.data import Batches
+from pretrain.ending import (
+    EXIT_FAILED,
+    StopRequest,
+    TrainingFailed,
+    ask_for_requeue,
+    end_with,
+    mistakes_as_sentences,
+    withdraw_requeue,
 )
-from pretrain.folders import RunData, keep_tokenizer, open_data
+from pretrain.engine import StepResult, build_engine, build_model, megatron_config, resolve_precision, train_step
+from pretrain.folders import keep_tokenizer, open_data, open_samples
+from pretrain.health import Health
+from pretrain.inloop.evaluations import Evaluations
 from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
-from pretrain.schedule import learning_rate, portion_of, tokens_after
-from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop
-from titans_mcore.weights import find_checkpoint
+from pretrain.resume import certificate, check_loss, find_resume_point, restore
+from pretrain.rewinds import Rewinds
+from pretrain.run import Run
+from pretrain.saving import Saver
+from pretrain.schedule import portion_of, tokens_after
+from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -39,128 +44,115 @@ def train(arguments: Sequence[str]) -> None:
 
     Raises:
         SystemExit: 2 with a sentence on stderr for a mistake in what was asked.
-        TrainingFailed: The loss or the gradient is no longer a number.
+        TrainingFailed: The run cannot go on, or its last checkpoint could not be saved.
     """
+    began = time.monotonic()
     with mistakes_as_sentences():
         command = parse(arguments)
-        config, run_dir = command.config, command.run_dir
-        data = open_data(config)
-        # The division over ranks, before anything is started.
-        megatron_config(config)
-        parallel = config.parallel
-        groups = start(
-            parallel.tensor, parallel.context, seed=config.train.seed, timeout_seconds=parallel.timeout_seconds
-        )
-        data_rank, data_parallel = sample_place()
-        on_rank_0(lambda: lock_run_folder(run_dir))
-        on_rank_0(lambda: keep_tokenizer(data, run_dir))
-        resume = find_resume_point(config, data.fingerprint, run_dir)
-        progress = resume[1] if resume else Progress()
-        if progress.step >= config.train.steps:
-            say(f"{run_dir} is finished: step {progress.step} of {config.train.steps}; raise --train.steps to go on")
-            return
-        samples, heldout = open_samples(config, data, run_dir)
-        batches = Batches(samples, config, data_rank, data_parallel)
-        model = build_model(config, groups)
-        describe(model, config, data_parallel)
-        engine = build_engine(model, config, data_parallel)
-        carried = CarriedState(config.model.variant) if config.data.carry_state else None
-        if resume:
-            restore(engine, config, resume[0], carried)
-            say(f"going on from {resume[0]}, after step {progress.step}")
-        if dist.get_rank() == 0:
-            write_run_config(config, run_dir)
+        run, step = open_run(command.config, command.run_dir, verify=command.verify_resume)
+    config, steps = run.config, run.config.train.steps
+    if (first := run.rewinds.step_after(step)) > steps:
+        say(f"{run.run_dir} is finished: step {step} of {steps}; raise --train.steps to go on")
+        run.close()
+        return
 
-    metrics = Metrics(config, run_dir, resumed_step=progress.step, rank=dist.get_rank())
-    stop_request = StopRequest()
-    began = time.perf_counter()
-    for step in range(progress.step + 1, config.train.steps + 1):
-        started = time.perf_counter()
-        micro_batches = batches.fetch(step - 1)
-        lr = rate_of(step, config)
-        result = train_step(engine, micro_batches, lr, carried)
-        values = measured(result, lr, step, config, time.perf_counter() - started, batches.waited_seconds)
-        check_finite(result, step, run_dir)
-        stopping = stop_request.seen_by_any_rank()
-        last = step == config.train.steps
-        if heldout and (last or due(step, config.train.evaluate_every_steps)):
-            values["heldout_loss"] = heldout_loss(engine, heldout, config)
-        metrics.step(step, values)
+    stop_request = StopRequest(began, config.train.stop_after_minutes)
+    began, step, stopping = time.monotonic(), first, ""
+    while step <= steps and not stopping:
+        started, following = time.perf_counter(), run.rewinds.step_after(step)
+        micro_batches = run.batches.fetch(step - 1, ahead=following - 1)
+        lr = run.rate_of_next_update()
+        result = train_step(run.engine, micro_batches, lr, run.carried, run.health.update_limit())
+        verdict = run.health.judge(step, result.loss, result.grad_norm, result.updated)
+        values = measured(result, lr, step, config, time.perf_counter() - started, run.batches.waited_seconds)
+
+        stopping, writing = stop_request.exchange(run.saver.busy)
+        if run.saver.pending and not writing:
+            run.finish_save()
+        if verdict.action in ("rewind", "stop"):
+            run.metrics.step(step, values)
+            step = run.rewinds.step_after(run.recover(step, verdict))
+            continue
+        if verdict.action != "go on":
+            run.metrics.event(step, "bad_step", f"note: {verdict.reason} at step {step}; {verdict.action}")
+
+        last = following > steps
+        values |= run.evaluate(step)
         if last or stopping or due(step, config.checkpoint.every_steps):
-            save(engine, config, data.fingerprint, run_dir, step, carried)
-        if stopping and not last:
-            say(f"stopped by {stopping} after step {step}, which is saved; the same command goes on from there")
-            break
+            values["save_stall_seconds"] = run.begin_save(step, micro_batches, values.get("heldout_loss"))
+        run.metrics.step(step, values)
+        run.prove(step)
+        if step == first:
+            tighten_timeouts(config.parallel.step_timeout_seconds)
+        ended_at, step = step, following
+
+    if run.saver.pending and (saved := run.finish_save()).error:
+        raise TrainingFailed(f"the last checkpoint could not be saved: {saved.error}; make room and start again")
+    if stopping and step <= steps:
+        on_rank_0(lambda: ask_for_requeue(run.run_dir, stopping, ended_at, steps, run.metrics.attempt))
+        say(f"stopped by {stopping} after step {ended_at}, which is saved; the same command goes on from there")
     else:
-        say(f"done: {summary(values, config, run_dir)}, {time.perf_counter() - began:.0f} s")
-    batches.close()
-    metrics.close()
+        say(f"done: {summary(values, config, run)}, {time.monotonic() - began:.0f} s")
+    run.close()
 
 
-def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[NumberedSamples, NumberedSamples | None]:
-    """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
-    start_token = data.tokenizer.bos_id if config.data.reset_documents else None
+def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run, int]:
+    """Everything that the steps use, as an earlier attempt left it, and the steps done. Collective.
 
-    def of_folder(prefixes: list[str], strands: int = 0) -> Samples:
-        return Samples(
-            prefixes,
-            run_dir / "index",
-            vocab_size=config.model.vocab_size,
-            sequence_length=config.train.sequence_length,
-            seed=config.train.seed,
-            start_token=start_token,
-            strands=strands,
-        )
-
-    def blended(prefixes: list[list[str]], strands: int = 0) -> NumberedSamples:
-        parts = [of_folder(one, strands) for one in prefixes]
-        return Blend(parts, [folder.share for folder in data.folders]) if len(parts) > 1 else parts[0]
-
-    strands = config.train.global_batch if config.data.carry_state else 0
-    samples = blended([folder.manifest.train_prefixes(folder.path) for folder in data.folders], strands)
-    if not config.data.heldout_sequences:
-        return samples, None
-    return samples, blended([[folder.manifest.heldout_prefix(folder.path)] for folder in data.folders])
-
-
-def rate_of(step: int, config: RunConfig) -> float:
-    """Learning rate of a step counted from 1."""
-    return learning_rate(
-        step,
-        peak=config.optimizer.lr,
-        warmup_steps=config.schedule.warmup_steps,
-        total_steps=config.train.steps,
-        min_fraction=config.schedule.min_lr_fraction,
+    Raises:
+        ValueError: Something that was asked for does not fit.
+    """
+    data = open_data(config)
+    megatron_config(config)  # the division over ranks, before anything is started
+    parallel = config.parallel
+    groups = start(parallel.tensor, parallel.context, seed=config.train.seed, timeout_seconds=parallel.timeout_seconds)
+    data_rank, data_parallel = sample_place()
+    on_rank_0(lambda: lock_run_folder(run_dir))
+    on_rank_0(lambda: withdraw_requeue(run_dir))
+    on_rank_0(lambda: keep_tokenizer(data, run_dir))
+    point = find_resume_point(config, data.fingerprint, run_dir)
+    progress = point.progress if point else Progress()
+    rewinds = on_rank_0(lambda: Rewinds.read(run_dir))
+    samples, heldout = open_samples(config, data, run_dir)
+    evaluations = Evaluations(config, data, run_dir, heldout)
+    batches = Batches(samples, config, data_rank, data_parallel)
+    model = build_model(config, groups)
+    describe(model, config, data_parallel)
+    engine = build_engine(model, config, data_parallel)
+    carried = CarriedState(config.model.variant) if config.data.carry_state else None
+    health, saver = Health(config.health), Saver(engine, config, data.fingerprint, run_dir)
+    if point:
+        restore(engine, config, point, carried)
+        health.load_state_dict(point.record.get("health", {"updates": progress.step}))
+    metrics = Metrics(
+        config, run_dir, resumed_step=progress.step, rank=dist.get_rank(), layout=layout(config, data_parallel)
     )
+    run = Run(config, run_dir, data, samples, batches, engine, carried, evaluations, metrics, saver, health, rewinds)
+    if point:
+        for sentence in certificate(config, point):
+            say(sentence)
+        if verify:
+            say(check_loss(point, run.check_loss(progress.step), config))
+    elif verify:
+        raise ValueError(f"--verify-resume has nothing to verify: {run_dir} has no checkpoint")
+    on_rank_0(lambda: write_run_config(config, run_dir))
+    return run, progress.step
 
 
 def measured(
     result: StepResult, lr: float, step: int, config: RunConfig, seconds: float, wait_seconds: float
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The numbers of a step, under their names in metrics.jsonl."""
     return {
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
+        "updated": result.updated,
         "tokens": tokens_after(step, config.train),
         "tokens_per_second": portion_of(step, config.train).samples * config.train.sequence_length / seconds,
         "seconds": seconds,
         "data_wait_seconds": wait_seconds,
     }
-
-
-def check_finite(result: StepResult, step: int, run_dir: Path) -> None:
-    """Raises TrainingFailed when loss or gradient is not finite; all ranks have the same numbers."""
-    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-        if not abs(value) < float("inf"):
-            try:
-                saved = f"the newest checkpoint is {find_checkpoint(run_dir)}"
-            except ValueError:
-                saved = "no checkpoint is there yet"
-            raise TrainingFailed(
-                f"the {name} is {value} at step {step}; nothing of this step was saved, {saved}; "
-                "a smaller optimizer.lr or a longer schedule.warmup_steps is the usual remedy"
-            )
 
 
 def due(step: int, every_steps: int) -> bool:
@@ -210,10 +202,11 @@ def is_counted(parameter: torch.Tensor) -> bool:
     return first or getattr(parameter, "tensor_model_parallel", False)
 
 
-def summary(values: dict[str, float], config: RunConfig, run_dir: Path) -> str:
+def summary(values: dict[str, float], config: RunConfig, run: Run) -> str:
     """What the run ended with."""
     loss = f"held-out loss {values['heldout_loss']:.4f} nats a token, " if "heldout_loss" in values else ""
-    return f"{loss}loss {values['loss']:.4f}, {checkpoint_folder(run_dir, config.train.steps)}"
+    skipped = f"{run.health.left_out} updates left out, " if run.health.left_out else ""
+    return f"{loss}loss {values['loss']:.4f}, {skipped}{checkpoint_folder(run.run_dir, config.train.steps)}"
 
 
 def say(sentence: str) -> None:

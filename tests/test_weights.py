@@ -10,6 +10,7 @@ from torch import nn
 from titans_mcore.config import TitansConfig
 from titans_mcore.weights import (
     MARKER,
+    ShardHeader,
     Split,
     check_same_model,
     damage,
@@ -20,7 +21,6 @@ from titans_mcore.weights import (
     load_into,
     model_tensors,
     save_shard,
-    ShardHeader,
 )
 
 CONFIG = TitansConfig(num_layers=1, dim=8, num_heads=2, ffn_dim=8, vocab_size=16)

@@ -62,9 +62,7 @@ def save_run(run: Path, config: TitansConfig, tokenizer: Path | None = None, see
             parameter.add_(0.05 * torch.randn(parameter.shape))
     checkpoint = run / "checkpoints" / "step-00000010"
     values = model_tensors(model).items()
-    save_shard(
-        checkpoint / "weights", ShardHeader.of(model), values, config, rank=0, size=1, step=10, tokens=5120
-    )
+    save_shard(checkpoint / "weights", ShardHeader.of(model), values, config, rank=0, size=1, step=10, tokens=5120)
     files = {
         str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size}
         for file in checkpoint.rglob("*")

@@ -22,6 +22,7 @@ persistent_tokens = 2
 segment_length = 16
 window = 16
 [data]
+[evaluate]
 heldout_sequences = 6
 [train]
 steps = 20

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from pretrain.carried import CarriedState
 from pretrain.command_line import parse
 from pretrain.data import Batches
-from pretrain.engine import build_engine, build_model, heldout_loss, train_step
+from pretrain.engine import build_engine, build_model, train_step
 from pretrain.folders import open_data
+from pretrain.inloop.heldout import heldout_losses
 from pretrain.train import open_samples, rate_of
 from titans_mcore.parallel import sample_place, start, stop
 
@@ -34,7 +35,7 @@ def curve(config, run_dir, groups):
     return {
         "loss": [result.loss for result in results],
         "grad_norm": [result.grad_norm for result in results],
-        "heldout": heldout_loss(engine, heldout, config),
+        "heldout": heldout_losses(engine, heldout, config).mean,
     }
 
 

@@ -34,7 +34,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run("tokenization.encode", *words).returncode == 0
     config = RunConfig(
         model=TitansConfig(vocab_size=Manifest.load(folder / "shards").tokenizer.vocab_size),
-        data=DataConfig(path=str(folder / "shards"), heldout_sequences=0),
+        data=DataConfig(path=str(folder / "shards")),
         train=TrainConfig(steps=5, sequence_length=64, global_batch=4, micro_batch=2),
     )
     write_run_config(config, folder)
@@ -56,7 +56,7 @@ def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> No
 def test_in_a_blend_a_line_names_the_shard_with_its_folder(run_dir: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run_dir / "shards", tmp_path / "other")
     config = load_run_config(run_dir)
-    data = DataConfig(blend=(f"{run_dir / 'shards'}=1", f"{other}=3"), heldout_sequences=0)
+    data = DataConfig(blend=(f"{run_dir / 'shards'}=1", f"{other}=3"))
     write_run_config(dataclasses.replace(config, data=data), tmp_path)
     done = run("tokenization.batches", "--run", tmp_path, "--step", 1)
     assert done.returncode == 0, done.stderr

@@ -99,8 +99,8 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_0(launch, finished_run, 
 
 
 def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(finished_run, one_process):
-    from pretrain.engine import heldout_loss
     from pretrain.folders import open_data
+    from pretrain.inloop.heldout import heldout_losses
     from pretrain.train import open_samples
     from titans_mcore.model import TitansModel
     from titans_mcore.parallel import transformer_config
@@ -111,7 +111,7 @@ def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(
     model = TitansModel(config.model, transformer_config(config.model), one_process)
     load_into(model, state)
     _, heldout = open_samples(config, open_data(config), finished_run)
-    assert heldout_loss(model, heldout, config) == pytest.approx(
+    assert heldout_losses(model, heldout, config).mean == pytest.approx(
         read_metrics(finished_run)[-1]["heldout_loss"], rel=1e-6
     )
 
@@ -203,7 +203,7 @@ def files_of(run_dir):
 def test_a_finished_run_keeps_its_newest_checkpoints_and_changes_nothing_when_started_again(train, tmp_path):
     run_dir = tmp_path / "run"
     arguments = ["--train.steps", "6", "--checkpoint.every-steps", "2", "--checkpoint.keep", "2"]
-    arguments += ["--variant", "transformer", "--data.heldout-sequences", "0"]
+    arguments += ["--variant", "transformer", "--evaluate.heldout-sequences", "0"]
     status, _, err = train(run_dir, *arguments).wait()
     assert status == 0, err
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]

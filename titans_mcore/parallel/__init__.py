@@ -16,6 +16,7 @@ from titans_mcore.parallel.groups import (  # noqa: E402
     sample_place,
     start,
     stop,
+    tighten_timeouts,
 )
 from titans_mcore.parallel.sequence import reduce_shared_gradients  # noqa: E402
 from titans_mcore.parallel.transformer_config import transformer_config  # noqa: E402
@@ -34,5 +35,6 @@ __all__ = [
     "sample_place",
     "start",
     "stop",
+    "tighten_timeouts",
     "transformer_config",
 ]

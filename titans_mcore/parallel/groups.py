@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from titans_mcore.division import check_world
 from titans_mcore.parallel.cpu import enable_cpu
@@ -74,6 +75,13 @@ def start(
     model_parallel_cuda_manual_seed(seed)
     torch.manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def tighten_timeouts(timeout_seconds: float) -> None:
+    """From now on a collective of any group fails that waits longer: the first step, which compiles, is over."""
+    for group in list(distributed_c10d._world.pg_map):
+        if not distributed_c10d._rank_not_in_group(group):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def stop() -> None:
