@@ -268,13 +268,19 @@ class LoggingConfig:
 
     every_steps: int = 1
     """Steps between the lines in the terminal."""
+    memory_every_steps: int = 0
+    """Steps between looks into the memories of every block, which cost about a forward pass of them over one row:
+    surprise, gates, the step bound, drift, retention (records of kind memory in RUN/metrics.jsonl). 0: never."""
+    tensorboard: bool = False
+    """Write RUN/tensorboard as well; needs the extra `tensorboard`."""
     wandb: Literal["off", "online", "offline"] = "off"
-    """Weights & Biases; offline writes to RUN/wandb and needs no network."""
+    """Weights & Biases; offline writes to RUN/wandb and needs no network. A run that is started again goes on there
+    under the id in RUN/run_id. Its key comes from WANDB_API_KEY or `wandb login`, never from settings."""
     wandb_project: str = "titans-mcore"
     """Project there."""
     wandb_name: str = ""
     """Name of the run there; empty: the name of the run folder."""
 
     def __post_init__(self) -> None:
-        _at_least("logging", self, every_steps=1)
+        _at_least("logging", self, every_steps=1, memory_every_steps=0)
         _one_of("logging.wandb", self.wandb, ("off", "online", "offline"))
