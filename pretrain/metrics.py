@@ -45,7 +45,7 @@ class Metrics:
                 self.say(f"note: a report cannot be opened and is left out: {_told(sink)}")
             else:
                 self._sinks.append(sink)
-        self.record("attempt", resumed_step, attempt_values(resumed_step, layout))
+        self.record("attempt", resumed_step, attempt_values(config, resumed_step, layout))
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Hands a record to all sinks.

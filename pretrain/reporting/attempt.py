@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pretrain.config import RunConfig
+
 RUN_ID_FILE = "run_id"
 
 
@@ -30,15 +32,18 @@ def run_id(run_dir: Path) -> str:
     return found
 
 
-def attempt_values(resumed_step: int, layout: str) -> dict[str, Any]:
+def attempt_values(config: RunConfig, resumed_step: int, layout: str) -> dict[str, Any]:
     """What an attempt's record says.
 
     Args:
+        config: Of the run.
         resumed_step: Steps done before it.
         layout: How the run is laid out, in words.
     """
     return {
         "resumed_step": resumed_step,
+        "steps": config.train.steps,
+        "variant": config.model.variant,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

@@ -3,7 +3,8 @@
 Every record has `kind`, `run` (the id in RUN/run_id), `attempt` (how often the run was started, from 1), `step` (done
 when it was written) and `time` (seconds since 1970). A number that is not finite is null. What else it has, by kind:
 
-attempt         the head of an attempt: host, pid, processes, layout, commit, device, resumed_step
+attempt         the head of an attempt: resumed_step, steps (of the run), variant, host, pid, processes, layout, device,
+                commit
 step            loss, grad_norm, lr, tokens, tokens_per_second, seconds, data_wait_seconds; mfu on a GPU, memory_bytes
 heldout         loss, mean over the held-out sequences, nats a token
 position_loss   tokens, loss: lists of the same length; the loss of the tokens up to each place, from the one before
@@ -52,10 +53,14 @@ def line_of(record: Record) -> bytes:
 
 def read_records(run_dir: Path) -> list[Record]:
     """What holds of a run's records, in order; lines that were cut off in the middle of writing are left out."""
-    # An attempt that was thought dead may have written behind the head of the next one.
-    records = sorted(_parsed(run_dir / METRICS_FILE), key=lambda record: record["attempt"])
+    return resolve(_parsed(run_dir / METRICS_FILE))
+
+
+def resolve(records: Iterable[Record]) -> list[Record]:
+    """Of records as they were written, those that hold."""
     kept: list[Record] = []
-    for record in records:
+    # An attempt that was thought dead may have written behind the head of the next one.
+    for record in sorted(records, key=lambda record: record["attempt"]):
         if "resumed_step" in record:
             kept = [old for old in kept if old["kind"] in _HISTORY or old["step"] <= record["resumed_step"]]
         kept.append(record)
@@ -65,6 +70,24 @@ def read_records(run_dir: Path) -> list[Record]:
         for record in kept
         if record["kind"] in _HISTORY or record["attempt"] == newest[record["kind"], record["step"]]
     ]
+
+
+class Follower:
+    """A run's records while they are being written: every line is read once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / METRICS_FILE
+        self._place, self._written = 0, list[Record]()
+
+    def read(self) -> list[Record]:
+        """What holds of the records so far."""
+        with self._file.open("rb") as stream:
+            stream.seek(self._place)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]  # the last line may be half written
+        self._place += len(whole)
+        self._written += [record for line in whole.splitlines() if (record := _parse(line)) is not None]
+        return resolve(self._written)
 
 
 def read_metrics(run_dir: Path, kind: str = "step") -> list[Record]:
