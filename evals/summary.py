@@ -28,8 +28,9 @@ def summarise(run: Path) -> dict[str, Any]:
     from evals.report import write_json
 
     manifest = _read(run / "shards" / "manifest.json")
-    steps = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
-    heldout = [step["heldout_loss"] for step in steps if "heldout_loss" in step]
+    records = [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    heldout = [record["loss"] for record in records if record["kind"] == "heldout"]
     if not heldout:
         raise EvaluationError(f"{run}/metrics.jsonl has no held-out loss yet; let the training finish")
     niah = _read(run / "eval" / "niah.json")
@@ -63,7 +64,7 @@ def describe(run: Path, summary: dict[str, Any]) -> str:
   seconds           {", ".join(f"{name} {seconds}" for name, seconds in summary["seconds"].items())}
 
   {run}/config.toml              every setting of the run
-  {run}/metrics.jsonl            one line for each step
+  {run}/metrics.jsonl            one line for each step and evaluation
   {run}/checkpoints/             to go on training
   {run}/eval/                    niah.png, niah.json, position_perplexity.png, ...
   {run}/hf/                      the Hugging Face model, proof.json beside it

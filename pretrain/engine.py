@@ -30,6 +30,7 @@ from titans_mcore.parallel import (
     sample_place,
     transformer_config,
 )
+from titans_mcore.telemetry import MemoryTelemetry
 from titans_mcore.weights import model_tensors
 
 if not torch.cuda.is_available():
@@ -195,6 +196,7 @@ def train_step(
     lr: float,
     carried: CarriedState | None = None,
     loss_limit: float = math.inf,
+    telemetry: MemoryTelemetry | None = None,
 ) -> StepResult:
     """Forward, backward and update on this rank's micro-batches of one step.
 
@@ -208,6 +210,7 @@ def train_step(
         carried: What the rows of the step before left, and then those of this one; None where rows begin anew. Where
             the update is left out, it stays what it was.
         loss_limit: With a higher loss the update is left out.
+        telemetry: Looks into the memories of the first micro-batch.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -220,7 +223,8 @@ def train_step(
     for place, micro_batch in enumerate(micro_batches, 1):
         last = place == len(micro_batches)
         engine.set_gradient_accumulation_boundary(last)
-        loss = _losses(engine, micro_batch, place, carried).mean()
+        with telemetry.watching() if telemetry and place == 1 else contextlib.nullcontext():
+            loss = _losses(engine, micro_batch, place, carried).mean()
         engine.backward(loss)
         loss_sum += loss.detach()
         if last:

@@ -1,59 +1,104 @@
-"""What a run reports: metrics.jsonl for programs, a line a step for people, wandb when asked. Rank 0 alone writes."""
+"""What a run reports: records for programs, a line a step for people, wandb and TensorBoard. Rank 0 alone writes."""
 
-import json
-import math
-import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pretrain.config import RunConfig
+from pretrain.reporting.attempt import attempt_values, run_id
+from pretrain.reporting.records import METRICS_FILE, count_attempts, make_record, read_metrics, read_records
+from pretrain.reporting.redaction import without_secrets
+from pretrain.reporting.sinks import Sink, check_sinks, open_sinks
+from pretrain.reporting.step_line import Eta, clock, step_line
 
-METRICS_FILE = "metrics.jsonl"
+__all__ = ["METRICS_FILE", "Metrics", "check_sinks", "clock", "read_metrics", "read_records"]
 
 
 class Metrics:
-    """The reports of one process; every method does nothing on ranks other than 0."""
+    """The reports of one process; every method does nothing on ranks other than 0.
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, resumed_step: int, rank: int) -> None:
-        """Opens the files; lines of steps that will be done again are dropped.
+    A sink that fails is named once, and asked again with the next record: a disk may be emptied, a network come back.
+
+    Attributes:
+        attempt: How often the run was started, from 1; 0 on other ranks.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, resumed_step: int, rank: int, layout: str = "") -> None:
+        """Begins an attempt. Nothing is rewritten: readers leave out what the attempt will do again.
 
         Args:
             config: Of the run.
             run_dir: Of the run.
             resumed_step: Steps done before this process.
             rank: Global rank.
+            layout: How the run is laid out, in words.
         """
-        self._config = config
-        self._active = rank == 0
-        self._first_step = resumed_step
-        self._seconds = 0.0
-        self._wandb: Any = None
+        self._config, self._active = config, rank == 0
+        self._sinks: list[Sink] = []
+        self._failed: set[str] = set()
+        self._eta = Eta(config.train)
+        self._run, self.attempt = "", 0
         if not self._active:
             return
-        file = run_dir / METRICS_FILE
-        _keep_steps(file, resumed_step)
-        self._stream = file.open("a", encoding="utf-8")
-        if config.logging.wandb != "off":
-            self._wandb = _start_wandb(config, run_dir)
+        self._run, self.attempt = run_id(run_dir), count_attempts(run_dir) + 1
+        for sink in open_sinks(config, run_dir, self._run, resumed_step):
+            if isinstance(sink, Exception):
+                self.say(f"note: a report cannot be opened and is left out: {_told(sink)}")
+            else:
+                self._sinks.append(sink)
+        self.record("attempt", resumed_step, attempt_values(config, resumed_step, layout))
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Hands a record to all sinks.
+
+        Args:
+            kind: One of reporting.records.KINDS, which says what its values are.
+            step: Done when this was found.
+            values: Numbers, texts, lists of them.
+        """
+        if not self._active:
+            return
+        if kind == "event" and "resumed_step" in values:
+            self._eta.rewound()
+        record = make_record(kind, self._run, self.attempt, step, values)
+        for sink in self._sinks:
+            try:
+                sink.write(record)
+            except Exception as error:  # what a library raises is its own; none of it may end a run
+                self._report_once(sink.name, error)
 
     def step(self, step: int, values: dict[str, Any]) -> None:
-        """Reports one step.
+        """Records a step, and prints it when its turn has come.
 
         Args:
             step: Counted from 1.
-            values: loss, grad_norm, lr, tokens, tokens_per_second, seconds, data_wait_seconds; heldout_loss,
-                position_loss_NAME and probe_NAME where the step was followed by an evaluation.
+            values: loss, grad_norm, lr, tokens, tokens_per_second, seconds, data_wait_seconds; mfu and memory_bytes
+                where they are known; heldout_loss where the step was followed by an evaluation, which becomes a record
+                of its own.
         """
         if not self._active:
             return
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._stream.flush()
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
-        self._seconds += values["seconds"]
-        if step % self._config.logging.every_steps == 0 or step == self._config.train.steps or "heldout_loss" in values:
-            self.say(self._line(step, values))
+        of_step = {name: value for name, value in values.items() if name != "heldout_loss"}
+        self.record("step", step, of_step)
+        steps, heldout = self._config.train.steps, values.get("heldout_loss")
+        eta_seconds = self._eta.after(step, values["seconds"])
+        line = step_line(step, steps, of_step, eta_seconds)
+        if heldout is not None:
+            self.record("heldout", step, {"loss": heldout})
+            line += f" | held-out loss {heldout:.4f}"
+        if step % self._config.logging.every_steps == 0 or step == steps or heldout is not None:
+            self.say(line)
+
+    def event(self, step: int, name: str, message: str, **values: Any) -> None:
+        """Records that something happened, and prints the message.
+
+        Args:
+            step: Done when it happened.
+            name: What, in a word: "spike", "rewind", "save_failed".
+            message: A sentence.
+            values: What belongs to it; `resumed_step` where the run goes back to an earlier step.
+        """
+        self.record("event", step, {"name": name, "message": message, **values})
+        self.say(message)
 
     def say(self, sentence: str) -> None:
         """Prints a line."""
@@ -61,66 +106,19 @@ class Metrics:
             print(sentence, flush=True)
 
     def close(self) -> None:
-        """Closes the files."""
-        if self._active:
-            self._stream.close()
-            if self._wandb is not None:
-                self._wandb.finish()
+        """Closes the sinks."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                self._report_once(sink.name, error)
 
-    def _line(self, step: int, values: dict[str, Any]) -> str:
-        steps = self._config.train.steps
-        left = self._seconds / (step - self._first_step) * (steps - step)
-        line = (
-            f"step {step:>{len(str(steps))}}/{steps} | loss {values['loss']:.4f} | "
-            f"{values['tokens_per_second']:,.0f} tokens/s | lr {values['lr']:.2e} | "
-            f"grad norm {values['grad_norm']:.3f} | ETA {clock(left)}"
-        )
-        if "heldout_loss" in values:
-            line += f" | held-out loss {values['heldout_loss']:.4f}"
-        return line
+    def _report_once(self, name: str, error: Exception) -> None:
+        if name not in self._failed:
+            self._failed.add(name)
+            self.say(f"note: {name} does not take reports, the run goes on without: {_told(error)}")
 
 
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss."""
-    whole = math.ceil(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The reported steps of a run folder; a line that was cut off in the middle of writing is left out."""
-    file = run_dir / METRICS_FILE
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [record for line in lines if (record := _parse(line)) is not None]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
-
-
-def _keep_steps(file: Path, last: int) -> None:
-    """Leaves the steps up to `last`, by writing another file and renaming it."""
-    if not file.exists():
-        return
-    kept = [record for record in read_metrics(file.parent) if record["step"] <= last]
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(record) + "\n" for record in kept)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-
-
-def _start_wandb(config: RunConfig, run_dir: Path) -> Any:
-    import wandb
-
-    return wandb.init(
-        project=config.logging.wandb_project,
-        name=config.logging.wandb_name or run_dir.resolve().name,
-        mode="online" if config.logging.wandb == "online" else "offline",
-        dir=str(run_dir),
-        config=asdict(config),
-    )
+def _told(error: Exception) -> str:
+    """An error in one line, without anything secret."""
+    return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))

@@ -18,7 +18,7 @@ from pretrain.checkpoint import on_rank_0, read_record
 from pretrain.config import RunConfig
 from pretrain.data import Batches, MicroBatch, NumberedSamples
 from pretrain.ending import TrainingFailed
-from pretrain.engine import first_rank_loss, own
+from pretrain.engine import first_rank_loss, own, train_step
 from pretrain.folders import RunData
 from pretrain.health import Health, Verdict
 from pretrain.inloop.evaluations import Evaluations
@@ -27,7 +27,9 @@ from pretrain.resume import ResumePoint, restore
 from pretrain.retention import Probation, delete, delete_others, whole_checkpoints
 from pretrain.rewinds import Rewind, Rewinds
 from pretrain.saving import Saved, Saver
-from pretrain.schedule import Portion, learning_rate, portion_of
+from pretrain.schedule import Portion, learning_rate, portion_of, tokens_after
+from pretrain.throughput import MfuMeter, memory_bytes
+from titans_mcore.telemetry import MemoryTelemetry
 from titans_mcore.weights import checkpoints_newest_first
 from tokenization.errors import TokenizationError
 
@@ -49,9 +51,48 @@ class Run:
     health: Health
     rewinds: Rewinds
     probation: Probation = field(init=False)
+    telemetry: MemoryTelemetry = field(init=False)
+    micro_batches: list[MicroBatch] = field(init=False, default_factory=list)
+    mfu_meter: MfuMeter = field(init=False)
 
     def __post_init__(self) -> None:
+        self.telemetry = MemoryTelemetry(self.engine.module)
+        self.mfu_meter = MfuMeter.here(self.config, dist.get_world_size())
         self.probation = Probation(self.run_dir if dist.get_rank() == 0 else Path(os.devnull))
+
+    def step(self, step: int, following: int) -> tuple[dict[str, Any], Verdict]:
+        """Learns from a batch: fetches it, computes, updates, and judges what came of it.
+
+        Args:
+            step: Counted from 1.
+            following: The step after it, whose batch is read meanwhile.
+
+        Returns:
+            The numbers of the step, under their names in metrics.jsonl, and the verdict.
+        """
+        began, lr = time.perf_counter(), self.rate_of_next_update()
+        self.micro_batches = self.batches.fetch(step - 1, ahead=following - 1)
+        every = self.config.logging.memory_every_steps
+        telemetry = self.telemetry if every and step % every == 0 else None
+        limit = self.health.update_limit()
+        result = train_step(self.engine, self.micro_batches, lr, self.carried, limit, telemetry)
+        if telemetry:
+            self.metrics.record("memory", step, telemetry.collect())
+        seconds, train = time.perf_counter() - began, self.config.train
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "updated": result.updated,
+            "tokens": tokens_after(step, train),
+            "tokens_per_second": portion_of(step, train).samples * train.sequence_length / seconds,
+            "seconds": seconds,
+            "data_wait_seconds": self.batches.waited_seconds,
+            "memory_bytes": memory_bytes(),
+        }
+        if (mfu := self.mfu_meter.mfu(step, seconds)) is not None:
+            values["mfu"] = mfu
+        return values, self.health.judge(step, result.loss, result.grad_norm, result.updated)
 
     def rate_of_next_update(self) -> float:
         """Learning rate; a step that was left out has not moved it."""
@@ -73,12 +114,11 @@ class Run:
                 self.metrics.record(kind, step, values)
         return belongs
 
-    def begin_save(self, step: int, micro_batches: list[MicroBatch], heldout_loss: float | None = None) -> float:
+    def begin_save(self, step: int, heldout_loss: float | None = None) -> float:
         """Begins to write a checkpoint, when the one before is there.
 
         Args:
-            step: Steps done.
-            micro_batches: This rank's of the last one.
+            step: The step that was just done.
             heldout_loss: After it, where it was evaluated.
 
         Returns:
@@ -87,8 +127,9 @@ class Run:
         began = time.perf_counter()
         if self.saver.pending:
             self.finish_save()
-        rows = self.config.train.sequence_length // micro_batches[0].tokens.shape[1]  # of the first sample
-        check_loss = first_rank_loss(self.engine, micro_batches[0].first_rows(rows))
+        batch = self.micro_batches[0]
+        sample = batch.first_rows(self.config.train.sequence_length // batch.tokens.shape[1])
+        check_loss = first_rank_loss(self.engine, sample)
         facts: dict[str, Any] = {"health": self.health.state_dict(), "check_loss": check_loss}
         if heldout_loss is not None:
             facts["heldout_loss"] = heldout_loss

@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from pretrain.ending import (
     mistakes_as_sentences,
     withdraw_requeue,
 )
-from pretrain.engine import StepResult, build_engine, build_model, megatron_config, resolve_precision, train_step
+from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
 from pretrain.folders import keep_tokenizer, open_data, open_samples
 from pretrain.health import Health
 from pretrain.inloop.evaluations import Evaluations
@@ -35,7 +34,7 @@ from pretrain.resume import certificate, check_loss, find_resume_point, restore
 from pretrain.rewinds import Rewinds
 from pretrain.run import Run
 from pretrain.saving import Saver
-from pretrain.schedule import portion_of, tokens_after
+from pretrain.schedule import tokens_after
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
 
 
@@ -59,13 +58,8 @@ def train(arguments: Sequence[str]) -> None:
     stop_request = StopRequest(began, config.train.stop_after_minutes)
     began, step, stopping = time.monotonic(), first, ""
     while step <= steps and not stopping:
-        started, following = time.perf_counter(), run.rewinds.step_after(step)
-        micro_batches = run.batches.fetch(step - 1, ahead=following - 1)
-        lr = run.rate_of_next_update()
-        result = train_step(run.engine, micro_batches, lr, run.carried, run.health.update_limit())
-        verdict = run.health.judge(step, result.loss, result.grad_norm, result.updated)
-        values = measured(result, lr, step, config, time.perf_counter() - started, run.batches.waited_seconds)
-
+        following = run.rewinds.step_after(step)
+        values, verdict = run.step(step, following)
         stopping, writing = stop_request.exchange(run.saver.busy)
         if run.saver.pending and not writing:
             run.finish_save()
@@ -79,7 +73,7 @@ def train(arguments: Sequence[str]) -> None:
         last = following > steps
         values |= run.evaluate(step)
         if last or stopping or due(step, config.checkpoint.every_steps):
-            values["save_stall_seconds"] = run.begin_save(step, micro_batches, values.get("heldout_loss"))
+            values["save_stall_seconds"] = run.begin_save(step, values.get("heldout_loss"))
         run.metrics.step(step, values)
         run.prove(step)
         if step == first:
@@ -137,22 +131,6 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run, in
         raise ValueError(f"--verify-resume has nothing to verify: {run_dir} has no checkpoint")
     on_rank_0(lambda: write_run_config(config, run_dir))
     return run, progress.step
-
-
-def measured(
-    result: StepResult, lr: float, step: int, config: RunConfig, seconds: float, wait_seconds: float
-) -> dict[str, Any]:
-    """The numbers of a step, under their names in metrics.jsonl."""
-    return {
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": lr,
-        "updated": result.updated,
-        "tokens": tokens_after(step, config.train),
-        "tokens_per_second": portion_of(step, config.train).samples * config.train.sequence_length / seconds,
-        "seconds": seconds,
-        "data_wait_seconds": wait_seconds,
-    }
 
 
 def due(step: int, every_steps: int) -> bool:

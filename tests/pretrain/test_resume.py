@@ -111,9 +111,8 @@ def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(
     model = TitansModel(config.model, transformer_config(config.model), one_process)
     load_into(model, state)
     _, heldout = open_samples(config, open_data(config), finished_run)
-    assert heldout_losses(model, heldout, config).mean == pytest.approx(
-        read_metrics(finished_run)[-1]["heldout_loss"], rel=1e-6
-    )
+    (reported,) = read_metrics(finished_run, "heldout")
+    assert heldout_losses(model, heldout, config).mean == pytest.approx(reported["loss"], rel=1e-6)
 
 
 @pytest.fixture
@@ -207,7 +206,7 @@ def test_a_finished_run_keeps_its_newest_checkpoints_and_changes_nothing_when_st
     status, _, err = train(run_dir, *arguments).wait()
     assert status == 0, err
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
-    assert "heldout_loss" not in read_metrics(run_dir)[-1]
+    assert not read_metrics(run_dir, "heldout")
 
     before = files_of(run_dir)
     status, out, err = train(run_dir, *arguments).wait()

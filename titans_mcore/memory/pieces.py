@@ -9,12 +9,11 @@ from .accelerated import fused_scan
 from .channelwise import channelwise_scan
 from .checkpointed import chunked_scan
 from .coefficients import by_channel
+from .looks import Looks, Matrices, scan_and_look
 from .network import Network
 from .packing import Chunks, PackedRows
 from .recurrence import recurrent_scan
 from .state import MemoryState, OpenChunk
-
-Matrices = tuple[list[Tensor], list[Tensor]]  # weights and momentum
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,26 @@ class Memory:
         initial: L of (H, d_in, d_out), the learned M_0 or the process's parts of it.
         chunk_size: Tokens b of a chunk.
         backend: The scan that is used, "chunked", "fused" or "oracle".
+        looks: Chunks that are looked at on the way; None for none.
     """
 
     network: Network
     initial: list[Tensor]
     chunk_size: int
     backend: str
+    looks: Looks | None = None
 
     def scan(
         self, tokens: list[Tensor], start: Matrices, chunks: Chunks, fresh: Matrices | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run chunks; see checkpointed.chunked_scan. The oracle takes those without documents or empty slots."""
+        if self.looks is None:
+            return self._scan(tokens, start, chunks, fresh)
+        return scan_and_look(self.looks, self._scan, self.network, self.initial, tokens, start, chunks, fresh)
+
+    def _scan(
+        self, tokens: list[Tensor], start: Matrices, chunks: Chunks, fresh: Matrices | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         if self.backend == "oracle":
             return recurrent_scan(self.network, tokens, *start, self.initial, self.chunk_size)
         scan = chunked_scan

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .accelerated import why_not_fused
+from .looks import Looks
 from .network import Network, answer, forward
 from .packing import PackedRows
 from .pieces import Memory, scan_packed, scan_rows_apart, scan_whole
@@ -34,6 +35,7 @@ def memory_scan(
     rows: PackedRows | None = None,
     backend: str = "auto",
     share: Share | None = None,
+    looks: Looks | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Run the neural memory over a piece of a sequence: every token writes, then reads (paper, section 3.1).
 
@@ -61,6 +63,7 @@ def memory_scan(
         share: The process's part of memories that several hold together: weights and states are its parts, matrix by
             matrix cut along split_axis, and so are their gradients; the rest, and every other gradient, is whole and
             equal on all. Chunked only; every process makes the same calls.
+        looks: Chunks to be looked at on the way. To be differentiated, scan without.
 
     Returns:
         The reads (B, T, H, D) in the queries' dtype, and the state after the last token. The computation and the state
@@ -80,7 +83,7 @@ def memory_scan(
     weights = [w.to(dtype) for w in weights]
     first = _first_state(weights if start is None else start, queries.shape[0], dtype)
     backend = _chosen(backend, queries, weights, chunk_size, share, channelwise=not isinstance(alpha, Tensor))
-    memory = Memory(net, weights, chunk_size, backend)
+    memory = Memory(net, weights, chunk_size, backend, looks)
     wide = queries.dtype if backend == "fused" else dtype
     tokens = [*(x.to(wide) for x in (queries, keys, values)), *(x.to(dtype) for x in (theta, eta, *forget))]
     state = first if state is None else state

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import MemoryState, PackedRows, TensorTree, memory_read, memory_scan
+from ..memory import Looks, MemoryState, PackedRows, TensorTree, memory_read, memory_scan
 from ..memory.kept_scans import kept
 from ..memory.network import initial_weights
 from .kept import causal_conv
@@ -97,27 +97,60 @@ class NeuralMemory(nn.Module):
         if recall is not None:
             reads, after = self._recalled(query, recall, rows)
             return self._finish(reads, output_gate), after
-        if state is None and start is not None:
-            state = start.map(lambda part: part.expand(x.shape[0], *part.shape[1:]))
+        state = _begun(state, start, len(x))
         first = None if start is None else start.query_tail
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
-        reads, memory = kept(
-            lambda: memory_scan(
-                queries,
-                keys,
-                values,
-                *self._gates(gates),
-                list(self.initial_weights),
-                **self._network(),
-                chunk_size=self.config.chunk_size,
-                state=None if state is None else state.memory,
-                start=None if start is None else start.memory,
-                rows=rows,
-                backend=self.config.memory_backend,
-            )
-        )
+        reads, memory = kept(lambda: self._scan([queries, keys, values, gates], state, start, rows))
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
+
+    def look(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None,
+        looks: Looks,
+        *,
+        start: NeuralMemoryState | None = None,
+        rows: PackedRows | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | list[Tensor]]:
+        """Look at what tokens write; nothing is read or kept. To be called where forward() could be, without gradients.
+
+        Args:
+            x: As for forward, like state, start and rows.
+            looks: Which chunks are looked at.
+
+        Returns:
+            theta, eta and alpha of every token, as memory_scan takes them.
+        """
+        state = _begun(state, start, len(x))
+        keys, values, gates, _ = self._keys_values_gates(x, state, rows, start)
+        self._scan([keys, keys, values, gates], state, start, rows, looks)
+        return self._gates(gates)
+
+    def _scan(
+        self,
+        tokens: list[Tensor],
+        state: NeuralMemoryState | None,
+        start: NeuralMemoryState | None,
+        rows: PackedRows | None,
+        looks: Looks | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """memory_scan over queries, keys, values and gates."""
+        queries, keys, values, gates = tokens
+        return memory_scan(
+            queries,
+            keys,
+            values,
+            *self._gates(gates),
+            list(self.initial_weights),
+            **self._network(),
+            chunk_size=self.config.chunk_size,
+            state=None if state is None else state.memory,
+            start=None if start is None else start.memory,
+            rows=rows,
+            backend=self.config.memory_backend,
+            looks=looks,
+        )
 
     def _recalled(self, query: Tensor, recall: "Recall", rows: PackedRows | None) -> tuple[Tensor, "Recall"]:
         weights = recall.weights
@@ -193,6 +226,13 @@ class Recall(TensorTree):
     weights: list[Tensor] | None = None
     query_tail: Tensor | None = None
     restarts: Tensor | None = None
+
+
+def _begun(state: NeuralMemoryState | None, start: NeuralMemoryState | None, batch: int) -> NeuralMemoryState | None:
+    """The state that a piece goes on from; None is the learned initial memory."""
+    if state is not None or start is None:
+        return state
+    return start.map(lambda part: part.expand(batch, *part.shape[1:]))
 
 
 def gate_widths(config: TitansConfig) -> list[int]:

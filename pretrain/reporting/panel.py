@@ -1,0 +1,114 @@
+"""A run as a panel in a terminal."""
+
+import statistics
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pretrain.reporting.history import History, Series, means, sparkline, thinned
+from pretrain.reporting.records import Record
+from pretrain.reporting.step_line import clock
+
+_EVENTS = 5
+
+
+def panel_of(name: str, history: History, now: float | None = None) -> RenderableType:
+    """Everything worth a glance.
+
+    Args:
+        name: Of the run folder.
+        history: Of the run.
+        now: Seconds since 1970; None is this moment.
+    """
+    parts: list[RenderableType] = [_state(history, now)]
+    if history.last_step is not None:
+        parts += [_progress(history), _numbers(history)]
+    if history.of("memory"):
+        parts.append(_memory(history))
+    parts += [_probe(record) for record in _newest_probes(history)]
+    parts += [Text(f"step {e['step']:,}: {e.get('message', e['name'])}") for e in history.of("event")[-_EVENTS:]]
+    return Panel(Group(*parts), title=name, expand=False)
+
+
+def _state(history: History, now: float | None) -> Text:
+    attempt, silence = history.attempt, history.silent_seconds(now)
+    if history.finished:
+        state = Text("finished", style="bold green")
+    elif silence:
+        state = Text(f"no record for {clock(silence)}", style="bold red")
+    else:
+        state = Text("running", style="bold cyan")
+    where = [
+        f"attempt {attempt['attempt']}",
+        *(str(attempt[key]) for key in ("variant", "layout", "host") if attempt.get(key)),
+    ]
+    return Text(", ").join([state, *map(Text, where)])
+
+
+def _progress(history: History) -> RenderableType:
+    last, steps = history.last_step, history.attempt.get("steps")
+    assert last is not None
+    line = Table.grid(padding=(0, 1))
+    said = f"step {last['step']:,}"
+    if steps is None:
+        return Text(said)
+    line.add_row(ProgressBar(total=steps, completed=min(last["step"], steps), width=40), f"{said} of {steps:,}")
+    return line
+
+
+def _numbers(history: History) -> Table:
+    """A row a quantity: now, and the way it took."""
+    table = Table.grid(padding=(0, 2))
+    rows: list[tuple[str, Series, str, float]] = [
+        ("loss", history.series("loss"), "{:.4f}", 1),
+        ("held-out loss", history.series("loss", "heldout"), "{:.4f}", 1),
+        ("gradient norm", history.series("grad_norm"), "{:.3f}", 1),
+        ("learning rate", history.series("lr"), "{:.2e}", 1),
+        ("tokens a second", history.series("tokens_per_second"), "{:,.0f}", 1),
+        ("MFU", history.series("mfu"), "{:.1%}", 1),
+        ("memory, GB", history.series("memory_bytes"), "{:.1f}", 1e9),
+        ("tokens", history.series("tokens"), "{:,.0f}", 1),
+    ]
+    for name, series, form, unit in rows:
+        if series.steps:
+            way = "" if name == "tokens" else sparkline(thinned(series, 400).values)
+            table.add_row(name, form.format(series.values[-1] / unit), way)
+    if (left := _seconds_left(history)) is not None:
+        table.add_row("left", clock(left), "")
+    return table
+
+
+def _seconds_left(history: History) -> float | None:
+    """From the median of the last steps, without what stands between them."""
+    last, steps = history.last_step, history.attempt.get("steps")
+    if last is None or steps is None or history.finished:
+        return None
+    return statistics.median(history.series("seconds").values[-100:]) * (steps - last["step"])
+
+
+def _memory(history: History) -> Table:
+    """The newest look into the memories: means over the blocks, and the blocks."""
+    record = history.of("memory")[-1]
+    table = Table(title=f"memories at step {record['step']:,}", title_justify="left", box=None, padding=(0, 2))
+    for heading in ("", "mean", "first block", "last block"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_column("by block")
+    for name in history.memory_quantities():
+        values = record.get(name) or []
+        if (mean := means(values)) is not None:
+            cells = ["" if value is None else f"{value:.4g}" for value in (mean, values[0], values[-1])]
+            table.add_row(name, *cells, sparkline([value for value in values if value is not None]))
+    return table
+
+
+def _newest_probes(history: History) -> list[Record]:
+    newest = {record["name"]: record for record in history.of("probe")}
+    return list(newest.values())
+
+
+def _probe(record: Record) -> Text:
+    cells = [f"{n:,}: {a:.0%}" for n, a in zip(record["lengths"], record["accuracy"], strict=False) if a is not None]
+    return Text(f"{record['name']} at step {record['step']:,}   {'  '.join(cells)}")

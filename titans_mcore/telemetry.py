@@ -1,0 +1,165 @@
+"""What the memories of a model do while it trains, by block: gates, surprise, step bound, drift and retention.
+
+`MemoryTelemetry.watching()` stands around one forward pass. It hangs hooks on the memories, which look at the first row
+of what they are given: the row's keys, values and gates are made once more, and its scan is gone through once more, on
+the side and without gradients. So the pass computes what it computes without, with every backend, also where the
+kernels are fused; outside of `watching` nothing is there. Gates and retention are those of every token of the row,
+surprise, bound and drift those of one chunk in about every 256 tokens.
+
+By block, means over tokens, heads and matrices:
+
+surprise      norm of the inner gradient over a memory's matrices, before theta
+theta, eta, alpha   inner learning rate, momentum decay, forget rate; the step bound is not in theta
+bounded       share of the tokens whose step the step bound makes smaller
+drift         root mean square of the weights less the initial ones; beside 1 for initial weights, or 1 / sqrt(their
+              input's width) in plain networks, and a limit of 16 (memory/STABILITY.md)
+retention_D   what forgetting leaves of a write after D tokens: the product of D times 1 - alpha, in one document
+
+A row that ranks share is looked at in parts: no retention reaches from one into the next.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titans_mcore.memory import Looked, Looks, PackedRows
+from titans_mcore.mixers.neural_memory import NeuralMemory
+
+DISTANCES = (1, 16, 256, 4096)
+QUANTITIES = ("surprise", "theta", "eta", "alpha", "bounded", "drift", *(f"retention_{d}" for d in DISTANCES))
+_EVERY_TOKENS = 256
+_NUMBERS_AT_ONCE = 1 << 22  # of forget rates in float64, whatever the length of a row
+
+
+class MemoryTelemetry:
+    """Collects over the passes that it watches. Every rank has one and makes the same calls.
+
+    Args:
+        model: Its memories are watched; a model without any gives nothing.
+        every_tokens: About so many tokens lie between two chunks that are looked at.
+    """
+
+    def __init__(self, model: nn.Module, every_tokens: int = _EVERY_TOKENS) -> None:
+        self._memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+        self._every_tokens = every_tokens
+        self._totals: Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a forward pass; its backward pass stands behind, so that nothing is seen twice where it recomputes."""
+        with ExitStack() as stack:
+            for block, memory in enumerate(self._memories):
+                watcher = _Watcher(self._every_tokens, partial(self._add, block))
+                stack.enter_context(memory.register_forward_pre_hook(watcher, with_kwargs=True))
+            yield
+
+    def collect(self) -> dict[str, list[float | None]]:
+        """Means over all ranks since the last call: by quantity a list over the blocks.
+
+        What no block has seen, like retention over more tokens than a row has, is left out.
+        """
+        if not self._memories:
+            return {}
+        totals = torch.zeros(len(self._memories), len(QUANTITIES), 2, dtype=torch.float64)
+        if self._totals is not None:
+            totals += self._totals.cpu()
+        self._totals = None
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        found = {}
+        for quantity, of_blocks in zip(QUANTITIES, totals.unbind(1), strict=True):
+            if bool(of_blocks[:, 1].any()):
+                found[quantity] = [total / count if count else None for total, count in of_blocks.tolist()]
+        return found
+
+    def _add(self, block: int, quantity: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Adds values to a mean, or those of them that count."""
+        weight = torch.ones_like(values, dtype=torch.float64)
+        if where is not None:
+            weight = weight * where
+        # Chosen and not multiplied: what an empty slot holds need not be a number.
+        total = values.double().masked_fill(weight == 0, 0.0).sum()
+        if self._totals is None:
+            shape = len(self._memories), len(QUANTITIES), 2
+            self._totals = torch.zeros(shape, dtype=torch.float64, device=values.device)
+        self._totals[block, QUANTITIES.index(quantity)] += torch.stack([total, weight.sum()])
+
+
+class _Watcher:
+    """Sees one memory during one pass; called before its forward()."""
+
+    def __init__(self, every_tokens: int, add: Callable[..., None]) -> None:
+        self._looks, self._add = Looks(every_tokens, self._take), add
+        self._retention = _Retention(add)
+
+    @torch.no_grad()
+    def __call__(self, memory: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at the first row of what the memory is about to write."""
+        # Without `rows` it is called for its persistent tokens, which are no part of any row.
+        if "rows" not in kwargs or kwargs.get("recall") is not None:
+            return
+        assert isinstance(memory, NeuralMemory)
+        x, state = (*args, None)[:2]
+        rows = _first_row(kwargs["rows"])
+        state = None if state is None else state.map(lambda part: part[:1])
+        theta, eta, alpha = memory.look(x[:1], state, self._looks, start=kwargs.get("start"), rows=rows)
+        real = _row_of(None if rows is None else rows.real, x, default=True)
+        rates = [alpha] if isinstance(alpha, Tensor) else alpha
+        for name, gates in (("theta", [theta]), ("eta", [eta]), ("alpha", rates)):
+            by_token = torch.stack([gate[0].flatten(1).mean(1) for gate in gates]).mean(0)
+            self._add(name, by_token[real])
+        starts = _row_of(None if rows is None else rows.starts, x, default=False)
+        self._retention.read(torch.cat([a[0].flatten(1) for a in rates], 1)[real], starts[real])
+
+    def _take(self, looked: Looked) -> None:
+        self._add("surprise", looked.surprise, looked.real)
+        self._add("bounded", looked.bounded, looked.real)
+        self._add("drift", looked.drift, looked.real.any(-1))
+
+
+class _Retention:
+    """Products of 1 - alpha over the last D tokens of one document, along a row that may come in pieces."""
+
+    def __init__(self, add: Callable[..., None]) -> None:
+        self._add = add
+        self._logs: Tensor | None = None  # of the last tokens, (n, F); and which document each is of
+        self._documents: Tensor | None = None
+
+    def read(self, alpha: Tensor, starts: Tensor) -> None:
+        """The next tokens' forget rates (T, F), and which tokens begin documents (T,)."""
+        at_once = max(1, _NUMBERS_AT_ONCE // alpha.shape[1])
+        for rates, begins in zip(alpha.split(at_once), starts.split(at_once), strict=True):
+            self._read(rates.double(), begins)
+
+    def _read(self, alpha: Tensor, starts: Tensor) -> None:
+        logs = (1.0 - alpha).clamp_min(torch.finfo(torch.float32).tiny).log()
+        documents = starts.cumsum(0)
+        if self._logs is not None and self._documents is not None:
+            logs = torch.cat([self._logs, logs])
+            documents = torch.cat([self._documents, self._documents[-1:] + documents])
+        new = len(logs) - len(alpha)  # windows that end before it were counted with an earlier piece
+        sums = torch.cat([logs.new_zeros(1, logs.shape[1]), logs.cumsum(0)])
+        for distance in DISTANCES:
+            if len(logs) >= distance:
+                ends = torch.arange(max(new, distance - 1), len(logs), device=logs.device)
+                kept = (sums[ends + 1] - sums[ends + 1 - distance]).exp()
+                self._add(f"retention_{distance}", kept.mean(1), documents[ends] == documents[ends + 1 - distance])
+        self._logs, self._documents = logs[-DISTANCES[-1] :], documents[-DISTANCES[-1] :]
+
+
+def _first_row(rows: PackedRows | None) -> PackedRows | None:
+    """The first row's, as PackedRows wants it."""
+    if rows is None or (rows.starts is None and rows.real is None):
+        return None
+    starts, real = (None if mask is None else mask[:1] for mask in (rows.starts, rows.real))
+    return PackedRows(None if starts is None or not bool(starts.any()) else starts, real)
+
+
+def _row_of(mask: Tensor | None, x: Tensor, *, default: bool) -> Tensor:
+    """The first row of a mask (B, T) of the tokens of x."""
+    return torch.full((x.shape[1],), default, device=x.device) if mask is None else mask[0]
