@@ -13,7 +13,7 @@ a run of the text as the shuffled documents follow one upon the other, and sampl
 import hashlib
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -28,6 +28,9 @@ from torch import Tensor
 
 from pretrain.config import RunConfig
 from pretrain.schedule import Portion, portion_of
+
+STALL_SECONDS = 30.0
+"""A batch that takes longer is spoken about."""
 
 
 class MicroBatch(NamedTuple):
@@ -260,7 +263,14 @@ class Samples:
 class Batches:
     """This rank's micro-batches, one step ahead in a thread."""
 
-    def __init__(self, samples: NumberedSamples, config: RunConfig, data_rank: int, data_parallel: int) -> None:
+    def __init__(
+        self,
+        samples: NumberedSamples,
+        config: RunConfig,
+        data_rank: int,
+        data_parallel: int,
+        stalled: Callable[[int, float], None] = lambda step, seconds: None,
+    ) -> None:
         """Nothing is read before the first `fetch`.
 
         Args:
@@ -268,8 +278,9 @@ class Batches:
             config: Says what a step learns from.
             data_rank: This rank's place among the data ranks.
             data_parallel: Data ranks.
+            stalled: Called with a step, counted from 1, and seconds when its batch lets itself be waited for.
         """
-        self._samples = samples
+        self._samples, self._stalled = samples, stalled
         self._train = config.train
         self._data_rank, self._data_parallel = data_rank, data_parallel
         self._thread = ThreadPoolExecutor(1, "batches")
@@ -292,7 +303,7 @@ class Batches:
             wait(self._ahead.values())
             self._ahead.clear()
             future = self._submit(step)
-        micro_batches = future.result()
+        micro_batches = self._wait_for(future, step)
         self.waited_seconds = time.perf_counter() - started
         ahead = step + 1 if ahead is None else ahead
         if step < ahead < self._train.steps:
@@ -302,6 +313,14 @@ class Batches:
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(cancel_futures=True)
+
+    def _wait_for(self, future: "Future[list[MicroBatch]]", step: int) -> list[MicroBatch]:
+        patience, waited = STALL_SECONDS, 0.0
+        while not wait([future], timeout=patience).done:
+            waited += patience
+            self._stalled(step + 1, waited)
+            patience = waited  # 30 s, 60 s, 120 s, ... since the start
+        return future.result()
 
     def _submit(self, step: int) -> "Future[list[MicroBatch]]":
         portion = portion_of(step + 1, self._train)

@@ -20,6 +20,7 @@ from pretrain.data import Batches, MicroBatch, NumberedSamples
 from pretrain.ending import TrainingFailed
 from pretrain.engine import first_rank_loss, own, train_step
 from pretrain.folders import RunData
+from pretrain.hangs import RollCall, straggler
 from pretrain.health import Health, Verdict
 from pretrain.inloop.evaluations import Evaluations
 from pretrain.metrics import Metrics
@@ -29,6 +30,7 @@ from pretrain.rewinds import Rewind, Rewinds
 from pretrain.saving import Saved, Saver
 from pretrain.schedule import Portion, learning_rate, portion_of, tokens_after
 from pretrain.throughput import MfuMeter, memory_bytes
+from titans_mcore.parallel.waiting import Waiting
 from titans_mcore.telemetry import MemoryTelemetry
 from titans_mcore.weights import checkpoints_newest_first
 from tokenization.errors import TokenizationError
@@ -51,11 +53,17 @@ class Run:
     health: Health
     rewinds: Rewinds
     probation: Probation = field(init=False)
+    roll_call: RollCall = field(init=False)
+    waiting: Waiting = field(init=False, default_factory=Waiting)
+    busy_seconds: float = field(init=False, default=0.0)
     telemetry: MemoryTelemetry = field(init=False)
     micro_batches: list[MicroBatch] = field(init=False, default_factory=list)
+    save_error: str = field(init=False, default="")
+    current_step: int = field(init=False, default=0)
     mfu_meter: MfuMeter = field(init=False)
 
     def __post_init__(self) -> None:
+        self.roll_call = RollCall()
         self.telemetry = MemoryTelemetry(self.engine.module)
         self.mfu_meter = MfuMeter.here(self.config, dist.get_world_size())
         self.probation = Probation(self.run_dir if dist.get_rank() == 0 else Path(os.devnull))
@@ -70,15 +78,17 @@ class Run:
         Returns:
             The numbers of the step, under their names in metrics.jsonl, and the verdict.
         """
-        began, lr = time.perf_counter(), self.rate_of_next_update()
+        began, lr, self.current_step = time.perf_counter(), self.rate_of_next_update(), step
         self.micro_batches = self.batches.fetch(step - 1, ahead=following - 1)
         every = self.config.logging.memory_every_steps
         telemetry = self.telemetry if every and step % every == 0 else None
         limit = self.health.update_limit()
-        result = train_step(self.engine, self.micro_batches, lr, self.carried, limit, telemetry)
+        with self.waiting.measured():
+            result = train_step(self.engine, self.micro_batches, lr, self.carried, limit, telemetry)
         if telemetry:
             self.metrics.record("memory", step, telemetry.collect())
         seconds, train = time.perf_counter() - began, self.config.train
+        self._compare_ranks(step, seconds)
         values = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -138,12 +148,13 @@ class Run:
             self.finish_save()
         return time.perf_counter() - began
 
-    def finish_save(self) -> Saved:
+    def finish_save(self) -> None:
         """Publishes the checkpoint that is being written, and deletes those that are no longer kept."""
         saved = self.saver.finish()
+        self.save_error = saved.error
         if saved.error:
             self._tell_lost(saved)
-            return saved
+            return
         if dist.get_rank() == 0:
             self.probation.add(saved.folder, saved.record)
             delete_others(self.run_dir, self.config.checkpoint)
@@ -151,7 +162,6 @@ class Run:
         values = {"name": "saved", "folder": saved.folder.name, "seconds": saved.seconds, "bytes": size}
         self.metrics.record("event", saved.record["step"], values)
         dist.barrier()  # nobody looks for checkpoints while rank 0 deletes some
-        return saved
 
     def prove(self, step: int) -> None:
         """Marks the checkpoints that have become healthy with this step."""
@@ -246,6 +256,24 @@ class Run:
         self.batches.close()
         self.saver.close()
         self.metrics.close()
+
+    def _compare_ranks(self, step: int, seconds: float) -> None:
+        """Names the slowest rank every so many steps."""
+        self.busy_seconds += seconds - self.waiting.take()
+        every = self.config.logging.stragglers_every_steps
+        if not every or step % every or dist.get_world_size() == 1:
+            return
+        own = torch.tensor([self.busy_seconds / every], dtype=torch.float64)
+        self.busy_seconds = 0.0
+        all_ranks = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_ranks, own)
+        if slow := straggler([float(one) for one in all_ranks]):
+            message = (
+                f"note: {self.roll_call.place(slow.rank)} is slow: {slow.seconds:.2f} s of its own work a step, "
+                f"{slow.seconds / slow.median:.2f} times the median of all ranks"
+            )
+            facts = {"rank": slow.rank, "host": self.roll_call.hosts[slow.rank]}
+            self.metrics.event(step, "straggler", message, seconds=slow.seconds, median=slow.median, **facts)
 
     def _losses_again(self, step: int) -> Iterator[torch.Tensor]:
         micro_batches: list[MicroBatch] = self.batches.fetch(step - 1, ahead=0)

@@ -360,6 +360,8 @@ class LoggingConfig:
     memory_every_steps: int = 0
     """Steps between looks into the memories of every block, which cost about a forward pass of them over one row:
     surprise, gates, the step bound, drift, retention (records of kind memory in RUN/metrics.jsonl). 0: never."""
+    stragglers_every_steps: int = 10
+    """Steps between comparisons of the ranks: whose own work takes longer than the others' is named. 0: never."""
     tensorboard: bool = False
     """Write RUN/tensorboard as well; needs the extra `tensorboard`."""
     wandb: Literal["off", "online", "offline"] = "off"
@@ -371,5 +373,5 @@ class LoggingConfig:
     """Name of the run there; empty: the name of the run folder."""
 
     def __post_init__(self) -> None:
-        _at_least("logging", self, every_steps=1, memory_every_steps=0)
+        _at_least("logging", self, every_steps=1, memory_every_steps=0, stragglers_every_steps=0)
         _one_of("logging.wandb", self.wandb, ("off", "online", "offline"))

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from pretrain.ending import (
 )
 from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
 from pretrain.folders import keep_tokenizer, open_data, open_samples
+from pretrain.hangs import is_communication, record_flights, say_stalled, write_flights
 from pretrain.health import Health
 from pretrain.inloop.evaluations import Evaluations
 from pretrain.launcher import follow_launcher, record_success
@@ -48,50 +50,73 @@ def train(arguments: Sequence[str]) -> None:
     began = time.monotonic()
     with mistakes_as_sentences():
         command = parse(arguments)
-        run, step = open_run(command.config, command.run_dir, verify=command.verify_resume)
-    config, steps = run.config, run.config.train.steps
-    if (first := run.rewinds.step_after(step)) > steps:
-        say(f"{run.run_dir} is finished: step {step} of {steps}; raise --train.steps to go on")
-        run.close()
+        run, done = open_run(command.config, command.run_dir, verify=command.verify_resume)
+    if run is None:
         return
 
-    stop_request = StopRequest(began, config.train.stop_after_minutes)
-    began, step, stopping = time.monotonic(), first, ""
-    while step <= steps and not stopping:
+    stop_request = StopRequest(began, run.config.train.stop_after_minutes)
+    try:
+        learn(run, done, stop_request)
+    except RuntimeError as error:
+        if not is_communication(error):
+            raise
+        write_flights(run.run_dir)
+        raise TrainingFailed(run.roll_call.report(error, run.current_step)) from error
+    run.close()
+
+
+def learn(run: Run, done: int, stop_request: StopRequest) -> None:
+    """The steps of a run, and its last checkpoint.
+
+    Args:
+        run: Of `open_run`.
+        done: Steps done before.
+        stop_request: Ends the run after a step.
+
+    Raises:
+        TrainingFailed: The run cannot go on, or its last checkpoint could not be saved.
+    """
+    config, steps = run.config, run.config.train.steps
+    began, stopping, first = time.monotonic(), "", run.rewinds.step_after(done)
+    while (step := run.rewinds.step_after(done)) <= steps and not stopping:
         following = run.rewinds.step_after(step)
         values, verdict = run.step(step, following)
         stopping, writing = stop_request.exchange(run.saver.busy)
         if run.saver.pending and not writing:
             run.finish_save()
+
         if verdict.action in ("rewind", "stop"):
             run.metrics.step(step, values)
-            step = run.rewinds.step_after(run.recover(step, verdict))
+            done = run.recover(step, verdict)
             continue
         if verdict.action != "go on":
             run.metrics.event(step, "bad_step", f"note: {verdict.reason} at step {step}; {verdict.action}")
 
-        last = following > steps
         values |= run.evaluate(step)
-        if last or stopping or due(step, config.checkpoint.every_steps):
+        if following > steps or stopping or due(step, config.checkpoint.every_steps):
             values["save_stall_seconds"] = run.begin_save(step, values.get("heldout_loss"))
         run.metrics.step(step, values)
         run.prove(step)
         if step == first:
             tighten_timeouts(config.parallel.step_timeout_seconds)
-        ended_at, step = step, following
+        done = step
 
-    if run.saver.pending and (saved := run.finish_save()).error:
-        raise TrainingFailed(f"the last checkpoint could not be saved: {saved.error}; make room and start again")
-    if stopping and step <= steps:
-        on_rank_0(lambda: ask_for_requeue(run.run_dir, stopping, ended_at, steps, run.metrics.attempt))
-        say(f"stopped by {stopping} after step {ended_at}, which is saved; the same command goes on from there")
+    if run.saver.pending:
+        run.finish_save()
+    if run.save_error:
+        raise TrainingFailed(f"the last checkpoint could not be saved: {run.save_error}; make room and start again")
+    if step <= steps:
+        on_rank_0(lambda: ask_for_requeue(run.run_dir, stopping, done, steps, run.metrics.attempt))
+        say(f"stopped by {stopping} after step {done}, which is saved; the same command goes on from there")
     else:
-        say(f"done: {summary(values, config, run)}, {time.monotonic() - began:.0f} s")
-    run.close()
+        say(f"done: {summary(values, done, run)}, {time.monotonic() - began:.0f} s")
 
 
-def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run, int]:
+def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | None, int]:
     """Everything that the steps use, as an earlier attempt left it, and the steps done. Collective.
+
+    Returns:
+        No run when all its steps are done.
 
     Raises:
         ValueError: Something that was asked for does not fit.
@@ -99,6 +124,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run, in
     data = open_data(config)
     megatron_config(config)  # the division over ranks, before anything is started
     parallel = config.parallel
+    record_flights(run_dir)
     groups = start(parallel.tensor, parallel.context, seed=config.train.seed, timeout_seconds=parallel.timeout_seconds)
     data_rank, data_parallel = sample_place()
     on_rank_0(lambda: lock_run_folder(run_dir))
@@ -107,9 +133,12 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run, in
     point = find_resume_point(config, data.fingerprint, run_dir)
     progress = point.progress if point else Progress()
     rewinds = on_rank_0(lambda: Rewinds.read(run_dir))
+    if rewinds.step_after(progress.step) > config.train.steps:
+        say(f"{run_dir} is finished: step {progress.step} of {config.train.steps}; raise --train.steps to go on")
+        return None, progress.step
     samples, heldout = open_samples(config, data, run_dir)
     evaluations = Evaluations(config, data, run_dir, heldout)
-    batches = Batches(samples, config, data_rank, data_parallel)
+    batches = Batches(samples, config, data_rank, data_parallel, say_stalled)
     model = build_model(config, groups)
     describe(model, config, data_parallel)
     engine = build_engine(model, config, data_parallel)
@@ -180,11 +209,11 @@ def is_counted(parameter: torch.Tensor) -> bool:
     return first or getattr(parameter, "tensor_model_parallel", False)
 
 
-def summary(values: dict[str, float], config: RunConfig, run: Run) -> str:
+def summary(values: dict[str, Any], done: int, run: Run) -> str:
     """What the run ended with."""
     loss = f"held-out loss {values['heldout_loss']:.4f} nats a token, " if "heldout_loss" in values else ""
     skipped = f"{run.health.left_out} updates left out, " if run.health.left_out else ""
-    return f"{loss}loss {values['loss']:.4f}, {skipped}{checkpoint_folder(run.run_dir, config.train.steps)}"
+    return f"{loss}loss {values['loss']:.4f}, {skipped}{checkpoint_folder(run.run_dir, done)}"
 
 
 def say(sentence: str) -> None:

@@ -1,0 +1,135 @@
+"""Naming whoever holds up a run: slow ranks, a loader that stalls, ranks that do not answer any more."""
+
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+SLOWER = 1.15
+"""A straggler's own work takes so many times the median's."""
+_LEAST_SECONDS = 0.05
+_ROLL_CALL_SECONDS = 10.0
+_COMMUNICATION = ("timed out", "connection closed", "connection reset", "connection refused", "gloo", "nccl", "broken")
+
+
+class Straggler(NamedTuple):
+    """The slowest rank.
+
+    Attributes:
+        rank: Which one.
+        seconds: Of its own work in a step.
+        median: Of all ranks.
+    """
+
+    rank: int
+    seconds: float
+    median: float
+
+
+def straggler(own_seconds: Sequence[float]) -> Straggler | None:
+    """The rank whose own work takes longest, if that is worth a word.
+
+    Args:
+        own_seconds: By rank, seconds of a step that it did not wait for others.
+    """
+    slowest = max(range(len(own_seconds)), key=own_seconds.__getitem__)
+    median, seconds = statistics.median(own_seconds), own_seconds[slowest]
+    if seconds > SLOWER * median and seconds > median + _LEAST_SECONDS:
+        return Straggler(slowest, seconds, median)
+    return None
+
+
+def say_stalled(step: int, seconds: float) -> None:
+    """Says that this rank waits for its batch. Every rank says it for itself: the others wait in a collective."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    print(
+        f"note: rank {rank} on {socket.gethostname()} has waited {seconds:.0f} s for the batch of step {step}, and all "
+        "others for it; is the storage of data.path slow?",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+class RollCall:
+    """Knows the hosts of all ranks, and asks who is still there when communication fails. Made on all ranks at once."""
+
+    def __init__(self) -> None:
+        self._store = dist.distributed_c10d._get_default_store()
+        self.hosts: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(self.hosts, socket.gethostname())
+
+    def place(self, rank: int) -> str:
+        """A rank with its host."""
+        return f"rank {rank} on {self.hosts[rank]}"
+
+    def report(self, error: Exception, step: int) -> str:
+        """What there is to say when a collective has failed: which ranks do not answer.
+
+        Args:
+            error: What it raised.
+            step: That was being done.
+        """
+        what = f"communication failed in step {step} on {self.place(dist.get_rank())} ({_first_line(error)})"
+        try:
+            silent = self._silent()
+        except (RuntimeError, dist.DistError):
+            return f"{what}; the rendezvous host cannot be reached either"
+        if silent:
+            return f"{what}; no answer from {', '.join(map(self.place, silent))}"
+        return f"{what}; all ranks answer: the network between them may have been cut for a while"
+
+    def _silent(self) -> list[int]:
+        """The ranks that do not come to the same end within some seconds: dead, stopped, or hanging in their own."""
+        self._store.set(_key(dist.get_rank()), "here")
+        ranks = range(dist.get_world_size())
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
+        while (silent := [rank for rank in ranks if not self._store.check([_key(rank)])]) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.2)
+        return silent
+
+
+def is_communication(error: Exception) -> bool:
+    """Whether an exception of torch's comes from a collective."""
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _COMMUNICATION)
+
+
+def record_flights(run_dir: Path) -> None:
+    """Has PyTorch keep the last collectives of every rank, and NCCL's watchdog write them when one times out. Before
+    torch.distributed starts."""
+    prefix = run_dir / "flight_recorder" / "rank_"
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(prefix),
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(prefix),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def write_flights(run_dir: Path) -> Path | None:
+    """Writes this rank's last collectives, as JSON; None where torch has no recorder for them."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return None
+    file = run_dir / "flight_recorder" / f"rank_{dist.get_rank()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(dump())
+    return file
+
+
+def _key(rank: int) -> str:
+    return f"roll-call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rpartition("] ")[2]
