@@ -28,7 +28,7 @@ from pretrain.resume import ResumePoint, restore
 from pretrain.retention import Probation, delete, delete_others, whole_checkpoints
 from pretrain.rewinds import Rewind, Rewinds
 from pretrain.saving import Saved, Saver
-from pretrain.schedule import Portion, learning_rate, portion_of, tokens_after
+from pretrain.schedule import Portion, portion_of, rate_of, tokens_after
 from pretrain.throughput import MfuMeter, memory_bytes
 from titans_mcore.parallel.waiting import Waiting
 from titans_mcore.telemetry import MemoryTelemetry
@@ -78,7 +78,7 @@ class Run:
         Returns:
             The numbers of the step, under their names in metrics.jsonl, and the verdict.
         """
-        began, lr, self.current_step = time.perf_counter(), self.rate_of_next_update(), step
+        began, lr, self.current_step = time.perf_counter(), rate_of(self.health.updates + 1, self.config), step
         self.micro_batches = self.batches.fetch(step - 1, ahead=following - 1)
         every = self.config.logging.memory_every_steps
         telemetry = self.telemetry if every and step % every == 0 else None
@@ -103,16 +103,6 @@ class Run:
         if (mfu := self.mfu_meter.mfu(step, seconds)) is not None:
             values["mfu"] = mfu
         return values, self.health.judge(step, result.loss, result.grad_norm, result.updated)
-
-    def rate_of_next_update(self) -> float:
-        """Learning rate; a step that was left out has not moved it."""
-        return learning_rate(
-            self.health.updates + 1,
-            peak=self.config.optimizer.lr,
-            warmup_steps=self.config.schedule.warmup_steps,
-            total_steps=self.config.train.steps,
-            min_fraction=self.config.schedule.min_lr_fraction,
-        )
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluates where it is due and reports it; returns what belongs into the step's own line."""

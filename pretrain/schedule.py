@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from pretrain.config import RunConfig
 from pretrain.settings import TrainConfig
 
 
@@ -58,6 +59,17 @@ def _row_length(tokens: int, train: TrainConfig) -> int:
         return train.sequence_length
     doublings = (train.sequence_length // train.sequence_warmup_from).bit_length() - 1
     return train.sequence_warmup_from << min(doublings, tokens * doublings // train.sequence_warmup_tokens)
+
+
+def rate_of(update: int, config: RunConfig) -> float:
+    """Learning rate of an update of the weights, counted from 1; a step without one does not move it."""
+    return learning_rate(
+        update,
+        peak=config.optimizer.lr,
+        warmup_steps=config.schedule.warmup_steps,
+        total_steps=config.train.steps,
+        min_fraction=config.schedule.min_lr_fraction,
+    )
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, min_fraction: float) -> float:

@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from pretrain.command_line import parse
 from pretrain.data import Batches
-from pretrain.folders import open_data
-from pretrain.train import open_samples
+from pretrain.folders import open_data, open_samples
 from tests.parallel.regroup import groups_of
 from titans_mcore.parallel import context_place, start, stop
 

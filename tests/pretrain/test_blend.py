@@ -13,9 +13,8 @@ from pretrain.command_line import parse
 from pretrain.config import RunConfig
 from pretrain.config_files import build, load_run_config, write_run_config
 from pretrain.data import Samples
-from pretrain.folders import open_data
+from pretrain.folders import open_data, open_samples
 from pretrain.settings import DataConfig, TrainConfig
-from pretrain.train import open_samples
 from titans_mcore.config import TitansConfig
 from tokenization.manifest import Manifest
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from pretrain.carried import CarriedState
-from pretrain.checkpoint import find_resume_point, restore, save
 from pretrain.command_line import parse
 from pretrain.data import Batches, Samples
 from pretrain.engine import build_engine, build_model, train_step
-from pretrain.folders import open_data
-from pretrain.train import open_samples
+from pretrain.folders import open_data, open_samples
+from pretrain.resume import find_resume_point, restore
 from titans_mcore.config import VARIANTS
 from titans_mcore.mixers.attention import AttentionState
 from titans_mcore.mixers.simple import BranchesState
 
 from .curves_worker import curve
 from .jobs import ROOT, Job
+from .saving import save
 from .tiny_shards import BOS, write_shards
 
 # 20 tokens fill neither the chunks of 8 nor the segments of 16: states are carried with both open.
@@ -204,11 +204,11 @@ def test_a_run_goes_on_from_its_carried_states_bit_for_bit(
 ):
     config = configured("--variant", variant, "--train.micro-batch", "2", "--train.sequence-length", length)
     results, expected = stopped(config)
-    folder, progress = find_resume_point(config, "fingerprint", tmp_path)
-    assert progress.step == 3
+    point = find_resume_point(config, "fingerprint", tmp_path)
+    assert point.progress.step == 3
     batches, carried = reader(config), CarriedState(variant)
     engine = build_engine(build_model(config, one_process), config, 1)
-    restore(engine, config, folder, carried)
+    restore(engine, config, point, carried)
     assert [train_step(engine, batches.fetch(step), 1e-2, carried) for step in range(3, 6)] == results[3:]
     mine, right = tensors_of(carried), tensors_of(expected)
     assert mine.keys() == right.keys()

@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from evals.efficiency.layouts_worker import communication_buffers, storages
 from pretrain import plan
-from pretrain.checkpoint import save
 from pretrain.command_line import parse
 from pretrain.data import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
@@ -30,6 +29,7 @@ from titans_mcore.parallel import context_place, sample_place, start, stop
 from titans_mcore.parallel.traffic import counted_traffic
 
 from .jobs import Job
+from .saving import save
 
 # One fixture trains for all tests: it may take its time where other tests share the cores.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
