@@ -16,6 +16,7 @@ SLOWER = 1.15
 """A straggler's own work takes so many times the median's."""
 _LEAST_SECONDS = 0.05
 _ROLL_CALL_SECONDS = 10.0
+_DUMP = "_dump_fr_trace_json"
 _COMMUNICATION = ("timed out", "connection closed", "connection reset", "connection refused", "gloo", "nccl", "broken")
 
 
@@ -105,20 +106,18 @@ def is_communication(error: Exception) -> bool:
 def record_flights(run_dir: Path) -> None:
     """Has PyTorch keep the last collectives of every rank, and NCCL's watchdog write them when one times out. Before
     torch.distributed starts."""
-    prefix = run_dir / "flight_recorder" / "rank_"
-    for name, value in {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(prefix),
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(prefix),
-    }.items():
-        os.environ.setdefault(name, value)
+    new_names = hasattr(torch._C._distributed_c10d, _DUMP)  # newer versions warn at the older names
+    size, file = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
+    if not new_names:
+        size, file = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    os.environ.setdefault(size, "2000")
+    os.environ.setdefault(file, str(run_dir / "flight_recorder" / "rank_"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def write_flights(run_dir: Path) -> Path | None:
     """Writes this rank's last collectives, as JSON; None where torch has no recorder for them."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    dump = getattr(torch._C._distributed_c10d, _DUMP, None)
     if dump is None:
         return None
     file = run_dir / "flight_recorder" / f"rank_{dist.get_rank()}.json"
