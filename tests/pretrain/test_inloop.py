@@ -169,6 +169,15 @@ def test_long_rows_and_haystacks_wait_for_their_turn_and_come_at_the_end(configu
     }
 
 
+def test_an_evaluation_due_at_a_step_that_is_passed_over_comes_before_it(configured, opened, engine_of):
+    config = configured("--train.steps", "8", "--evaluate.every-steps", "4")
+    evaluations, engine = opened(config), engine_of(config)
+    assert not evaluations.after(engine, 3)
+    assert evaluations.after(engine, 3, following=6)
+    assert not evaluations.after(engine, 6, following=8)
+    assert evaluations.after(engine, 7, following=9)  # the last step is passed over
+
+
 def test_without_held_out_rows_nothing_is_evaluated(configured, opened):
     config = configured("--evaluate.heldout-sequences", "0", "--evaluate.every-steps", "1")
     assert opened(config).after(None, 20) == opened(config).after(None, 3) == []
