@@ -46,20 +46,25 @@ class Evaluations:
         tokenizer = run_dir / "tokenizer" / TOKENIZER_NAME
         self._probe = Probe.open(config, tokenizer) if config.evaluate.probe_length else None
 
-    def after(self, engine: DeepSpeedEngine, step: int) -> list[tuple[str, dict[str, Any]]]:
+    def after(
+        self, engine: DeepSpeedEngine, step: int, following: int | None = None
+    ) -> list[tuple[str, dict[str, Any]]]:
         """Evaluates where it is due after a step; collective.
 
         Args:
             engine: Its model is evaluated; what it trains on and with stays as it is.
             step: Counted from 1.
+            following: The step after it, where it is not the next number: evaluations due at steps that are passed over
+                take place now.
 
         Returns:
             Records, each its kind and its values. `heldout`: loss. `position_loss` (`name` heldout, for rows read as in
             training, or long_rows): tokens, loss. `probe`: see Probe.run. Losses are nats a token, `seconds` what an
             evaluation took.
         """
-        number, before = evaluations_by(step, self._config), evaluations_by(step - 1, self._config)
-        last = step == self._config.train.steps
+        following = following or step + 1
+        number, before = evaluations_by(following - 1, self._config), evaluations_by(step - 1, self._config)
+        last = following > self._config.train.steps
         if not last and number == before:
             return []
         records = list(self._of_heldout(engine))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ..evals.conftest import train_tokenizer
 from .jobs import ROOT, Job
 from .tiny_shards import write_shards
 
@@ -47,6 +48,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_toml(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     file = tmp_path_factory.mktemp("config") / "tiny.toml"
+    file.write_text(TINY.replace("[data]", f'[data]\npath = "{shards}"'))
+    return file
+
+
+@pytest.fixture(scope="session")
+def worded_toml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny configuration on shards that have a real tokenizer."""
+    folder = tmp_path_factory.mktemp("worded")
+    shards = write_shards(folder / "shards", vocab_size=360, documents=60, tokenizer=train_tokenizer(360))
+    file = folder / "tiny.toml"
     file.write_text(TINY.replace("[data]", f'[data]\npath = "{shards}"'))
     return file
 
