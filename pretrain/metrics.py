@@ -45,6 +45,8 @@ class Metrics:
                 self.say(f"note: a report cannot be opened and is left out: {_told(sink)}")
             else:
                 self._sinks.append(sink)
+                if sink.address:
+                    self.say(f"{sink.name}: {sink.address}")
         self.record("attempt", resumed_step, attempt_values(config, resumed_step, layout))
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:

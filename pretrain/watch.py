@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
+from rich.live import Live
 
 from pretrain.reporting.history import History
+from pretrain.reporting.panel import panel_of
+from pretrain.reporting.plots import write_plot
 from pretrain.reporting.records import METRICS_FILE, Follower
 
 _EXIT_MISTAKE = 2
@@ -40,9 +44,6 @@ def watch(settings: WatchSettings) -> None:
     Raises:
         ValueError: There is no run to show.
     """
-    from rich.console import Console
-    from rich.live import Live
-
     if settings.every_seconds <= 0:
         raise ValueError(f"--every-seconds is {settings.every_seconds}; it must be above 0")
     if not (settings.run / METRICS_FILE).is_file():
@@ -52,29 +53,21 @@ def watch(settings: WatchSettings) -> None:
     history = History(follower.read())
     drawn = _draw(history, picture)
     if settings.once:
-        console.print(_panel(name, history))
+        console.print(panel_of(name, history))
     else:
-        with Live(_panel(name, history), console=console, auto_refresh=False) as live:
+        with Live(panel_of(name, history), console=console, auto_refresh=False) as live:
             while not history.finished:
                 time.sleep(settings.every_seconds)
                 history = History(follower.read())
-                live.update(_panel(name, history), refresh=True)
+                live.update(panel_of(name, history), refresh=True)
                 if history.finished or time.monotonic() - drawn > _PNG_SECONDS:
                     drawn = _draw(history, picture)
     if picture.is_file():
         console.print(f"plot: {picture}", soft_wrap=True)
 
 
-def _panel(name: str, history: History) -> object:
-    from pretrain.reporting.panel import panel_of
-
-    return panel_of(name, history)
-
-
 def _draw(history: History, picture: Path) -> float:
     """Draws what there is to draw, and says when."""
-    from pretrain.reporting.plots import write_plot
-
     if history.last_step is not None:
         write_plot(history, picture)
     return time.monotonic()

@@ -55,7 +55,8 @@ class History:
     @property
     def last_step(self) -> Record | None:
         """The newest step."""
-        return (self.of("step") or [None])[-1]
+        steps = self.of("step")
+        return steps[-1] if steps else None
 
     @property
     def finished(self) -> bool:

@@ -20,9 +20,11 @@ class Sink(Protocol):
 
     Attributes:
         name: What a failure names.
+        address: Where its records can be looked at by others; empty for files.
     """
 
     name: str
+    address: str
 
     def write(self, record: Record) -> None:
         """Takes one."""
@@ -42,6 +44,8 @@ def check_sinks(logging: LoggingConfig) -> None:
 
 class Lines:
     """RUN/metrics.jsonl, a line at a time and a write a line."""
+
+    address = ""
 
     def __init__(self, run_dir: Path) -> None:
         self.name = str(run_dir / METRICS_FILE)
@@ -77,9 +81,16 @@ class Wandb:
             mode="online" if config.logging.wandb == "online" else "offline",
             dir=str(run_dir),
             config=asdict(config),
-            # What it would gather by itself may hold passwords: the address of a repository, the command line, output.
-            settings=wandb.Settings(console="off", disable_git=True, disable_code=True, x_disable_meta=True),
+            settings=wandb.Settings(
+                silent=True,  # else it would ask for a key at a terminal, with all other ranks waiting
+                # What it would gather by itself may hold passwords: a repository's address, command line, output.
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                x_disable_meta=True,
+            ),
         )
+        self.address = self._run.url or ""
         # Our steps, not its own: those refuse to go back, and a run may have to do steps again.
         self._run.define_metric("train_step")
         self._run.define_metric("*", step_metric="train_step")
@@ -97,7 +108,7 @@ class Wandb:
 class TensorBoard:
     """RUN/tensorboard; steps that are done again replace what was there."""
 
-    name = "TensorBoard"
+    name, address = "TensorBoard", ""
 
     def __init__(self, run_dir: Path, resumed_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,5 +1,6 @@
 """What a run reports, and what is read of it after it was killed, started again, or could not write."""
 
+import shlex
 import socket
 import sys
 from pathlib import Path
@@ -203,11 +204,23 @@ def test_wandb_goes_on_under_one_id_without_a_network_and_without_the_key(tmp_pa
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
 
 
+def test_wandb_without_a_key_asks_for_none_at_a_terminal_and_the_run_goes_on(tmp_path):
+    script = f"{REPORTS}report(run, range(1, 4), wandb='online')"
+    command = f"{sys.executable} -c {shlex.quote(script)} {tmp_path / 'run'}"
+    (tmp_path / "run").mkdir()
+    environment = ["-u", "WANDB_MODE", "-u", "WANDB_API_KEY", "-u", "NETRC", f"HOME={tmp_path}"]
+    job = Job(["env", *environment, "script", "-qec", command, "/dev/null"], ROOT)
+    status, out, err = job.wait(120)
+    assert status == 0, out + err
+    assert "left out: UsageError: No API key configured" in out
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
+
+
 def test_a_sink_that_fails_is_named_once_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", KEY)
 
     class Broken:
-        name = "a sink"
+        name, address = "a sink", ""
 
         def write(self, record):
             raise ConnectionError(f"https://user:password@host answered\nnothing to {KEY}")

@@ -1,4 +1,4 @@
-"""Looks into a scan: what some of its chunks learn from, worked out beside the scan and whatever its backend is.
+"""Looks into a scan: what some of its chunks learn from, worked out beside the scan, whatever its backend is.
 
 A scan that is looked at goes from one chosen chunk to the next; there the states are at hand, and the quantities follow
 from the same functions that the chunked form is made of. The scan's own numbers do not change.
@@ -64,7 +64,12 @@ def scan_and_look(
     chunks: Chunks,
     fresh: Matrices | None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The scan, from one look to the next; see pieces.Memory.scan."""
+    """The scan, from one look to the next; see pieces.Memory.scan.
+
+    A chunk that is still open is not looked at: its tokens will come again, in front of those that fill it.
+    """
+    if not chunks.closed:
+        return scan(tokens, start, chunks, fresh)
     count = tokens[0].shape[1] // chunks.size
     reads, state, done = [], start, 0
     for chunk in [*looks.chosen(count, chunks.size), count]:

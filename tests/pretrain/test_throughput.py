@@ -1,0 +1,204 @@
+"""Utilisation: the formula against torch's counter of operations, on every variant and on all of a step."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import RunConfig
+from pretrain.planning.flops import step_flops
+from pretrain.planning.hardware import GPUS
+from pretrain.planning.parameters import parameters_of
+from pretrain.schedule import Portion
+from pretrain.settings import TrainConfig
+from pretrain.throughput import MfuMeter, flops_of_portion, gpu_named, memory_bytes
+from titans_mcore.attention import attend
+from titans_mcore.attention.attend import visible
+from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.memory import memory_read, memory_scan
+from titans_mcore.memory.channelwise import _WrittenOut
+from titans_mcore.memory.coefficients import coefficients
+from titans_mcore.memory.network import Network, answer, back_propagate, forward, normalise
+from titans_mcore.mixers import attention, mac, neural_memory
+from titans_mcore.model import TitansModel
+from titans_mcore.parallel import transformer_config
+
+ROWS, LENGTH = 2, 128
+SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
+SETTINGS |= {"chunk_size": 8, "segment_length": 64, "window": 48, "theta_max": 1e-4}
+
+
+def dual_form(network: Network, tokens: list[Tensor], weights: list[Tensor], chunk: int) -> tuple[Tensor, list[Tensor]]:
+    """The dual form as products and nothing beside them, for autograd: (N, T, ...) tokens, the states' bounds left out.
+
+    What does not depend on the tokens' width (the b x b decays) is made before it is counted.
+    """
+    queries, keys, values, theta, eta, alpha = tokens
+    with FlopCounterMode(display=False):  # counted by nobody who looks at the one around
+        parts = [
+            [coefficients(eta[:, c : c + chunk, i], alpha[:, c : c + chunk, i]) for i in range(len(weights))]
+            for c in range(0, queries.shape[1], chunk)
+        ]
+    momentum = [torch.zeros_like(w).requires_grad_() for w in weights]
+    reads = []
+    for c, part in zip(range(0, queries.shape[1], chunk), parts, strict=True):
+        q, k, v, rate = (x[:, c : c + chunk] for x in (queries, keys, values, theta))
+        trace = forward(network, weights, k)
+        if network.residual_norm:
+            trace.normed = _WrittenOut.of(trace.normed.raw)
+        error = 2.0 * (answer(network, k, trace.normed.value) - v)
+        deltas = back_propagate(network, weights, trace, error).deltas
+        x, after = q, []
+        for i, (h, delta, w, s, p) in enumerate(zip(trace.inputs, deltas, weights, momentum, part, strict=True)):
+            step = rate[..., i].unsqueeze(-2)
+            if i:
+                x = torch.nn.functional.gelu(x)
+            z = torch.bmm(x * p.keep.unsqueeze(-1), w) + torch.bmm(x * p.carried.unsqueeze(-1), s)
+            z = z - torch.bmm(torch.bmm(x, h.mT) * (p.writes * step), delta)
+            written, left = (torch.bmm((h.mT * (of[:, -1:] * step)), delta) for of in (p.writes, p.decay))
+            kept = p.keep[:, -1, None, None] * w + p.carried[:, -1, None, None] * s
+            after.append((kept - written, p.momentum[:, -1, None, None] * s - left))
+            x = z
+        weights, momentum = [w for w, _ in after], [s for _, s in after]
+        reads.append(answer(network, q, normalise(network, x).value))
+    return torch.cat(reads, 1), [*weights, *momentum]
+
+
+class Counted:
+    """Counts, beside a model's own attention and memory, what their forms come to that do nothing in vain."""
+
+    def __init__(self) -> None:
+        self.operations = {"attention": 0.0, "memory": 0.0}
+
+    def attend(self, queries, keys, values, **named):
+        """The softmax written out computes all scores; of these, those that the mask lets be seen are work."""
+        prefix, copies = named.get("prefix"), [leaf(x) for x in (queries, keys, values)]
+        with FlopCounterMode(display=False) as counter:
+            named_copies = named | {
+                "prefix": None if prefix is None else type(prefix)(*map(leaf, vars(prefix).values()))
+            }
+            attend(*copies, **named_copies | {"backend": "dense", "documents": None}).sum().backward()
+        tokens, past = queries.shape[1], keys.shape[1] // named.get("keys_per_token", 1) - queries.shape[1]
+        mask = visible(
+            past, tokens, 0, keys.shape[1], named.get("window", 0), named.get("keys_per_token", 1), keys.device
+        )
+        always = 0 if prefix is None else prefix.keys.shape[1]
+        share = (mask.sum() + always * tokens) / (mask.numel() + always * tokens)
+        self.operations["attention"] += counter.get_total_flops() * float(share)
+        return attend(queries, keys, values, **named)
+
+    def memory_scan(self, *arguments, **named):
+        *sequence, weights = arguments
+        state, rows = named["state"] or named["start"], sequence[0].shape[0]
+        start = [w.expand(rows, *w.shape[-3:]) for w in (weights if state is None else state.weights)]
+        tokens = [leaf(x.transpose(1, 2).flatten(0, 1)) for x in sequence]
+        own = [leaf(w.flatten(0, 1)) for w in start]
+        network = network_of(named, rows)
+        with FlopCounterMode(display=False) as counter:
+            reads, end = dual_form(network, tokens, own, named["chunk_size"])
+            (reads.sum() + sum(x.sum() for x in end)).backward()
+        self.operations["memory"] += counter.get_total_flops()
+        found = memory_scan(*arguments, **named)
+        if state is None:  # else there is momentum; and behind the first chunk the state shell may act
+            first = reads.unflatten(0, (rows, -1)).transpose(1, 2)[:, : named["chunk_size"]]
+            torch.testing.assert_close(found[0][:, : named["chunk_size"]], first, rtol=1e-3, atol=1e-4)
+        return found
+
+    def memory_read(self, queries, weights, **named):
+        copies = [leaf(w) for w in weights]
+        with FlopCounterMode(display=False) as counter:
+            memory_read(leaf(queries), copies, **named).sum().backward()
+        self.operations["memory"] += counter.get_total_flops()
+        return memory_read(queries, weights, **named)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def network_of(named: dict, rows: int) -> Network:
+    return Network(named["network"] == "residual_norm", named["norm_weight"], named["norm_bias"]).for_memories(rows)
+
+
+@pytest.mark.parametrize("memory", [{}, {"memory_depth": 1}, {"memory_depth": 3, "memory_network": "plain"}])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_operations_of_a_step_are_those_that_torch_counts(variant, memory, one_process, monkeypatch):
+    config = TitansConfig(variant=variant, **SETTINGS | memory)
+    counted = Counted()
+    monkeypatch.setattr(attention, "attend", counted.attend)
+    monkeypatch.setattr(mac, "attend", counted.attend)
+    monkeypatch.setattr(neural_memory, "memory_scan", counted.memory_scan)
+    monkeypatch.setattr(neural_memory, "memory_read", counted.memory_read)
+    torch.manual_seed(0)
+    model = TitansModel(config, transformer_config(config), one_process)
+    tokens = torch.randint(0, config.vocab_size, (ROWS, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).mean().backward()
+    # Matrices outside attention and memory are the only ones that are multiplied without a batch.
+    dense = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) == "aten.mm")
+
+    run = RunConfig(model=config, train=TrainConfig(global_batch=ROWS, micro_batch=ROWS, sequence_length=LENGTH))
+    formula = step_flops(run, parameters_of(config))
+    parts = {"dense": dense, **counted.operations}
+    assert {kind for kind, flops in parts.items() if flops} == {kind for kind, flops in formula.items() if flops} - {
+        "total"
+    }
+    for kind, flops in parts.items():
+        assert formula[kind] == pytest.approx(flops, rel=0.02), kind
+    assert formula["total"] == pytest.approx(sum(parts.values()), rel=0.02)
+
+
+def config_of(**train) -> RunConfig:
+    sizes = {"steps": 100, "sequence_length": 64, "global_batch": 8, "micro_batch": 2}
+    return RunConfig(model=TitansConfig(variant="mag", **SETTINGS), train=TrainConfig(**sizes | train))
+
+
+def test_utilisation_is_operations_over_what_the_gpus_could_have_done():
+    config = config_of()
+    flops = step_flops(config, parameters_of(config.model))["total"]
+    meter = MfuMeter(config, processes=4, gpu=GPUS["h100"])
+    assert meter.mfu(1, 0.5) == pytest.approx(flops / (0.5 * 4 * 989.5e12))
+
+
+def test_a_step_of_the_warm_up_has_the_operations_of_its_own_batch_and_rows():
+    config = config_of(
+        batch_warmup_from=2, batch_warmup_tokens=1024, sequence_warmup_from=16, sequence_warmup_tokens=512
+    )
+    parameters = parameters_of(config.model)
+    short = config_of(global_batch=2 * 4, micro_batch=2 * 4, sequence_length=16)
+    assert flops_of_portion(config, Portion(0, 2, 16), parameters) == step_flops(short, parameters)["total"]
+    meter, full = MfuMeter(config, 1, GPUS["a100"]), MfuMeter(config_of(), 1, GPUS["a100"])
+    assert meter.mfu(1, 1.0) == pytest.approx(step_flops(short, parameters)["total"] / 312e12)
+    assert meter.mfu(100, 1.0) == full.mfu(1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_peak_is_known_for_the_modules_of_the_table_alone(name, gpu):
+    assert gpu_named(name) is (GPUS[gpu] if gpu else None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_without_a_gpu_there_is_no_utilisation_and_memory_is_what_is_resident():
+    assert MfuMeter.here(config_of(), 1).mfu(1, 1.0) is None
+    before = memory_bytes()
+    held = torch.ones(50_000_000, dtype=torch.uint8)
+    assert memory_bytes() - before == pytest.approx(held.numel(), rel=0.2)
+
+
+def test_counting_draws_no_random_numbers(one_process):
+    before = torch.get_rng_state()
+    MfuMeter(config_of(), 1, GPUS["h100"]).mfu(1, 1.0)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,185 @@
+"""`python -m pretrain.watch`: what it shows of runs that go on, are finished, were killed or were never started."""
+
+import os
+import pty
+import select
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from pretrain.config import RunConfig
+from pretrain.metrics import Metrics
+from pretrain.reporting.history import History, Series, sparkline, thinned
+from pretrain.reporting.panel import panel_of
+from pretrain.reporting.plots import panels_of
+from pretrain.reporting.records import Follower, read_records
+from pretrain.settings import LoggingConfig, TrainConfig
+
+from .jobs import ROOT, Job
+from .test_metrics import VALUES
+
+STEPS = 20
+
+
+def begin(run_dir, resumed_step=0) -> Metrics:
+    run_dir.mkdir(exist_ok=True)
+    config = RunConfig(train=TrainConfig(steps=STEPS), logging=LoggingConfig(every_steps=1000))
+    return Metrics(config, run_dir, resumed_step=resumed_step, rank=0, layout="tensor 1 x data 2")
+
+
+def write(metrics, steps, telemetry=True):
+    for step in steps:
+        heldout = {"heldout_loss": 5.0 - step / 10} if step % 10 == 0 else {}
+        metrics.step(step, VALUES | {"loss": 6.0 - step / 10, "memory_bytes": 2_000_000_000} | heldout)
+        if telemetry and step % 5 == 0:
+            metrics.record("memory", step, {"surprise": [1.0, 2.0], "alpha": [0.1, None], "retention_16": [0.5, 0.7]})
+        if telemetry and step % 10 == 0:
+            metrics.record("position_loss", step, {"tokens": [512, 1024], "loss": [5.0, 4.0]})
+            probe = {"lengths": [4096, 8192], "accuracy": [1.0, 0.25], "samples": 4}
+            metrics.record("probe", step, {"name": "niah_single_1", **probe})
+
+
+def shown(run_dir, now=None) -> str:
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - closed with the process
+    console.print(panel_of("mine", History(read_records(run_dir)), now))
+    return console.export_text()
+
+
+def watch(run_dir, *arguments, **environment) -> Job:
+    names = [f"{name}={value}" for name, value in environment.items()]
+    command = ["env", "-u", "DISPLAY", *names, sys.executable, "-m", "pretrain.watch", str(run_dir), *arguments]
+    return Job(command, ROOT)
+
+
+def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_path):
+    write(begin(tmp_path / "run"), range(1, 12))
+    status, out, err = watch(tmp_path / "run", "--once").wait(120)
+    assert (status, err) == (0, "")
+    for words in ("running, attempt 1, mac", "step 11 of 20", "loss", "4.9000", "surprise", "niah_single_1 at step 10"):
+        assert words in out
+    assert f"plot: {tmp_path / 'run' / 'watch.png'}" in out
+    assert (tmp_path / "run" / "watch.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_run_that_was_never_started_is_a_sentence(tmp_path):
+    status, out, err = watch(tmp_path, "--once").wait(120)
+    assert (status, out) == (2, "")
+    assert err == f"error: {tmp_path}/metrics.jsonl is not there; name the folder of a run that was started\n"
+
+
+def test_a_panel_follows_a_run_in_a_terminal_until_it_is_finished(tmp_path):
+    metrics = begin(tmp_path / "run")
+    write(metrics, range(1, 6))
+    picture = tmp_path / "mine.png"
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        arguments = ["-m", "pretrain.watch", str(tmp_path / "run"), "--every-seconds", "0.1", "--output", str(picture)]
+        os.execve(sys.executable, [sys.executable, *arguments], os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+    printed = until(terminal, "step 5 of 20")
+    write(metrics, range(6, STEPS + 1))
+    printed += until(terminal, "plot: ")
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert "finished" in printed
+    assert picture.is_file()
+
+
+def until(terminal: int, words: str) -> str:
+    """What a terminal shows until these words are there."""
+    printed, deadline = "", time.monotonic() + 120
+    while words not in printed:
+        ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+        assert ready, printed
+        printed += os.read(terminal, 4096).decode(errors="replace")
+    return printed
+
+
+def test_a_picture_has_panels_for_what_is_known_and_no_others(tmp_path):
+    write(begin(tmp_path), range(1, 4), telemetry=False)
+    titles = [title for title, _ in panels_of(History(read_records(tmp_path)))]
+    assert titles == ["loss, nats a token", "gradient norm", "learning rate", "tokens a second", "memory, bytes"]
+    write(begin(tmp_path, resumed_step=3), range(4, 11))
+    more = [title for title, _ in panels_of(History(read_records(tmp_path)))]
+    assert more[:5] == titles
+    assert more[5:] == [
+        "loss by position",
+        "niah_single_1: accuracy by length",
+        "memory: surprise, by block",
+        "memory: alpha, by block",
+        "memory: retention after so many tokens",
+    ]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_that_has_just_begun_is_shown(tmp_path, steps):
+    write(begin(tmp_path / "run"), range(1, steps + 1))
+    status, out, err = watch(tmp_path / "run", "--once").wait(120)
+    assert (status, err) == (0, "")
+    assert "running" in out
+    assert (tmp_path / "run" / "watch.png").is_file() == bool(steps)
+
+
+def test_a_finished_run_a_silent_one_and_what_happened_are_told(tmp_path):
+    metrics = begin(tmp_path)
+    write(metrics, range(1, 11))
+    metrics.event(10, "spike", "the loss rose to 9 at step 10")
+    now = time.time()
+    assert "running" in shown(tmp_path, now)
+    assert "no record for 0:16:4" in shown(tmp_path, now + 1000)
+    assert "the loss rose to 9 at step 10" in shown(tmp_path)
+    assert "left" in shown(tmp_path)
+    write(metrics, range(11, STEPS + 1))
+    assert "finished" in shown(tmp_path, now + 1000)
+
+
+def test_what_a_restart_does_again_is_shown_once(tmp_path):
+    write(begin(tmp_path), range(1, 12))
+    write(begin(tmp_path, resumed_step=7), range(8, 10))
+    history = History(read_records(tmp_path))
+    assert history.series("loss").steps == list(range(1, 10))
+    assert history.series("loss", "heldout").steps == []
+    assert "attempt 2" in shown(tmp_path)
+    assert "step 9 of 20" in shown(tmp_path)
+
+
+def test_following_reads_each_line_once_and_waits_for_one_that_is_half_written(tmp_path):
+    metrics = begin(tmp_path)
+    write(metrics, range(1, 4), telemetry=False)
+    follower, file = Follower(tmp_path), tmp_path / "metrics.jsonl"
+    assert len(follower.read()) == 4
+    size = file.stat().st_size
+    write(metrics, [4], telemetry=False)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: size + 10])
+    assert len(follower.read()) == 4
+    file.write_bytes(whole)
+    assert [record["step"] for record in follower.read()] == [0, 1, 2, 3, 4]
+    assert follower.read() == read_records(tmp_path)
+
+
+def test_a_loss_that_is_no_number_leaves_a_gap(tmp_path):
+    metrics = begin(tmp_path)
+    for step, loss in enumerate((3.0, float("nan"), 2.0), 1):
+        metrics.step(step, VALUES | {"loss": loss})
+    assert History(read_records(tmp_path)).series("loss") == Series([1, 3], [3.0, 2.0])
+    assert "2.0000" in shown(tmp_path)
+
+
+def test_curves_of_a_month_become_means_of_neighbours():
+    long = Series(list(range(1, 10_001)), [float(step % 10) for step in range(10_000)])
+    short = thinned(long, 1000)
+    assert len(short.steps) == 1000
+    assert short.steps[-1] == 10_000
+    assert set(short.values) == {4.5}
+    assert thinned(short, 1000) == short
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest():
+    assert sparkline([0.0, 3.5, 7.0]) == "▁▅█"
+    assert sparkline([]) == ""
+    assert len(sparkline(list(range(1000)), width=40)) == 40
