@@ -104,10 +104,10 @@ class Run:
             values["mfu"] = mfu
         return values, self.health.judge(step, result.loss, result.grad_norm, result.updated)
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int, following: int) -> dict[str, float]:
         """Evaluates where it is due and reports it; returns what belongs into the step's own line."""
         belongs: dict[str, float] = {}
-        for kind, values in self.evaluations.after(self.engine, step):
+        for kind, values in self.evaluations.after(self.engine, step, following):
             if kind == "heldout":
                 belongs["heldout_loss"] = values["loss"]
             else:
