@@ -42,11 +42,16 @@ class Job:
 
     def kill(self) -> None:
         """kill -9 for every process of the job: torchrun puts each worker into a process group of its own."""
-        family = [self.process.pid]
-        for pid in family:
-            family += _children(pid)
-        for pid in family:
+        for pid in descendants(self.process.pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def descendants(ancestor: int) -> list[int]:
+    """A process and all that it has started, directly or not."""
+    family = [ancestor]
+    for pid in family:
+        family += _children(pid)
+    return family
 
 
 def _children(parent: int) -> list[int]:

@@ -1,9 +1,13 @@
 """Runs in which something goes wrong: bad steps are skipped, gone back behind, or leave an autopsy; full disks pass."""
 
 import json
+import os
 import resource
+import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +15,8 @@ from pretrain.metrics import read_metrics, read_records
 from pretrain.rewinds import Rewinds
 from titans_mcore.weights import find_checkpoint
 
-from .jobs import Job
-from .test_resume import numbers, tensor_files
+from .jobs import Job, descendants
+from .test_resume import numbers, tensor_files, wait_for_step
 
 FAST = ["--variant", "transformer", "--schedule.warmup-steps", "0", "--logging.every-steps", "100"]
 HEALTHY = ["--checkpoint.every-steps", "2", "--health.healthy-after-steps", "2"]
@@ -85,7 +89,8 @@ def test_a_run_without_a_healthy_checkpoint_has_nothing_to_go_back_to(sabotaged,
 
 
 def test_bad_steps_in_a_row_leave_an_autopsy_that_can_be_replayed_in_one_process(sabotaged, tmp_path):
-    diverging = ["--optimizer.lr", "1e30", "--optimizer.clip-norm", "0", "--health.in-a-row", "3"]
+    diverging = ["--variant", "mac", "--optimizer.lr", "1e4", "--optimizer.clip-norm", "0"]
+    diverging += ["--health.in-a-row", "3"]
     status, out, err = sabotaged("nothing", tmp_path, *diverging, "--checkpoint.every-steps", "1", processes=2).wait()
     assert status == 1
     assert "done" not in out
@@ -163,3 +168,20 @@ def test_a_batch_that_is_long_in_coming_is_spoken_about(sabotaged, tmp_path):
     status, _, err = sabotaged("stall 5 2", tmp_path, "--train.steps", "6").wait()
     assert status == 0, err
     assert "has waited 0 s for the batch of step 5, and all others for it; is the storage of data.path slow?" in err
+
+
+def test_a_rank_that_does_not_answer_is_named_when_a_collective_times_out(sabotaged, tmp_path):
+    settings = ["--train.steps", "100000", "--parallel.step-timeout-seconds", "5", "--checkpoint.every-steps", "0"]
+    job = sabotaged("nothing", tmp_path, *settings, processes=2)
+    wait_for_step(job, tmp_path, 3)
+    (stopped,) = [pid for pid in descendants(job.process.pid) if b"LOCAL_RANK=1\0" in environment_of(pid)]
+    os.kill(stopped, signal.SIGSTOP)
+    status, _, err = job.wait()
+    assert status == 1
+    assert "error: communication failed in step " in err
+    assert f"no answer from rank 1 on {socket.gethostname()}" in err
+    assert json.loads((tmp_path / "flight_recorder" / "rank_0.json").read_text())["entries"]
+
+
+def environment_of(pid):
+    return Path(f"/proc/{pid}/environ").read_bytes()

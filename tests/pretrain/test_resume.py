@@ -96,6 +96,28 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_0(launch, finished_run, 
     assert f"stopped by SIGTERM after step {steps}, which is saved" in out
     assert find_checkpoint(run_dir).name == f"step-{steps:08d}"
     assert numbers(run_dir) == numbers(finished_run)[:steps]
+    asked = json.loads((run_dir / "requeue.json").read_text())
+    assert asked == {
+        "reason": "SIGTERM",
+        "step": steps,
+        "steps": 20,
+        "finished": False,
+        "checkpoint": f"checkpoints/step-{steps:08d}",
+        "attempt": 1,
+    }
+
+
+def test_a_time_limit_ends_the_run_like_a_signal_and_the_next_attempt_finishes_it(train, tmp_path):
+    run_dir = tmp_path / "limited"
+    arguments = ["--variant", "transformer", "--train.steps", "400", "--logging.every-steps", "100"]
+    status, out, err = train(run_dir, *arguments, "--train.stop-after-minutes", "0.001").wait()
+    assert status == 0, err
+    assert "stopped by stop_after after step 1, which is saved" in out
+    assert json.loads((run_dir / "requeue.json").read_text())["reason"] == "stop_after"
+    status, out, err = train(run_dir, *arguments, "--train.steps", "3").wait()
+    assert status == 0, err
+    assert not (run_dir / "requeue.json").exists()
+    assert "settings: train.steps 400 -> 3; train.stop_after_minutes 0.001 -> 0.0" in out
 
 
 def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(finished_run, one_process):
@@ -213,6 +235,30 @@ def test_a_finished_run_keeps_its_newest_checkpoints_and_changes_nothing_when_st
     assert status == 0, err
     assert "is finished: step 6 of 6" in out
     assert files_of(run_dir) == before
+
+
+def test_a_resumed_run_says_what_it_found_and_can_verify_a_loss(train, finished_run, tmp_path):
+    run_dir = shutil.copytree(finished_run, tmp_path / "copy")
+    arguments = ["--train.steps", "21", "--verify-resume"]
+    marker = run_dir / "checkpoints" / "step-00000020" / "checkpoint.json"
+    record = json.loads(marker.read_text())
+    marker.write_text(json.dumps({**record, "check_loss": record["check_loss"] * 1.001}))
+    status, _, err = train(run_dir, *arguments).wait()
+    assert status == 2
+    assert "does not give the loss it was saved with: the first sample of step 20 had" in err
+
+    marker.write_text(json.dumps(record))
+    status, out, err = train(run_dir, *arguments).wait()
+    assert status == 0, err
+    assert "settings: train.steps 20 -> 21; parallel.tensor 2 -> 1" in out
+    assert f"data: fingerprint {record['data_fingerprint'][:16]}, the same; the next sample is number 80" in out
+    assert "layout: tensor 2 -> 1" in out
+    assert "random states: begun anew from the seed" in out
+    assert "verified: the first sample of step 20 has the loss" in out
+
+    status, _, err = train(tmp_path / "new", *arguments).wait()
+    assert status == 2
+    assert "--verify-resume has nothing to verify" in err
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_path):
