@@ -115,8 +115,12 @@ def layout_of(config: RunConfig) -> Layout:
     }
 
 
+class FailedOnRank0(ValueError):
+    """What rank 0 could not do, on every rank; the message is the error's."""
+
+
 def on_rank_0(function: Callable[[], T]) -> T:
-    """Runs a function on rank 0; its result, or the ValueError it raises, reaches every rank."""
+    """Runs a function on rank 0; its result reaches every rank, and so does a ValueError or OSError of it."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -125,5 +129,5 @@ def on_rank_0(function: Callable[[], T]) -> T:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise ValueError(answer[1])
+        raise FailedOnRank0(answer[1])
     return answer[0]

@@ -224,7 +224,7 @@ def train_step(
         last = place == len(micro_batches)
         engine.set_gradient_accumulation_boundary(last)
         with telemetry.watching() if telemetry and place == 1 else contextlib.nullcontext():
-            loss = _losses(engine, micro_batch, place, carried).mean()
+            loss = token_losses(engine, micro_batch, place, carried).mean()
         engine.backward(loss)
         loss_sum += loss.detach()
         if last:
@@ -240,7 +240,7 @@ def train_step(
     return StepResult(found_loss, found_norm, not skipped)
 
 
-def _losses(engine: DeepSpeedEngine, micro_batch: MicroBatch, place: int, carried: CarriedState | None) -> Tensor:
+def token_losses(engine: DeepSpeedEngine, micro_batch: MicroBatch, place: int, carried: CarriedState | None) -> Tensor:
     """Cross-entropy of each token, (B, T), of the step's micro-batch at a place."""
     if carried is None:
         return engine(**own(micro_batch))

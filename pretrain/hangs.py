@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from titans_mcore.parallel.waiting import Waiting
+
 SLOWER = 1.15
 """A straggler's own work takes so many times the median's."""
 _LEAST_SECONDS = 0.05
@@ -45,6 +47,28 @@ def straggler(own_seconds: Sequence[float]) -> Straggler | None:
     if seconds > SLOWER * median and seconds > median + _LEAST_SECONDS:
         return Straggler(slowest, seconds, median)
     return None
+
+
+class RankComparison:
+    """Compares every so many steps what the ranks work, each by itself. All ranks call the same methods."""
+
+    def __init__(self, every_steps: int) -> None:
+        """Starts the clock; 0 steps never compare."""
+        self.waiting = Waiting()
+        """Its `measured` stands around what a step computes."""
+        self._every, self._seconds, self._steps = every_steps, 0.0, 0
+
+    def after(self, step: int, seconds: float) -> Straggler | None:
+        """Adds a step that took so long; the slowest rank, when it is time and one is slow."""
+        self._seconds += seconds - self.waiting.take()
+        self._steps += 1
+        if not self._every or step % self._every or dist.get_world_size() == 1:
+            return None
+        own = torch.tensor([self._seconds / self._steps], dtype=torch.float64)
+        self._seconds, self._steps = 0.0, 0
+        all_ranks = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_ranks, own)
+        return straggler([float(one) for one in all_ranks])
 
 
 def say_stalled(step: int, seconds: float) -> None:

@@ -26,6 +26,7 @@ from pretrain.checkpoint import (
     CARRIED_FOLDER,
     OPTIMIZER_FOLDER,
     RANDOM_FOLDER,
+    FailedOnRank0,
     checkpoint_folder,
     make_record,
     on_rank_0,
@@ -116,7 +117,7 @@ class Saver:
         partial = _partial(final)
         try:
             on_rank_0(lambda: _make_empty(partial))
-        except ValueError as error:
+        except FailedOnRank0 as error:
             self._writing = Future()
             self._writing.set_exception(OSError(str(error)))
             return
@@ -139,7 +140,7 @@ class Saver:
         record = {**self._next.record, "files": dict(sorted(files.items()))}
         try:
             on_rank_0(lambda: _give_up(self._next.folder) if error else _publish(self._next.folder, record))
-        except ValueError as fault:  # the disk is full at the last moment, perhaps
+        except FailedOnRank0 as fault:  # the disk is full at the last moment, perhaps
             error = str(fault)
         return Saved(self._next.folder, record, time.perf_counter() - self._began, error)
 
@@ -217,6 +218,12 @@ def _publish(final: Path, record: dict[str, Any]) -> None:
         delete(final)  # a damaged one, or one that the run went back behind
     partial.rename(final)
     sync(final.parent)
+
+
+def sweep(run_dir: Path) -> None:
+    """Deletes what earlier processes did not finish."""
+    for partial in run_dir.glob("checkpoints/.step-*.partial"):
+        shutil.rmtree(partial)
 
 
 def _give_up(final: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.carried import CarriedState
-from pretrain.checkpoint import Progress, checkpoint_folder, on_rank_0
+from pretrain.checkpoint import FailedOnRank0, Progress, checkpoint_folder, on_rank_0
 from pretrain.command_line import parse
 from pretrain.config import RunConfig
 from pretrain.config_files import write_run_config
@@ -32,10 +32,11 @@ from pretrain.inloop.evaluations import Evaluations
 from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
+from pretrain.recovery import recover
 from pretrain.resume import certificate, check_loss, find_resume_point, restore
 from pretrain.rewinds import Rewinds
 from pretrain.run import Run
-from pretrain.saving import Saver
+from pretrain.saving import Saver, sweep
 from pretrain.schedule import tokens_after
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
 
@@ -57,6 +58,8 @@ def train(arguments: Sequence[str]) -> None:
     stop_request = StopRequest(began, run.config.train.stop_after_minutes)
     try:
         learn(run, done, stop_request)
+    except FailedOnRank0 as error:
+        raise TrainingFailed(f"{error}, after step {run.current_step}") from error
     except RuntimeError as error:
         if not is_communication(error):
             raise
@@ -87,7 +90,7 @@ def learn(run: Run, done: int, stop_request: StopRequest) -> None:
 
         if verdict.action in ("rewind", "stop"):
             run.metrics.step(step, values)
-            done = run.recover(step, verdict)
+            done = recover(run, step, verdict)
             continue
         if verdict.action != "go on":
             run.metrics.event(step, "bad_step", f"note: {verdict.reason} at step {step}; {verdict.action}")
@@ -129,6 +132,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     data_rank, data_parallel = sample_place()
     on_rank_0(lambda: lock_run_folder(run_dir))
     on_rank_0(lambda: withdraw_requeue(run_dir))
+    on_rank_0(lambda: sweep(run_dir))
     on_rank_0(lambda: keep_tokenizer(data, run_dir))
     point = find_resume_point(config, data.fingerprint, run_dir)
     progress = point.progress if point else Progress()
