@@ -87,7 +87,7 @@ def load_exported(folder: Path, tokenizer: Tokenizer | None) -> EvalModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         if tokenizer is None:
-            own = ExportedTokenizer(AutoTokenizer.from_pretrained(folder))
+            own = ExportedTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
             tokenizer = Tokenizer(own, hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest())
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -46,7 +46,9 @@ class Record:
     prompt_sha256: str
     """Of the prompt's ids as 32-bit little-endian numbers: equal for equal samples, whatever read them."""
     answer: str
-    answer_tokens: int
+    """Its text."""
+    answer_ids: list[int]
+    """Its tokens, end token left out."""
     substring: bool
     first_value: bool
     wrong_value: bool

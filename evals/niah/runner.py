@@ -105,7 +105,7 @@ class Runner:
             prompt_tokens=sample.tokens,
             prompt_sha256=sample.sha256,
             answer=text,
-            answer_tokens=len(ids),
+            answer_ids=ids,
             **asdict(score(text, sample.value)),
             value_loss=loss,
             value_tokens=len(sample.value_ids),
