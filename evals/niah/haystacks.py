@@ -127,6 +127,7 @@ class Haystack:
         self._texts: list[str] = []
         self.ids = np.empty(0, np.int32)
         self.ends = np.empty(0, np.int64)
+        self._words = np.empty(0, np.int64)
         self.reach(1)
         self.first = np.array(splicer.behind("\n", self._texts[0]), np.int32)
         """Ids of the first sentence behind a line feed; in `ids` it stands behind the joiner."""
@@ -144,6 +145,7 @@ class Haystack:
             ends = len(self.ids) + np.cumsum([len(piece) for piece in pieces])
             self.ids = np.concatenate([self.ids, np.fromiter(itertools.chain(*pieces), np.int32)])
             self.ends = np.concatenate([self.ends, ends])
+            self._words = np.cumsum([text.count(" ") + 1 for text in self._texts])
         return self.ids
 
     def exactly(self, tokens: int) -> "Filling":
@@ -164,16 +166,21 @@ class Haystack:
         if self.source is NOISE:
             whole = int(np.searchsorted(self.ends, tokens, "right")) // step * step
             return Filling(self.ids[: self.ends[whole - 1] if whole else 0], self.ends[:whole], whole)
-        words = np.cumsum([text.count(" ") + 1 for text in self._texts])
-        most = int(words[min(int(np.searchsorted(self.ends, tokens)), len(words) - 1)])
+        most = int(self._words[min(int(np.searchsorted(self.ends, tokens)), len(self.ends) - 1)])
         for count in range(most // step * step, 0, -step):
-            filling = self._words(count, words)
+            filling = self._first_words(count)
             if len(filling.ids) <= tokens:
                 return filling
         return Filling(self.ids[:0], self.ends[:0], 0)
 
-    def _words(self, count: int, words: np.ndarray) -> "Filling":
-        """The first so many words, `words` counting those up to each sentence's end."""
+    def step_tokens(self, step: int) -> int:
+        """Tokens of the first step."""
+        while (len(self.ends) if self.source is NOISE else self._words[-1]) <= step:
+            self.reach(2 * len(self.ids))
+        return int(self.ends[step - 1]) if self.source is NOISE else len(self._first_words(step).ids)
+
+    def _first_words(self, count: int) -> "Filling":
+        words = self._words
         whole = int(np.searchsorted(words, count, "right"))
         ids, ends = self.ids[: self.ends[whole - 1] if whole else 0], self.ends[:whole]
         if rest := count - (int(words[whole - 1]) if whole else 0):

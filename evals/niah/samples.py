@@ -122,7 +122,7 @@ class SampleBuilder:
         """Looks whether the sample fits, without building it.
 
         Raises:
-            EvaluationError: The length is too short for the words, a sentence of the haystack and the answer.
+            EvaluationError: The length is too short for the words, a sentence or step of the haystack, and the answer.
         """
         least = self._least(name)
         if name.length < least:
@@ -170,21 +170,14 @@ class SampleBuilder:
         sentences = max(filling.sentences_before(name.depth), 1) if len(needle_ids) else len(filling.ends)
         place = int(filling.ends[sentences - 1])
         # A sentence that is cut short here may have other tokens where it is whole.
-        shared = int(filling.ends[min(sentences, filling.whole) - 1]) + more
+        shared = int(filling.ends[min(sentences, filling.whole) - 1]) + more if filling.whole else 0
         return [hay.first, filling.ids[head:place], needle_ids, filling.ids[place:]], shared
 
     def _filling(self, name: SampleKey, hay: Haystack, tokens: int, value_tokens: int) -> Filling:
         if self._fill == "exact":
             return hay.exactly(tokens)
-        lines = _RULER_FEW_LINES if name.length < _RULER_SHORT else _RULER_LINES
         # When RULER looks for the number of steps, it counts the answer as well as the room for it.
-        filling = hay.in_steps(tokens - value_tokens, lines if hay.source is NOISE else _RULER_WORDS)
-        if not filling.whole:
-            raise EvaluationError(
-                f"--lengths {name.length}: too short for one step of --fill ruler_2024 with this tokenizer; "
-                "give a greater length, or --fill exact"
-            )
-        return filling
+        return hay.in_steps(tokens - value_tokens, _step(name, hay))
 
     def _haystack(self, name: SampleKey) -> Haystack:
         source = self.source(name.task)
@@ -194,12 +187,16 @@ class SampleBuilder:
         return self._haystacks[place]
 
     def _least(self, name: SampleKey) -> int:
-        """The shortest length: the words, one sentence of the haystack and the answer."""
+        """The shortest length: the words, one sentence or step of the haystack, and the answer."""
         task, hay = templates.BY_NAME[name.task], self._haystack(name)
         key, value = self._draw(name)
         needle = max(len(self._splicer.behind(joiner, task.needle(key, value))) for joiner in ("\n", hay.source.joiner))
         words = len(self._opening(task)) + needle + len(self._line(task.question(key)))
-        return words + max(len(hay.first), int(hay.ends[0])) + self._answer_room
+        more = abs(len(hay.first) - int(hay.ends[0]))
+        if self._fill == "exact":
+            return words + int(hay.ends[0]) + more + self._answer_room
+        value_tokens = len(self._splicer.after(task.question(key), value))
+        return words + hay.step_tokens(_step(name, hay)) + more + value_tokens + self._answer_room
 
     def _opening(self, task: templates.Task) -> np.ndarray:
         return np.array([self._processor.bos_id(), *self._processor.encode(task.opening)], np.int32)
@@ -218,3 +215,10 @@ class SampleBuilder:
                 value = str(uuid.UUID(int=generator.getrandbits(128), version=4))
             if key not in text and value not in text:
                 return key, value
+
+
+def _step(name: SampleKey, hay: Haystack) -> int:
+    """RULER's step of 2024: words of prose, or lines of noise."""
+    if hay.source is not NOISE:
+        return _RULER_WORDS
+    return _RULER_FEW_LINES if name.length < _RULER_SHORT else _RULER_LINES
