@@ -36,7 +36,7 @@ def write_report(
     Args:
         model: The model.
         settings: Of this run.
-        records: Results of the model; where a budget left no sample, there may be none.
+        records: Results of the model; at least one.
         identities: What they have in common, by task.
         grid: Depths and samples that a budget chose for each length; None without one.
     """
@@ -63,9 +63,8 @@ def write_report(
     }
     write_json(settings.output / "niah.json", report)
     write_bytes(settings.output / "niah.md", markdown(report).encode())
-    if records:
-        write_csv(settings.output / "niah.csv", summary["cells"])
-        _write_plots(settings.output, report)
+    write_csv(settings.output / "niah.csv", summary["cells"])
+    _write_plots(settings.output, report)
     return report
 
 

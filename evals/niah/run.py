@@ -36,7 +36,8 @@ def evaluate(model: EvalModel, settings: NiahSettings) -> dict[str, Any] | None:
         The report, as in OUTPUT/niah.json; None in processes other than the first.
 
     Raises:
-        EvaluationError: A length is too short, results cannot be read or written, or logits are not finite.
+        EvaluationError: A length is too short, results cannot be read or written, logits are not finite, or a budget
+            is too small for any sample.
     """
     team = Team.here()
     if team.rank == 0:
@@ -82,7 +83,12 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
         team.wait()
         for rank in range(1, team.size):
             results.absorb(settings.output / _FILE_OF_RANK.format(rank))
-        return write_report(model, settings, results.of(identities), identities, plan.grid)
+        if not (records := results.of(identities)):
+            raise EvaluationError(
+                f"--budget {settings.budget}: not one sample of {min(settings.lengths):,} tokens fits into it; "
+                "give more minutes or a smaller length"
+            )
+        return write_report(model, settings, records, identities, plan.grid)
 
 
 def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:

@@ -69,18 +69,16 @@ def test_a_checkpoint_of_any_tensor_parallel_size_gives_the_same_results(
     run = tmp_path / "run"
     shutil.copytree(mac_run, run)
     checkpoint = next((run / "checkpoints").iterdir())
-    whole = weights.load_full(checkpoint)[1]
+    config, whole = weights.load_full(checkpoint)
     (only,) = weights.read_shards(checkpoint)
     only.file.unlink()
     for rank in range(size):
         parts = {name: rule.take(whole[name], rank, size) if rule else whole[name] for name, rule in only.rules.items()}
-        file = only.file.with_name(f"tp-{rank:02d}-of-{size:02d}.safetensors")
-        shapes = {name: part.shape for name, part in parts.items()}
-        weights.write_tensors(file, shapes, parts.items(), {"rules": weights.rules_to_json(only.rules)})
-    description = checkpoint / "weights" / "model.json"
-    description.write_text(json.dumps(json.loads(description.read_text()) | {"tensor_parallel": size}))
+        header = weights.ShardHeader({name: part.shape for name, part in parts.items()}, only.rules)
+        weights.write_shard(only.file.with_name(weights.shard_name(rank, size)), header, parts.items())
+    weights.write_description(only.file.with_name(weights.DESCRIPTION), config, size=size, step=1, tokens=1)
     files = (checkpoint / "weights").iterdir()
-    listed = {f"weights/{file.name}": {"bytes": file.stat().st_size, "sha256": ""} for file in files}
+    listed = {f"weights/{file.name}": {"bytes": file.stat().st_size} for file in files}
     (checkpoint / weights.MARKER).write_text(json.dumps({"files": listed}))
     settings = NiahSettings(run, tmp_path / "a", lengths=(600,), depths=2, max_new_tokens=10)
     evaluate(load_model(mac_run), settings)

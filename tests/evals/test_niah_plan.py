@@ -1,10 +1,12 @@
 """The plan: every sample once, processes that end together, and a grid that fits a budget."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
 from evals.niah.forecast import Forecast
 from evals.niah.plan import Planner
@@ -101,3 +103,5 @@ def test_the_budget_of_a_run_is_in_its_report(tokenizer: Path, tmp_path: Path) -
     assert report["budget_grid"]["8000000"] == {"depths": 0, "samples": 0}
     assert "not run, the budget was too small: 8,000,000" in (tmp_path / "niah.md").read_text()
     assert report["by_length"][0]["n"] == 6
+    with pytest.raises(EvaluationError, match=r"--budget 1e-06: not one sample of 700 tokens fits into it"):
+        evaluate(model, replace(settings, output=tmp_path / "other", budget=1e-6))

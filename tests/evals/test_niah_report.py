@@ -1,15 +1,12 @@
-"""What a run leaves: the numbers add up, the table, CSV and plots say the same, and a probe agrees."""
+"""What a run leaves: the numbers add up, the table, CSV and plots say the same."""
 
 import csv
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from evals.models import load_model
 from evals.niah.files import FILES
-from evals.niah.probe import probe
 from evals.niah.run import evaluate
 from evals.niah.settings import NiahSettings
 from evals.report import accuracy_plot, heat_maps, markdown_table, wilson_interval, write_csv
@@ -108,19 +105,3 @@ def test_tables_are_what_was_given(tmp_path: Path) -> None:
     assert markdown_table(("a", "b"), [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     write_csv(tmp_path / "table.csv", [{"n": 1, "interval": [0.5, 1.0]}])
     assert (tmp_path / "table.csv").read_text() == "n,interval_low,interval_high\n1,0.5,1.0\n"
-
-
-def test_a_probe_gives_what_the_evaluation_gives(mac_run: Path, tokenizer: Path, tmp_path: Path) -> None:
-    oracle = plant(tokenizer, lambda value: value)
-    (result,) = probe(oracle.stream, oracle.tokenizer.processor, lengths=[600], tasks=["n"])
-    assert (result.task, result.length, result.n) == ("n", 600, 5)
-    assert (result.accuracy, result.first_value_accuracy) == (1.0, 1.0)
-    assert result.value_loss_per_token < 1e-6
-    model = load_model(mac_run)
-    settings = NiahSettings(mac_run, tmp_path, lengths=(450,), depths=5, max_new_tokens=8)
-    report = evaluate(model, settings)
-    assert report is not None
-    (result,) = probe(model.stream, model.tokenizer.processor, lengths=[450], max_new_tokens=8)
-    assert asdict(result)["value_loss_per_token"] == pytest.approx(
-        report["by_length"][0]["value_loss_per_token"], rel=1e-4
-    )
