@@ -187,6 +187,9 @@ def accuracy_plot(
         style = "--" if "," in name else "-"
         axes.errorbar(lengths, values, yerr=reach, marker="o", markersize=4, capsize=3, linestyle=style, label=name)
     axes.set_xscale("log", base=2)
+    ticks = sorted({length for points in lines.values() for length, *_ in points})
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks], rotation=30 if len(ticks) > 6 else 0)
+    axes.minorticks_off()
     axes.set(xlabel="length (tokens)", ylabel="accuracy, 95 % interval", title=title, ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     if trained_length is not None:
