@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from evals.command_line import EvaluationError
 from titans_mcore.config import TitansConfig
+
+_LONGEST_WAIT_SECONDS = 14 * 24 * 3600.0
 
 
 class StreamingModel(Protocol):
@@ -23,12 +26,12 @@ class StreamingModel(Protocol):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A sentencepiece model and its file's hash."""
+    """What turns text into tokens, and its file's hash."""
 
     processor: Any
-    """The `sentencepiece.SentencePieceProcessor`."""
+    """The `sentencepiece.SentencePieceProcessor`, or what encodes and decodes like it."""
     sha256: str
-    """Of the `.model` file."""
+    """Of the `.model` or `tokenizer.json` file."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,33 @@ class EvalModel:
         return self.network.stream(tokens.to(self.device, torch.int64), states, last)
 
 
-def load_model(path: Path, tokenizer: Path | None = None) -> EvalModel:
-    """The model of a run, in fp32, on the GPU when there is one.
+def load_model(path: Path, tokenizer: Path | None = None, *, spread: bool = False) -> EvalModel:
+    """A trained model, in fp32, on the GPU when there is one.
 
     Args:
-        path: Run folder (its newest whole checkpoint is taken) or one checkpoint folder.
-        tokenizer: Tokenizer file; None takes RUN/tokenizer/tokenizer.model.
+        path: Run folder (its newest whole checkpoint is taken), one checkpoint folder, or an exported Hugging Face
+            folder. Checkpoints of any tensor-parallel size are read.
+        tokenizer: Tokenizer file; None takes RUN/tokenizer/tokenizer.model, or the exported folder's own.
+        spread: The evaluation spreads its samples: under torchrun every process gets a model of its own.
 
     Raises:
-        EvaluationError: Checkpoint or tokenizer are missing, damaged, or do not belong together.
+        EvaluationError: Checkpoint or tokenizer are missing, damaged, or do not belong together; several processes,
+            and the evaluation does not spread.
     """
-    from titans_mcore import weights
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not spread:
         raise EvaluationError(
             f"evaluation runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}; start it without torchrun"
         )
+    if (path / "config.json").is_file():
+        from evals.exported import load_exported
+
+        return load_exported(path, load_tokenizer(tokenizer) if tokenizer else None)
+    return _load_native(path, tokenizer)
+
+
+def _load_native(path: Path, tokenizer: Path | None) -> EvalModel:
+    from titans_mcore import weights
+
     try:
         checkpoint = weights.find_checkpoint(path)
         config = weights.load_config(checkpoint)
@@ -85,7 +99,7 @@ def load_model(path: Path, tokenizer: Path | None = None) -> EvalModel:
             "give the tokenizer of this run with --tokenizer"
         )
     network, device = _build(checkpoint, config)
-    digest = _hash_weights(checkpoint / weights.WEIGHTS_FOLDER)
+    digest = hash_files((checkpoint / weights.WEIGHTS_FOLDER).iterdir())
     return EvalModel(network, config, loaded, str(checkpoint), digest, _trained_length(run), device)
 
 
@@ -114,22 +128,46 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _build(checkpoint: Path, config: TitansConfig) -> tuple[StreamingModel, torch.device]:
-    from titans_mcore import parallel, weights
-    from titans_mcore.model import TitansModel
+    from titans_mcore import weights
 
-    if not torch.distributed.is_initialized():
-        parallel.start(1, seed=0)
-    model = TitansModel(config, parallel.transformer_config(config))
+    model, device = _random(config)
     try:
         weights.load_into(model, weights.load_full(checkpoint)[1])
     except ValueError as error:
         raise EvaluationError(f"--checkpoint: {error}") from error
-    return model.to(parallel.device()).eval(), parallel.device()
+    return model.to(device).eval(), device
 
 
-def _hash_weights(folder: Path) -> str:
+def random_weights(model: EvalModel) -> StreamingModel:
+    """A model of the same settings as it would be before training, on the same device; seed 0."""
+    network, _ = _random(model.config)
+    return network.to(model.device).eval()
+
+
+def _random(config: TitansConfig) -> tuple[Any, torch.device]:
+    from titans_mcore import parallel
+    from titans_mcore.model import TitansModel
+
+    start_processes()
+    torch.manual_seed(0)
+    return TitansModel(config, parallel.transformer_config(config)), parallel.device()
+
+
+def start_processes() -> None:
+    """Joins the processes of torchrun, each with a model of its own; alone without it.
+
+    What has begun may take days on one process while the others wait.
+    """
+    from titans_mcore import parallel
+
+    if not torch.distributed.is_initialized():
+        parallel.start(1, seed=0, timeout_seconds=_LONGEST_WAIT_SECONDS)
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """sha256 over the names and contents of files, in the order of their names."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    for file in sorted(files):
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """What every evaluation hands out: intervals, tables, plots, and files that appear whole or not at all."""
 
+import csv
 import io
 import json
 import math
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 
@@ -78,12 +81,37 @@ def write_figure(path: Path, figure: "Figure") -> None:
     write_bytes(path, image.getvalue())
 
 
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows that have the same columns, at least one; a list becomes one column for each of its numbers."""
+    flat = [_flat(row) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_bytes(path, text.getvalue().encode())
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, (list, tuple)):
+            found |= {f"{name}_{end}": part for end, part in zip(("low", "high"), value, strict=True)}
+        else:
+            found[name] = value
+    return found
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+Cells = Mapping[tuple[int, float], tuple[float, int]]
+
+
 def heat_map(
-    title: str,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    cells: Mapping[tuple[int, float], tuple[float, int]],
-    trained_length: int | None,
+    title: str, lengths: Sequence[int], depths: Sequence[float], cells: Cells, trained_length: int | None
 ) -> "Figure":
     """Accuracy over length and depth, with n in each cell and a line behind the trained length.
 
@@ -94,10 +122,26 @@ def heat_map(
         cells: (length, depth) to accuracy and n; a cell that was not run is left empty.
         trained_length: Tokens of a training sequence; None draws no line.
     """
+    return heat_maps({title: cells}, lengths, depths, trained_length)
+
+
+def heat_maps(
+    maps: Mapping[str, Cells], lengths: Sequence[int], depths: Sequence[float], trained_length: int | None
+) -> "Figure":
+    """Heat maps one below the other, by their titles; see `heat_map`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.5 + 0.9 * len(lengths), 1.8 + 0.5 * len(depths)))
-    axes = figure.subplots()
+    size = (2.5 + 0.9 * len(lengths), (1.8 + 0.5 * len(depths)) * len(maps))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (title, cells) in zip(figure.subplots(len(maps), squeeze=False)[:, 0], maps.items(), strict=True):
+        image = _draw_heat_map(axes, title, lengths, depths, cells, trained_length)
+        figure.colorbar(image, ax=axes, label="accuracy")
+    return figure
+
+
+def _draw_heat_map(
+    axes: "Axes", title: str, lengths: Sequence[int], depths: Sequence[float], cells: Cells, trained_length: int | None
+) -> "AxesImage":
     accuracy = [[cells.get((length, depth), (math.nan, 0))[0] for length in lengths] for depth in depths]
     image = axes.imshow(accuracy, cmap="YlGn", vmin=0, vmax=1, aspect="auto")
     for (length, depth), (value, trials) in cells.items():
@@ -119,7 +163,38 @@ def heat_map(
             fontsize=8,
         )
         axes.set_title(title, pad=18)
-    figure.colorbar(image, label="accuracy")
+    return image
+
+
+def accuracy_plot(
+    title: str, lines: Mapping[str, Sequence[tuple[int, float, tuple[float, float]]]], trained_length: int | None
+) -> "Figure":
+    """Accuracy against length, log axis, with intervals and the trained length.
+
+    Args:
+        title: Above the plot.
+        lines: By their names, (length, accuracy, interval) each; names with a comma, which are controls, are dashed.
+        trained_length: Tokens of a training sequence; None draws no line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        lengths, values, intervals = zip(*points, strict=True)
+        reach = [[v - low for v, (low, _) in zip(values, intervals, strict=True)]]
+        reach.append([high - v for v, (_, high) in zip(values, intervals, strict=True)])
+        style = "--" if "," in name else "-"
+        axes.errorbar(lengths, values, yerr=reach, marker="o", markersize=4, capsize=3, linestyle=style, label=name)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({length for points in lines.values() for length, *_ in points})
+    axes.set_xticks(ticks, [f"{length:,}" for length in ticks], rotation=30 if len(ticks) > 6 else 0)
+    axes.minorticks_off()
+    axes.set(xlabel="length (tokens)", ylabel="accuracy, 95 % interval", title=title, ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    if trained_length is not None:
+        axes.axvline(trained_length, color="black", linestyle=":", label=f"trained length {trained_length:,}")
+    axes.legend(fontsize=8)
     return figure
 
 

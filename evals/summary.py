@@ -43,7 +43,7 @@ def summarise(run: Path) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"],
         "heldout_loss": heldout[-1],
         "heldout_loss_long": _read(run / "eval" / "position_perplexity.json")["loss"],
-        "niah": niah["accuracy_by_length"],
+        "niah": niah["accuracy_by_length"]["niah_single_1"],
         "niah_chance": "a 7-digit number; guessing is 0",
         "export_max_abs_error": _read(run / "hf" / "proof.json")["max_abs_error"],
         "seconds": _seconds(run / "seconds.txt"),

@@ -1,1 +1,1 @@
-"""S-NIAH: a needle in a haystack of noise, streamed through the model in pieces (RULER's niah_single_1)."""
+"""S-NIAH: a needle in a haystack, streamed through the model in pieces (RULER's niah_single_1, _2 and _3)."""

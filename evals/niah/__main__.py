@@ -8,12 +8,15 @@ def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(NiahSettings, "python -m evals.niah")
     from evals.models import load_model
+    from evals.niah.files import FILES
     from evals.niah.run import evaluate
-    from evals.niah.summary import summary_table
+    from evals.niah.summary import HEADER, table_rows
+    from evals.report import table
 
-    report = evaluate(load_model(settings.checkpoint, settings.tokenizer), settings)
-    print(summary_table(report))
-    print(f"{settings.output / 'niah.json'}, niah.png, niah.jsonl")
+    report = evaluate(load_model(settings.checkpoint, settings.tokenizer, spread=True), settings)
+    if report is not None:
+        print(table(HEADER, table_rows(report)))
+        print(f"{settings.output}: {', '.join(FILES)}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,12 @@ class Identity:
     """Of the tokenizer file."""
     max_new_tokens: int
     """Tokens of the answer."""
+    fill: str
+    """How prompts fill their length."""
+    haystack: str
+    """noise, synthetic, file or essay."""
+    haystack_sha256: str
+    """Of the text."""
 
 
 @dataclass(frozen=True)
@@ -33,32 +39,49 @@ class Record:
     depth: float
     sample: int
     seed: int
+    control: str
     needle_key: str
     value: str
     prompt_tokens: int
+    prompt_sha256: str
+    """Of the prompt's ids as 32-bit little-endian numbers: equal for equal samples, whatever read them."""
     answer: str
-    answer_tokens: int
+    """Its text."""
+    answer_ids: list[int]
+    """Its tokens, end token left out."""
     substring: bool
     first_value: bool
     wrong_value: bool
+    value_loss: float
+    """Cross-entropy of the value in nats, summed over its tokens, each fed as it stands."""
+    value_tokens: int
     batch: int
+    """Samples read side by side."""
+    prefill_tokens: int
+    """Tokens that the batch read, all rows together, and its part of the beginning that several batches share."""
     prefill_seconds: float
+    """Of those tokens."""
     decode_ms_per_token: float
+    seconds: float
+    """All that the batch took."""
     peak_bytes: int
     state_bytes_per_sample: int
     checkpoint_sha256: str
     tokenizer_sha256: str
     max_new_tokens: int
+    fill: str
+    haystack: str
+    haystack_sha256: str
 
     @property
     def name(self) -> SampleKey:
         """Which sample it is."""
-        return SampleKey(self.task, self.length, self.depth, self.sample, self.seed)
+        return SampleKey(self.task, self.length, self.depth, self.sample, self.seed, self.control)
 
     @property
     def identity(self) -> Identity:
         """What it belongs to."""
-        return Identity(self.checkpoint_sha256, self.tokenizer_sha256, self.max_new_tokens)
+        return Identity(**{field.name: getattr(self, field.name) for field in fields(Identity)})
 
 
 class RecordFile:
@@ -100,9 +123,16 @@ class RecordFile:
     ) -> None:
         self._file.close()
 
-    def of(self, identity: Identity) -> list[Record]:
-        """The records that may be counted together with this identity."""
-        return [record for record in self.records if record.identity == identity]
+    def of(self, identities: Mapping[str, Identity]) -> list[Record]:
+        """The records that may be counted together: those of each task's identity, each sample once."""
+        found = {record.name: record for record in self.records if record.identity == identities.get(record.task)}
+        return list(found.values())
+
+    def absorb(self, path: Path) -> None:
+        """Takes over the records of another process's file and removes it; a crash in between leaves both."""
+        with RecordFile(path) as other:
+            self.append(other.records)
+            path.unlink()
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds records; they are on the disk when this returns."""

@@ -2,145 +2,168 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
-from evals.measure import PeakMemory, state_bytes
+from evals.command_line import EXIT_FAULT, EvaluationError
 from evals.models import EvalModel
-from evals.niah.generate import answer, read
-from evals.niah.records import Identity, Record, RecordFile
-from evals.niah.samples import Sample, SampleBuilder, SampleKey
-from evals.niah.scores import score
+from evals.niah.controls import check_controls, window_of
+from evals.niah.files import write_report
+from evals.niah.forecast import Forecast, measure
+from evals.niah.haystacks import PROSE, read_source
+from evals.niah.plan import Batch, Planner
+from evals.niah.records import Identity, RecordFile
+from evals.niah.runner import Runner, say
+from evals.niah.samples import MAIN, SampleBuilder, SampleKey
 from evals.niah.settings import NiahSettings
-from evals.niah.summary import write_report
-from evals.niah.templates import TASK
-from evals.progress import Pace, StatusLine
+from evals.niah.team import Team
+from evals.niah.templates import BY_NAME, TASKS
 
-_TRIAL_TOKENS, _TRIAL_STEPS = 512, 3
+_FILE, _FILE_OF_RANK = "niah.jsonl", "niah.rank-{}.jsonl"
 
 
-def evaluate(model: EvalModel, settings: NiahSettings) -> dict[str, Any]:
+def evaluate(model: EvalModel, settings: NiahSettings) -> dict[str, Any] | None:
     """Runs the samples that OUTPUT/niah.jsonl lacks and writes the report on all of this model's.
 
+    Under torchrun each process runs a share of the samples into a file of its own, which process 0 takes over.
+
     Args:
-        model: The model.
+        model: The model; every process has one.
         settings: What to run.
 
     Returns:
-        The report, as in OUTPUT/niah.json.
+        The report, as in OUTPUT/niah.json; None in processes other than the first.
 
     Raises:
-        EvaluationError: A length is too short, results cannot be read or written, or logits are not finite.
+        EvaluationError: A length is too short, results cannot be read or written, logits are not finite, or a budget
+            is too small for any sample.
     """
-    builder = SampleBuilder(model.tokenizer.processor, settings.max_new_tokens)
-    names = list(_names(settings))
-    for name in names:
-        builder.check(name)
-    identity = Identity(model.checkpoint_sha256, model.tokenizer.sha256, settings.max_new_tokens)
-    with RecordFile(settings.output / "niah.jsonl") as results:
-        _tell_about_others(results, identity)
-        there = {record.name for record in results.of(identity)}
+    team = Team.here()
+    if team.rank == 0:
+        return _lead(team, model, settings)
+    _follow(team, model, settings)
+    return None
+
+
+def make_builder(model: EvalModel, settings: NiahSettings) -> SampleBuilder:
+    """Builds the samples that the settings ask for.
+
+    Raises:
+        EvaluationError: The text cannot be read, or the tokenizer cannot be spliced.
+    """
+    text = PROSE if settings.text is None else read_source(settings.text)
+    window = window_of(model.config) or 0
+    return SampleBuilder(
+        model.tokenizer.processor, settings.max_new_tokens, fill=settings.fill, text=text, window=window
+    )
+
+
+def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any]:
+    """Process 0: plans, runs its share, and reports on everyone's results."""
+    with ExitStack() as stack:
+        try:
+            check_controls(settings.controls, model.config)
+            builder = make_builder(model, settings)
+            names = list(_names(settings))
+            for name in names:
+                builder.check(name)
+            identities = _identities(model, settings, builder)
+            results = stack.enter_context(RecordFile(settings.output / _FILE))
+            for left in sorted(settings.output.glob(_FILE_OF_RANK.format("*"))):
+                results.absorb(left)  # of a run that was stopped
+            _tell_about_others(results, identities)
+            there = {record.name for record in results.of(identities)}
+            plan = _plan(model, settings, builder, names, there, team.size)
+        except EvaluationError as fault:
+            team.told(fault)
+            raise
+        team.told(plan)
+        Runner(model, settings, builder, identities, results).run(plan.shares[0], plan.forecast)
+        team.wait()
+        for rank in range(1, team.size):
+            results.absorb(settings.output / _FILE_OF_RANK.format(rank))
+        if not (records := results.of(identities)):
+            raise EvaluationError(
+                f"--budget {settings.budget}: not one sample of {min(settings.lengths):,} tokens fits into it; "
+                "give more minutes or a smaller length"
+            )
+        return write_report(model, settings, records, identities, plan.grid)
+
+
+def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:
+    """Another process: runs the share that process 0 gives it."""
+    plan: Plan | EvaluationError = team.told(None)
+    if isinstance(plan, EvaluationError):
+        sys.exit(EXIT_FAULT)  # process 0 says why
+    builder = make_builder(model, settings)
+    identities = _identities(model, settings, builder)
+    with RecordFile(settings.output / _FILE_OF_RANK.format(team.rank)) as results:
+        Runner(model, settings, builder, identities, results, quiet=True).run(plan.shares[team.rank], plan.forecast)
+    team.wait()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each process runs."""
+
+    shares: list[list[Batch]]
+    """Batches of each process."""
+    forecast: Forecast | None
+    """From the trials; None where nothing is missing."""
+    grid: dict[int, tuple[int, int]] | None
+    """Depths and samples of each length, where a budget chose them."""
+
+
+def _plan(
+    model: EvalModel,
+    settings: NiahSettings,
+    builder: SampleBuilder,
+    names: Sequence[SampleKey],
+    there: set[SampleKey],
+    ranks: int,
+) -> Plan:
+    """Measures the model's pace, fits the grid into the budget and divides what is missing; says the time first."""
+    missing = [name for name in names if name not in there]
+    if not missing:
+        return Plan([[] for _ in range(ranks)], None, None)
+    planner = Planner(builder, settings.batch, settings.max_new_tokens)
+    trial = max(planner.batches(n for n in missing if n.length == missing[0].length), key=lambda b: len(b.names))
+    samples = [builder.build(name) for name in trial.names]
+    forecast = measure(model.stream, samples, settings.piece, model.tokenizer.processor.eos_id())
+    grid = None
+    if settings.budget is not None:
+        names, grid = planner.fit(names, lambda name: name not in there, forecast, 60 * settings.budget * ranks)
         missing = [name for name in names if name not in there]
-        if missing:
-            _Runner(model, settings, builder, identity, results).run(missing)
-        return write_report(model, settings, results.of(identity))
-
-
-class _Runner:
-    """Runs batches and says how far they are."""
-
-    def __init__(
-        self, model: EvalModel, settings: NiahSettings, builder: SampleBuilder, identity: Identity, results: RecordFile
-    ) -> None:
-        self._model, self._settings, self._builder = model, settings, builder
-        self._identity, self._results = identity, results
-        self._pace, self._line, self._peak = Pace(), StatusLine(), PeakMemory(model.device)
-
-    def run(self, missing: Sequence[SampleKey]) -> None:
-        """Samples length by length, short ones first."""
-        lengths = sorted({name.length for name in missing})
-        batches = {length: _cut([n for n in missing if n.length == length], self._settings.batch) for length in lengths}
-        self._measure_pace(batches[lengths[0]][0])
-        answer_room = self._settings.max_new_tokens
-        steps = (answer_room - 1) * sum(map(len, batches.values()))
-        self._pace.plan(sum(name.length - answer_room for name in missing), steps)
-        tokens = sum(name.length for name in missing)
-        _tell(f"{len(missing)} samples, {tokens:,} tokens: {self._pace.text()}")
-        for length in lengths:
-            records = [record for batch in batches[length] for record in self._run_batch(batch)]
-            hits = sum(record.substring for record in records)
-            _tell(f"length {length:,}: {hits} of {len(records)} found, {self._pace.text()}")
-
-    def _run_batch(self, names: Sequence[SampleKey]) -> list[Record]:
-        samples = [self._builder.build(name) for name in names]
-        prompts = torch.from_numpy(np.stack([sample.prompt for sample in samples]))
-        self._peak.reset()
-        self._pace.start()
-        prefill_seconds, step_seconds = [], []
-
-        def on_piece(tokens: int) -> None:
-            prefill_seconds.append(self._pace.done("read", tokens))
-            self._line.show(f"length {names[0].length:,}, {len(names)} samples: {self._pace.text()}")
-
-        first, states = read(self._model, prompts, self._settings.piece, on_piece)
-        carried = state_bytes(states)
-        limit = self._settings.max_new_tokens
-        answers = answer(self._model, first, states, limit, lambda: step_seconds.append(self._pace.done("step", 1)))
-        self._pace.skip("step", limit - 1 - len(step_seconds))
-        self._line.clear()
-        costs = {
-            "batch": len(names),
-            "prefill_seconds": sum(prefill_seconds),
-            "decode_ms_per_token": 1000 * sum(step_seconds) / max(len(step_seconds), 1),
-            "peak_bytes": self._peak.bytes(),
-            "state_bytes_per_sample": carried // len(names),
-        }
-        records = [self._record(sample, ids, costs) for sample, ids in zip(samples, answers, strict=True)]
-        self._results.append(records)
-        return records
-
-    def _record(self, sample: Sample, ids: list[int], costs: dict[str, Any]) -> Record:
-        text = self._model.tokenizer.processor.decode(ids)
-        return Record(
-            **asdict(sample.name),
-            needle_key=sample.needle_key,
-            value=sample.value,
-            prompt_tokens=len(sample.prompt),
-            answer=text,
-            answer_tokens=len(ids),
-            **asdict(score(text, sample.value)),
-            **costs,
-            **asdict(self._identity),
-        )
-
-    def _measure_pace(self, names: Sequence[SampleKey]) -> None:
-        """Times a short stretch, so that the first estimate comes before the work."""
-        prompts = torch.from_numpy(np.stack([self._builder.build(name).prompt for name in names]))[:, :_TRIAL_TOKENS]
-        read(self._model, prompts[:, :1], 1, lambda tokens: None)  # the first call ever is slower
-        self._pace.start()
-        first, states = read(self._model, prompts, self._settings.piece, lambda tokens: self._pace.done("read", tokens))
-        answer(self._model, first, states, 1 + _TRIAL_STEPS, lambda: self._pace.done("step", 1))
+        for length, (depths, count) in grid.items():
+            say(f"length {length:,}: " + (f"{depths} depths x {count} samples" if depths else "not run, too long"))
+    shares = planner.divide(planner.batches(missing), ranks, forecast)
+    forecast.left = max(planner.seconds(share, forecast) for share in shares)
+    tokens = sum(name.length for name in missing)
+    spread = f" in {ranks} processes" if ranks > 1 else ""
+    say(f"{len(missing)} samples, {tokens:,} tokens{spread}: {forecast.text()}")
+    return Plan(shares, forecast, grid)
 
 
 def _names(settings: NiahSettings) -> Iterator[SampleKey]:
-    for length in sorted(set(settings.lengths)):
-        for depth in settings.depth_percents:
-            for sample in range(settings.samples):
-                yield SampleKey(TASK, length, depth, sample, settings.seed)
+    for control in (MAIN, *dict.fromkeys(settings.controls)):
+        for length in sorted(set(settings.lengths)):
+            for task in dict.fromkeys(settings.tasks):
+                for depth in settings.depth_percents:
+                    for sample in range(settings.samples):
+                        yield SampleKey(TASKS[task].name, length, depth, sample, settings.seed, control)
 
 
-def _cut(names: Sequence[SampleKey], size: int) -> list[Sequence[SampleKey]]:
-    return [names[start : start + size] for start in range(0, len(names), size)]
+def _identities(model: EvalModel, settings: NiahSettings, builder: SampleBuilder) -> dict[str, Identity]:
+    """What results must have in common to be counted together, by task."""
+    found = {}
+    for task in BY_NAME:
+        source, digests = builder.source(task), (model.checkpoint_sha256, model.tokenizer.sha256)
+        found[task] = Identity(*digests, settings.max_new_tokens, settings.fill, source.label, source.sha256)
+    return found
 
 
-def _tell_about_others(results: RecordFile, identity: Identity) -> None:
-    others = len(results.records) - len(results.of(identity))
+def _tell_about_others(results: RecordFile, identities: dict[str, Identity]) -> None:
+    others = sum(record.identity != identities.get(record.task) for record in results.records)
     if others:
-        _tell(f"{results.path}: {others} results of other weights, tokenizers or answer lengths are left out")
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")

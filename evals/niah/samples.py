@@ -1,18 +1,26 @@
 """Samples from token ids: every sentence is tokenised once and spliced, so two million tokens take milliseconds."""
 
+import hashlib
 import random
+import uuid
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
 from evals.command_line import EvaluationError
 from evals.niah import templates
+from evals.niah.haystacks import NOISE, PROSE, Filling, Haystack, Source, Splicer
+
+Fill = Literal["exact", "ruler_2024"]
+MAIN = "none"
+_RULER_WORDS, _RULER_LINES, _RULER_FEW_LINES, _RULER_SHORT = 500, 25, 5, 4_096
 
 
 @dataclass(frozen=True)
 class SampleKey:
-    """Names one sample; everything in it follows from these five."""
+    """Names one sample; everything in it follows from these, the tokenizer and the text."""
 
     task: str
     """RULER's name of the task."""
@@ -24,6 +32,8 @@ class SampleKey:
     """Number among the samples of this length and depth."""
     seed: int
     """Of the evaluation."""
+    control: str = MAIN
+    """What is taken away to see what answers rest on; key and value do not depend on it. none takes nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,84 +45,180 @@ class Sample:
     needle_key: str
     """What is asked for, adjective-noun."""
     value: str
-    """The answer, seven digits."""
-    prompt: np.ndarray
-    """Token ids, int32: start token, haystack with the needle, question, answer prefix."""
+    """The answer: seven digits, or a uuid."""
+    value_ids: tuple[int, ...]
+    """Tokens of the value as it would follow the prompt."""
+    parts: tuple[np.ndarray, ...]
+    """Token ids, int32, of the prompt's parts: start token and opening, haystack around the needle, question. Parts of
+    the haystack are views of what all samples share."""
+    shared: int
+    """First tokens that are the same for all samples of this task, length, seed and control, or a beginning of theirs:
+    what stands before the needle."""
+    question_at: int
+    """Tokens before the question."""
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of the prompt."""
+        return sum(map(len, self.parts))
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The whole prompt."""
+        return np.concatenate(self.parts)
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompt's ids as 32-bit little-endian numbers."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(np.ascontiguousarray(part, "<i4").data)
+        return digest.hexdigest()
+
+    def piece(self, start: int, stop: int) -> np.ndarray:
+        """Token ids `start` to `stop` of the prompt."""
+        found, at = [], 0
+        for part in self.parts:
+            found.append(part[max(start - at, 0) : max(stop - at, 0)])
+            at += len(part)
+        return np.concatenate(found)
 
 
 class SampleBuilder:
-    """Builds samples for one tokenizer.
+    """Builds samples for one tokenizer."""
 
-    A prompt fills its length exactly: whole lines of noise, the first one cut short where a rest is left.
-    """
-
-    def __init__(self, processor: Any, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        max_new_tokens: int,
+        *,
+        fill: Fill = "exact",
+        text: Source = PROSE,
+        window: int = 0,
+    ) -> None:
         """Tokenises what all samples share.
 
         Args:
-            processor: The `sentencepiece.SentencePieceProcessor`.
+            processor: The `sentencepiece.SentencePieceProcessor`, or what encodes like it.
             max_new_tokens: Room kept for the answer.
+            fill: exact fills the length to the token, the last sentence cut short; ruler_2024 takes RULER's steps of
+                that year: 500 words of prose, 25 lines of noise (5 below 4,096 tokens), as many as fit.
+            text: Haystack of the tasks that hide their needle in prose.
+            window: Tokens that the control window_only leaves.
 
         Raises:
             EvaluationError: The tokenizer joins the end of one line with the start of the next.
         """
-        self._processor = processor
-        self._answer_room = max_new_tokens
-        self._opening = [processor.bos_id(), *processor.encode(templates.OPENING)]
-        self._noise = self._line(templates.NOISE)
+        self._processor, self._splicer = processor, Splicer(processor)
+        self._answer_room, self._fill, self._window = max_new_tokens, fill, window
+        self._sources = {"noise": NOISE, "prose": text}
+        self._haystacks: dict[tuple[str, int], Haystack] = {}
+
+    def source(self, task: str) -> Source:
+        """The text in which a task hides its needle."""
+        return self._sources[templates.BY_NAME[task].haystack]
 
     def check(self, name: SampleKey) -> None:
         """Looks whether the sample fits, without building it.
 
         Raises:
-            EvaluationError: The length is too short for the words, one line of noise and the answer.
+            EvaluationError: The length is too short for the words, a sentence or step of the haystack, and the answer.
         """
-        least = self._fixed(name) + len(self._noise)
+        least = self._least(name)
         if name.length < least:
             raise EvaluationError(
-                f"--lengths {name.length}: too short for the prompt with this tokenizer and --max-new-tokens "
-                f"{self._answer_room}; give at least {least}"
+                f"--lengths {name.length}: too short for the prompt of {name.task} with this tokenizer and "
+                f"--max-new-tokens {self._answer_room}; give at least {least}"
             )
 
     def build(self, name: SampleKey) -> Sample:
-        """The sample; its prompt has name.length - max_new_tokens tokens.
+        """The sample; with fill exact its prompt has name.length - max_new_tokens tokens.
 
         Raises:
             EvaluationError: The length is too short.
         """
         self.check(name)
-        key, value = _draw(name)
-        needle, question = self._needle_and_question(key, value)
-        whole, rest = divmod(name.length - self._fixed(name), len(self._noise))
-        before = round(name.depth / 100 * (whole + bool(rest)))  # lines of noise
-        hay = np.array(self._noise[:rest] + self._noise * whole, np.int32)
-        cut = (rest or len(self._noise)) + (before - 1) * len(self._noise) if before else 0
-        prompt = np.concatenate([self._opening, hay[:cut], needle, hay[cut:], question]).astype(np.int32)
-        assert len(prompt) == name.length - self._answer_room
-        return Sample(name, key, value, prompt)
+        task, hay = templates.BY_NAME[name.task], self._haystack(name)
+        key, value = self._draw(name)
+        opening, question = self._opening(task), self._line(task.question(key))
+        value_ids = tuple(self._splicer.after(task.question(key), value))
+        room = name.length - self._answer_room - len(opening) - len(question)
+        middle, shared = self._haystack_with_needle(name, hay, task.needle(key, value), room, len(value_ids))
+        shared += len(opening)
+        if name.control == "window_only":
+            whole = np.concatenate(middle)
+            kept = min(max(self._window - len(opening) - len(question), 0), len(whole))
+            middle, shared = [whole[len(whole) - kept :]], len(opening)
+        parts = (opening, *middle, question)
+        return Sample(name, key, value, value_ids, parts, shared, sum(map(len, parts)) - len(question))
 
-    def _fixed(self, name: SampleKey) -> int:
-        """Tokens of everything but the noise."""
-        needle, question = self._needle_and_question(*_draw(name))
-        return len(self._opening) + len(needle) + len(question) + self._answer_room
+    def _haystack_with_needle(
+        self, name: SampleKey, hay: Haystack, needle: str, room: int, value_tokens: int
+    ) -> tuple[list[np.ndarray], int]:
+        """What stands between opening and question, and how many tokens of it other samples have too."""
+        needle_ids = np.empty(0, np.int32)
+        if name.control != "needle_absent":
+            needle_ids = self._line(needle)
+            filling = self._filling(name, hay, room - len(needle_ids), value_tokens)
+            if filling.sentences_before(name.depth) == 0:
+                return [needle_ids, filling.ids], 0
+            needle_ids = np.array(self._splicer.behind(hay.source.joiner, needle), np.int32)
+        # The haystack begins behind a line feed now, where its first sentence may have other tokens.
+        head = int(hay.ends[0])
+        more = len(hay.first) - head
+        filling = self._filling(name, hay, room - len(needle_ids) - more, value_tokens)
+        sentences = max(filling.sentences_before(name.depth), 1) if len(needle_ids) else len(filling.ends)
+        place = int(filling.ends[sentences - 1])
+        # A sentence that is cut short here may have other tokens where it is whole.
+        shared = int(filling.ends[min(sentences, filling.whole) - 1]) + more if filling.whole else 0
+        return [hay.first, filling.ids[head:place], needle_ids, filling.ids[place:]], shared
 
-    def _needle_and_question(self, key: str, value: str) -> tuple[list[int], list[int]]:
-        needle = self._line(templates.NEEDLE.format(key=key, value=value))
-        return needle, self._line(templates.QUESTION.format(key=key))
+    def _filling(self, name: SampleKey, hay: Haystack, tokens: int, value_tokens: int) -> Filling:
+        if self._fill == "exact":
+            return hay.exactly(tokens)
+        # When RULER looks for the number of steps, it counts the answer as well as the room for it.
+        return hay.in_steps(tokens - value_tokens, _step(name, hay))
 
-    def _line(self, text: str) -> list[int]:
-        """Ids of a line with the line feed before it, as they stand in the encoding of a whole text.
+    def _haystack(self, name: SampleKey) -> Haystack:
+        source = self.source(name.task)
+        place = (source.label, name.seed if source is PROSE else 0)
+        if place not in self._haystacks:
+            self._haystacks[place] = Haystack(source, self._splicer, name.seed)
+        return self._haystacks[place]
 
-        Encoded alone it would begin with sentencepiece's dummy prefix; every line here follows a full stop.
-        """
-        before, both = self._processor.encode("."), self._processor.encode(".\n" + text)
-        if both[: len(before)] != before:
-            raise EvaluationError("the tokenizer joins the end of a line with the next one; samples cannot be spliced")
-        return both[len(before) :]
+    def _least(self, name: SampleKey) -> int:
+        """The shortest length: the words, one sentence or step of the haystack, and the answer."""
+        task, hay = templates.BY_NAME[name.task], self._haystack(name)
+        key, value = self._draw(name)
+        needle = max(len(self._splicer.behind(joiner, task.needle(key, value))) for joiner in ("\n", hay.source.joiner))
+        words = len(self._opening(task)) + needle + len(self._line(task.question(key)))
+        more = abs(len(hay.first) - int(hay.ends[0]))
+        if self._fill == "exact":
+            return words + int(hay.ends[0]) + more + self._answer_room
+        value_tokens = len(self._splicer.after(task.question(key), value))
+        return words + hay.step_tokens(_step(name, hay)) + more + value_tokens + self._answer_room
+
+    def _opening(self, task: templates.Task) -> np.ndarray:
+        return np.array([self._processor.bos_id(), *self._processor.encode(task.opening)], np.int32)
+
+    def _line(self, text: str) -> np.ndarray:
+        return np.array(self._splicer.behind("\n", text), np.int32)
+
+    def _draw(self, name: SampleKey) -> tuple[str, str]:
+        """Needle key and value of a sample, neither of which stands in the haystack."""
+        place = f"{name.task} {name.length} {name.depth:.2f} {name.sample} {name.seed}"
+        generator, text = random.Random(place), self.source(name.task).text
+        while True:
+            key = f"{generator.choice(templates.ADJECTIVES)}-{generator.choice(templates.NOUNS)}"
+            value = str(generator.randint(10**6, 10**7 - 1))
+            if templates.BY_NAME[name.task].value == "uuid":
+                value = str(uuid.UUID(int=generator.getrandbits(128), version=4))
+            if key not in text and value not in text:
+                return key, value
 
 
-def _draw(name: SampleKey) -> tuple[str, str]:
-    """Needle key and value of a sample, from its five names alone."""
-    generator = random.Random(f"{name.task} {name.length} {name.depth:.2f} {name.sample} {name.seed}")
-    key = f"{generator.choice(templates.ADJECTIVES)}-{generator.choice(templates.NOUNS)}"
-    return key, str(generator.randint(10**6, 10**7 - 1))
+def _step(name: SampleKey, hay: Haystack) -> int:
+    """RULER's step of 2024: words of prose, or lines of noise."""
+    if hay.source is not NOISE:
+        return _RULER_WORDS
+    return _RULER_FEW_LINES if name.length < _RULER_SHORT else _RULER_LINES

@@ -1,15 +1,12 @@
-"""From raw results to the report: accuracy with intervals by length and by cell, speed, memory, table and heat map."""
+"""From raw results to numbers: accuracy with intervals by length and by cell, losses, speed, memory."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from evals.models import EvalModel
 from evals.niah.records import Record
-from evals.niah.settings import NiahSettings
-from evals.niah.templates import TASK
-from evals.report import bytes_text, heat_map, table, wilson_interval, write_figure, write_json
+from evals.niah.samples import MAIN
+from evals.report import bytes_text, seconds_text, wilson_interval
 
 
 def summarise(records: Sequence[Record]) -> dict[str, Any]:
@@ -17,66 +14,60 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 
     Args:
         records: Results of one model; at least one.
+
+    Returns:
+        `accuracy_by_length`, by task, without controls; `by_length` and `cells`, rows that name their control and task.
     """
-    lengths = sorted({record.length for record in records})
-    places = sorted({(record.length, record.depth) for record in records})
+    lengths = _grouped(records, lambda record: (record.control, record.task, record.length))
+    cells = _grouped(records, lambda record: (record.control, record.task, record.length, record.depth))
     by_length = [
-        {"length": length, **_scores(own), **_costs(own)}
-        for length in lengths
-        if (own := [record for record in records if record.length == length])
+        {"control": control, "task": task, "length": length, **_scores(own), **_costs(own)}
+        for (control, task, length), own in lengths
     ]
-    cells = [
-        {"length": length, "depth": depth, **_scores([r for r in records if (r.length, r.depth) == (length, depth)])}
-        for length, depth in places
-    ]
-    accuracy = {str(row["length"]): row["accuracy"] for row in by_length}
-    return {"accuracy_by_length": accuracy, "by_length": by_length, "cells": cells}
-
-
-def write_report(model: EvalModel, settings: NiahSettings, records: Sequence[Record]) -> dict[str, Any]:
-    """Writes niah.json and niah.png, and returns what the JSON holds."""
-    summary = summarise(records)
-    report = {
-        "task": TASK,
-        "haystack": "noise",
-        "fill": "exact",
-        "score": "RULER substring, letter case aside",
-        **summary,
-        "trained_length": model.trained_length,
-        "checkpoint": model.checkpoint,
-        "checkpoint_sha256": model.checkpoint_sha256,
-        "tokenizer_sha256": model.tokenizer.sha256,
-        "model": model.config.to_dict(),
-        "device": model.device.type,
-        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+    accuracy: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in by_length:
+        if row["control"] == MAIN:
+            accuracy[row["task"]][str(row["length"])] = row["accuracy"]
+    return {
+        "accuracy_by_length": dict(accuracy),
+        "by_length": by_length,
+        "cells": [
+            {"control": control, "task": task, "length": length, "depth": depth, **_scores(own)}
+            for (control, task, length, depth), own in cells
+        ],
     }
-    write_json(settings.output / "niah.json", report)
-    cells = {(cell["length"], cell["depth"]): (cell["accuracy"], cell["n"]) for cell in summary["cells"]}
-    lengths, depths = ({place[axis] for place in cells} for axis in (0, 1))
-    title = f"S-NIAH, noise haystack ({model.config.variant})"
-    plot = heat_map(title, sorted(lengths), sorted(depths), cells, model.trained_length)
-    write_figure(settings.output / "niah.png", plot)
-    return report
 
 
-def summary_table(report: dict[str, Any]) -> str:
-    """A line for each length."""
-    header = (
-        *("length", "accuracy", "n", "95 % interval", "first value", "wrong value"),
-        *("prefill tok/s", "decode ms/tok", "peak memory", "state/sample"),
-    )
+HEADER = (
+    *("control", "task", "length", "prompt", "accuracy", "n", "95 % interval", "first value", "wrong value"),
+    *("nats/token", "seconds", "prefill tok/s", "decode ms/tok", "peak memory", "state/sample"),
+)
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """A line for each control, task and length, in words; see HEADER."""
     rows = []
-    for row in report["by_length"]:
+    for row in summary["by_length"]:
         low, high = row["interval"]
         rows.append(
             [
-                *(f"{row['length']:,}", f"{row['accuracy']:.2f}", str(row["n"]), f"{low:.2f}-{high:.2f}"),
-                *(f"{row['first_value_accuracy']:.2f}", f"{row['wrong_value_rate']:.2f}"),
+                *(row["control"], row["task"], f"{row['length']:,}", f"{row['prompt_tokens']:,.0f}"),
+                *(f"{row['accuracy']:.3f}", str(row["n"]), f"{low:.2f}-{high:.2f}"),
+                *(f"{row['first_value_accuracy']:.3f}", f"{row['wrong_value_rate']:.3f}"),
+                *(f"{row['value_loss_per_token']:.3f}", seconds_text(row["seconds"])),
                 *(f"{row['prefill_tokens_per_second']:,.0f}", f"{row['decode_ms_per_token']:.1f}"),
                 *(bytes_text(row["peak_bytes"]), bytes_text(row["state_bytes_per_sample"])),
             ]
         )
-    return table(header, rows)
+    return rows
+
+
+def _grouped(records: Sequence[Record], key: Callable[[Record], tuple]) -> list[tuple[tuple, list[Record]]]:
+    """Records by key, what is no control first."""
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[key(record)].append(record)
+    return sorted(groups.items(), key=lambda group: (group[0][0] != MAIN, group[0]))
 
 
 def _scores(records: Sequence[Record]) -> dict[str, Any]:
@@ -84,25 +75,29 @@ def _scores(records: Sequence[Record]) -> dict[str, Any]:
     hits, first = sum(record.substring for record in records), sum(record.first_value for record in records)
     return {
         "n": n,
+        "seeds": len({record.seed for record in records}),
         "accuracy": hits / n,
         "interval": list(wilson_interval(hits, n)),
         "first_value_accuracy": first / n,
         "first_value_interval": list(wilson_interval(first, n)),
         "wrong_value_rate": sum(record.wrong_value for record in records) / n,
+        "value_loss": sum(record.value_loss for record in records) / n,
+        "value_loss_per_token": sum(r.value_loss for r in records) / sum(r.value_tokens for r in records),
     }
 
 
 def _costs(records: Sequence[Record]) -> dict[str, Any]:
     """Speed and memory of one length. Each record has its batch's time, so it stands for a share of it."""
-    seconds = sum(record.prefill_seconds / record.batch for record in records)
+    prompts = [record.prompt_tokens for record in records]
+    read = sum(record.prefill_tokens / record.batch for record in records)
     return {
-        "prompt_tokens": max(record.prompt_tokens for record in records),
-        "prefill_tokens_per_second": sum(record.prompt_tokens for record in records) / seconds,
+        "prompt_tokens": sum(prompts) / len(prompts),
+        "prompt_tokens_least": min(prompts),
+        "prompt_tokens_most": max(prompts),
+        "seconds": sum(record.seconds / record.batch for record in records),
+        "prefill_tokens_per_second": read / sum(record.prefill_seconds / record.batch for record in records),
+        "tokens_read_over_prompts": read / sum(prompts),
         "decode_ms_per_token": sum(record.decode_ms_per_token for record in records) / len(records),
         "peak_bytes": max(record.peak_bytes for record in records),
         "state_bytes_per_sample": max(record.state_bytes_per_sample for record in records),
     }
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value

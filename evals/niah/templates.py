@@ -1,12 +1,12 @@
-"""The words of the task. They define it, so that scores can be compared with published ones.
+"""The words of the tasks. They define them, so that scores can be compared with published ones.
 
-The sentences NOISE, NEEDLE, OPENING and QUESTION are those of RULER's noise haystack (niah_single_1), from
+The sentences NOISE, NEEDLE, OPENING and QUESTION are those of RULER's tasks niah_single_1 to niah_single_3, from
 https://github.com/NVIDIA/RULER, Copyright (c) 2024, NVIDIA CORPORATION, licensed under the Apache License, Version 2.0
 (the LICENSE of this project has its text). Changed: put into the singular that RULER makes at run time for one needle,
 question and answer prefix joined. Keys are drawn from word lists of this project's own.
 """
 
-TASK = "niah_single_1"
+from dataclasses import dataclass
 
 OPENING = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
@@ -18,6 +18,46 @@ QUESTION = (
     "What is the special magic number for {key} mentioned in the provided text? "
     "The special magic number for {key} mentioned in the provided text is"
 )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of RULER's tasks with a single needle."""
+
+    name: str
+    """RULER's name."""
+    column: str
+    """The column of the paper's table."""
+    haystack: str
+    """noise, one line again and again; or prose, which is RULER's essays, a file of the user's or written by a seed."""
+    value: str
+    """number, seven digits; or uuid, random, version 4."""
+
+    @property
+    def opening(self) -> str:
+        """What stands before the haystack."""
+        return self._worded(OPENING)
+
+    def needle(self, key: str, value: str) -> str:
+        """The sentence that is to be remembered."""
+        return self._worded(NEEDLE).format(key=key, value=value)
+
+    def question(self, key: str) -> str:
+        """What stands behind the haystack, the beginning of the answer included."""
+        return self._worded(QUESTION).format(key=key)
+
+    def _worded(self, text: str) -> str:
+        return text.replace("number", self.value)
+
+
+TASKS = {
+    "pk": Task("niah_single_1", "S-NIAH-PK", "noise", "number"),
+    "n": Task("niah_single_2", "S-NIAH-N", "prose", "number"),
+    "w": Task("niah_single_3", "S-NIAH-W", "prose", "uuid"),
+}
+"""By the letters of the paper's columns."""
+TASK = TASKS["pk"].name
+BY_NAME = {task.name: task for task in TASKS.values()}
 
 _ADJECTIVES = """
 amber ancient bitter bold brave brief bright brisk broad calm careful cheerful clever cloudy cold copper curious

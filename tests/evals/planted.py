@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +13,77 @@ from evals.models import EvalModel, load_tokenizer
 from titans_mcore.config import TitansConfig
 
 PROMPT_END = "mentioned in the provided text is"
+CERTAIN = 30.0  # a logit beside zeros
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a planted model keeps of one row: every token read, and what is left of its answer."""
+
+    tokens: tuple[int, ...] = ()
+    answer: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The state of a batch; like a model's it is a value that can be repeated and read from again."""
+
+    rows: tuple[Read, ...]
+
+    def select(self, rows: Tensor) -> "Rows":
+        return Rows(tuple(self.rows[row] for row in rows.tolist()))
 
 
 class PlantedModel:
-    """Streams like a model. Its state is every token read; its next token is the next one of reply(value).
+    """Streams like a model. Behind a prompt its next tokens are those of reply(value), whatever it is fed then.
 
     After its end token it goes on with other tokens, as a real model would.
     """
 
     def __init__(self, processor: Any, reply: Callable[[str], str]) -> None:
         self.processor, self.reply = processor, reply
-        self.pieces: list[int] = []
+        self.pieces: list[tuple[int, int]] = []
 
     def stream(self, tokens: Tensor, states: Any, last: int | None = None) -> tuple[Tensor, Any]:
-        self.pieces.append(tokens.shape[1])
-        rows = [{"read": [], "answer": None} for _ in tokens] if states is None else states
-        logits = torch.zeros(len(rows), 1, self.processor.vocab_size())
-        for row, new, scores in zip(rows, tokens.tolist(), logits[:, 0], strict=True):
-            row["read"] += new
-            scores[self._next(row)] = 1.0
-        return logits, rows
+        self.pieces.append((tokens.shape[0], tokens.shape[1]))
+        rows = (Read(),) * len(tokens) if states is None else states[0].rows
+        logits = torch.zeros(len(rows), tokens.shape[1], self.processor.vocab_size())
+        after = []
+        for row, new, scores in zip(rows, tokens.tolist(), logits, strict=True):
+            if row.answer is None:  # a prompt ends where a piece ends
+                row = self._read(Read((*row.tokens, *new)))
+                scores[:, 5] = CERTAIN
+                new = new[-1:]
+            for place in range(len(scores) - len(new), len(scores)):
+                scores[place] = 0.0
+                row, chosen = self._next(row)
+                scores[place, chosen] = CERTAIN
+            after.append(row)
+        return logits[:, -last:] if last else logits, [Rows(tuple(after))]
 
-    def _next(self, row: dict[str, Any]) -> int:
-        if row["answer"] is None:
-            text = self.processor.decode(row["read"])
-            if not text.endswith(PROMPT_END):
-                return 5
-            value = re.search(r"is: (\d+)\.", text)
-            reply = self.reply(value[1] if value else "")
-            answer = self.processor.encode("is " + reply)[len(self.processor.encode("is")) :]
-            row["answer"] = [*answer, self.processor.eos_id()]
-        return row["answer"].pop(0) if row["answer"] else self.processor.encode("7")[-1]
+    def _read(self, row: Read) -> Read:
+        """With its answer, where the prompt is whole."""
+        text = self.processor.decode(list(row.tokens))
+        if not text.endswith(PROMPT_END):
+            return row
+        value = re.search(r"is: ([0-9a-f-]+)\.", text)
+        reply = self.reply(value[1] if value else "")
+        answer = self.processor.encode("is " + reply)[len(self.processor.encode("is")) :]
+        return Read(row.tokens, (*answer, self.processor.eos_id()))
+
+    def _next(self, row: Read) -> tuple[Read, int]:
+        """The row after one more token, and the token that follows."""
+        if row.answer is None:
+            return row, 5
+        chosen = row.answer[0] if row.answer else self.processor.encode("7")[-1]
+        return Read(row.tokens, row.answer[1:]), chosen
 
 
 def other(value: str) -> str:
-    return str(10_000_000 - int(value)).zfill(7)
+    """A wrong value of the same kind."""
+    if not value:
+        return "1111111"
+    return str(10_000_000 - int(value)).zfill(7) if value.isdigit() else "00000000" + value[8:]
 
 
 def plant(tokenizer: Path, reply: Callable[[str], str]) -> EvalModel:

@@ -13,6 +13,7 @@ import pytest
 from evals.command_line import EvaluationError, run_command
 from evals.models import load_model, load_tokenizer
 from evals.niah import __main__ as niah
+from evals.niah.files import FILES
 from evals.niah.settings import NiahSettings
 
 from .conftest import MakeRun, train_tokenizer
@@ -48,13 +49,15 @@ def test_niah_command_writes_report_and_table(
     assert command(monkeypatch, niah.main, "--checkpoint", mac_run, "--output", tmp_path, *words) == 0
     out, err = capsys.readouterr()
     report = json.loads((tmp_path / "niah.json").read_text())
-    assert set(report["accuracy_by_length"]) == {"450", "700"}
+    assert set(report["accuracy_by_length"]["niah_single_1"]) == {"450", "700"}
     assert (report["trained_length"], report["model"]["variant"]) == (128, "mac")
     assert (tmp_path / "niah.png").read_bytes().startswith(b"\x89PNG")
-    assert out.splitlines()[0].split()[:3] == ["length", "accuracy", "n"]
+    assert out.splitlines()[0].split()[:5] == ["control", "task", "length", "prompt", "accuracy"]
+    for name in FILES:
+        assert (tmp_path / name).stat().st_size > 0
     lines = err.splitlines()
     assert lines[0].startswith("4 samples, 2,300 tokens: about")
-    assert [line.split(":")[0] for line in lines[1:]] == ["length 450", "length 700"]
+    assert [line.split(",")[0] for line in lines[1:]] == ["length 450", "length 700"]
 
 
 def fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -81,6 +84,9 @@ def test_each_fault_is_one_sentence(
     assert "--lengths 100: too short" in says("--lengths", 100, 2000)
     assert "--samples is 0" in says("--samples", 0)
     assert "--lengths is (0,)" in says("--lengths", 0)
+    assert "--budget is 0.0" in says("--budget", 0)
+    assert "--text /nowhere.txt: cannot be read" in says("--tasks", "n", "--text", "/nowhere.txt")
+    assert "--lengths 900: too short" in says("--tasks", "n", "--lengths", 900, "--fill", "ruler_2024")
     assert not (tmp_path / "out").exists(), "a fault left files behind"
     (tmp_path / "file").touch()
     assert "cannot write niah.jsonl" in says("--lengths", 500, output=tmp_path / "file")

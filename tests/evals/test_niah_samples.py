@@ -1,16 +1,23 @@
 """Samples: exact length, one start token, the value once, the needle where it should be, and the same every time."""
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
-from evals.niah import templates
+from evals.niah import haystacks, templates
+from evals.niah.haystacks import ESSAYS, read_source
+from evals.niah.prose import sentences
 from evals.niah.samples import Sample, SampleBuilder, SampleKey
 
-ROOM = 32
+ROOM = 64
+TASKS = ["niah_single_1", "niah_single_2", "niah_single_3"]
+ESSAY = 'He said it.  Then\nhe left! "Why?" she asked; nobody knew. It was 1999. ' + "Time went by slowly. " * 30
 
 
 @pytest.fixture(scope="module")
@@ -23,69 +30,102 @@ def builder(processor: Any) -> SampleBuilder:
     return SampleBuilder(processor, ROOM)
 
 
-def key(length: int, depth: float = 50.0, sample: int = 0, seed: int = 0) -> SampleKey:
-    return SampleKey(templates.TASK, length, depth, sample, seed)
+def key(length: int, depth: float = 50.0, sample: int = 0, seed: int = 0, task: str = TASKS[0]) -> SampleKey:
+    return SampleKey(task, length, depth, sample, seed)
 
 
 def text_of(sample: Sample, processor: Any) -> str:
     return processor.decode(sample.prompt.tolist())
 
 
-@pytest.mark.parametrize("length", [512, 777, 1000, 1001, 1024, 4099])
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [777, 1000, 1001, 1024, 4099])
 @pytest.mark.parametrize("depth", [0.0, 37.5, 100.0])
 def test_prompt_and_answer_fill_the_length_exactly(
-    builder: SampleBuilder, processor: Any, length: int, depth: float
+    builder: SampleBuilder, processor: Any, task: str, length: int, depth: float
 ) -> None:
-    prompt = builder.build(key(length, depth)).prompt
-    assert len(prompt) + ROOM == length
+    sample = builder.build(key(length, depth, task=task))
+    prompt = sample.prompt
+    assert len(prompt) + ROOM == sample.tokens + ROOM == length
     assert prompt[0] == processor.bos_id()
     assert (prompt == processor.bos_id()).sum() == 1
     assert processor.eos_id() not in prompt
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", [0.0, 25.0, 50.0, 75.0, 100.0])
-def test_value_stands_once_in_the_needle_and_nowhere_else(builder: SampleBuilder, processor: Any, depth: float) -> None:
+def test_value_stands_once_in_the_needle_and_nowhere_else(
+    builder: SampleBuilder, processor: Any, task: str, depth: float
+) -> None:
+    kind = templates.BY_NAME[task].value
     for number in range(5):
-        sample = builder.build(key(901, depth, number))
+        sample = builder.build(key(1201, depth, number, task=task))
         text = text_of(sample, processor)
-        assert text.count(sample.value) == 1
-        assert f"\nOne of the special magic numbers for {sample.needle_key} is: {sample.value}.\n" in text
-        assert text.endswith(f"The special magic number for {sample.needle_key} mentioned in the provided text is")
+        assert text.count(sample.value) == text.count(sample.needle_key) - 2 == 1
+        assert f"One of the special magic {kind}s for {sample.needle_key} is: {sample.value}." in text
+        assert text.endswith(f"The special magic {kind} for {sample.needle_key} mentioned in the provided text is")
+        assert len(sample.value) == (36 if kind == "uuid" else 7)
 
 
-def test_spliced_ids_are_those_of_the_whole_text(builder: SampleBuilder, processor: Any) -> None:
-    lengths = range(600, 700)
-    texts = {length: builder.build(key(length, 30.0)) for length in lengths}
-    for sample in texts.values():
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("fill", ["exact", "ruler_2024"])
+def test_spliced_ids_are_those_of_the_whole_text(processor: Any, task: str, fill: Any) -> None:
+    builder = SampleBuilder(processor, ROOM, fill=fill)
+    for depth in (0.0, 30.0, 60.0, 100.0):
+        sample = builder.build(key(3000, depth, task=task))
         text = text_of(sample, processor)
-        cut = text.split("\n")[1]
-        if cut == templates.NOISE:  # no line was cut short, so nothing depends on where a piece was cut
-            assert sample.prompt.tolist() == [processor.bos_id(), *processor.encode(text)]
-            break
-    else:
-        pytest.fail("no length without a cut line; widen the range")
+        assert sample.prompt.tolist() == [processor.bos_id(), *processor.encode(text)]
+        assert processor.encode(f"{text} {sample.value}")[sample.tokens - 1 :] == list(sample.value_ids)
 
 
-def test_needle_moves_from_the_start_to_the_end_with_depth(builder: SampleBuilder, processor: Any) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_needle_moves_from_the_start_to_the_end_with_depth(builder: SampleBuilder, processor: Any, task: str) -> None:
     places = []
     for depth in range(0, 101, 10):
-        text = text_of(builder.build(key(3000, float(depth))), processor)
+        text = text_of(builder.build(key(6000, float(depth), task=task)), processor)
         places.append(text.index("One of the special") / len(text))
+        assert places[-1] == pytest.approx(depth / 100, abs=0.06)
     assert places == sorted(places)
     assert len(set(places)) == len(places)
-    lines = [text_of(builder.build(key(3000, depth)), processor).split("\n") for depth in (0.0, 100.0)]
-    assert lines[0][1].startswith("One of the special")
-    assert lines[1][-2].startswith("One of the special")
+    text = text_of(builder.build(key(6000, 0.0, task=task)), processor)
+    assert text.split("\n")[1].startswith("One of the special")
 
 
-def test_a_sample_depends_on_its_five_names_alone(processor: Any) -> None:
-    names = [key(600, depth, sample, seed) for depth in (0.0, 50.0) for sample in (0, 1) for seed in (0, 1)]
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("fill", ["exact", "ruler_2024"])
+def test_samples_of_a_length_share_what_stands_before_the_needle(processor: Any, task: str, fill: Any) -> None:
+    builder = SampleBuilder(processor, ROOM, fill=fill)
+    samples = [builder.build(key(5000, float(depth), n, task=task)) for depth in range(0, 101, 10) for n in range(3)]
+    longest = max(samples, key=lambda sample: sample.shared).prompt
+    for sample in samples:
+        assert (sample.prompt[: sample.shared] == longest[: sample.shared]).all()
+        before = sample.prompt[: sample.shared + 1].tolist()
+        assert "One of the" not in processor.decode(before)
+    assert samples[-1].shared > 0.9 * samples[-1].question_at - 100
+
+
+def test_a_sample_depends_on_its_names_alone(processor: Any) -> None:
+    names = [
+        key(900, depth, sample, seed, task)
+        for depth in (0.0, 50.0)
+        for sample in (0, 1)
+        for seed in (0, 1)
+        for task in TASKS
+    ]
     forwards = {name: SampleBuilder(processor, ROOM).build(name) for name in names}
-    alone = [SampleBuilder(processor, ROOM).build(name) for name in reversed(names)]
+    shared = SampleBuilder(processor, ROOM)
+    alone = [shared.build(name) for name in reversed(names)]
     for sample in alone:
         assert sample.value == forwards[sample.name].value
-        assert (sample.prompt == forwards[sample.name].prompt).all()
-    assert len({(sample.needle_key, sample.value) for sample in alone}) == len(names)
+        assert sample.sha256 == forwards[sample.name].sha256
+    assert len({(sample.needle_key, sample.value) for sample in alone}) == len({s.sha256 for s in alone}) == len(names)
+
+
+def test_pieces_of_a_prompt_are_the_prompt(builder: SampleBuilder) -> None:
+    sample = builder.build(key(1500, task=TASKS[1]))
+    for size in (1, 7, 64, 5000):
+        pieces = [sample.piece(start, start + size) for start in range(0, sample.tokens, size)]
+        np.testing.assert_array_equal(np.concatenate(pieces), sample.prompt)
 
 
 def test_least_length_of_the_error_is_the_least_that_works(builder: SampleBuilder) -> None:
@@ -98,9 +138,95 @@ def test_least_length_of_the_error_is_the_least_that_works(builder: SampleBuilde
     assert len(builder.build(key(works)).prompt) == works - ROOM
 
 
-def _fits(builder: SampleBuilder, length: int) -> bool:
+def _fits(builder: SampleBuilder, length: int, task: str = TASKS[0]) -> bool:
     try:
-        builder.check(key(length))
+        builder.check(key(length, task=task))
     except EvaluationError:
         return False
     return True
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rulers_filling_of_2024_goes_in_steps_of_500_words_or_25_lines(processor: Any, task: str) -> None:
+    builder = SampleBuilder(processor, ROOM, fill="ruler_2024")
+    step_tokens = 25 * 63 if task == TASKS[0] else 500 * 5
+    for length in (6000, 9000):
+        sample = builder.build(key(length, 40.0, task=task))
+        assert length - step_tokens * 1.2 < sample.tokens + ROOM <= length
+        text = text_of(sample, processor)
+        hay = [line for line in text.split("\n")[1:-1] if not line.startswith("One of the special")]
+        if task == TASKS[0]:
+            assert len(hay) % 25 == 0
+        else:
+            needle = f"One of the special magic {templates.BY_NAME[task].value}s for {sample.needle_key} is: "
+            words = " ".join(hay).replace(f"{needle}{sample.value}. ", "").split(" ")
+            assert len(words) % 500 == 0
+    least = next(length for length in range(400, 6000) if _fits(builder, length, task))
+    assert len(builder.build(key(least, task=task)).parts[1]) > 5
+    assert not _fits(builder, least - 1, task)
+
+
+def test_two_million_tokens_take_seconds_once_and_no_time_after_that(builder: SampleBuilder) -> None:
+    builder.build(key(2**21, 50.0, task=TASKS[1]))
+    started = time.monotonic()
+    samples = [builder.build(key(2**21, depth, task=TASKS[1])) for depth in (0.0, 40.0, 100.0)]
+    assert time.monotonic() - started < 0.5
+    assert {sample.tokens for sample in samples} == {2**21 - ROOM}
+    parts = {id(part.base) for sample in samples for part in sample.parts if len(part) > 1000}
+    assert len(parts) == 1, "samples hold views of one haystack"
+
+
+def test_synthetic_prose_has_no_digits_and_a_seed_of_its_own() -> None:
+    texts = [" ".join(next(own) for _ in range(2000)) for own in (sentences(0), sentences(0), sentences(1))]
+    assert texts[0] == texts[1] != texts[2]
+    assert not any(letter.isdigit() or letter in "-\n" for letter in texts[0])
+    assert len(set(texts[0].split(". "))) > 1500
+
+
+def test_a_users_text_is_the_haystack_and_begins_again_at_its_end(processor: Any, tmp_path: Path) -> None:
+    (tmp_path / "essay.txt").write_text(ESSAY)
+    (tmp_path / "essay.json").write_text(json.dumps({"text": ESSAY}))
+    for name in ("essay.txt", "essay.json"):
+        source = read_source(tmp_path / name)
+        assert source.label == "file"
+        builder = SampleBuilder(processor, ROOM, text=source)
+        text = text_of(builder.build(key(3000, 50.0, task=TASKS[1])), processor)
+        assert text.split("\n")[1].startswith('He said it. Then he left! "Why?" she asked; nobody knew. It was 1999.')
+        assert text.count("It was 1999.") > 1
+        assert builder.source(TASKS[0]).label == "noise"
+
+
+def test_a_file_is_called_essay_only_if_it_is_rulers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "PaulGrahamEssays.json"
+    file.write_text(json.dumps({"text": ESSAY}))
+    assert read_source(file).label == "file"
+    monkeypatch.setattr(haystacks, "ESSAYS", {*ESSAYS, read_source(file).sha256})
+    assert read_source(file).label == "essay"
+
+
+def test_a_value_or_key_that_stands_in_the_text_is_drawn_again(processor: Any, tmp_path: Path) -> None:
+    plain = SampleBuilder(processor, ROOM, text=_source(tmp_path, ESSAY)).build(key(1500, task=TASKS[1]))
+    for word in (plain.value, plain.needle_key):
+        builder = SampleBuilder(processor, ROOM, text=_source(tmp_path, f"{ESSAY} There was {word} again."))
+        sample = builder.build(key(1500, task=TASKS[1]))
+        assert (sample.value, sample.needle_key) != (plain.value, plain.needle_key)
+        assert word not in (sample.value, sample.needle_key)
+
+
+def _source(folder: Path, text: str) -> haystacks.Source:
+    (folder / "text.txt").write_text(text)
+    return read_source(folder / "text.txt")
+
+
+def test_a_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"--text .*nowhere.txt: cannot be read \(No such file"):
+        read_source(tmp_path / "nowhere.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(EvaluationError, match="UnicodeDecodeError"):
+        read_source(tmp_path / "bytes.txt")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(EvaluationError, match="TypeError"):
+        read_source(tmp_path / "list.json")
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(EvaluationError, match="no text in it"):
+        read_source(tmp_path / "empty.txt")

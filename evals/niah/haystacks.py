@@ -1,0 +1,205 @@
+"""What needles are hidden in, as token ids: each sentence is tokenised once, and a longer haystack goes on with it."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from evals.command_line import EvaluationError
+from evals.niah import prose, templates
+
+ESSAYS = {
+    "1af094ff36d47893ea3c09cc570038053b711a9ba728c9d2dca036dbb231fa41",  # kept by github.com/Rya-Sanovar/RULER
+    "d4cd6848b412d74df12b2830fc2855c3c4fdb7d94ce2b460bdd1a5e5a0bec81b",  # by github.com/MiguelMouraRamos/RULER
+    "d9e4663b58000c644994bb677b6c47a6c0e026d1bc2386aade8963ae7bd9e039",  # by github.com/Chen3776/baseline_ruler
+}
+"""sha256 of PaulGrahamEssays.json as RULER's script made it. It fetches web pages, so its result has changed over time;
+these are the ones that can be looked up."""
+_BLOCK = 4_096  # tokens, the least that is made at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text without an end, and what to call it."""
+
+    label: str
+    """noise, synthetic, file; or essay, for a file that is RULER's."""
+    sha256: str
+    """Of the text, or of what it is made from."""
+    joiner: str
+    """What stands between two sentences: a line feed in the noise, a space in prose."""
+    text: str = ""
+    """A file's text, in which no value may occur."""
+    sentences_of_file: tuple[str, ...] = ()
+    """Sentences of a file."""
+
+    def sentences(self, seed: int) -> Iterator[str]:
+        """Its sentences. Noise and a file are the same for every seed; a file begins again where it ends."""
+        if self.label == "noise":
+            return itertools.repeat(templates.NOISE)
+        return itertools.cycle(self.sentences_of_file) if self.sentences_of_file else prose.sentences(seed)
+
+
+NOISE = Source("noise", hashlib.sha256(templates.NOISE.encode()).hexdigest(), "\n")
+PROSE = Source("synthetic", prose.SHA256, " ")
+
+
+def read_source(path: Path) -> Source:
+    """A user's text: UTF-8, or a JSON object whose "text" it is, as RULER's essays are.
+
+    Raises:
+        EvaluationError: No such file, not text, or no sentence in it.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode()
+        if path.suffix == ".json":
+            text = json.loads(text)["text"]
+        sentences = _split(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise EvaluationError(
+            f'--text {path}: cannot be read ({reason}); give a UTF-8 text, or JSON with a "text"'
+        ) from None
+    if not sentences:
+        raise EvaluationError(f"--text {path}: there is no text in it; give another file")
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Source("essay" if sha256 in ESSAYS else "file", sha256, " ", " ".join(sentences), tuple(sentences))
+
+
+def _split(text: str) -> list[str]:
+    """Sentences: white space collapsed, as RULER does it, and cut behind . ! ? and closing quotes.
+
+    RULER cuts with nltk's trained splitter; where the two differ a needle stands a sentence earlier or later.
+    """
+    parts = re.split(r"(?<=[.!?])([\"'’”)\]]*) +", re.sub(r"\s+", " ", text).strip())
+    return [sentence + closing for sentence, closing in zip(parts[::2], [*parts[1::2], ""], strict=True) if sentence]
+
+
+class Splicer:
+    """Ids of sentences as they stand behind others, so that joined ids are those of the joined text."""
+
+    def __init__(self, processor: Any) -> None:
+        """Takes the `sentencepiece.SentencePieceProcessor`, or what encodes like it."""
+        self._processor = processor
+        self._stop = processor.encode(".")
+        self.behind = lru_cache(256)(self._behind)  # lines of noise and templates come again, prose does not
+
+    def _behind(self, joiner: str, text: str) -> tuple[int, ...]:
+        """Ids of a joiner and a sentence behind a full stop.
+
+        Encoded alone they would begin with sentencepiece's dummy prefix.
+
+        Raises:
+            EvaluationError: The tokenizer joins the end of a sentence with the start of the next.
+        """
+        both = self._processor.encode(f".{joiner}{text}")
+        if both[: len(self._stop)] != self._stop:
+            raise EvaluationError("the tokenizer joins the end of a line with the next one; samples cannot be spliced")
+        return tuple(both[len(self._stop) :])
+
+    def after(self, before: str, text: str) -> list[int]:
+        """Ids of a text that goes on with another one, a space between them."""
+        head, both = self._processor.encode(before), self._processor.encode(f"{before} {text}")
+        return both[len(head) :] if both[: len(head)] == head else self._processor.encode(text)
+
+
+class Haystack:
+    """The token ids of a source. They are made as far as they are asked for, and never change."""
+
+    def __init__(self, source: Source, splicer: Splicer, seed: int) -> None:
+        """Begins a haystack.
+
+        Args:
+            source: The text.
+            splicer: For the tokenizer.
+            seed: Decides synthetic prose.
+        """
+        self.source, self._splicer = source, splicer
+        self._sentences = source.sentences(seed)
+        self._texts: list[str] = []
+        self.ids = np.empty(0, np.int32)
+        self.ends = np.empty(0, np.int64)
+        self._words = np.empty(0, np.int64)
+        self.reach(1)
+        self.first = np.array(splicer.behind("\n", self._texts[0]), np.int32)
+        """Ids of the first sentence behind a line feed; in `ids` it stands behind the joiner."""
+
+    def reach(self, tokens: int) -> np.ndarray:
+        """Ids, at least so many, joiners before the sentences; `ends` then says where each sentence ends."""
+        if len(self.ids) < tokens:
+            goal = max(tokens, 2 * len(self.ids), _BLOCK)
+            pieces, total = [], len(self.ids)
+            while total < goal:
+                text = next(self._sentences)
+                self._texts.append(text)
+                pieces.append(self._splicer.behind(self.source.joiner, text))
+                total += len(pieces[-1])
+            ends = len(self.ids) + np.cumsum([len(piece) for piece in pieces])
+            self.ids = np.concatenate([self.ids, np.fromiter(itertools.chain(*pieces), np.int32)])
+            self.ends = np.concatenate([self.ends, ends])
+            self._words = np.cumsum([text.count(" ") + 1 for text in self._texts])
+        return self.ids
+
+    def exactly(self, tokens: int) -> "Filling":
+        """The first so many tokens; the last sentence may be cut short."""
+        ids = self.reach(tokens)[:tokens]
+        whole = int(np.searchsorted(self.ends, tokens, "right"))
+        ends = self.ends[:whole]
+        return Filling(ids, ends if whole and ends[-1] == tokens else np.append(ends, tokens), whole)
+
+    def in_steps(self, tokens: int, step: int) -> "Filling":
+        """The longest beginning of at most so many tokens that ends at a multiple of a step, RULER's way of 2024.
+
+        Args:
+            tokens: Most tokens.
+            step: Lines of noise, or words of prose; a sentence is cut behind its last word.
+        """
+        self.reach(tokens + 1)
+        if self.source is NOISE:
+            whole = int(np.searchsorted(self.ends, tokens, "right")) // step * step
+            return Filling(self.ids[: self.ends[whole - 1] if whole else 0], self.ends[:whole], whole)
+        most = int(self._words[min(int(np.searchsorted(self.ends, tokens)), len(self.ends) - 1)])
+        for count in range(most // step * step, 0, -step):
+            filling = self._first_words(count)
+            if len(filling.ids) <= tokens:
+                return filling
+        return Filling(self.ids[:0], self.ends[:0], 0)
+
+    def step_tokens(self, step: int) -> int:
+        """Tokens of the first step."""
+        while (len(self.ends) if self.source is NOISE else self._words[-1]) <= step:
+            self.reach(2 * len(self.ids))
+        return int(self.ends[step - 1]) if self.source is NOISE else len(self._first_words(step).ids)
+
+    def _first_words(self, count: int) -> "Filling":
+        words = self._words
+        whole = int(np.searchsorted(words, count, "right"))
+        ids, ends = self.ids[: self.ends[whole - 1] if whole else 0], self.ends[:whole]
+        if rest := count - (int(words[whole - 1]) if whole else 0):
+            cut = " ".join(self._texts[whole].split(" ")[:rest])
+            ids = np.concatenate([ids, np.array(self._splicer.behind(self.source.joiner, cut), np.int32)])
+            ends = np.append(ends, len(ids))
+        return Filling(ids, ends, whole)
+
+
+class Filling(NamedTuple):
+    """A beginning of a haystack."""
+
+    ids: np.ndarray
+    """Its tokens, the first sentence as it stands behind the joiner."""
+    ends: np.ndarray
+    """Where each sentence ends, the last one whole or not."""
+    whole: int
+    """Sentences that are whole."""
+
+    def sentences_before(self, depth: float) -> int:
+        """Sentences before a needle that stands so many percent into it."""
+        return int(len(self.ends) * depth / 100)

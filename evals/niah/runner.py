@@ -1,0 +1,165 @@
+"""Batches of samples through a model: what each stretch of the plan reads once, and what each sample costs."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.measure import PeakMemory, state_bytes
+from evals.models import EvalModel
+from evals.niah.controls import controlled, without_memory
+from evals.niah.forecast import Forecast
+from evals.niah.generate import answer, read, repeat, value_losses
+from evals.niah.plan import Batch, Stretch
+from evals.niah.records import Identity, Record, RecordFile
+from evals.niah.samples import MAIN, Sample, SampleBuilder
+from evals.niah.scores import score
+from evals.niah.settings import NiahSettings
+from evals.progress import StatusLine
+
+
+class Runner:
+    """Runs batches and says how far they are."""
+
+    def __init__(
+        self,
+        model: EvalModel,
+        settings: NiahSettings,
+        builder: SampleBuilder,
+        identities: dict[str, Identity],
+        results: RecordFile,
+        quiet: bool = False,
+    ) -> None:
+        self._model, self._settings, self._builder = model, settings, builder
+        self._identities, self._results, self._quiet = identities, results, quiet
+        self._line, self._peak = StatusLine(), PeakMemory(model.device)
+
+    def run(self, batches: Sequence[Batch], forecast: Forecast | None) -> None:
+        """Batches in the order they are in: those of a stretch stand together."""
+        for control, own in groupby(batches, lambda batch: batch.stretch.control):
+            assert forecast is not None
+            with controlled(self._model, control) as model:
+                for stretch, group in groupby(own, lambda batch: batch.stretch):
+                    self._run_stretch(model, stretch, list(group), forecast)
+
+    def _run_stretch(self, model: EvalModel, stretch: Stretch, batches: list[Batch], forecast: Forecast) -> None:
+        """One reading of the haystack; each batch goes on from the state before its needle."""
+        states: Any = None
+        records: list[Record] = []
+        at = 0
+        for batch in batches:
+            samples = [self._builder.build(name) for name in batch.names]
+            watch = Watch(self._peak, self._show(stretch, forecast))
+            if batch.shared > at:
+                _, states = read(model.stream, self._pieces(samples[:1], at, batch.shared), watch.on_piece, states)
+            promised = forecast.reading(1, batch.shared - at) + batch.seconds(forecast, self._settings.max_new_tokens)
+            at = batch.shared
+            records += self._run_batch(model, samples, at, repeat(states, len(samples)), watch)
+            forecast.done(promised, watch.seconds())
+        self._line.clear()
+        hits = sum(record.substring for record in records)
+        if not self._quiet:
+            control = "" if stretch.control == MAIN else f", {stretch.control}"
+            found = f"{hits} of {len(records)} found"
+            say(f"length {stretch.length:,}, {stretch.task}{control}: {found}, {forecast.text()}")
+
+    def _run_batch(self, model: EvalModel, samples: list[Sample], at: int, states: Any, watch: "Watch") -> list[Record]:
+        """Samples whose first tokens have been read into these states."""
+        limit, end = self._settings.max_new_tokens, model.tokenizer.processor.eos_id()
+        stop = samples[0].tokens
+        if samples[0].name.control == "memory_reset":
+            cut = samples[0].question_at
+            _, states = read(model.stream, self._pieces(samples, at, cut), watch.on_piece, states)
+            at, states = cut, without_memory(states)
+        logits, states = read(model.stream, self._pieces(samples, at, stop), watch.on_piece, states)
+        carried = state_bytes(states)
+        losses = value_losses(model.stream, logits, states, [sample.value_ids for sample in samples])
+        watch.mark()
+        answers = answer(model.stream, logits, states, limit, end, watch.on_step)
+        costs = {**watch.costs(), "batch": len(samples), "state_bytes_per_sample": carried // len(samples)}
+        found = [
+            self._record(sample, ids, loss, costs) for sample, ids, loss in zip(samples, answers, losses, strict=True)
+        ]
+        self._results.append(found)
+        return found
+
+    def _pieces(self, samples: Sequence[Sample], start: int, stop: int) -> Iterator[Tensor]:
+        """Pieces that end at multiples of the piece's size, so that they fall together with segments and chunks."""
+        while start < stop:
+            cut = min(stop, start - start % self._settings.piece + self._settings.piece)
+            yield torch.from_numpy(np.stack([sample.piece(start, cut) for sample in samples]))
+            start = cut
+
+    def _record(self, sample: Sample, ids: list[int], loss: float, costs: dict[str, Any]) -> Record:
+        text = self._model.tokenizer.processor.decode(ids)
+        return Record(
+            **asdict(sample.name),
+            needle_key=sample.needle_key,
+            value=sample.value,
+            prompt_tokens=sample.tokens,
+            prompt_sha256=sample.sha256,
+            answer=text,
+            answer_ids=ids,
+            **asdict(score(text, sample.value)),
+            value_loss=loss,
+            value_tokens=len(sample.value_ids),
+            **costs,
+            **asdict(self._identities[sample.name.task]),
+        )
+
+    def _show(self, stretch: Stretch, forecast: Forecast) -> Callable[[int], None]:
+        def show(tokens: int) -> None:
+            if not self._quiet:
+                self._line.show(f"{stretch.task} length {stretch.length:,}, {tokens:,} tokens read: {forecast.text()}")
+
+        return show
+
+
+class Watch:
+    """Time and memory of one batch."""
+
+    def __init__(self, peak: PeakMemory, show: Callable[[int], None]) -> None:
+        peak.reset()
+        self._peak, self._show = peak, show
+        self._started = self._mark = time.perf_counter()
+        self._read_tokens, self._read_seconds, self._steps = 0, 0.0, list[float]()
+
+    def on_piece(self, tokens: int) -> None:
+        """So many tokens, all rows together, have been read."""
+        self._read_tokens += tokens
+        self._read_seconds += self.mark()
+        self._show(self._read_tokens)
+
+    def on_step(self) -> None:
+        """A token of each answer has been decoded."""
+        self._steps.append(self.mark())
+
+    def mark(self) -> float:
+        """Seconds since the last mark."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def seconds(self) -> float:
+        """Seconds since the batch began."""
+        return time.perf_counter() - self._started
+
+    def costs(self) -> dict[str, Any]:
+        """What a record holds of it."""
+        return {
+            "prefill_tokens": self._read_tokens,
+            "prefill_seconds": self._read_seconds,
+            "decode_ms_per_token": 1000 * sum(self._steps) / max(len(self._steps), 1),
+            "seconds": self.seconds(),
+            "peak_bytes": self._peak.bytes(),
+        }
+
+
+def say(text: str) -> None:
+    """A line for the user, beside the results."""
+    print(text, file=sys.stderr, flush=True)
