@@ -1,6 +1,7 @@
 """A run as a picture: one panel a quantity, those alone of which something is known. No display is needed."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,9 @@ Panel = tuple[str, Callable[["Axes"], None]]
 def write_plot(history: History, file: Path) -> None:
     """Writes the picture as PNG: the old one or the new one is there at any moment."""
     figure = plot(history)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
-    partial.replace(file)
+    unfinished = file.with_name(f".{file.name}.partial")
+    figure.savefig(unfinished, format="png", dpi=110, bbox_inches="tight")
+    unfinished.replace(file)
 
 
 def plot(history: History) -> "Figure":
@@ -107,13 +108,17 @@ def _mark(axes: "Axes", history: History) -> None:
 def _curves(history: History) -> list[Panel]:
     """Loss by position and probes, at some steps from light to dark."""
     panels: list[Panel] = []
-    positions = history.of("position_loss")
-    if positions:
-        panels.append(("loss by position", lambda axes: _by_place(axes, positions, "tokens", "loss")))
-    for probe in dict.fromkeys(record["name"] for record in history.of("probe")):
-        records = [record for record in history.of("probe") if record["name"] == probe]
+    for rows, records in _by_name(history.of("position_loss")).items():
+        title = f"loss by position, {rows.replace('_', ' ')}" if rows else "loss by position"
+        panels.append((title, partial(_by_place, records=records, places="tokens", name="loss")))
+    for probe, records in _by_name(history.of("probe")).items():
         panels.append((f"{probe}: accuracy by length", _probe(records)))
     return panels
+
+
+def _by_name(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    names = dict.fromkeys(record.get("name", "") for record in records)
+    return {name: [record for record in records if record.get("name", "") == name] for name in names}
 
 
 def _probe(records: list[dict[str, Any]]) -> Callable[["Axes"], None]:

@@ -7,8 +7,8 @@ attempt         the head of an attempt: resumed_step, steps (of the run), varian
                 commit
 step            loss, grad_norm, lr, tokens, tokens_per_second, seconds, data_wait_seconds; mfu on a GPU, memory_bytes
 heldout         loss, mean over the held-out sequences, nats a token
-position_loss   tokens, loss: lists of the same length; the loss of the tokens up to each place, from the one before
-probe           name, lengths, accuracy, samples: accuracy by length, of so many samples each
+position_loss   name, tokens, loss: lists of one length; the loss of the tokens up to each place, from the one before
+probe           name, lengths, accuracy, samples: accuracy by length, of so many samples each; answer_loss by length
 memory          a list over the blocks for every quantity of titans_mcore.telemetry
 event           name ("spike", "rewind", "save_failed", ...), message, and whatever belongs to it
 

@@ -14,9 +14,9 @@ from pretrain.carried import CarriedState
 from pretrain.command_line import parse
 from pretrain.data import Batches
 from pretrain.engine import build_engine, build_model, train_step
-from pretrain.folders import keep_tokenizer, open_data
+from pretrain.folders import keep_tokenizer, open_data, open_samples
 from pretrain.inloop.evaluations import Evaluations
-from pretrain.train import open_samples, rate_of
+from pretrain.schedule import rate_of
 from titans_mcore.parallel import sample_place, start, stop
 
 from ..parallel.regroup import groups_of
