@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.reporting.history import History, Series, means, thinned
+from pretrain.reporting.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,31 +101,35 @@ def _curve(axes: "Axes", series: Series, **named: Any) -> None:
 def _mark(axes: "Axes", history: History) -> None:
     for attempt in history.of("attempt")[1:]:
         axes.axvline(attempt["resumed_step"], color="grey", linestyle="--", linewidth=0.7)
-    for event in history.of("event"):
+    for event in history.told():
         axes.axvline(event["step"], color="tab:red", linestyle=":", linewidth=0.9)
 
 
 def _curves(history: History) -> list[Panel]:
     """Loss by position and probes, at some steps from light to dark."""
-    panels: list[Panel] = []
-    positions = history.of("position_loss")
-    if positions:
-        panels.append(("loss by position", lambda axes: _by_place(axes, positions, "tokens", "loss")))
-    for probe in dict.fromkeys(record["name"] for record in history.of("probe")):
-        records = [record for record in history.of("probe") if record["name"] == probe]
-        panels.append((f"{probe}: accuracy by length", _probe(records)))
-    return panels
+    positions = [
+        (f"loss by position, {name.replace('_', ' ')}", _over_places(records, "tokens", "loss"))
+        for name, records in history.named("position_loss").items()
+    ]
+    probes = [
+        (f"{name}: accuracy by length", _over_places(records, "lengths", "accuracy", (-0.03, 1.03)))
+        for name, records in history.named("probe").items()
+    ]
+    return [*positions, *probes]
 
 
-def _probe(records: list[dict[str, Any]]) -> Callable[["Axes"], None]:
+def _over_places(
+    records: list[Record], places: str, name: str, limits: tuple[float, float] | None = None
+) -> Callable[["Axes"], None]:
     def draw(axes: "Axes") -> None:
-        _by_place(axes, records, "lengths", "accuracy")
-        axes.set_ylim(-0.03, 1.03)
+        _by_place(axes, records, places, name)
+        if limits is not None:
+            axes.set_ylim(*limits)
 
     return draw
 
 
-def _by_place(axes: "Axes", records: list[dict[str, Any]], places: str, name: str) -> None:
+def _by_place(axes: "Axes", records: list[Record], places: str, name: str) -> None:
     count = len(records)
     chosen = sorted({round(i * (count - 1) / max(1, _CURVES - 1)) for i in range(_CURVES)} if count > 1 else {0})
     for shade, record in enumerate((records[i] for i in chosen), 1):
