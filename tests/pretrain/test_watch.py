@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pretrain.config import RunConfig
-from pretrain.metrics import Metrics
+from pretrain.metrics import Metrics, read_metrics
 from pretrain.reporting.history import History, Series, sparkline, thinned
 from pretrain.reporting.panel import panel_of
 from pretrain.reporting.plots import panels_of
@@ -192,3 +192,19 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
     assert sparkline([0.0, 3.5, 7.0]) == "▁▅█"
     assert sparkline([]) == ""
     assert len(sparkline(list(range(1000)), width=40)) == 40
+
+
+def test_a_real_run_shows_its_memories_and_trains_bitwise_as_without(train, tmp_path):
+    arguments = ["--train.steps", "4", "--evaluate.heldout-sequences", "2", "--logging.every-steps", "2"]
+    for name, every in (("with", "2"), ("without", "0")):
+        status, out, err = train(tmp_path / name, *arguments, "--logging.memory-every-steps", every).wait()
+        assert status == 0, out + err
+    found, plain = (read_metrics(tmp_path / name) for name in ("with", "without"))
+    assert [(step["loss"], step["grad_norm"]) for step in found] == [(s["loss"], s["grad_norm"]) for s in plain]
+    assert [record["step"] for record in read_metrics(tmp_path / "with", "memory")] == [2, 4]
+    assert not read_metrics(tmp_path / "without", "memory")
+    assert {"surprise", "drift", "bounded", "retention_16"} < set(read_metrics(tmp_path / "with", "memory")[0])
+    status, out, err = watch(tmp_path / "with", "--once").wait(120)
+    assert (status, err) == (0, "")
+    for words in ("finished, attempt 1, mac, tensor 1 x data 1", "memories at step 4", "surprise", "held-out loss"):
+        assert words in out
