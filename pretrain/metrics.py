@@ -55,9 +55,9 @@ class Metrics:
         Args:
             kind: One of reporting.records.KINDS, which says what its values are.
             step: Done when this was found.
-            values: Numbers, texts, lists of them.
+            values: Numbers, texts, lists of them; nothing is recorded without any, as of a model without memories.
         """
-        if not self._active:
+        if not self._active or not values:
             return
         if kind == "event" and "resumed_step" in values:
             self._eta.rewound()

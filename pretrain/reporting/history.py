@@ -35,6 +35,17 @@ class History:
         found = [(record["step"], record[name]) for record in self.of(kind) if record.get(name) is not None]
         return Series([step for step, _ in found], [value for _, value in found])
 
+    def told(self) -> list[Record]:
+        """Events that people were told of; a checkpoint that was saved as ever is none."""
+        return [event for event in self.of("event") if "message" in event]
+
+    def named(self, kind: str) -> dict[str, list[Record]]:
+        """Those of one kind by their names."""
+        found: dict[str, list[Record]] = {}
+        for record in self.of(kind):
+            found.setdefault(record.get("name", kind), []).append(record)
+        return found
+
     def by_layer(self, name: str) -> list[Series]:
         """A quantity of the memories, block after block."""
         records = [record for record in self.of("memory") if name in record]

@@ -28,8 +28,9 @@ def panel_of(name: str, history: History, now: float | None = None) -> Renderabl
         parts += [_progress(history), _numbers(history)]
     if history.of("memory"):
         parts.append(_memory(history))
-    parts += [_probe(record) for record in _newest_probes(history)]
-    parts += [Text(f"step {e['step']:,}: {e.get('message', e['name'])}") for e in history.of("event")[-_EVENTS:]]
+    parts += [_curve(records[-1], "tokens", "loss", "{:.3f}") for records in history.named("position_loss").values()]
+    parts += [_curve(records[-1], "lengths", "accuracy", "{:.0%}") for records in history.named("probe").values()]
+    parts += [Text(f"step {event['step']:,}: {event['message']}") for event in history.told()[-_EVENTS:]]
     return Panel(Group(*parts), title=name, expand=False)
 
 
@@ -104,11 +105,8 @@ def _memory(history: History) -> Table:
     return table
 
 
-def _newest_probes(history: History) -> list[Record]:
-    newest = {record["name"]: record for record in history.of("probe")}
-    return list(newest.values())
-
-
-def _probe(record: Record) -> Text:
-    cells = [f"{n:,}: {a:.0%}" for n, a in zip(record["lengths"], record["accuracy"], strict=False) if a is not None]
-    return Text(f"{record['name']} at step {record['step']:,}   {'  '.join(cells)}")
+def _curve(record: Record, places: str, name: str, form: str) -> Text:
+    """A quantity over lengths or positions, the newest."""
+    pairs = [(place, value) for place, value in zip(record[places], record[name], strict=False) if value is not None]
+    cells = "  ".join(f"{place:,}: {form.format(value)}" for place, value in pairs)
+    return Text(f"{record.get('name', '')} {name} by {places} at step {record['step']:,}   {cells}")

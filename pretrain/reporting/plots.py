@@ -1,11 +1,11 @@
 """A run as a picture: one panel a quantity, those alone of which something is known. No display is needed."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.reporting.history import History, Series, means, thinned
+from pretrain.reporting.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +22,9 @@ Panel = tuple[str, Callable[["Axes"], None]]
 def write_plot(history: History, file: Path) -> None:
     """Writes the picture as PNG: the old one or the new one is there at any moment."""
     figure = plot(history)
-    unfinished = file.with_name(f".{file.name}.partial")
-    figure.savefig(unfinished, format="png", dpi=110, bbox_inches="tight")
-    unfinished.replace(file)
+    partial = file.with_name(f".{file.name}.partial")
+    figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
+    partial.replace(file)
 
 
 def plot(history: History) -> "Figure":
@@ -101,35 +101,35 @@ def _curve(axes: "Axes", series: Series, **named: Any) -> None:
 def _mark(axes: "Axes", history: History) -> None:
     for attempt in history.of("attempt")[1:]:
         axes.axvline(attempt["resumed_step"], color="grey", linestyle="--", linewidth=0.7)
-    for event in history.of("event"):
+    for event in history.told():
         axes.axvline(event["step"], color="tab:red", linestyle=":", linewidth=0.9)
 
 
 def _curves(history: History) -> list[Panel]:
     """Loss by position and probes, at some steps from light to dark."""
-    panels: list[Panel] = []
-    for rows, records in _by_name(history.of("position_loss")).items():
-        title = f"loss by position, {rows.replace('_', ' ')}" if rows else "loss by position"
-        panels.append((title, partial(_by_place, records=records, places="tokens", name="loss")))
-    for probe, records in _by_name(history.of("probe")).items():
-        panels.append((f"{probe}: accuracy by length", _probe(records)))
-    return panels
+    positions = [
+        (f"loss by position, {name.replace('_', ' ')}", _over_places(records, "tokens", "loss"))
+        for name, records in history.named("position_loss").items()
+    ]
+    probes = [
+        (f"{name}: accuracy by length", _over_places(records, "lengths", "accuracy", (-0.03, 1.03)))
+        for name, records in history.named("probe").items()
+    ]
+    return [*positions, *probes]
 
 
-def _by_name(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    names = dict.fromkeys(record.get("name", "") for record in records)
-    return {name: [record for record in records if record.get("name", "") == name] for name in names}
-
-
-def _probe(records: list[dict[str, Any]]) -> Callable[["Axes"], None]:
+def _over_places(
+    records: list[Record], places: str, name: str, limits: tuple[float, float] | None = None
+) -> Callable[["Axes"], None]:
     def draw(axes: "Axes") -> None:
-        _by_place(axes, records, "lengths", "accuracy")
-        axes.set_ylim(-0.03, 1.03)
+        _by_place(axes, records, places, name)
+        if limits is not None:
+            axes.set_ylim(*limits)
 
     return draw
 
 
-def _by_place(axes: "Axes", records: list[dict[str, Any]], places: str, name: str) -> None:
+def _by_place(axes: "Axes", records: list[Record], places: str, name: str) -> None:
     count = len(records)
     chosen = sorted({round(i * (count - 1) / max(1, _CURVES - 1)) for i in range(_CURVES)} if count > 1 else {0})
     for shade, record in enumerate((records[i] for i in chosen), 1):

@@ -73,6 +73,8 @@ class Wandb:
     def __init__(self, config: RunConfig, run_dir: Path, run: str) -> None:
         import wandb
 
+        # Before init, which would else ask for a key at a terminal, with all other ranks waiting.
+        wandb.setup(settings=wandb.Settings(silent=True))
         self._run = wandb.init(
             id=run,
             resume="allow",
@@ -81,13 +83,9 @@ class Wandb:
             mode="online" if config.logging.wandb == "online" else "offline",
             dir=str(run_dir),
             config=asdict(config),
+            # What it would gather by itself may hold passwords: a repository's address, the command line, the output.
             settings=wandb.Settings(
-                silent=True,  # else it would ask for a key at a terminal, with all other ranks waiting
-                # What it would gather by itself may hold passwords: a repository's address, command line, output.
-                console="off",
-                disable_git=True,
-                disable_code=True,
-                x_disable_meta=True,
+                silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True
             ),
         )
         self.address = self._run.url or ""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titans_mcore.memory import MemoryState, PackedRows, memory_scan
+from titans_mcore.memory import Looked, Looks, MemoryState, PackedRows, memory_scan
 
 from ..memory.streams import Stream, by_channel, make_stream
 
@@ -73,3 +73,25 @@ def test_auto_takes_the_chunked_form_on_a_cpu() -> None:
     chosen, _ = memory_scan(*stream.tokens, stream.weights, **stream.settings)
     chunked, _ = memory_scan(*stream.tokens, stream.weights, **stream.settings, backend="chunked")
     assert torch.equal(chosen, chunked)
+
+
+def test_looks_on_the_way_of_the_kernels_see_what_they_see_on_that_of_the_chunked_form(device: str) -> None:
+    stream = make_stream(3 * 16 + 5, 2, width=16, heads=1, dtype=torch.float32)
+    seen: dict[str, list[Looked]] = {"fused": [], "chunked": []}
+    starts = torch.zeros(2, 3 * 16 + 5, dtype=torch.bool)
+    starts[0, 20] = True
+    with torch.no_grad():
+        for backend, found in seen.items():
+            memory_scan(
+                *(x.to(device) for x in stream.tokens),
+                [w.to(device) for w in stream.weights],
+                network=stream.network,
+                **{name: x.to(device) for name, x in stream.norm.items()},
+                rows=PackedRows(starts.to(device)),
+                backend=backend,
+                looks=Looks(32, found.append),
+            )
+    assert len(seen["fused"]) == len(seen["chunked"]) == 2
+    for fused, chunked in zip(seen["fused"], seen["chunked"], strict=True):
+        torch.testing.assert_close(fused.surprise[fused.real], chunked.surprise[chunked.real], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused.drift, chunked.drift, rtol=1e-4, atol=1e-4)

@@ -117,10 +117,16 @@ def test_what_is_no_number_is_null_and_every_line_is_json(tmp_path):
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("kind", "values"), [("steps", {}), ("event", {"run": "mine"})])
+@pytest.mark.parametrize(("kind", "values"), [("steps", {"loss": 1.0}), ("event", {"run": "mine"})])
 def test_a_record_that_nobody_could_read_is_refused(tmp_path, kind, values):
     with pytest.raises(ValueError, match=kind):
         Metrics(config(), tmp_path, resumed_step=0, rank=0).record(kind, 1, values)
+
+
+def test_nothing_is_no_record(tmp_path):
+    metrics = Metrics(config(), tmp_path, resumed_step=0, rank=0)
+    metrics.record("memory", 1, {})
+    assert [record["kind"] for record in read_records(tmp_path)] == ["attempt"]
 
 
 def test_other_ranks_write_and_say_nothing(tmp_path, capsys):

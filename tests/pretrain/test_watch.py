@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pretrain.config import RunConfig
-from pretrain.metrics import Metrics
+from pretrain.metrics import Metrics, read_metrics
 from pretrain.reporting.history import History, Series, sparkline, thinned
 from pretrain.reporting.panel import panel_of
 from pretrain.reporting.plots import panels_of
@@ -36,7 +36,7 @@ def write(metrics, steps, telemetry=True):
         if telemetry and step % 5 == 0:
             metrics.record("memory", step, {"surprise": [1.0, 2.0], "alpha": [0.1, None], "retention_16": [0.5, 0.7]})
         if telemetry and step % 10 == 0:
-            metrics.record("position_loss", step, {"tokens": [512, 1024], "loss": [5.0, 4.0]})
+            metrics.record("position_loss", step, {"name": "heldout", "tokens": [512, 1024], "loss": [5.0, 4.0]})
             probe = {"lengths": [4096, 8192], "accuracy": [1.0, 0.25], "samples": 4}
             metrics.record("probe", step, {"name": "niah_single_1", **probe})
 
@@ -57,7 +57,14 @@ def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_pat
     write(begin(tmp_path / "run"), range(1, 12))
     status, out, err = watch(tmp_path / "run", "--once").wait(120)
     assert (status, err) == (0, "")
-    for words in ("running, attempt 1, mac", "step 11 of 20", "loss", "4.9000", "surprise", "niah_single_1 at step 10"):
+    for words in (
+        "running, attempt 1, mac",
+        "step 11 of 20",
+        "loss",
+        "4.9000",
+        "surprise",
+        "niah_single_1 accuracy by lengths at step 10   4,096: 100%  8,192: 25%",
+    ):
         assert words in out
     assert f"plot: {tmp_path / 'run' / 'watch.png'}" in out
     assert (tmp_path / "run" / "watch.png").read_bytes().startswith(b"\x89PNG")
@@ -107,7 +114,7 @@ def test_a_picture_has_panels_for_what_is_known_and_no_others(tmp_path):
     more = [title for title, _ in panels_of(History(read_records(tmp_path)))]
     assert more[:5] == titles
     assert more[5:] == [
-        "loss by position",
+        "loss by position, heldout",
         "niah_single_1: accuracy by length",
         "memory: surprise, by block",
         "memory: alpha, by block",
@@ -128,7 +135,9 @@ def test_a_finished_run_a_silent_one_and_what_happened_are_told(tmp_path):
     metrics = begin(tmp_path)
     write(metrics, range(1, 11))
     metrics.event(10, "spike", "the loss rose to 9 at step 10")
+    metrics.record("event", 10, {"name": "saved", "folder": "step-00000010"})
     now = time.time()
+    assert "saved" not in shown(tmp_path)
     assert "running" in shown(tmp_path, now)
     assert "no record for 0:16:4" in shown(tmp_path, now + 1000)
     assert "the loss rose to 9 at step 10" in shown(tmp_path)
@@ -183,3 +192,19 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest():
     assert sparkline([0.0, 3.5, 7.0]) == "▁▅█"
     assert sparkline([]) == ""
     assert len(sparkline(list(range(1000)), width=40)) == 40
+
+
+def test_a_real_run_shows_its_memories_and_trains_bitwise_as_without(train, tmp_path):
+    arguments = ["--train.steps", "4", "--evaluate.heldout-sequences", "2", "--logging.every-steps", "2"]
+    for name, every in (("with", "2"), ("without", "0")):
+        status, out, err = train(tmp_path / name, *arguments, "--logging.memory-every-steps", every).wait()
+        assert status == 0, out + err
+    found, plain = (read_metrics(tmp_path / name) for name in ("with", "without"))
+    assert [(step["loss"], step["grad_norm"]) for step in found] == [(s["loss"], s["grad_norm"]) for s in plain]
+    assert [record["step"] for record in read_metrics(tmp_path / "with", "memory")] == [2, 4]
+    assert not read_metrics(tmp_path / "without", "memory")
+    assert {"surprise", "drift", "bounded", "retention_16"} < set(read_metrics(tmp_path / "with", "memory")[0])
+    status, out, err = watch(tmp_path / "with", "--once").wait(120)
+    assert (status, err) == (0, "")
+    for words in ("finished, attempt 1, mac, tensor 1 x data 1", "memories at step 4", "surprise", "held-out loss"):
+        assert words in out
