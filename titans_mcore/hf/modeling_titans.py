@@ -5,6 +5,8 @@ beside it.
 """
 
 import math
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from ..mixers.parts import PlainParts, ResidualLinear, rms_norm
 from ..mixers.simple import PersistentTokens
 from .cache_titans import TitansCache
 from .configuration_titans import TitansHFConfig
+from .files_titans import check_weight_files
 from .padding_titans import padding_of, predicted, rows_on
 
 
@@ -86,6 +89,22 @@ class TitansPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TitansBlock"]  # noqa: RUF012 - the base class declares it so
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> "TitansPreTrainedModel":
+        """As every model of transformers; a folder that is not whole is refused with a sentence.
+
+        Raises:
+            OSError: A file of weights is missing or damaged.
+            ValueError: The device map leaves parts of the model where they cannot compute.
+        """
+        if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
+            check_weight_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        check_device_map(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config.to_titans()
@@ -201,6 +220,20 @@ class TitansModel(TitansPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         return TitansCache(len(self.layers)) if use_cache else None
+
+
+def check_device_map(model: nn.Module) -> None:
+    """Refuses parts that accelerate would bring in from elsewhere, module by module: a memory is no such module.
+
+    Raises:
+        ValueError: There are such parts.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            f"device_map puts the model on {', '.join(sorted(places))}: Titans models cannot be offloaded; "
+            "give devices that hold all of it"
+        )
 
 
 class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
