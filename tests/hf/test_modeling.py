@@ -1,6 +1,7 @@
 """The model as transformers uses it: generation, caches, training."""
 
 import copy
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,36 @@ def test_a_streamer_gets_the_tokens_that_are_generated(tokens: Tensor) -> None:
     assert streamer.tokens == [*generated[0].tolist(), -1]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_the_cache_stays_constant_however_much_is_read() -> None:
-    model = make()
-    cache = TitansCache(2)
-    sizes = []
+def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> None:
+    model, cache, sizes = make(variant), TitansCache(2), []
+    tokens = torch.randint(3, 330, (1, 32))
     for _ in range(4):
-        model(torch.randint(330, (1, 32)), past_key_values=cache)
-        sizes.append([layer.state.bytes() for layer in cache.layers])
+        tokens = model.generate(tokens, past_key_values=cache, max_new_tokens=64, do_sample=False)
+        sizes.append([layer.state.bytes() for layer in cache.blocks])
+    assert cache.get_seq_length() == 32 + 4 * 64 - 1
     assert sizes[0] == sizes[3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_million_tokens_leave_a_state_and_a_process_as_large_as_before(variant: str) -> None:
+    model = make(variant, num_layers=1, chunk_size=512, segment_length=1024, window=128)
+    cache, piece, sizes = TitansCache(1), 8_192, []
+    for index in range(-(-1_000_000 // piece)):
+        output = model(torch.randint(330, (1, piece)), past_key_values=cache, logits_to_keep=1)
+        if index in (7, 121):
+            sizes.append((cache.blocks[0].state.bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    assert cache.get_seq_length() >= 1_000_000
+    assert output.logits.isfinite().all()
+    (early, early_kilobytes), (late, late_kilobytes) = sizes
+    assert early == late
+    assert late_kilobytes - early_kilobytes < 50_000
+    generated = model.generate(torch.zeros(1, 1_007_617).long(), past_key_values=cache, max_new_tokens=5)
+    assert generated.shape[1] == 1_007_617 + 5
 
 
 @torch.no_grad()
