@@ -119,13 +119,13 @@ def saved_moments(folder: Path) -> tuple[list[dict[str, Part]], int]:
     return [_parts(found[rank]) for rank in sorted(found)], steps.pop()
 
 
-def restore_parameters(engine: DeepSpeedEngine, masters: SavedTensors, moments: SavedTensors, step: int) -> None:
+def restore_parameters(engine: DeepSpeedEngine, masters: SavedTensors, moments: SavedTensors | None, step: int) -> None:
     """Sets parameters, masters and moments of an engine, one parameter after the other. Collective.
 
     Args:
         engine: A new one, or one that goes back.
         masters: The weights.
-        moments: The optimizer's.
+        moments: The optimizer's; None leaves it as it is.
         step: Steps that the optimizer has done.
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.basic_optimizer
@@ -140,11 +140,12 @@ def restore_parameters(engine: DeepSpeedEngine, masters: SavedTensors, moments: 
         division = Division.of(split_of(parameter), shape_on_rank(parameter), ranks)
         wanted = Wanted(division, rank, owned.start, owned.stop)
         owned.of(owned.stepped).copy_(masters.read(name, wanted))
-        if owned.stepped not in done:
-            _set_step(optimizer, owned.stepped, step)
-            done.add(owned.stepped)
-        for moment in MOMENTS:
-            owned.of(optimizer.state[owned.stepped][moment]).copy_(moments.read(name, wanted, kind=f"{moment}."))
+        if moments is not None:
+            if owned.stepped not in done:
+                _set_step(optimizer, owned.stepped, step)
+                done.add(owned.stepped)
+            for moment in MOMENTS:
+                owned.of(optimizer.state[owned.stepped][moment]).copy_(moments.read(name, wanted, kind=f"{moment}."))
         if stage == 3:
             parameter.ds_tensor.narrow(0, 0, owned.stop - owned.start).copy_(owned.of(owned.stepped))
     if stage in (1, 2):

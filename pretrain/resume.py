@@ -33,6 +33,7 @@ from pretrain.saving import RANDOM_STREAM
 from titans_mcore.parallel import DeepSpeedGroups, device
 from titans_mcore.tensor_files import read_tensors
 from titans_mcore.weights import (
+    BEGINS,
     WEIGHTS_FOLDER,
     check_same_model,
     checkpoints_newest_first,
@@ -68,7 +69,7 @@ class ResumePoint(NamedTuple):
 def find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> ResumePoint | None:
     """The checkpoint that the run goes on from; None when there is none yet. Collective.
 
-    Damaged checkpoints are named on stderr and the one before is taken.
+    Damaged checkpoints are named on stderr and the one before is taken. Weights of an imported model begin a run.
 
     Raises:
         ValueError: Every checkpoint is damaged, or the newest whole one is of another model, precision, data or order
@@ -93,19 +94,25 @@ def restore(
     """
     checkpoint, record = point
     weights, (moments, optimizer_steps) = on_rank_0(
-        lambda: (_saved_weights(checkpoint), saved_moments(checkpoint / OPTIMIZER_FOLDER))
+        lambda: (
+            _saved_weights(checkpoint),
+            (None, 0) if BEGINS in record else saved_moments(checkpoint / OPTIMIZER_FOLDER),
+        )
     )
     saved_weights = SavedTensors(checkpoint / WEIGHTS_FOLDER, weights, "weights")
-    saved_optimizer = SavedTensors(checkpoint / OPTIMIZER_FOLDER, moments, HOLDING)
+    saved_optimizer = None if moments is None else SavedTensors(checkpoint / OPTIMIZER_FOLDER, moments, HOLDING)
     parameters, tensors = dict(engine.module.named_parameters()), model_tensors(engine.module)
     shapes = {name: _whole_shape(parameters.get(name, tensor)) for name, tensor in tensors.items()}
     saved_weights.check_same(shapes)
-    saved_optimizer.check_same({name: shapes[name] for name in parameters})
+    if saved_optimizer is not None:
+        saved_optimizer.check_same({name: shapes[name] for name in parameters})
     restore_parameters(engine, saved_weights, saved_optimizer, optimizer_steps)
     for name in tensors.keys() - parameters.keys():
         buffer = tensors[name]
         whole = Wanted(Division.of(None, buffer.shape, 1), 0, 0, buffer.numel())
         buffer.copy_(saved_weights.read(name, whole).view_as(buffer))
+    if BEGINS in record:
+        return
     engine.global_steps, engine.global_samples = record["step"], record["samples"]
     if _same_ranks(record["layout"], layout_of(config)):
         _restore_random_state(checkpoint / RANDOM_FOLDER)
@@ -115,7 +122,10 @@ def restore(
 
 def certificate(config: RunConfig, point: ResumePoint) -> list[str]:
     """What is the same and what is not between the run that was saved and the run that goes on, in sentences."""
-    record, then, now = point.record, point.record["layout"], layout_of(config)
+    record = point.record
+    if BEGINS in record:
+        return [f"beginning with the weights in {point.folder}, made of {record[BEGINS]}, and a new optimizer"]
+    then, now = record["layout"], layout_of(config)
     changes = list(changed_settings(record.get("settings", {}), json.loads(json.dumps(asdict(config)))))
     words = [f"{word} {then[name]} -> {now[name]}" for name, word in LAYOUT_WORDS.items() if then[name] != now[name]]
     layout = ", ".join(words) or ", ".join(f"{word} {now[name]}" for name, word in LAYOUT_WORDS.items()) + ", as then"
@@ -178,6 +188,9 @@ def _find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> Re
 
 def _check_fits(point: ResumePoint, config: RunConfig, fingerprint: str) -> None:
     folder, record = point
+    if BEGINS in record:  # weights without a run: any run of their model may begin with them
+        check_same_model(load_config(folder), config.model, folder)
+        return
     if not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in record["files"]):
         raise ValueError(
             f"cannot go on from {folder}: its optimizer state is in DeepSpeed's format of an earlier version; "

@@ -24,6 +24,7 @@ FORMAT = 1
 WEIGHTS_FOLDER = "weights"
 DESCRIPTION = "model.json"
 MARKER = "checkpoint.json"
+BEGINS = "begins_with"  # in the marker of weights that no run has trained: what they were made of
 _CHECKPOINT_NAME = re.compile(r"step-\d+")
 _SPEED_SETTINGS = ("memory_backend", "attention_backend")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 def examine(folder: Path, output: Path) -> dict:
     import torch
+    import transformers
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -40,6 +41,7 @@ def examine(folder: Path, output: Path) -> dict:
     start = tokenizer("the memory", return_tensors="pt")
     text = tokenizer.decode(model.generate(**start, max_new_tokens=4, do_sample=False)[0])
     return {
+        "transformers": transformers.__version__,
         "same_state": {n: torch.equal(p, again.state_dict()[n]) for n, p in model.state_dict().items()},
         "same_logits": torch.equal(again(tokens).logits, logits),
         "copied_code": sorted(file.name for file in copy.glob("*.py")),
@@ -49,8 +51,49 @@ def examine(folder: Path, output: Path) -> dict:
         "half_state_dtypes": sorted(set(states)),
         "half_error": float((half_output.logits.float() - logits).abs().max()),
         "text": text,
+        "generated": generated(model, tokenizer),
+        "continued": continued(model, tokens, output / f"{folder.name}.cache"),
         "modules": sorted(name for name, module in sys.modules.items() if module is not None and "titans" in name),
     }
+
+
+def generated(model, tokenizer) -> dict[str, bool]:
+    """For each way to generate, whether a left-padded batch gets what its rows get alone."""
+    import torch
+
+    texts = ["the", "the memory of a model learns at test time", "surprise tells"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    width, found = batch.input_ids.shape[1], {}
+    ways = {
+        "greedy": {},
+        "without_cache": {"use_cache": False},
+        "beams": {"num_beams": 3},
+        "pieces": {"prefill_chunk_size": 4},
+    }
+    for name, how in ways.items():
+        together = model.generate(**batch, max_new_tokens=6, do_sample=False, **how)[:, width:]
+        alone = []
+        for text in texts:
+            row = tokenizer(text, return_tensors="pt")
+            beams = {key: value for key, value in how.items() if key == "num_beams"}
+            alone.append(model.generate(**row, max_new_tokens=6, do_sample=False, **beams)[0, row.input_ids.shape[1] :])
+        ended = [torch.equal(ours[: len(row)], row) for ours, row in zip(together, alone, strict=True)]
+        found[name] = all(ended)
+    torch.manual_seed(0)
+    found["sampling"] = model.generate(**batch, max_new_tokens=6, do_sample=True).shape[1] <= width + 6
+    return found
+
+
+def continued(model, tokens, file: Path) -> float:
+    """Largest difference of a logit when a cache is saved and several tokens continue from it."""
+    import torch
+
+    with torch.no_grad():
+        whole = model(tokens).logits
+        cache = model(tokens[:, :10], use_cache=True).past_key_values
+        cache.save(file)
+        loaded = type(cache).load(file)
+        return float((model(tokens[:, 10:], past_key_values=loaded).logits - whole[:, 10:]).abs().max())
 
 
 def main(probe: str, output: str, *folders: str) -> None:

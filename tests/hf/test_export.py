@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from titans_mcore.hf import probe
+from titans_mcore.hf.configuration_titans import OLDEST
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.flatten import flatten_code
 from titans_mcore.hf.proof import native_logits
@@ -27,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lmm": {"variant": "lmm", "memory_depth": 1, "memory_network": "plain", "conv_kernel": 1},
     "transformer": {"variant": "transformer", "window": 0},
 }
+OLDER_FOLDER = "TITANS_OLDER_TRANSFORMERS"
 LENGTH = 3 * TINY["segment_length"] + 3
 
 
@@ -41,9 +44,12 @@ def tokens() -> Tensor:
     return torch.randint(TINY["vocab_size"], (2, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Path], tokens: Tensor) -> Path:
-    """What alone.py found for each exported folder."""
+@pytest.fixture(scope="session", params=["installed", pytest.param(OLDEST, marks=pytest.mark.slow)])
+def alone(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Path], tokens: Tensor
+) -> Path:
+    """What alone.py found for each exported folder, with the transformers that is here and with the oldest one."""
+    packages = None if request.param == "installed" else older_transformers(tmp_path_factory)
     output = tmp_path_factory.mktemp("alone")
     (output / "tokens.json").write_text(json.dumps(tokens.tolist()))
     folders = [export(run, output / "exports" / name, skip_proof=True).output for name, run in runs.items()]
@@ -54,6 +60,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Path], token
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("PYTHONPATH", None)
+    if packages:
+        environment["PYTHONPATH"] = packages
     script = Path(__file__).with_name("alone.py")
     result = subprocess.run(
         [sys.executable, "-P", script, probe.__file__, output, *folders],
@@ -63,7 +71,24 @@ def alone(tmp_path_factory: pytest.TempPathFactory, runs: dict[str, Path], token
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    version = findings(output, "mac")["transformers"]
+    assert version.startswith(OLDEST) if packages else version == transformers.__version__
     return output
+
+
+def older_transformers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the oldest transformers that is supported, and what it needs in other versions."""
+    if transformers.__version__.startswith(OLDEST):
+        pytest.skip(f"transformers {OLDEST} is the installed one")
+    if given := os.environ.get(OLDER_FOLDER):
+        return given
+    folder = str(tmp_path_factory.mktemp("older"))
+    wanted = [f"transformers=={OLDEST}.*", "huggingface_hub<1.0", "tokenizers==0.22.*"]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *wanted]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"transformers {OLDEST} cannot be installed here; name a folder with it in {OLDER_FOLDER}")
+    return folder
 
 
 def findings(alone: Path, name: str) -> dict[str, Any]:
@@ -107,3 +132,14 @@ def test_half_precision_keeps_the_memory_in_fp32(name: str, alone: Path) -> None
     assert found["half_dtypes"] == ["torch.bfloat16"]
     assert found["half_state_dtypes"] == ([] if name == "transformer" else ["torch.float32"])
     assert found["half_error"] < 1.0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_left_padded_batch_generates_what_its_rows_do(name: str, alone: Path) -> None:
+    found = findings(alone, name)["generated"]
+    assert found == dict.fromkeys(("greedy", "without_cache", "beams", "pieces", "sampling"), True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_cache_is_continued_by_several_tokens(name: str, alone: Path) -> None:
+    assert findings(alone, name)["continued"] < 1e-4

@@ -1,12 +1,16 @@
 """The model as transformers uses it: generation, caches, training."""
 
 import copy
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
 
 from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.hf.cache_titans import TitansCache
@@ -14,15 +18,9 @@ from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM, TitansModel
 
 from .hf_runs import tiny
+from .models import make
 
 LENGTH = 21
-
-
-def make(variant: str = "mac", **settings: Any) -> TitansForCausalLM:
-    torch.manual_seed(0)
-    model = TitansForCausalLM(TitansHFConfig.from_titans(tiny(variant=variant, **settings))).eval()
-    model.generation_config = GenerationConfig(bos_token_id=1, pad_token_id=0)
-    return model
 
 
 @pytest.fixture
@@ -101,15 +99,76 @@ def test_a_cache_is_selected_expanded_and_reset(tokens: Tensor) -> None:
         cache.crop(3)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_the_cache_stays_constant_however_much_is_read() -> None:
-    model = make()
-    cache = TitansCache(2)
-    sizes = []
+def test_a_saved_cache_goes_on_as_if_it_had_not_been(variant: str, tokens: Tensor, tmp_path: Path) -> None:
+    model = make(variant)
+    mask = torch.tensor([[0] * 3 + [1] * 7, [1] * 10])
+    cache = model(tokens[:, :10], attention_mask=mask).past_key_values
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = TitansCache.load(tmp_path / "cache.safetensors")
+    assert loaded.get_seq_length() == 10
+    expected = model(tokens[:, 10:], past_key_values=cache).logits
+    assert torch.equal(model(tokens[:, 10:], past_key_values=loaded).logits, expected)
+
+
+def test_a_file_that_holds_no_cache_gets_a_sentence(tmp_path: Path) -> None:
+    TitansCache(2).save(tmp_path / "empty.safetensors")
+    assert TitansCache.load(tmp_path / "empty.safetensors").get_seq_length() == 0
+    (tmp_path / "text").write_text("no cache")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("text", "other.safetensors", "missing"):
+        with pytest.raises(ValueError, match=f"{name} is no Titans cache that can be read"):
+            TitansCache.load(tmp_path / name)
+
+
+@torch.no_grad()
+def test_a_streamer_gets_the_tokens_that_are_generated(tokens: Tensor) -> None:
+    class Collected(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    model, streamer = make(), Collected()
+    generated = model.generate(tokens[:1], max_new_tokens=6, do_sample=False, streamer=streamer)
+    assert streamer.tokens == [*generated[0].tolist(), -1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> None:
+    model, cache, sizes = make(variant), TitansCache(2), []
+    tokens = torch.randint(3, 330, (1, 32))
     for _ in range(4):
-        model(torch.randint(330, (1, 32)), past_key_values=cache)
-        sizes.append([layer.state.bytes() for layer in cache.layers])
+        tokens = model.generate(tokens, past_key_values=cache, max_new_tokens=64, do_sample=False)
+        sizes.append([layer.state.bytes() for layer in cache.blocks])
+    assert cache.get_seq_length() == 32 + 4 * 64 - 1
     assert sizes[0] == sizes[3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_million_tokens_leave_a_state_and_a_process_as_large_as_before(variant: str) -> None:
+    model = make(variant, num_layers=1, chunk_size=512, segment_length=1024, window=128)
+    cache, piece, sizes = TitansCache(1), 8_192, []
+    for index in range(-(-1_000_000 // piece)):
+        output = model(torch.randint(330, (1, piece)), past_key_values=cache, logits_to_keep=1)
+        if index in (7, 121):
+            sizes.append((cache.blocks[0].state.bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    assert cache.get_seq_length() >= 1_000_000
+    assert output.logits.isfinite().all()
+    (early, early_kilobytes), (late, late_kilobytes) = sizes
+    assert early == late
+    assert late_kilobytes - early_kilobytes < 50_000
+    generated = model.generate(torch.zeros(1, 1_007_617).long(), past_key_values=cache, max_new_tokens=5)
+    assert generated.shape[1] == 1_007_617 + 5
 
 
 @torch.no_grad()
@@ -132,6 +191,16 @@ def test_loss_is_the_cross_entropy_of_the_next_token(tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_checkpointing_changes_no_gradient(variant: str, tokens: Tensor) -> None:
+    model, gradients = make(variant).train(), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        gradients.append(torch.autograd.grad(model(tokens, labels=tokens).loss, list(model.parameters())))
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_reach_every_parameter_through_the_memory(variant: str, tokens: Tensor) -> None:
     model = make(variant).train()
     output = model(tokens, labels=tokens)
@@ -139,12 +208,6 @@ def test_gradients_reach_every_parameter_through_the_memory(variant: str, tokens
     output.loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
-
-
-@pytest.mark.parametrize("mask", [[[0, 1, 1], [1, 1, 1]], [[1, 1, 1], [1, 1, 0]]], ids=["left", "right"])
-def test_padding_is_refused_with_a_sentence(mask: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="attention_mask has zeros: padding is not supported yet"):
-        make()(torch.tensor([[5, 6, 7], [5, 6, 7]]), attention_mask=torch.tensor(mask))
 
 
 def test_misuse_gets_a_sentence(tokens: Tensor) -> None:
@@ -161,6 +224,8 @@ def test_misuse_gets_a_sentence(tokens: Tensor) -> None:
         model(tokens, past_key_values=foreign)
     with pytest.raises(ValueError, match=r"\(B, T\)"):
         model(tokens, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
+    with pytest.raises(ValueError, match="20 columns; give one for each of the 21 tokens"):
+        model(tokens, attention_mask=torch.ones(2, LENGTH - 1))
 
 
 def test_embeddings_hidden_states_and_tuples(tokens: Tensor) -> None:

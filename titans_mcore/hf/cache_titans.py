@@ -1,16 +1,23 @@
 """What a Titans model carries from one piece of a sequence to the next, as a cache of transformers.
 
 A layer holds a mixer's state, of constant size however long the sequence has become. Pass `TitansCache(layers)` as
-`past_key_values` to read a sequence in pieces, or to keep what `generate` has read.
+`past_key_values` to read a sequence in pieces, or to keep what `generate` has read; `save` and `load` keep it on disk.
 """
 
+import json
+from os import PathLike
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..memory import TensorTree
+from ..mixers import STATES
+
+_KINDS = {kind.__name__: kind for kind in STATES.values()}
 
 
 class TitansCacheLayer(CacheLayerMixin):
@@ -109,3 +116,33 @@ class TitansCache(Cache):
         for layer in self.blocks:
             layer.state = None if layer.state is None else layer.state.to(device)
         return self
+
+    def save(self, file: str | PathLike[str]) -> None:
+        """Writes the states to a safetensors file, of a size that does not depend on what has been read."""
+        tensors: dict[str, Tensor] = {}
+        for index, layer in enumerate(self.blocks):
+            # States hold views of parameters and of each other, which a file may not.
+            own = {} if layer.state is None else layer.state.map(lambda tensor: tensor.detach().clone()).state_dict()
+            tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
+        kinds = ["" if layer.state is None else type(layer.state).__name__ for layer in self.blocks]
+        save_file(tensors, file, {"titans_cache": json.dumps({"kinds": kinds, "tokens": self.get_seq_length()})})
+
+    @classmethod
+    def load(cls, file: str | PathLike[str], device: torch.device | str = "cpu") -> "TitansCache":
+        """The cache that `save` wrote.
+
+        Raises:
+            ValueError: The file is missing, damaged, or holds something else.
+        """
+        try:
+            with safe_open(file, "pt", device=str(device)) as opened:
+                record = json.loads((opened.metadata() or {})["titans_cache"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            cache = cls(len(record["kinds"]))
+            for index, (layer, kind) in enumerate(zip(cache.blocks, record["kinds"], strict=True)):
+                own = {key.removeprefix(f"{index}."): x for key, x in tensors.items() if key.startswith(f"{index}.")}
+                if kind:
+                    layer.advance(_KINDS[kind].from_state_dict(own), record["tokens"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{file} is no Titans cache that can be read ({error!r}); save one again") from error
+        return cache

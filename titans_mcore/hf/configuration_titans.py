@@ -1,11 +1,31 @@
 """The settings of an exported Titans model, as transformers saves and loads them."""
 
+import re
 from dataclasses import fields
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
 
 from ..config import TitansConfig
+
+OLDEST = "4.57"
+
+
+def check_transformers(version: str) -> None:
+    """Whether this version of transformers can run the model.
+
+    Raises:
+        ImportError: It is too old.
+    """
+    if [int(part) for part in re.findall(r"\d+", version)[:2]] < [int(part) for part in OLDEST.split(".")]:
+        raise ImportError(
+            f"Titans models need transformers {OLDEST} or later, and this is {version}; "
+            f'pip install --upgrade "transformers>={OLDEST}"'
+        )
+
+
+check_transformers(transformers.__version__)  # before the modelling code asks for what older versions do not have
 
 
 class TitansHFConfig(PretrainedConfig):

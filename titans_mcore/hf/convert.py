@@ -6,6 +6,7 @@ same. `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads 
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -95,6 +96,8 @@ def export(
     check_output(output, overwrite=overwrite, inputs=[folder, tokenizer_file])
     if new_tokens < 1:
         raise ExportError(f"--new-tokens is {new_tokens}; give at least 1")
+    if not re.fullmatch(r"\d+ ?[KMGT]B", max_shard_size):
+        raise ExportError(f"--max-shard-size is {max_shard_size!r}; give a size such as 5GB or 300MB")
     pieces = read_tokenizer(tokenizer_file)
     config, native = _load(folder)
     _check_vocabulary(pieces, config)
@@ -106,7 +109,8 @@ def export(
             (staging / name).write_text(source, encoding="utf-8")
         proof = None
         if not skip_proof:
-            proof = prove(staging, config, native, bos_id=pieces.bos_id, text=prompt, new_tokens=new_tokens)
+            ends = {"bos_id": pieces.bos_id, "eos_id": pieces.eos_id}
+            proof = prove(staging, config, native, **ends, text=prompt, new_tokens=new_tokens)
             (staging / "proof.json").write_text(json.dumps(proof.content, indent=1) + "\n", encoding="utf-8")
         parameters = sum(tensor.numel() for tensor in exported.values())
         (staging / "README.md").write_text(
@@ -166,8 +170,7 @@ def _write_model(
         tensors = tensors | {"lm_head.weight": tensors["model.embedding.weight"]}
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    # Nothing is ever padded with it: generate() fills rows that have ended, which the caller does not read.
-    model.generation_config = GenerationConfig(**special, pad_token_id=pieces.eos_id)
+    model.generation_config = GenerationConfig(**special, pad_token_id=pieces.pad_id)
     logging.disable_progress_bar()
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     for file in folder.glob("*.safetensors"):

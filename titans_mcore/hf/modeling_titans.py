@@ -5,6 +5,8 @@ beside it.
 """
 
 import math
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +17,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..config import TitansConfig
+from ..memory import PackedRows
 from ..mixers import MIXERS, make_mixer
 from ..mixers.neural_memory import NeuralMemory
 from ..mixers.parts import PlainParts, ResidualLinear, rms_norm
 from ..mixers.simple import PersistentTokens
 from .cache_titans import TitansCache
 from .configuration_titans import TitansHFConfig
+from .files_titans import check_weight_files
+from .padding_titans import padding_of, predicted, rows_on
 
 
 class RMSNorm(nn.Module):
@@ -60,9 +65,9 @@ class TitansBlock(nn.Module):
         self.pre_mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = TitansMLP(config)
 
-    def forward(self, hidden: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    def forward(self, hidden: Tensor, state: Any = None, rows: PackedRows | None = None) -> tuple[Tensor, Any]:
         """Hidden states (B, T, E) and the mixer's state after them; a state of None begins a sequence."""
-        mixed, state = self.mixer(self.input_norm(hidden), state)
+        mixed, state = self.mixer(self.input_norm(hidden), state, rows_on(hidden.device, rows))
         hidden = hidden + mixed
         return hidden + self.mlp(self.pre_mlp_norm(hidden)), state
 
@@ -81,8 +86,25 @@ class TitansPreTrainedModel(PreTrainedModel):
 
     config_class = TitansHFConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["TitansBlock"]  # noqa: RUF012 - the base class declares it so
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, *model_args: Any, **kwargs: Any
+    ) -> "TitansPreTrainedModel":
+        """As every model of transformers; a folder that is not whole is refused with a sentence.
+
+        Raises:
+            OSError: A file of weights is missing or damaged.
+            ValueError: The device map leaves parts of the model where they cannot compute.
+        """
+        if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
+            check_weight_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        check_device_map(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config.to_titans()
@@ -118,6 +140,7 @@ class TitansModel(TitansPreTrainedModel):
         self.embedding = nn.Embedding(titans.vocab_size, titans.dim)
         self.layers = nn.ModuleList([TitansBlock(titans) for _ in range(titans.num_layers)])
         self.final_norm = RMSNorm(titans.dim, titans.norm_eps)
+        self.gradient_checkpointing = False  # transformers sets it, and the function beside it
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -143,7 +166,8 @@ class TitansModel(TitansPreTrainedModel):
 
         Args:
             input_ids: (B, T).
-            attention_mask: (B, all tokens so far), all ones: sequences of a batch are equally long.
+            attention_mask: 1 for tokens and 0 for padding, on any side, (B, T) or (B, all tokens so far). A padded row
+                computes what it computes alone; what comes out for padding means nothing.
             past_key_values: A TitansCache, which is brought forward in place, or an empty cache of any kind.
             inputs_embeds: (B, T, E) instead of input_ids.
             use_cache: Return a cache; by default the configuration's use_cache, and not while training.
@@ -152,22 +176,26 @@ class TitansModel(TitansPreTrainedModel):
             **kwargs: Ignored, as transformers hands every model settings of others.
 
         Raises:
-            ValueError: The mask has padding in it, the cache is another model's, or attention weights are asked for.
+            ValueError: The mask has another shape, the cache is another model's, or attention weights are asked for.
         """
-        check_mask(attention_mask)
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: Titans models do not give attention weights; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         cache = self._open_cache(past_key_values, use_cache)
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        padding = padding_of(attention_mask, hidden, 0 if cache is None else cache.get_seq_length())
+        rows = None if padding is None else padding.rows
         between = []
+        hidden = hidden if padding is None else padding.to_front(hidden)
         for index, block in enumerate(self.layers):
             between.append(hidden)
-            hidden, state = block(hidden, None if cache is None else cache.blocks[index].state)
+            hidden, state = self._run(block, hidden, None if cache is None else cache.blocks[index].state, rows)
             if cache is not None:
                 cache.blocks[index].advance(state, hidden.shape[1])
         hidden = self.final_norm(hidden)
+        if padding is not None:
+            hidden, between = padding.to_places(hidden), [padding.to_places(x) for x in between]
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -175,6 +203,11 @@ class TitansModel(TitansPreTrainedModel):
             hidden_states=(*between, hidden) if wanted else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _run(self, block: nn.Module, hidden: Tensor, state: Any, rows: PackedRows | None) -> tuple[Tensor, Any]:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(block, hidden, state, rows)
+        return block(hidden, state, rows)
 
     def _open_cache(self, given: Cache | None, use_cache: bool | None) -> TitansCache | None:
         if isinstance(given, TitansCache):
@@ -187,6 +220,20 @@ class TitansModel(TitansPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         return TitansCache(len(self.layers)) if use_cache else None
+
+
+def check_device_map(model: nn.Module) -> None:
+    """Refuses parts that accelerate would bring in from elsewhere, module by module: a memory is no such module.
+
+    Raises:
+        ValueError: There are such parts.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in places or ("cpu" in places and len(places) > 1):
+        raise ValueError(
+            f"device_map puts the model on {', '.join(sorted(places))}: Titans models cannot be offloaded; "
+            "give devices that hold all of it"
+        )
 
 
 class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
@@ -237,7 +284,8 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         """As TitansModel.forward, with logits (B, T, V) and the loss.
 
         Args:
-            labels: (B, T) ids, input_ids themselves for language modelling (the shift happens here); -100 is left out.
+            labels: (B, T) ids, input_ids themselves for language modelling (the shift happens here); -100 is left out,
+                and so is padding.
             logits_to_keep: Give logits for the last so many tokens, or for these positions; 0 means all.
         """
         outputs = self.model(
@@ -254,6 +302,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             count = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+            labels = predicted(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **count)
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -262,20 +311,3 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
         return output.to_tuple() if return_dict is False else output
-
-
-def check_mask(mask: Tensor | None) -> None:
-    """Refuses padding: a memory would learn from it.
-
-    Raises:
-        ValueError: The mask is not one of ones, (B, T).
-    """
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise ValueError("attention_mask must be (B, T); Titans models make their own causal masks")
-    if not bool(mask.all()):
-        raise ValueError(
-            "attention_mask has zeros: padding is not supported yet, the memory would learn from it; "
-            "give sequences of equal length, or one at a time"
-        )

@@ -1,8 +1,8 @@
 """What an exported folder computes, asked where this project's packages cannot be imported.
 
 A script of its own, run as `python -P probe.py FOLDER REQUEST.json ANSWERS.safetensors`: it loads the folder as a user
-without this project would, reads the requested tokens whole and in pieces, and continues a text. The continuation
-stands in the metadata of the answers.
+without this project would, reads the requested tokens whole, in pieces and one by one, and continues them and a text.
+What is no tensor stands in the metadata of the answers.
 """
 
 import importlib
@@ -28,32 +28,56 @@ def block_imports() -> None:
 
 
 def main(folder: str, request_file: str, answers_file: str) -> None:
-    """Answers a request: {"prompts": [[id, ...], ...], "cut": n, "text": str, "new_tokens": n}."""
+    """Answers a request.
+
+    It is {"prompts": [[id, ...], ...], "followers": [[id, ...], ...], "cut": n, "text": str, "new_tokens": n,
+    "device": str}; followers are the tokens that are decoded one by one behind each prompt.
+    """
     block_imports()
     import torch
+    import transformers
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with open(request_file, encoding="utf-8") as file:
         request = json.load(file)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    device = request["device"]
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    answers = {}
+    answers, generated = {}, []
     with torch.inference_mode():
-        for index, prompt in enumerate(request["prompts"]):
-            tokens = torch.tensor([prompt])
+        for index, (prompt, followers) in enumerate(zip(request["prompts"], request["followers"], strict=True)):
+            tokens = torch.tensor([prompt], device=device)
             answers[f"whole.{index}"] = model(tokens, use_cache=False).logits[0]
-            pieces, cache = [], None
-            for piece in tokens.split(request["cut"], 1):
-                output = model(piece, past_key_values=cache, use_cache=True)
-                pieces.append(output.logits[0])
-                cache = output.past_key_values
-            answers[f"pieces.{index}"] = torch.cat(pieces)
-        start = tokenizer(request["text"], return_tensors="pt").input_ids
-        full = model.generate(start, max_new_tokens=request["new_tokens"], do_sample=False)
-    continuation = str(tokenizer.decode(full[0, start.shape[1] :], skip_special_tokens=True))
-    answers = {name: value.contiguous() for name, value in answers.items()}
-    save_file(answers, answers_file, {"continuation": continuation})
+            answers[f"pieces.{index}"], cache = _stream(model, tokens.split(request["cut"], 1), None)
+            behind = torch.tensor([followers], device=device)
+            decoded, _ = _stream(model, behind[:, :-1].split(1, 1), cache)
+            answers[f"decoded.{index}"] = torch.cat([answers[f"pieces.{index}"][-1:], decoded])
+            count = {"max_new_tokens": len(followers), "min_new_tokens": len(followers)}
+            full = model.generate(tokens, do_sample=False, **count)
+            generated.append(full[0, len(prompt) :].tolist())
+        start = tokenizer(request["text"], return_tensors="pt").to(device)
+        full = model.generate(**start, max_new_tokens=request["new_tokens"], do_sample=False)
+    continuation = tokenizer.decode(full[0, start.input_ids.shape[1] :], skip_special_tokens=True)
+    words = {
+        "continuation": str(continuation),
+        "generated": json.dumps(generated),
+        "transformers": transformers.__version__,
+    }
+    save_file({name: value.cpu().contiguous() for name, value in answers.items()}, answers_file, words)
+
+
+def _stream(model, pieces, cache):
+    """Logits of pieces (1, T) read one after the other, (all T, V), and the cache behind them."""
+    import torch
+
+    found = [torch.empty(0, model.config.vocab_size, device=model.device)]
+    for piece in pieces:
+        if piece.shape[1]:
+            output = model(piece, past_key_values=cache, use_cache=True)
+            found.append(output.logits[0])
+            cache = output.past_key_values
+    return torch.cat(found), cache
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Proof that an exported folder computes what the trained model computes: fixed prompts, logits from both sides."""
+"""Proof that an exported folder computes what the trained model computes: fixed prompts, logits from both sides.
+
+Each prompt is read whole, in pieces, and continued token by token. `proof.json` keeps the errors, logits of both sides
+and the checksum of every file, so that `python -m titans_mcore.hf.verify` can repeat the comparison anywhere.
+"""
 
 import json
 import os
@@ -7,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,47 @@ from torch import Tensor
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.hf.errors import ProofFailed
+from titans_mcore.weights import file_sha256
 
-FORMAT = 1
+FORMAT = 2
 TOLERANCE = 1e-5
-_SHOWN = 32  # logits of the last token that proof.json holds of each prompt, spread over the vocabulary
+"""Of the largest logit, or of 1: products of other shapes round otherwise."""
+READINGS = ("whole", "pieces", "decoded")
+FOLLOWING = 8  # tokens decoded behind each prompt
+_SHOWN, _PLACES = 32, 4  # logits that proof.json holds: so many of the vocabulary, at so many tokens of each reading
 _LONGEST = 1_024
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both sides are asked."""
+
+    prompts: list[list[int]]
+    """Token ids."""
+    followers: list[list[int]]
+    """Tokens decoded behind each prompt: the native model's greedy ones."""
+    cut: int
+    """Tokens of a piece."""
+    text: str
+    """What generate() continues."""
+    new_tokens: int
+    """Tokens to generate."""
+    device: str = "cpu"
+    """Where the exported model computes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the exported model says."""
+
+    logits: dict[str, Tensor]
+    """`whole.I`, `pieces.I` and `decoded.I` for prompt I, (T, V)."""
+    generated: list[list[int]]
+    """What generate() puts behind each prompt, greedily."""
+    continuation: str
+    """What generate() writes behind the text, greedily."""
+    transformers: str
+    """The version that loaded the folder."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +69,7 @@ class Proof:
     """What came out of comparing both sides."""
 
     max_abs_error: float
-    """Largest difference of a logit, sequences read whole and in pieces."""
+    """Largest difference of a logit: sequences read whole, in pieces and token by token."""
     continuation: str
     """What generate() of the exported model writes after the text, greedily."""
     content: dict[str, Any]
@@ -37,37 +77,51 @@ class Proof:
 
 
 def prove(
-    folder: Path, config: TitansConfig, native: Mapping[str, Tensor], *, bos_id: int, text: str, new_tokens: int
+    folder: Path,
+    config: TitansConfig,
+    native: Mapping[str, Tensor],
+    *,
+    bos_id: int,
+    eos_id: int,
+    text: str,
+    new_tokens: int,
 ) -> Proof:
     """Compares an exported folder, loaded in a process without this package, with the native model.
 
     Args:
-        folder: The exported folder.
+        folder: The exported folder, complete but for its proof and its README.
         config: Of the native model.
         native: Its whole weights, fp32.
         bos_id: First token of every prompt.
+        eos_id: Token that is not generated.
         text: What generate() continues.
         new_tokens: Tokens to generate.
 
     Raises:
-        ProofFailed: A logit differs by more than TOLERANCE, or the folder could not be loaded.
+        ProofFailed: A logit differs by more than TOLERANCE allows, generate() chooses other tokens, or the folder could
+            not be loaded.
     """
     prompts, cut = fixed_prompts(config, bos_id), config.chunk_size + 3
-    exported, continuation = ask_exported(
-        folder, {"prompts": prompts, "cut": cut, "text": text, "new_tokens": new_tokens}
-    )
-    expected = native_logits(config, native, prompts, cut)
-    errors = {name: float((exported[name] - expected[name]).abs().max()) for name in expected}
+    expected = native_logits(config, native, prompts, cut, eos_id)
+    followers = [choices(expected[f"decoded.{index}"], eos_id) for index in range(len(prompts))]
+    question = Question(prompts, followers, cut, text, new_tokens)
+    answer = ask_exported(folder, question)
+    errors = {name: float((answer.logits[name] - expected[name]).abs().max()) for name in expected}
+    allowed = TOLERANCE * largest(expected.values())
     # A comparison that holds for not-a-number too.
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-    if not errors[worst] <= TOLERANCE:
+    if not errors[worst] <= allowed:
         raise ProofFailed(
             f"the exported model differs from the trained one by {errors[worst]:.3g} in a logit ({worst}); "
-            f"at most {TOLERANCE:g} is allowed"
+            f"at most {allowed:.3g} is allowed"
         )
-    content = _content(prompts, cut, errors, exported, expected)
-    content["continuation"] = {"text": text, "greedy": continuation}
-    return Proof(errors[worst], continuation, content)
+    for index, generated in enumerate(answer.generated):
+        if not same_choices(expected[f"decoded.{index}"], followers[index], generated, 2 * allowed):
+            raise ProofFailed(
+                f"generate() of the exported model continues prompt {index} with {generated}, "
+                f"the trained model with {followers[index]}"
+            )
+    return Proof(errors[worst], answer.continuation, _content(folder, question, answer, expected, errors, eos_id))
 
 
 def fixed_prompts(config: TitansConfig, bos_id: int) -> list[list[int]]:
@@ -80,9 +134,13 @@ def fixed_prompts(config: TitansConfig, bos_id: int) -> list[list[int]]:
 
 
 def native_logits(
-    config: TitansConfig, weights: Mapping[str, Tensor], prompts: list[list[int]], cut: int
+    config: TitansConfig, weights: Mapping[str, Tensor], prompts: list[list[int]], cut: int, eos_id: int | None = None
 ) -> dict[str, Tensor]:
-    """Logits (T, V) of the model as it is trained, one process, on the CPU: `whole.I` and `pieces.I` for prompt I."""
+    """Logits (T, V) of the model as it is trained, one process, on the CPU.
+
+    `whole.I` and `pieces.I` are those of prompt I; with an eos_id, `decoded.I` are those from which FOLLOWING tokens
+    behind it are chosen, greedily and without that token.
+    """
     # Imported at use: exporting without a proof needs no Megatron.
     from titans_mcore.parallel import start, stop, transformer_config  # isort: skip - it quietens Megatron's import
     from megatron.core import parallel_state
@@ -105,21 +163,53 @@ def native_logits(
                     out, states = model.stream(piece, states)
                     pieces.append(out[0])
                 logits[f"pieces.{index}"] = torch.cat(pieces)
+                if eos_id is None:
+                    continue
+                decoded = [pieces[-1][-1:]]
+                while len(decoded) < FOLLOWING:
+                    out, states = model.stream(torch.tensor([choices(decoded[-1], eos_id)]), states)
+                    decoded.append(out[0])
+                logits[f"decoded.{index}"] = torch.cat(decoded)
     finally:
         if own:
             stop()
     return logits
 
 
-def ask_exported(folder: Path, request: dict[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """Logits and a continuation from an exported folder, in a process that cannot import this package.
+def choices(logits: Tensor, eos_id: int) -> list[int]:
+    """The most likely tokens by logits (T, V), the end token left out."""
+    return logits.index_fill(1, torch.tensor(eos_id), -torch.inf).argmax(-1).tolist()
+
+
+def same_choices(logits: Tensor, ours: list[int], theirs: list[int], tie: float) -> bool:
+    """Whether two greedy continuations are equal up to a token that was chosen among equals.
+
+    Args:
+        logits: Those from which `ours` were chosen, (T, V) or a part of the vocabulary with both.
+        ours: Tokens.
+        theirs: Tokens.
+        tie: Difference of logits that counts as none.
+    """
+    for row, our, their in zip(logits, ours, theirs, strict=True):
+        if our != their:
+            return abs(float(row[our] - row[their])) <= tie
+    return True
+
+
+def largest(logits: Any) -> float:
+    """The largest size of a logit, at least 1: what a tolerance is a share of."""
+    return max(1.0, *(float(value.abs().max()) for value in logits))
+
+
+def ask_exported(folder: Path, question: Question) -> Answer:
+    """What an exported folder computes, in a process that cannot import this package.
 
     Raises:
         ProofFailed: The process failed; the message ends with the last line it wrote.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request_file, answers = Path(scratch, "request.json"), Path(scratch, "answers.safetensors")
-        request_file.write_text(json.dumps(request), encoding="utf-8")
+        request_file.write_text(json.dumps(asdict(question)), encoding="utf-8")
         # A module cache of its own: transformers may take code that an earlier folder of this name left in it.
         environment = {**os.environ, "HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
@@ -134,39 +224,68 @@ def ask_exported(folder: Path, request: dict[str, Any]) -> tuple[dict[str, Tenso
             last = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise ProofFailed(f"the exported folder could not be loaded and run: {last}")
         with safe_open(answers, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["continuation"]  # noqa: SIM118
+            words = file.metadata()
+            logits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Answer(logits, json.loads(words["generated"]), words["continuation"], words["transformers"])
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and checksum of every file."""
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    }
+
+
+def places_of(tokens: int) -> list[int]:
+    """Tokens of a reading whose logits proof.json holds: spread over it, the first and the last among them."""
+    return torch.linspace(0, tokens - 1, _PLACES).long().unique().tolist()
 
 
 def _content(
-    prompts: list[list[int]],
-    cut: int,
-    errors: dict[str, float],
-    exported: Mapping[str, Tensor],
+    folder: Path,
+    question: Question,
+    answer: Answer,
     expected: Mapping[str, Tensor],
+    errors: Mapping[str, float],
+    eos_id: int,
 ) -> dict[str, Any]:
-    import transformers
-
     shown = torch.linspace(0, expected["whole.0"].shape[-1] - 1, _SHOWN).long().unique()
+
+    def kept(logits: Mapping[str, Tensor], name: str) -> list[list[float]]:
+        return logits[name][places_of(len(logits[name]))][:, shown].tolist()
+
     return {
         "format": FORMAT,
-        "tolerance": TOLERANCE,
+        "tolerance_of_largest_logit": TOLERANCE,
         "max_abs_error": max(errors.values()),
-        "whole_max_abs_error": max(error for name, error in errors.items() if name.startswith("whole")),
-        "pieces_max_abs_error": max(error for name, error in errors.items() if name.startswith("pieces")),
-        "piece_tokens": cut,
+        **{
+            f"{reading}_max_abs_error": max(error for name, error in errors.items() if name.startswith(reading))
+            for reading in READINGS
+        },
+        "largest_logit": largest(expected.values()),
+        "piece_tokens": question.cut,
+        "end_token": eos_id,
         "compared_logits": sum(value.numel() for value in expected.values()),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": answer.transformers,
         },
         "vocabulary_ids": shown.tolist(),
         "prompts": [
             {
                 "tokens": prompt,
-                "native_last_logits": expected[f"whole.{index}"][-1, shown].tolist(),
-                "exported_last_logits": exported[f"whole.{index}"][-1, shown].tolist(),
+                "native_greedy": followers,
+                "exported_greedy": generated,
+                "native_logits": {reading: kept(expected, f"{reading}.{index}") for reading in READINGS},
+                "exported_logits": {reading: kept(answer.logits, f"{reading}.{index}") for reading in READINGS},
             }
-            for index, prompt in enumerate(prompts)
+            for index, (prompt, followers, generated) in enumerate(
+                zip(question.prompts, question.followers, answer.generated, strict=True)
+            )
         ],
+        "continuation": {"text": question.text, "new_tokens": question.new_tokens, "greedy": answer.continuation},
+        "files": files_of(folder),
     }

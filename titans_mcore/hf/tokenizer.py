@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from titans_mcore.hf.errors import ExportError
+from titans_mcore.hf.exported import SENTENCEPIECE
 
 SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type
@@ -39,6 +40,16 @@ class TokenizerModel:
     def eos_id(self) -> int:
         """Token behind every document."""
         return self.proto.trainer_spec.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills up batches.
+
+        Collators leave it out of the loss, so the end token, which is to be learned, is taken only where the unknown
+        token may stand in a text.
+        """
+        trainer = self.proto.trainer_spec
+        return trainer.unk_id if trainer.byte_fallback else self.eos_id
 
     @property
     def caveat(self) -> str | None:
@@ -94,16 +105,18 @@ def _obstacle(proto: Any) -> str | None:
 
 
 def write_tokenizer(model: TokenizerModel, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
-    named = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.proto.trainer_spec.unk_id}
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, and the sentencepiece file as it is."""
+    unknown = model.proto.trainer_spec.unk_id
+    named = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": unknown, "pad_token": model.pad_id}
     special = {name: model.piece(index) for name, index in named.items()}
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "padding_side": "right",
+        "padding_side": "left",  # what generate() asks for; the model takes both
     }
+    (folder / SENTENCEPIECE).write_bytes(model.file.read_bytes())
     for name, content in (
         ("tokenizer.json", tokenizer_json(model)),
         ("tokenizer_config.json", config),

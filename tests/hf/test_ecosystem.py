@@ -1,0 +1,138 @@
+"""What else reads an exported folder: Trainer, accelerate's device maps, lm-eval's `hf` model, a hub."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from titans_mcore.hf.convert import export
+from titans_mcore.hf.flatten import flatten_code
+
+from .hf_runs import WORDS, save_run, tiny
+from .local_hub import local_hub
+
+TEXTS = ["the memory", "a model learns at test time", "surprise tells the memory of a model", "keep"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    run = save_run(tmp_path_factory.mktemp("run") / "mag", tiny(variant="mag", init_std=0.1), tokenizer)
+    return export(run, tmp_path_factory.mktemp("ecosystem") / "hf", skip_proof=True).output
+
+
+def load(folder: Path, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **settings)
+
+
+@pytest.fixture(scope="module")
+def tokens(folder: Path) -> dict[str, Any]:
+    return AutoTokenizer.from_pretrained(folder)(TEXTS, return_tensors="pt", padding=True)
+
+
+def test_trainer_fine_tunes_every_parameter_and_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 'titans-mcore[evals]'")
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rows = [tokenizer(" ".join(WORDS[i : i + 3 + i % 5])) for i in range(8)]
+
+    def trainer(model: Any, steps: int) -> Any:
+        settings = TrainingArguments(
+            output_dir=str(tmp_path / "tuned"),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_steps=3,
+            gradient_checkpointing=True,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        return Trainer(model=model, args=settings, train_dataset=rows, data_collator=collator)
+
+    tuned = trainer(model, 6)
+    tuned.train()
+    losses = [entry["loss"] for entry in tuned.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert not [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    again = load(folder)
+    trainer(again, 6).train(resume_from_checkpoint=str(tmp_path / "tuned" / "checkpoint-3"))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(dict(again.named_parameters())[name], parameter, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=["auto", "one"])
+def test_a_device_map_changes_no_logit(folder: Path, tokens: dict[str, Any], device_map: str | dict[str, str]) -> None:
+    pytest.importorskip("accelerate", reason="device_map needs accelerate: pip install 'titans-mcore[evals]'")
+    mapped = load(folder, device_map=device_map)
+    with torch.no_grad():
+        assert torch.equal(mapped(**tokens).logits, load(folder)(**tokens).logits)
+    generated = mapped.generate(**tokens, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, load(folder).generate(**tokens, max_new_tokens=4, do_sample=False))
+
+
+def test_offloading_is_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="device_map needs accelerate: pip install 'titans-mcore[evals]'")
+    parts = dict.fromkeys(("model.embedding", "model.layers.1", "model.final_norm", "lm_head"), "cpu")
+    with pytest.raises(ValueError, match="on cpu, disk: Titans models cannot be offloaded"):
+        load(folder, device_map={**parts, "model.layers.0": "disk"}, offload_folder=str(tmp_path))
+
+
+def test_lm_eval_scores_and_generates_as_the_model_does(folder: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'titans-mcore[evals]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    served = HFLM(pretrained=str(folder), trust_remote_code=True, dtype="float32", device="cpu", batch_size=3)
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    pairs = [(text, " " + word) for text in TEXTS for word in ("memory", "surprise")]
+    asked = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    for (text, word), (score, greedy) in zip(pairs, served.loglikelihood(asked), strict=True):
+        start, whole = (tokenizer(part, return_tensors="pt").input_ids for part in (text, text + word))
+        cut = start.shape[1]
+        with torch.no_grad():
+            logs = model(whole).logits.log_softmax(-1)[0, cut - 1 : -1]
+        assert score == pytest.approx(float(logs.gather(1, whole[0, cut:, None]).sum()), abs=1e-4)
+        assert greedy == bool((logs.argmax(-1) == whole[0, cut:]).all())
+    how = {"until": ["\n"], "max_gen_toks": 5, "do_sample": False}
+    asked = [Instance("generate_until", {}, (text, how), index) for index, text in enumerate(TEXTS)]
+    for text, answer in zip(TEXTS, served.generate_until(asked), strict=True):
+        start = tokenizer(text, return_tensors="pt")
+        full = model.generate(**start, max_new_tokens=5, do_sample=False)
+        expected = tokenizer.decode(full[0, start.input_ids.shape[1] :], skip_special_tokens=True)
+        assert answer == expected.partition("\n")[0]
+
+
+def test_a_model_pushed_to_a_hub_lies_there_with_its_code(folder: Path, tokens: Any, tmp_path: Path) -> None:
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; folder = sys.argv[1];"
+        "M.from_pretrained(folder, trust_remote_code=True).push_to_hub('someone/titans', token='hf_none');"
+        "T.from_pretrained(folder).push_to_hub('someone/titans', token='hf_none')"
+    )
+    with local_hub(tmp_path / "hub") as address:
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        environment.pop("PYTHONPATH", None)
+        command = [sys.executable, "-P", "-c", script, str(folder)]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    pushed = tmp_path / "hub" / "someone" / "titans"
+    assert sorted(file.name for file in pushed.glob("*.py")) == sorted(flatten_code())
+    ours, theirs = (load_file(place / "model.safetensors") for place in (folder, pushed))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with torch.no_grad():
+        assert torch.equal(load(pushed)(**tokens).logits, load(folder)(**tokens).logits)
+    assert (
+        AutoTokenizer.from_pretrained(pushed)(TEXTS).input_ids == AutoTokenizer.from_pretrained(folder)(TEXTS).input_ids
+    )

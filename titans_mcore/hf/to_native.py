@@ -1,0 +1,91 @@
+"""The way back: `python -m titans_mcore.hf.to_native --folder HF --output RUN` makes a run folder of an exported model.
+
+Its checkpoint holds the weights alone. It is evaluated and exported like any other, and training that is started with
+this run folder begins with it, at any layout, with a new optimizer.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from titans_mcore.hf.errors import ExportError
+from titans_mcore.hf.exported import SENTENCEPIECE, read_config, read_weights
+from titans_mcore.hf.folder import staged_folder
+from titans_mcore.hf.mapping import rules, to_native
+from titans_mcore.weights import BEGINS, MARKER, WEIGHTS_FOLDER, ShardHeader, file_sha256, save_shard
+
+EXIT_MISTAKE = 2
+_CHECKPOINT = "step-00000000"
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """Makes a run folder of an exported Hugging Face model, to evaluate it or to train it further."""
+
+    folder: Path
+    """The exported folder; after fine-tuning, what save_pretrained wrote."""
+    output: Path
+    """Run folder to write; it may not exist yet."""
+
+
+def import_run(folder: Path, output: Path) -> Path:
+    """Writes a run folder with one checkpoint; see ImportSettings.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ExportError: The folder is not a whole export, or something stands where the run should go.
+    """
+    config, exported = read_config(folder), read_weights(folder)
+    if output.exists():
+        raise ExportError(f"--output {output} exists; name a run folder that does not")
+    try:
+        tensors = to_native(config, {name: tensor.float() for name, tensor in exported.items()})
+    except ValueError as error:
+        raise ExportError(f"{folder}: {error}") from error
+    with staged_folder(output) as staging:
+        checkpoint = staging / "checkpoints" / _CHECKPOINT
+        splits = {rule.native: rule.split for rule in rules(config)}
+        header = ShardHeader({name: tensor.shape for name, tensor in tensors.items()}, splits)
+        place = {"rank": 0, "size": 1, "step": 0, "tokens": 0}
+        save_shard(checkpoint / WEIGHTS_FOLDER, header, tensors.items(), config, **place)
+        files = {
+            str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            for file in sorted(checkpoint.rglob("*"))
+            if file.is_file()
+        }
+        record = {"step": 0, "samples": 0, "tokens": 0, BEGINS: folder.resolve().name, "files": files}
+        (checkpoint / MARKER).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if (folder / SENTENCEPIECE).is_file():
+            (staging / "tokenizer").mkdir()
+            (staging / "tokenizer" / SENTENCEPIECE).write_bytes((folder / SENTENCEPIECE).read_bytes())
+    return output / "checkpoints" / _CHECKPOINT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; see `--help`. Returns the exit status."""
+    import tyro
+
+    settings = tyro.cli(
+        ImportSettings,
+        args=arguments,
+        prog="python -m titans_mcore.hf.to_native",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        checkpoint = import_run(settings.folder, settings.output)
+    except ExportError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except OSError as fault:
+        print(f"error: cannot write {settings.output}: {fault}", file=sys.stderr)
+        return EXIT_MISTAKE
+    print(f"{settings.folder} is {checkpoint} now; training with --run-dir {settings.output} begins with its weights")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
