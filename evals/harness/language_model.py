@@ -45,7 +45,8 @@ class NativeLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text, with the start token unless `add_special_tokens` is False."""
-        return self._processor.encode(string, add_bos=add_special_tokens is not False)
+        start = [] if add_special_tokens is False else [self.prefix_token_id]
+        return start + self._processor.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of max_length tokens."""

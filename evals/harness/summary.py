@@ -1,7 +1,5 @@
 """From the documents' results to the paper's table, with standard errors."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +11,7 @@ import numpy as np
 from evals.harness.settings import HarnessSettings
 from evals.harness.tasks import COLUMNS, Column
 from evals.report import table, write_bytes, write_json
+from evals.tables import markdown_table, write_csv
 
 
 def summarise(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -80,14 +79,10 @@ def write_report(report: dict[str, Any], settings: HarnessSettings, versions: Ma
     }
     write_json(settings.output / "harness.json", report)
     cells = _cells(report)
-    lines = [[title for title, _, _ in cells], ["---"] * len(cells), [_text(*cell[1:]) for cell in cells]]
-    markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    write_bytes(settings.output / "harness.md", (markdown + "\n").encode())
-    sheet = io.StringIO()
-    writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerow(("column", "value", "stderr"))
-    writer.writerows([(title, *("" if number is None else number for number in pair)) for title, *pair in cells])
-    write_bytes(settings.output / "harness.csv", sheet.getvalue().encode())
+    table_text = markdown_table([title for title, _, _ in cells], [[_text(*pair) for _, *pair in cells]])
+    write_bytes(settings.output / "harness.md", (table_text + "\n").encode())
+    rows = [{"column": title, "value": value, "stderr": stderr} for title, value, stderr in cells]
+    write_csv(settings.output / "harness.csv", rows)
     return report
 
 
