@@ -9,8 +9,10 @@ def main() -> None:
     settings = parse_settings(BabilongSettings, "python -m evals.babilong")
     from evals.babilong.run import evaluate
     from evals.babilong.summary import describe, report_table
+    from evals.heap import return_large_blocks
     from evals.models import load_model
 
+    return_large_blocks()
     report = evaluate(load_model(settings.checkpoint, settings.tokenizer), settings)
     print(describe(report))
     print(report_table(report))

@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from evals.command_line import EvaluationError
 from evals.disk_tokens import DiskTokens
+from evals.splicing import Encode
 
 LEAST_SENTENCE = 10
 """Tokens; BABILong leaves out what is shorter."""
@@ -20,7 +20,6 @@ SIMULATED_SENTENCES = 20_000
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z])")
 _BATCH = 2_000  # sentences tokenised at a time
-Encode = Callable[[Sequence[str]], list[list[int]]]
 Count = Callable[[Sequence[str]], list[int]]
 
 
@@ -117,23 +116,3 @@ def simulated_sentences() -> Iterator[str]:
     for _ in range(SIMULATED_SENTENCES):
         words = (generator.choice(part) for part in (who, did, what, when, end))
         yield "{} {} {} {}, {}.".format(*words)
-
-
-def encoder(processor: Any, before: str = ". ") -> Encode:
-    """Ids of sentences as they stand inside a text, behind `before`.
-
-    Alone a sentence would begin with sentencepiece's dummy prefix, whatever stands before it.
-
-    Raises:
-        EvaluationError: When it is called, if the tokenizer joins a sentence with what stands before it.
-    """
-    head = before.rstrip(" ")
-    ids = processor.encode(head)
-
-    def encode(sentences: Sequence[str]) -> list[list[int]]:
-        both = [processor.encode(before + sentence) for sentence in sentences]
-        if any(whole[: len(ids)] != ids for whole in both):
-            raise EvaluationError("the tokenizer joins the end of a sentence with the next; samples cannot be spliced")
-        return [whole[len(ids) :] for whole in both]
-
-    return encode

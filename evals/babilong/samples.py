@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from evals.babilong.background import Background, encoder
+from evals.babilong.background import Background
 from evals.babilong.prompts import Prompt, closing
 from evals.babilong.stories import Story
 from evals.command_line import EvaluationError
 from evals.disk_tokens import DiskTokens
+from evals.splicing import encoder
 
 PROMPT_ROOM = 300
 """Tokens that BABILong takes off a length for the prompt around the context."""
@@ -82,7 +83,7 @@ class SampleBuilder:
     def __init__(self, processor: Any, prompt: Prompt, stories: Sequence[Story], background: Background) -> None:
         self._processor, self._stories, self._background = processor, stories, background
         self._opening = np.array([processor.bos_id(), *processor.encode(prompt.opening)], np.int32)
-        self._inside = encoder(processor)
+        self._inside = encoder(processor, ". ")
         self._first = encoder(processor, "<context>\n")
 
     def build(self, name: SampleKey) -> Sample:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.babilong.background import Background, Count, book_sentences, encoder, simulated_sentences
+from evals.babilong.background import Background, Count, book_sentences, simulated_sentences
 from evals.babilong.prompts import Prompt, load_prompts
 from evals.babilong.records import Identity
 from evals.babilong.samples import SampleBuilder
@@ -14,6 +14,7 @@ from evals.babilong.simulator import simulate
 from evals.babilong.stories import StorySet, parse_stories, read_stories
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
+from evals.splicing import encoder
 
 SIMULATED_QUESTIONS = 1_000  # as many as bAbI's test split has
 
@@ -46,7 +47,7 @@ def read_texts(model: EvalModel, settings: BabilongSettings) -> Texts:
     stories = {task: read_stories(babi, task) if babi else _simulated(task) for task in settings.tasks}
     count, counted_with = _count(settings.length_tokenizer)
     sentences = book_sentences(pg19) if pg19 else simulated_sentences()
-    background = Background(sentences, encoder(model.tokenizer.processor), count)
+    background = Background(sentences, encoder(model.tokenizer.processor, ". "), count)
     identity = Identity(
         model.checkpoint_sha256,
         model.tokenizer.sha256,

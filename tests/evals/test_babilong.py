@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from evals.babilong import texts
-from evals.babilong.background import Background, book_sentences, encoder, simulated_sentences
+from evals.babilong.background import Background, book_sentences, simulated_sentences
 from evals.babilong.prompts import load_prompts
 from evals.babilong.run import evaluate
 from evals.babilong.samples import PROMPT_ROOM, SampleBuilder, SampleKey
@@ -26,6 +26,7 @@ from evals.babilong.simulator import SIMULATED_TASKS, simulate
 from evals.babilong.stories import Story, parse_stories, read_stories
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
+from evals.splicing import encoder
 
 from .planted import plant
 
@@ -86,7 +87,7 @@ def processor(tokenizer: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def background(processor: Any) -> Background:
-    return Background(list(simulated_sentences())[:300], encoder(processor), None)
+    return Background(list(simulated_sentences())[:300], encoder(processor, ". "), None)
 
 
 @pytest.fixture(autouse=True)
