@@ -84,7 +84,8 @@ def text_rows(paths: Sequence[Path], model: EvalModel, rows: int, length: int) -
     if not files:
         raise EvaluationError(f"--text {' '.join(map(str, paths))}: no text file there; give files, or folders of .txt")
     ids: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as rows are read from it
-    found, longest, end = [], 0, 0
+    found: list[DiskTokens] = []
+    longest = end = 0
     for file in files:
         if len(found) == rows:
             break
