@@ -34,13 +34,13 @@ def read_stories(folder: Path, task: str) -> StorySet:
     """The test split of a task.
 
     Args:
-        folder: bAbI's en-10k, or another folder with its files TASK_NAME_test.txt.
+        folder: bAbI's en-10k, or another folder with its files TASK_NAME_test.txt or TASK_test.txt.
         task: "qa1" to "qa20".
 
     Raises:
         EvaluationError: No such file, several of them, or not bAbI's format.
     """
-    files = sorted(folder.glob(f"{task}_*_test.txt"))
+    files = [file for name in (f"{task}_test.txt", f"{task}_*_test.txt") for file in sorted(folder.glob(name))]
     if len(files) != 1:
         raise EvaluationError(
             f"--babi {folder}: {len(files)} files {task}_*_test.txt; give the folder en-10k of bAbI (tasks_1-20_v1-2), "

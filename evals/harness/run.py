@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def _check_package() -> None:
         import lm_eval
     except ImportError:
         raise EvaluationError("lm-eval is not installed; install it with `pip install -e '.[evals]'`") from None
-    version = tuple(int(part) for part in lm_eval.__version__.split(".")[:3])
+    version = tuple(map(int, re.findall(r"\d+", lm_eval.__version__)[:3]))
     if version < (0, 4, 13):
         raise EvaluationError(f"lm-eval {lm_eval.__version__} is too old; install 0.4.13 or later")
 

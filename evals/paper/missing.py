@@ -40,6 +40,7 @@ def commands(settings: PaperSettings, folder: Path, output: Path) -> dict[str, l
         "position_perplexity": [
             *("-m", "evals.position_perplexity", *common, "--length", str(settings.position_length)),
             *_option("--data", settings.data),
+            *(("--text", *map(str, settings.text)) if settings.text else ()),
         ],
         "context": [
             *("-m", "evals.efficiency", "context", "--checkpoint", str(folder)),

@@ -43,6 +43,8 @@ class PaperSettings:
     """--run: --samples of evals.babilong."""
     data: Path | None = None
     """--run: --data of evals.position_perplexity, a folder of shards."""
+    text: tuple[Path, ...] = ()
+    """--run: --text of evals.position_perplexity, in place of --data."""
     position_length: int = 16_384
     """--run: --length of evals.position_perplexity."""
     context_lengths: tuple[int, ...] = (2_048, 16_384, 131_072)

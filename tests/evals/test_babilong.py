@@ -141,6 +141,8 @@ def test_all_twenty_tasks_are_read_and_their_test_split_alone(tmp_path: Path) ->
             (tmp_path / f"{task}_some-name_{split}.txt").write_text(lines)
         stories = read_stories(tmp_path, f"qa{number}").stories
         assert [story.target for story in stories] == [prompt.labels[-1]]
+    (tmp_path / "qa3_some-name_test.txt").rename(tmp_path / "qa3_test.txt")  # as in bAbI's en-valid
+    assert len(read_stories(tmp_path, "qa3").stories) == 1
     (tmp_path / "qa1_some-name_test.txt").unlink()
     with pytest.raises(EvaluationError, match=r"0 files qa1_\*_test\.txt; give the folder en-10k of bAbI"):
         read_stories(tmp_path, "qa1")
