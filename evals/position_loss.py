@@ -1,91 +1,62 @@
-"""Rows of held-out tokens, and the loss of a streamed model at each of their positions."""
+"""The loss of a streamed model by position, with memory that does not grow with the rows."""
 
-import json
 import math
 import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
 from evals.progress import Pace, StatusLine
 
-
-def heldout_rows(folder: Path, model: EvalModel, rows: int, length: int) -> np.ndarray:
-    """Held-out documents, joined in their order and cut into rows.
-
-    Args:
-        folder: Has heldout.bin and heldout.idx, and manifest.json where the tokenizer is to be checked.
-        model: Must have read the same tokens.
-        rows: Most rows.
-        length: Tokens that a row predicts.
-
-    Returns:
-        (rows or fewer, length + 1) int32: a row's last token is the next row's first, so that every token but the very
-        first is predicted once.
-
-    Raises:
-        EvaluationError: Files are missing or damaged, too short for one row, or of another tokenizer.
-    """
-    _check_tokenizer(folder, model)
-    dataset = _open(folder / "heldout")
-    documents: list[np.ndarray] = []
-    wanted, have = rows * length + 1, 0
-    while len(documents) < len(dataset) and have < wanted:
-        documents.append(dataset[len(documents)])
-        have += len(documents[-1])
-    rows = min(rows, (have - 1) // length)
-    if rows < 1:
-        raise EvaluationError(
-            f"--data {folder}: {have:,} held-out tokens, but a row of --length {length} needs {length + 1:,}; "
-            "give a smaller --length or encode more text"
-        )
-    tokens = np.concatenate(documents)[: rows * length + 1].astype(np.int32)
-    if tokens.max() >= model.config.vocab_size:
-        raise EvaluationError(
-            f"--data {folder}: it holds token {tokens.max()}, but the model knows {model.config.vocab_size:,}; "
-            "give the shards of the model's own tokenizer"
-        )
-    return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+Rows = Sequence[Any]
+"""Rows of L + 1 token ids; whatever can be sliced and read by `np.asarray`, such as DiskTokens."""
+_LOGITS = 64  # positions whose losses are computed at a time: copies of logits are what takes memory
 
 
 @torch.inference_mode()
-def loss_by_position(model: EvalModel, rows: np.ndarray, batch: int, piece: int) -> np.ndarray:
-    """Sum over rows of the loss at each position, in nats.
+def loss_sums(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequence[int]) -> np.ndarray:
+    """Sums of the loss over stretches of positions and over rows, in nats.
 
     Args:
         model: Streams each row from a fresh state.
-        rows: (R, L + 1) token ids.
+        rows: All of one length.
         batch: Rows read side by side.
         piece: Tokens read at a time; logits of one piece exist at a time.
+        ends: Where stretches end, ascending, the last one at L. Position t predicts a token from t tokens read; the
+            first stretch begins at position 1, each other one behind the end before.
 
     Returns:
-        (L,) float64; entry t is the loss of predicting a token from t + 1 tokens read.
+        (len(ends),) float64.
+
+    Raises:
+        EvaluationError: A loss is not finite.
     """
-    length = rows.shape[1] - 1
-    total = np.zeros(length)
+    length = len(rows[0]) - 1
+    assert ends[-1] == length
+    total, borders = np.zeros(len(ends)), np.array(ends)
     pace, line = Pace(), StatusLine()
     pace.plan(len(rows) * length, 0)
+    _tell(f"{len(rows)} rows of {length:,} tokens")
     for first in range(0, len(rows), batch):
-        part = torch.from_numpy(np.array(rows[first : first + batch], np.int64))
+        part = rows[first : first + batch]
         states: Any = None
         for start in range(0, length, piece):
             stop = min(start + piece, length)
-            logits, states = model.stream(part[:, start:stop], states)
-            targets = part[:, start + 1 : stop + 1].to(logits.device)
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-            total[start:stop] += losses.view(len(part), -1).double().sum(0).cpu().numpy()
-            pace.done("read", targets.numel())
+            tokens = torch.from_numpy(np.stack([np.asarray(row[start : stop + 1]) for row in part]).astype(np.int64))
+            logits, states = model.stream(tokens[:, :-1], states)
+            losses = _losses(logits, tokens[:, 1:])
+            stretches = np.searchsorted(borders, np.arange(start + 1, stop + 1))
+            total += np.bincount(stretches, losses, len(ends))
+            pace.done("read", tokens[:, 1:].numel())
             line.show(f"rows {first + len(part)} of {len(rows)}, {stop:,} tokens read: {pace.text()}")
-        if first == 0 and len(rows) > batch:
-            line.clear()
-            print(f"{len(rows)} rows of {length:,} tokens: {pace.text()}", file=sys.stderr, flush=True)
+            if first == start == 0 and length > piece:
+                _tell(pace.text())
     line.clear()
     if not np.isfinite(total).all():
         raise EvaluationError(
@@ -94,66 +65,48 @@ def loss_by_position(model: EvalModel, rows: np.ndarray, batch: int, piece: int)
     return total
 
 
-def summarise(losses: np.ndarray, rows: int, trained_length: int | None) -> dict[str, Any]:
-    """Mean loss and perplexity over all positions and by bucket; a bucket ends at a power of two.
+def _losses(logits: Tensor, targets: Tensor) -> np.ndarray:
+    """(T,) cross-entropy in nats, summed over rows."""
+    parts = [
+        F.cross_entropy(part.float().transpose(1, 2), target.to(part.device), reduction="none").double().sum(0)
+        for part, target in zip(logits.split(_LOGITS, 1), targets.split(_LOGITS, 1), strict=True)
+    ]
+    return torch.cat(parts).cpu().numpy()
+
+
+def stretch_ends(length: int, trained_length: int | None) -> list[int]:
+    """Ends of the stretches that a report is made from: powers of two, the trained length, and the row's end."""
+    ends = {2**power for power in range(length.bit_length())} | {length, trained_length or length}
+    return sorted(end for end in ends if end <= length)
+
+
+def summarise(sums: np.ndarray, ends: Sequence[int], rows: int, trained_length: int | None) -> dict[str, Any]:
+    """Mean loss and perplexity over all positions and by bucket; a bucket ends at a power of two, or with the row.
 
     Args:
-        losses: From `loss_by_position`.
-        rows: Rows it sums over.
+        sums: From `loss_sums`.
+        ends: From `stretch_ends`.
+        rows: Rows they sum over.
         trained_length: Also gives the loss within it and beyond, where there are such positions.
     """
-    ends = [2**power for power in range((len(losses) - 1).bit_length())] + [len(losses)]
-    starts = [0, *ends[:-1]]
-    report = {**_mean(losses, rows), "buckets": []}
-    for start, end in zip(starts, ends, strict=True):
-        report["buckets"].append({"first": start + 1, "last": end, **_mean(losses[start:end], rows)})
+    before = dict(zip([0, *ends], np.cumsum([0.0, *sums]).tolist(), strict=True))  # the sum up to each end
+    length = ends[-1]
+
+    def mean(first: int, last: int) -> dict[str, Any]:
+        loss = (before[last] - before[first]) / (rows * (last - first))
+        # exp overflows past 709 nats; a loss that large is reported, its perplexity is not a number JSON has.
+        perplexity = math.exp(loss) if loss < 700 else None
+        return {"tokens": rows * (last - first), "loss": loss, "perplexity": perplexity}
+
+    buckets = [end for end in ends if end == length or not end & (end - 1)]
+    pairs = zip([0, *buckets], buckets, strict=False)
+    report = {**mean(0, length), "buckets": [{"first": a + 1, "last": b, **mean(a, b)} for a, b in pairs]}
     if trained_length is not None:
-        report["within_trained_length"] = _mean(losses[:trained_length], rows)
-        if trained_length < len(losses):
-            report["beyond_trained_length"] = _mean(losses[trained_length:], rows)
+        report["within_trained_length"] = mean(0, min(trained_length, length))
+        if trained_length < length:
+            report["beyond_trained_length"] = mean(trained_length, length)
     return report
 
 
-def _mean(losses: Sequence[float] | np.ndarray, rows: int) -> dict[str, Any]:
-    mean = float(np.mean(losses)) / rows
-    # exp overflows past 709 nats; a loss that large is reported, its perplexity is not a number JSON has.
-    return {"tokens": rows * len(losses), "loss": mean, "perplexity": math.exp(mean) if mean < 700 else None}
-
-
-def _open(prefix: Path) -> Any:
-    for suffix in (".bin", ".idx"):
-        if not prefix.with_suffix(suffix).is_file():
-            raise EvaluationError(
-                f"--data {prefix.parent}: {prefix.name}{suffix} is missing; write shards with "
-                "`python -m tokenization.encode`"
-            )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-    # Readers that could not be made complain on stderr when they are dropped, after the error has said it all.
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        dataset = IndexedDataset(str(prefix))
-        expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
-    except Exception as error:  # a damaged index fails in whatever way its bytes lead to
-        fault = " ".join(str(error).split()) or type(error).__name__
-    else:
-        there = prefix.with_suffix(".bin").stat().st_size
-        if there == expected:
-            return dataset
-        fault = f"{prefix.name}.bin has {there:,} bytes instead of {expected:,}"
-    finally:
-        sys.unraisablehook = hook
-    raise EvaluationError(f"--data {prefix.parent}: cannot read {prefix.name}.idx and .bin ({fault}); encode again")
-
-
-def _check_tokenizer(folder: Path, model: EvalModel) -> None:
-    try:
-        shards = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if shards != model.tokenizer.sha256:
-        raise EvaluationError(
-            f"--data {folder}: its tokens were made with another tokenizer (sha256 {shards[:12]}, the model's is "
-            f"{model.tokenizer.sha256[:12]}); give the shards of the model's own tokenizer"
-        )
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,13 +1,14 @@
-"""Held-out loss by position: `python -m evals.position_perplexity --checkpoint RUN --data SHARDS --output DIR`."""
+"""Loss by position: `python -m evals.position_perplexity --checkpoint RUN --data SHARDS --output DIR`."""
 
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from evals.command_line import EvaluationError, parse_settings, run_command
 
 if TYPE_CHECKING:
+    from evals.disk_tokens import DiskTokens
     from evals.models import EvalModel
 
 
@@ -15,16 +16,21 @@ if TYPE_CHECKING:
 class PositionPerplexitySettings:
     """Measures held-out loss and perplexity by position: whether a longer past helps, and beyond the trained length.
 
-    Held-out documents, joined in their order, are cut into rows that are streamed from a fresh state. Writes
-    OUTPUT/position_perplexity.json and .png.
+    Rows are streamed from a fresh state, in constant memory whatever their length, to 2 million tokens and beyond.
+    Writes OUTPUT/position_perplexity.json, .csv and .png.
     """
 
     checkpoint: Path
     """Run folder (its newest checkpoint is taken) or one checkpoint folder."""
-    data: Path
-    """Folder with heldout.bin and heldout.idx, from `python -m tokenization.encode`."""
     output: Path
-    """Folder for position_perplexity.json and position_perplexity.png."""
+    """Folder for position_perplexity.json, .csv and .png."""
+    data: Path | None = None
+    """Folder with heldout.bin and heldout.idx, from `python -m tokenization.encode`."""
+    text: tuple[Path, ...] = ()
+    """In place of --data: text files, or folders of .txt files; each that is long enough is a row of its own."""
+    rows: Literal["joined", "documents"] = "joined"
+    """What --data gives: held-out documents joined in their order and cut, or the beginnings of those that are long
+    enough, each a row of its own."""
     tokens: int = 131_072
     """Predict about this many tokens, whole rows; fewer when there are fewer."""
     length: int = 4_096
@@ -37,6 +43,8 @@ class PositionPerplexitySettings:
     """Tokenizer file; by default RUN/tokenizer/tokenizer.model."""
 
     def __post_init__(self) -> None:
+        if (self.data is None) == (not self.text):
+            raise EvaluationError("give either --data, a folder of shards, or --text, files or folders of long texts")
         for name in ("tokens", "length", "batch", "piece"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")
@@ -51,30 +59,34 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
     Raises:
         EvaluationError: The shards are missing, too short, or not of this model's tokenizer.
     """
-    from evals.position_loss import heldout_rows, loss_by_position, summarise
+    from evals.measure import PeakMemory
+    from evals.position_loss import loss_sums, stretch_ends, summarise
     from evals.report import loss_plot, write_figure, write_json
+    from evals.tables import write_csv
 
-    rows = heldout_rows(settings.data, model, max(settings.tokens // settings.length, 1), settings.length)
-    losses = loss_by_position(model, rows, settings.batch, settings.piece)
-    summary = summarise(losses, len(rows), model.trained_length)
+    rows = open_rows(model, settings)
+    ends = stretch_ends(settings.length, model.trained_length)
+    peak = PeakMemory(model.device)
+    sums = loss_sums(model, rows, settings.batch, settings.piece, ends)
+    summary = summarise(sums, ends, len(rows), model.trained_length)
     report = {
         **summary,
         "rows": len(rows),
         "length": settings.length,
+        "source": "text" if settings.text else settings.rows,
+        "peak_bytes": peak.bytes(),
         "trained_length": model.trained_length,
         "checkpoint": model.checkpoint,
         "checkpoint_sha256": model.checkpoint_sha256,
         "tokenizer_sha256": model.tokenizer.sha256,
         "model": model.config.to_dict(),
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
-        },
+        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
     }
     write_json(settings.output / "position_perplexity.json", report)
-    ends = [bucket["last"] for bucket in summary["buckets"]]
+    write_csv(settings.output / "position_perplexity.csv", summary["buckets"])
     plot = loss_plot(
-        f"Held-out loss by position ({model.config.variant})",
-        ends,
+        f"Loss by position ({model.config.variant})",
+        [bucket["last"] for bucket in summary["buckets"]],
         [bucket["loss"] for bucket in summary["buckets"]],
         model.trained_length,
     )
@@ -82,26 +94,53 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
     return report
 
 
+def open_rows(model: "EvalModel", settings: PositionPerplexitySettings) -> "list[DiskTokens]":
+    """The rows that the settings name.
+
+    Raises:
+        EvaluationError: They are missing, too short, or not of this model's tokenizer.
+    """
+    from evals.position_rows import document_rows, heldout_rows, text_rows
+
+    most = max(settings.tokens // settings.length, 1)
+    if settings.data is None:
+        return text_rows(settings.text, model, most, settings.length)
+    rows = heldout_rows if settings.rows == "joined" else document_rows
+    return rows(settings.data, model, most, settings.length)
+
+
 def report_table(report: dict[str, Any]) -> str:
     """A line for each bucket of positions."""
     from evals.report import table
 
     rows = [
-        [f"{b['first']:,}-{b['last']:,}", f"{b['tokens']:,}", f"{b['loss']:.4f}", f"{b['perplexity']:.2f}"]
+        [f"{b['first']:,}-{b['last']:,}", f"{b['tokens']:,}", f"{b['loss']:.4f}", _number(b["perplexity"])]
         for b in report["buckets"]
     ]
     return table(("tokens read", "predicted", "loss (nats)", "perplexity"), rows)
 
 
+def _number(perplexity: float | None) -> str:
+    return "" if perplexity is None else f"{perplexity:.2f}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(PositionPerplexitySettings, "python -m evals.position_perplexity")
+    from evals.heap import return_large_blocks
     from evals.models import load_model
 
+    return_large_blocks()
     report = evaluate(load_model(settings.checkpoint, settings.tokenizer), settings)
     print(report_table(report))
-    print(f"held-out loss {report['loss']:.4f} nats/token over {report['tokens']:,} tokens")
-    print(f"{settings.output / 'position_perplexity.json'}, position_perplexity.png", file=sys.stderr)
+    print(f"loss {report['loss']:.4f} nats/token over {report['tokens']:,} tokens")
+    print(f"{settings.output / 'position_perplexity.json'}, .csv, .png", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""Loss by position: equal to one pass over each row, and to what the definition says."""
+"""Loss by position: equal to one pass over each row, to what the definition says, and in memory that does not grow."""
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from evals import position_rows
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
-from evals.position_loss import heldout_rows, loss_by_position, summarise
+from evals.position_loss import loss_sums, stretch_ends, summarise
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
+from evals.position_rows import document_rows, heldout_rows, text_rows
 
 from .conftest import MakeRun, write_heldout
 
@@ -21,33 +25,68 @@ def model(mac_run: Path) -> EvalModel:
     return load_model(mac_run)
 
 
+def by_position(model: EvalModel, rows: list, batch: int, piece: int) -> np.ndarray:  # type: ignore[type-arg]
+    return loss_sums(model, rows, batch, piece, range(1, len(rows[0])))
+
+
 @pytest.mark.parametrize("variant", ["mac", "transformer"])
 def test_streamed_loss_equals_one_pass(make_run: MakeRun, shards: Path, variant: str) -> None:
     model = load_model(make_run(variant))
     rows = heldout_rows(shards, model, 5, 333)
-    tokens = torch.from_numpy(np.array(rows, np.int64))
+    tokens = torch.from_numpy(np.array([np.asarray(row) for row in rows], np.int64))
     with torch.no_grad():
         direct = model.network.forward(tokens[:, :-1], tokens[:, 1:])  # type: ignore[attr-defined]
     for batch, piece in ((2, 50), (8, 1000)):
-        streamed = loss_by_position(model, rows, batch, piece)
-        np.testing.assert_allclose(streamed, direct.sum(0).numpy(), rtol=2e-5)
+        np.testing.assert_allclose(by_position(model, rows, batch, piece), direct.sum(0).numpy(), rtol=2e-5)
+    stretches = loss_sums(model, rows, 2, 50, (1, 100, 128, 333))
+    parts = [part.sum() for part in np.split(direct.sum(0).double().numpy(), (1, 100, 128))]
+    np.testing.assert_allclose(stretches, parts, rtol=2e-5)
 
 
 def test_every_heldout_token_but_the_first_is_predicted_once(shards: Path, model: EvalModel) -> None:
-    rows = heldout_rows(shards, model, 100, 333)
+    rows = np.array([np.asarray(row) for row in heldout_rows(shards, model, 100, 333)])
     expected = np.random.default_rng(0).integers(3, 360, 2_000)
     assert rows.shape == (6, 334)
     assert (rows[:, 1:].ravel() == expected[1 : 6 * 333 + 1]).all()
     assert (rows[:, :-1].ravel() == expected[: 6 * 333]).all()
 
 
+def test_rows_of_documents_are_the_beginnings_of_long_ones(shards: Path, model: EvalModel) -> None:
+    tokens = np.random.default_rng(0).integers(3, 360, 2_000)
+    for length, starts in ((300, (0, 309, 1001)), (301, (309, 1001)), (998, (1001,))):
+        rows = document_rows(shards, model, 9, length)
+        assert [np.asarray(row).tolist() for row in rows] == [tokens[at : at + length + 1].tolist() for at in starts]
+    assert len(document_rows(shards, model, 2, 300)) == 2
+    with pytest.raises(EvaluationError, match=r"longest held-out document has 999 tokens, but a row of --length 999"):
+        document_rows(shards, model, 1, 999)
+
+
+def test_a_text_is_tokenised_in_blocks_as_in_one_go(
+    tmp_path: Path, model: EvalModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = model.tokenizer.processor
+    text = "The sky is\n\nhidden.  Special   text\r\n is magic 345 and ünïcode 記憶 learns\n" * 40
+    (tmp_path / "long.txt").write_text(text, newline="")
+    (tmp_path / "short.txt").write_text("The sky")
+    whole = [processor.bos_id(), *processor.encode(text)]
+    for block in (7, 50, 1 << 20):
+        monkeypatch.setattr(position_rows, "_BLOCK", block)
+        for length in (500, len(whole) - 1):
+            (row,) = text_rows([tmp_path], model, 5, length)
+            assert np.asarray(row).tolist() == whole[: length + 1]
+    with pytest.raises(EvaluationError, match=rf"longest of 2 files has {len(whole):,} tokens, but a row of --length"):
+        text_rows([tmp_path], model, 1, len(whole))
+    with pytest.raises(EvaluationError, match="no text file there"):
+        text_rows([tmp_path / "nowhere"], model, 1, 10)
+
+
 def test_report_has_a_bucket_for_each_power_of_two(
     tmp_path: Path, mac_run: Path, shards: Path, model: EvalModel
 ) -> None:
-    settings = PositionPerplexitySettings(mac_run, shards, tmp_path, tokens=600, length=300, piece=64)
+    settings = PositionPerplexitySettings(mac_run, tmp_path, data=shards, tokens=600, length=300, piece=64)
     evaluate(model, settings)
     report = json.loads((tmp_path / "position_perplexity.json").read_text())
-    losses = loss_by_position(model, heldout_rows(shards, model, 2, 300), 2, 300) / 2
+    losses = by_position(model, heldout_rows(shards, model, 2, 300), 2, 300) / 2
     spans = [(bucket["first"], bucket["last"]) for bucket in report["buckets"]]
     assert spans == [(1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, 32), (33, 64), (65, 128), (129, 256), (257, 300)]
     for bucket in report["buckets"]:
@@ -61,13 +100,21 @@ def test_report_has_a_bucket_for_each_power_of_two(
     assert report["within_trained_length"]["loss"] == pytest.approx(losses[:128].mean(), rel=1e-5)
     assert report["beyond_trained_length"]["loss"] == pytest.approx(losses[128:].mean(), rel=1e-5)
     assert (tmp_path / "position_perplexity.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "position_perplexity.csv").read_text().splitlines()) == 11
 
 
-def test_buckets_cover_every_position_of_any_length() -> None:
+@pytest.mark.parametrize("trained", [None, 1, 3, 100, 5000])
+def test_buckets_cover_every_position_of_any_length(trained: int | None) -> None:
     for length in (1, 2, 3, 4, 5, 8, 9, 1000):
-        buckets = summarise(np.ones(length), 1, None)["buckets"]
-        covered = [position for b in buckets for position in range(b["first"], b["last"] + 1)]
-        assert covered == list(range(1, length + 1))
+        ends = stretch_ends(length, trained)
+        losses = np.arange(1.0, length + 1)
+        report = summarise(np.diff(np.cumsum([0, *losses])[[0, *ends]]), ends, 1, trained)
+        buckets = report["buckets"]
+        assert [p for b in buckets for p in range(b["first"], b["last"] + 1)] == list(range(1, length + 1))
+        assert sum(bucket["loss"] * bucket["tokens"] for bucket in buckets) == pytest.approx(losses.sum())
+        if trained is not None:
+            assert report["within_trained_length"]["loss"] == pytest.approx(losses[:trained].mean())
+            assert ("beyond_trained_length" in report) == (trained < length)
 
 
 def test_shards_that_do_not_fit_are_named(shards: Path, tmp_path: Path, model: EvalModel) -> None:
@@ -89,3 +136,47 @@ def test_shards_that_do_not_fit_are_named(shards: Path, tmp_path: Path, model: E
         (tmp_path / "heldout.idx").write_bytes(damaged)
         with pytest.raises(EvaluationError, match=r"cannot read heldout.idx"):
             heldout_rows(tmp_path, model, 1, 2)
+    for wrong in ({}, {"data": shards, "text": (shards,)}):
+        with pytest.raises(EvaluationError, match="give either --data, a folder of shards, or --text"):
+            PositionPerplexitySettings(tmp_path, tmp_path, **wrong)  # type: ignore[arg-type]
+
+
+PEAKS = """
+import sys
+import numpy as np, torch
+from pathlib import Path
+from evals.heap import return_large_blocks
+if sys.argv[2] == "mended":
+    return_large_blocks()
+from evals.disk_tokens import DiskTokens
+from evals.measure import PeakMemory
+from evals.models import EvalModel
+from evals.position_loss import loss_sums
+from titans_mcore.config import TitansConfig
+
+PIECES, SETTLED = 240, 40
+peak = PeakMemory(torch.device("cpu"))
+peaks = []
+
+class Logits:  # tensors of a model's sizes: small ones that stay for a while among large ones that go
+    kept = []
+    def stream(self, tokens, states, last=None):
+        peaks.append(peak.bytes())
+        self.kept = [*self.kept[-9:], torch.zeros(200_000 + 9_000 * (len(peaks) % 7))]
+        logits = torch.zeros(tokens.shape[1], 1, 12_000 + 100 * (len(peaks) % 3))
+        return (logits + 1).transpose(0, 1), states
+
+torch.set_num_threads(1)
+path = Path(sys.argv[1])
+np.zeros(PIECES * 128 + 1, np.int32).tofile(path)
+model = EvalModel(Logits(), TitansConfig(), None, "", "")
+with path.open("rb") as file:
+    loss_sums(model, [DiskTokens(file, 0, PIECES * 128 + 1)], 1, 128, [PIECES * 128])
+print(peaks[SETTLED], peaks[-1])
+"""
+
+
+def test_peak_memory_does_not_grow_with_what_has_been_read(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", PEAKS, str(tmp_path / "ids"), "mended"]
+    settled, last = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert last - settled < 3e6, "less than half of a piece's logits"

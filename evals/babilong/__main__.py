@@ -1,0 +1,23 @@
+"""`python -m evals.babilong --checkpoint RUN --output DIR`."""
+
+from evals.babilong.settings import BabilongSettings
+from evals.command_line import parse_settings, run_command
+
+
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(BabilongSettings, "python -m evals.babilong")
+    from evals.babilong.run import evaluate
+    from evals.babilong.summary import describe, report_table
+    from evals.heap import return_large_blocks
+    from evals.models import load_model
+
+    return_large_blocks()
+    report = evaluate(load_model(settings.checkpoint, settings.tokenizer), settings)
+    print(describe(report))
+    print(report_table(report))
+    print(f"{settings.output / 'babilong.json'}, babilong.md, babilong.csv, babilong.png, babilong.jsonl")
+
+
+if __name__ == "__main__":
+    run_command(main)

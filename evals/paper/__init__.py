@@ -1,0 +1,1 @@
+"""The paper's tables: its own numbers beside those of trained models."""

@@ -1,0 +1,81 @@
+"""What other commands found out about a model, gathered from their JSON files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.command_line import EvaluationError
+from evals.paper.published import VARIANTS
+
+KINDS = {
+    "harness": "columns",
+    "niah": "by_length",
+    "babilong": "by_length",
+    "position_perplexity": "buckets",
+    "context": "rows",
+}
+"""Evaluations, whose file is KIND.json, and a field that each has."""
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """One model's results."""
+
+    name: str
+    """As the user calls it."""
+    reports: Mapping[str, Mapping[str, Any]]
+    """By kind; what was not run is missing."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's settings; empty where no result has them."""
+        return next((report["model"] for report in self.reports.values() if isinstance(report.get("model"), dict)), {})
+
+    @property
+    def variant(self) -> str:
+        """The paper's name of the variant; empty when unknown."""
+        return VARIANTS.get(self.config.get("variant", ""), "")
+
+
+def places(name: str, folder: Path, output: Path) -> list[Path]:
+    """Where results of a model may lie, those of this command first."""
+    return [output / name, folder, folder / "eval"]
+
+
+def find_report(kind: str, folders: Sequence[Path]) -> Mapping[str, Any] | None:
+    """The first report of a kind.
+
+    Raises:
+        EvaluationError: A file with its name is something else, or damaged.
+    """
+    for folder in folders:
+        file = folder / f"{kind}.json"
+        if file.is_file():
+            return _read(file, KINDS[kind])
+    return None
+
+
+def read_results(name: str, folder: Path, output: Path) -> ModelResults:
+    """All results of a model.
+
+    Raises:
+        EvaluationError: The folder is missing, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise EvaluationError(f"--models {name}={folder}: no such folder")
+    found = {kind: find_report(kind, places(name, folder, output)) for kind in KINDS}
+    return ModelResults(name, {kind: report for kind, report in found.items() if report is not None})
+
+
+def _read(file: Path, field: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"{file} is not JSON ({error}); delete it and run its evaluation again") from None
+    if isinstance(content, list):
+        content = {"rows": content}
+    if not isinstance(content.get(field), list):
+        raise EvaluationError(f"{file} has no {field!r}; delete it and run its evaluation again")
+    return content

@@ -1,0 +1,224 @@
+"""The paper's tables, filled with what was found out about models."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from evals.harness.tasks import COLUMNS
+from evals.paper import published
+from evals.paper.results import ModelResults
+from evals.paper.table import OURS, Number, Row, Table, interleave, paper_rows
+
+Models = Sequence[ModelResults]
+FIGURE = "The paper shows this as a figure, without numbers."
+
+
+def all_tables(models: Models) -> list[Table]:
+    """Every table, in the paper's order."""
+    return [
+        language(models),
+        niah(models),
+        babilong(models),
+        ablation(models),
+        efficiency(models),
+        depth(models),
+    ]
+
+
+def language(models: Models) -> Table:
+    """Perplexities and accuracies of the nine tasks."""
+    rows = []
+    for model in models:
+        report = model.reports.get("harness", {})
+        found = {column["title"]: column for column in report.get("columns", ())}
+        cells = [*(found.get(column.title, {}) for column in COLUMNS), report.get("average", {})]
+        values, errors = (tuple(cell.get(name) for cell in cells) for name in ("value", "stderr"))
+        rows.append((model.variant, Row(model.name, OURS, values, errors)))
+    notes = [f"The paper's models: {published.LANGUAGE_AT}. Ours: zero-shot, ± one standard error."]
+    limits = {model.name: model.reports.get("harness", {}).get("settings", {}).get("limit") for model in models}
+    notes += [f"{name}: the first {limit} documents of each task alone." for name, limit in limits.items() if limit]
+    return Table(
+        "language",
+        "Language modelling and common sense",
+        (*(column.title for column in COLUMNS), "avg"),
+        interleave(paper_rows(published.LANGUAGE), rows),
+        tuple(notes),
+    )
+
+
+def niah(models: Models) -> Table:
+    """Accuracy of the three needle tasks at the paper's lengths."""
+    columns = [(task, length) for task in published.NIAH_TASKS for length in published.NIAH_LENGTHS]
+    rows, notes = [], []
+    for model in models:
+        found = niah_accuracy(model)
+        cells = tuple(_percent(found.get(cell)) for cell in columns)
+        rows.append((model.variant, Row(model.name, OURS, cells)))
+        notes += _niah_notes(model)
+    return Table(
+        "niah",
+        "S-NIAH",
+        tuple(f"{published.NIAH_TASKS[task]} {length // 1024}K" for task, length in columns),
+        interleave(paper_rows(published.NIAH), rows),
+        ("RULER's substring score, percent.", *notes),
+        digits=1,
+    )
+
+
+def niah_accuracy(model: ModelResults) -> dict[tuple[str, int], float]:
+    """Shares by task and length, controls left out."""
+    report = model.reports.get("niah", {})
+    return {
+        (row.get("task", report.get("task")), row["length"]): row["accuracy"]
+        for row in report.get("by_length", ())
+        if not row.get("control") or row["control"] == "none"
+    }
+
+
+def _niah_notes(model: ModelResults) -> list[str]:
+    report = model.reports.get("niah")
+    if report is None:
+        return []
+    samples = sorted({row["n"] for row in report["by_length"]})
+    count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
+    stacks = {row["label"] for row in report.get("haystacks", {}).values()} or {report.get("haystack", "unknown")}
+    return [f"{model.name}: {count} samples a cell, haystacks: {', '.join(sorted(stacks))}."]
+
+
+def babilong(models: Models) -> Table:
+    """Mean accuracy over qa1 to qa5 by length."""
+    means = {model.name: babilong_means(model) for model in models}
+    lengths = sorted({length for found in means.values() for length in found})
+    rows, notes = [], []
+    for model in models:
+        report = model.reports.get("babilong", {})
+        label = f"{model.name} (simulated)" if report.get("simulated") else model.name
+        rows.append(Row(label, OURS, tuple(_percent(means[model.name].get(length)) for length in lengths)))
+        if report:
+            notes.append(f"{label}: stories {report['stories']}, background {report['background']}.")
+    columns = tuple(_length(length) for length in lengths)
+    title = "BABILong, mean accuracy of qa1 to qa5"
+    return Table("babilong", title, columns, tuple(rows), (FIGURE, *notes), digits=1)
+
+
+def babilong_means(model: ModelResults) -> dict[int, Number]:
+    """Shares by length; None where one of the five tasks is missing."""
+    return {row["length"]: row["mean_qa1_to_qa5"] for row in model.reports.get("babilong", {}).get("by_length", ())}
+
+
+def ablation(models: Models) -> Table:
+    """What each part of the memory is worth."""
+    rows = []
+    for model in models:
+        part = ablated(model.config)
+        if part is not None:
+            rows.append((part, Row(model.name, OURS, (_mean_perplexity(model), _mean_needles(model)))))
+    return Table(
+        "ablation",
+        "Ablation of the neural memory",
+        ("ppl", "long context"),
+        interleave(paper_rows(published.ABLATION), rows),
+        (
+            f"The paper's models: {published.ABLATION_AT}. ppl: mean of wikitext and LAMBADA; long context: mean of "
+            "the twelve S-NIAH cells.",
+        ),
+    )
+
+
+def ablated(config: Mapping[str, Any]) -> str | None:
+    """Which line of the ablation a model is; None for one that is none of them."""
+    if config.get("variant") != "lmm":
+        return None
+    left_out = {
+        "linear memory": config.get("memory_depth") == 1,
+        "no convolution": config.get("conv_kernel") == 1,
+        "no momentum": config.get("memory_momentum") is False,
+        "no weight decay": config.get("memory_forgetting") is False,
+        "no persistent tokens": config.get("persistent_tokens") == 0,
+    }
+    found = [part for part, out in left_out.items() if out]
+    return None if len(found) > 1 else [*found, "LMM"][0]
+
+
+def _mean_perplexity(model: ModelResults) -> Number:
+    columns = model.reports.get("harness", {}).get("columns", ())
+    values = [column["value"] for column in columns if not column["accuracy"]]
+    return fmean(values) if len(values) == 2 and None not in values else None
+
+
+def _mean_needles(model: ModelResults) -> Number:
+    found = niah_accuracy(model)
+    cells = [found.get((task, length)) for task in published.NIAH_TASKS for length in published.NIAH_LENGTHS]
+    shares = [cell for cell in cells if cell is not None]
+    return 100 * fmean(shares) if len(shares) == len(cells) else None
+
+
+MEASURES = {
+    "prefill_tokens_per_second": ("prefill tokens/s", 1.0),
+    "decode_ms": ("decode ms/token", 1.0),
+    "peak_bytes": ("peak MB", 1e-6),
+}
+
+
+def efficiency(models: Models) -> Table:
+    """Speed and memory against length."""
+    points = efficiency_points(models)
+    lengths = sorted({length for lines in points.values() for line in lines.values() for length in line})
+    rows = tuple(
+        Row(f"{label}, {MEASURES[measure][0]}", OURS, tuple(line.get(length) for length in lengths))
+        for label, lines in points.items()
+        for measure, line in lines.items()
+    )
+    columns = tuple(_length(length, 1024) for length in lengths)
+    return Table("efficiency", "Efficiency against length", columns, rows, (FIGURE,), digits=1)
+
+
+def efficiency_points(models: Models) -> dict[str, dict[str, dict[int, Number]]]:
+    """By model and measure, numbers by length; what was not run is None."""
+    points: dict[str, dict[str, dict[int, Number]]] = {}
+    for model in models:
+        for row in model.reports.get("context", {}).get("rows", ()):
+            label = model.name if row["model"] == model.name else f"{model.name} ({row['model']})"
+            for measure, (_, scale) in MEASURES.items():
+                value = row.get(measure)
+                number = value * scale if isinstance(value, int | float) else None
+                points.setdefault(label, {}).setdefault(measure, {})[row["length"]] = number
+    return points
+
+
+def depth(models: Models) -> Table:
+    """Perplexity by position for memories of different depth."""
+    chosen = sorted(
+        (model for model in models if model.config.get("variant") not in (None, "transformer")),
+        key=lambda model: (model.config["variant"], model.config.get("memory_depth", 0)),
+    )
+    curves = {model.name: perplexity_by_position(model) for model in chosen}
+    ends = sorted({end for curve in curves.values() for end in curve if end >= 128})
+    rows = tuple(
+        Row(
+            f"{model.name}: {model.variant}, L_M = {model.config.get('memory_depth')}",
+            OURS,
+            tuple(curves[model.name].get(end) for end in ends),
+        )
+        for model in chosen
+    )
+    columns = tuple(f"to {end:,}" for end in ends)
+    notes = (FIGURE, "Perplexity of the tokens from half of a column's position to it.")
+    return Table("depth", "Effect of the memory's depth", columns, rows, notes)
+
+
+def perplexity_by_position(model: ModelResults) -> dict[int, Number]:
+    """Perplexity of whole buckets, by their ends."""
+    buckets = model.reports.get("position_perplexity", {}).get("buckets", ())
+    return {b["last"]: b["perplexity"] for b in buckets if 2 * (b["first"] - 1) == b["last"]}
+
+
+def _percent(share: Number) -> Number:
+    return None if share is None else 100 * share
+
+
+def _length(length: int, thousand: int = 1000) -> str:
+    for unit, size in (("M", thousand**2), ("K", thousand)):
+        if length >= size:
+            return f"{length / size:g}{unit}"
+    return f"{length}"

@@ -1,0 +1,83 @@
+"""Raw results: one JSON line a sample, appended as batches finish, read back when a run goes on."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from evals.command_line import EvaluationError
+
+Record = TypeVar("Record")
+
+
+class RecordFile(Generic[Record]):
+    """A JSONL file of records, held by one process at a time. Use it in a `with` block.
+
+    Args:
+        path: The file; it and its folder are made when missing. A last line that a killed process left torn is dropped.
+        kind: Dataclass of a record.
+
+    Raises:
+        EvaluationError: Another process holds the file, or a line in it is not a record.
+    """
+
+    def __init__(self, path: Path, kind: type[Record]) -> None:
+        self.path, self._kind = path, kind
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise EvaluationError(
+                f"--output {path.parent}: cannot write {path.name} there ({error.strerror}); give another folder"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise EvaluationError(
+                f"{path}: another evaluation is writing it; wait for it or give another --output"
+            ) from None
+        self._drop_torn_line()
+        self._file.seek(0)
+        self.records = [self._parse(line, number) for number, line in enumerate(self._file, 1)]
+
+    def __enter__(self) -> "RecordFile[Record]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Adds records; they are on the disk when this returns."""
+        new = list(records)
+        lines: list[Any] = new
+        self._file.write("".join(json.dumps(asdict(record)) + "\n" for record in lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.records += new
+
+    def _drop_torn_line(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._file.truncate(whole)
+
+    def _parse(self, line: bytes, number: int) -> Record:
+        kind: Any = self._kind
+        try:
+            values = json.loads(line)
+            if set(values) != {field.name for field in fields(kind)}:
+                raise ValueError("its fields are not those of this version")
+            return kind(**values)
+        except (ValueError, TypeError) as error:
+            raise EvaluationError(
+                f"{self.path}, line {number}: not a result of this evaluation ({error}); "
+                "move the file away or give another --output"
+            ) from None

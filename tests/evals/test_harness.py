@@ -1,0 +1,169 @@
+"""The paper's nine tasks through lm-eval's official task files: scores of planted models, native = export, faults."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from evals.command_line import EvaluationError
+from evals.harness import run
+from evals.harness.settings import HarnessSettings
+from evals.harness.summary import summarise
+from evals.models import EvalModel, load_model
+
+from .harness_data import GOLD, ROWS, write_rows
+from .planted import plant
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[evals]'")
+
+PAPER_COLUMNS = ["Wiki ppl", "LMB ppl", "LMB", "PIQA", "Hella", "Wino", "ARC-e", "ARC-c", "SIQA", "BoolQ"]
+
+
+class Reader:
+    """Expects a text of its own that begins as what it has read: with certainty, or certainly not."""
+
+    def __init__(self, processor: Any, texts: list[str], sign: float) -> None:
+        self.texts = [processor.encode(text, add_bos=True) for text in texts]
+        self.vocabulary, self.sign = processor.vocab_size(), sign
+
+    def stream(self, tokens: Tensor, states: Any, last: int | None = None) -> tuple[Tensor, Any]:
+        read = [[] for _ in tokens] if states is None else states
+        logits = torch.zeros(*tokens.shape, self.vocabulary)
+        for row, new in enumerate(tokens.tolist()):
+            for position, token in enumerate(new):
+                read[row] = [*read[row], token]
+                for text in self.texts:
+                    if text[: len(read[row])] == read[row] and len(text) > len(read[row]):
+                        logits[row, position, text[len(read[row])]] = 30.0 * self.sign
+        return logits, read
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, model: EvalModel, tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    monkeypatch.setattr("evals.models.load_model", lambda *_: model)
+    data = write_rows(tmp_path / "rows")
+    return run.evaluate(HarnessSettings(Path("planted"), tmp_path / "out", data=data, piece=7, batch=3, **settings))
+
+
+def planted(tokenizer: Path, sign: float) -> EvalModel:
+    model = plant(tokenizer, str)
+    reader = Reader(model.tokenizer.processor, GOLD, sign)
+    return EvalModel(reader, model.config, model.tokenizer, "planted", "0" * 64)
+
+
+def values(report: dict[str, Any]) -> dict[str, float]:
+    return {column["title"]: column["value"] for column in report["columns"]}
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(1.0, 100.0), (-1.0, 0.0)])
+def test_oracle_answers_everything_and_its_opposite_nothing(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Path, tmp_path: Path, sign: float, expected: float
+) -> None:
+    tasks = ("lambada_openai", "piqa", "winogrande", "social_iqa", "boolq")
+    found = values(evaluate(monkeypatch, planted(tokenizer, sign), tmp_path, tasks=tasks, limit=1))
+    assert list(found) == PAPER_COLUMNS
+    assert [found[title] for title in ("LMB", "PIQA", "Wino", "SIQA", "BoolQ")] == [expected] * 5
+    assert (found["LMB ppl"] < 1.001) == (sign > 0)
+    assert [found[title] for title in ("Wiki ppl", "Hella", "ARC-e", "ARC-c")] == [None] * 4
+    assert json.loads((tmp_path / "out" / "harness.json").read_text())["average"]["value"] is None
+    cells = (tmp_path / "out" / "harness.md").read_text().splitlines()[2].split("|")[1:-1]
+    assert [cell.strip() == "" for cell in cells] == [True, *[False] * 3, True, False, True, True, False, False, True]
+
+
+def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary_a_token(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Path, tmp_path: Path
+) -> None:
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    model = planted(tokenizer, 0.0)
+    wiki = evaluate(monkeypatch, model, tmp_path, tasks=("wikitext",), max_length=6)["columns"][0]
+    tokens = sum(len(model.tokenizer.processor.encode(wikitext_detokenizer(row))) for row in ROWS["wikitext"])
+    words = sum(len(re.split(r"\s+", row["page"])) for row in ROWS["wikitext"])
+    assert wiki["n"] == 2
+    assert math.log(wiki["value"]) == pytest.approx(tokens * math.log(360) / words)
+
+
+def test_native_model_and_its_export_give_one_table(
+    mac_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from titans_mcore.hf.convert import export
+
+    export(mac_run, tmp_path / "hf", skip_proof=True)
+    data = write_rows(tmp_path / "rows")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    native = run.evaluate(HarnessSettings(mac_run, tmp_path / "native", data=data, piece=16, batch=3, max_length=24))
+    exported = run.evaluate(HarnessSettings(tmp_path / "hf", tmp_path / "exported", data=data, max_length=24))
+    assert (native["backend"], exported["backend"]) == ("native", "hf")
+    for one, other in zip(native["columns"], exported["columns"], strict=True):
+        assert one["n"] == other["n"] >= 2
+        assert one["value"] == pytest.approx(other["value"], rel=1e-4), one["title"]
+        assert one["stderr"] == pytest.approx(other["stderr"], rel=1e-3), one["title"]
+    assert native["average"]["value"] == pytest.approx(exported["average"]["value"], rel=1e-6)
+
+
+def test_standard_errors_are_those_of_the_documents() -> None:
+    generator = np.random.default_rng(0)
+    hits = (generator.random(400) < 0.3).astype(float)
+    words = generator.integers(50, 500, 400)
+    loss = 3.0 + 0.2 * generator.standard_normal(400)
+    documents = [{"acc": hit} for hit in hits]
+    pages = [{"word_perplexity": (-float(a * b), int(b))} for a, b in zip(loss, words, strict=True)]
+    report = summarise({"piqa": documents, "wikitext": pages})
+    by_title = {column["title"]: column for column in report["columns"]}
+    piqa, wiki = by_title["PIQA"], by_title["Wiki ppl"]
+    assert piqa["value"] == pytest.approx(100 * hits.mean())
+    assert piqa["stderr"] == pytest.approx(100 * hits.std(ddof=1) / 20)
+    drawn = generator.integers(0, 400, (2000, 400))
+    resampled = np.exp((loss * words)[drawn].sum(1) / words[drawn].sum(1))
+    assert wiki["value"] == pytest.approx(math.exp((loss * words).sum() / words.sum()))
+    assert wiki["stderr"] == pytest.approx(resampled.std(), rel=0.1)
+
+
+def test_faults_are_one_sentence(mac_run: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows")
+    with pytest.raises(EvaluationError, match=r"--tasks mmlu; give some of wikitext"):
+        HarnessSettings(mac_run, tmp_path, tasks=("piqa", "mmlu"))
+    with pytest.raises(EvaluationError, match=r"no config\.json, so it is not an exported folder"):
+        run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data, model="hf"))
+    (data / "piqa.jsonl").write_text('{"goal": "a", "label": 0}\n')
+    with pytest.raises(EvaluationError, match=r"cannot evaluate piqa .*; compare its rows with the hub's"):
+        run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data, tasks=("piqa",)))
+    (data / "piqa.jsonl").write_text("goal\n")
+    with pytest.raises(EvaluationError, match="its first line is not a JSON object"):
+        run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data))
+    (data / "boolq.jsonl").unlink()
+    with pytest.raises(EvaluationError, match=r"boolq.jsonl is missing; write the validation split of boolq"):
+        run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data, tasks=("boolq",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_quick_and_loads_neither_torch_nor_lm_eval() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "evals.harness", "--help"]
+    result = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "--data" in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"torch", "lm_eval"}
+
+
+def test_loaded_model_is_scored_by_whole_texts_alone(mac_run: Path) -> None:
+    """Padding, batches and pieces leave a likelihood as it is."""
+    from evals.harness.language_model import NativeLM
+
+    model = load_model(mac_run)
+    requests = [(None, [1, 5, 9], [8, 7, 30]), (None, [1], [44]), (None, [1, *range(20, 60)], [3, 4])]
+    whole = NativeLM(model, 100, 1, 100)._loglikelihood_tokens(requests, disable_tqdm=True)
+    pieces = NativeLM(model, 100, 3, 4)._loglikelihood_tokens(requests, disable_tqdm=True)
+    for (_, context, asked), (value, _), (streamed, _) in zip(requests, whole, pieces, strict=True):
+        tokens = torch.tensor([[*context, *asked]])
+        with torch.no_grad():
+            losses = model.network.forward(tokens[:, :-1], tokens[:, 1:])  # type: ignore[attr-defined]
+        assert value == pytest.approx(-losses[0, len(context) - 1 :].sum().item(), rel=1e-4)
+        assert streamed == pytest.approx(value, rel=1e-4)
