@@ -44,7 +44,7 @@ def main() -> None:
     """Checks the settings and the hosts, starts the workers and waits for them."""
     at = sys.argv.index("--")
     own, words = _options(sys.argv[1:at]), sys.argv[at + 1 :]
-    # Until the agent takes them over: the first process of a container does not get a signal that it has no handler for.
+    # Until the agent takes over: the first process of a container does not get a signal that it has no handler for.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _leave)
     try:
@@ -86,6 +86,8 @@ def check_sizes(config: RunConfig, processes: int, least: int, most: int) -> Non
 
 
 def _start(own: argparse.Namespace, config: RunConfig, run_dir: Path, processes: int, words: list[str]) -> None:
+    # c10d warns of every connection whose other end has no name in the network's directory.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch takes seconds to import, which a mistake in the settings need not wait for.
     from pretrain.agent import Workers, run_agent
     from pretrain.preflight import check_hosts, check_room, facts_of_this_host
