@@ -95,7 +95,7 @@ def _start(own: argparse.Namespace, config: RunConfig, run_dir: Path, processes:
 
     hosts = _hosts(own)
     if hosts.alone:
-        check_room(config, run_dir, processes, words)
+        check_room(config, run_dir, words)
     store = open_store(hosts)
     if not hosts.alone:
         check_hosts(store, hosts, facts_of_this_host(config, run_dir, processes, words), run_dir)

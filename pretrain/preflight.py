@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -43,7 +43,7 @@ _MARGIN = 4
 Facts = dict[str, Any]
 
 
-def facts_of_this_host(config: RunConfig, run_dir: Path, processes: int, words: list[str]) -> Facts:
+def facts_of_this_host(config: RunConfig, run_dir: Path, processes: int, words: Sequence[str]) -> Facts:
     """What the hosts of a run must have alike, as plain values, and `problem`: a sentence, or empty.
 
     Args:
@@ -63,7 +63,7 @@ def facts_of_this_host(config: RunConfig, run_dir: Path, processes: int, words: 
     }
     try:
         facts["data"] = _data_fingerprint(config)
-        check_room(config, run_dir, processes, words)
+        check_room(config, run_dir, words)
     except (ValueError, OSError) as error:
         facts["problem"] = str(error)
     return facts
@@ -124,13 +124,12 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def check_room(config: RunConfig, run_dir: Path, processes: int, words: list[str]) -> None:
+def check_room(config: RunConfig, run_dir: Path, words: Sequence[str]) -> None:
     """Whether the disk takes the checkpoints that the run keeps, and the one that is being written.
 
     Args:
         config: Of the run.
         run_dir: Its folder, which may not be there yet.
-        processes: Workers, of any number of hosts: a checkpoint is as large at every layout.
         words: The command line of the run.
 
     Raises:
@@ -143,7 +142,7 @@ def check_room(config: RunConfig, run_dir: Path, processes: int, words: list[str
     missing = max(1, wanted - there)
     if free > missing * checkpoint_bytes_at_most(config.model):
         return
-    size = _checkpoint_bytes(processes, words)
+    size = _checkpoint_bytes(config, words)
     if free < missing * size:
         raise ValueError(
             f"{folder} has {free / 1e9:.1f} GB free, and {missing} more checkpoint{'s' if missing > 1 else ''} of "
@@ -159,9 +158,10 @@ def checkpoint_bytes_at_most(model: TitansConfig) -> int:
     return _BYTES_A_PARAMETER * _MARGIN * (model.num_layers * block + 2 * dim * (model.vocab_size + 128))
 
 
-def _checkpoint_bytes(processes: int, words: list[str]) -> int:
+def _checkpoint_bytes(config: RunConfig, words: Sequence[str]) -> int:
     """The plan's answer, from a process of its own: what it imports would stay in the launcher."""
-    command = [sys.executable, "-m", "pretrain.plan", "--json", "--gpus", str(processes), *words]
+    fewest = config.parallel.tensor * config.parallel.context  # it is as large at every number of data ranks
+    command = [sys.executable, "-m", "pretrain.plan", "--json", "--gpus", str(fewest), *words]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise ValueError(answer.stderr.strip().removeprefix("error: "))
