@@ -138,8 +138,9 @@ def check_room(config: RunConfig, run_dir: Path, words: Sequence[str]) -> None:
     folder = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     free, every = shutil.disk_usage(folder).free, config.checkpoint.every_steps
     there = len(list((run_dir / "checkpoints").glob("step-*")))
-    wanted = min(config.checkpoint.keep + 1, -(-config.train.steps // every) if every else 1)
-    missing = max(1, wanted - there)
+    # The newest, the best, the newest healthy one, and the one that is being written.
+    wanted = config.checkpoint.keep + config.checkpoint.keep_best + 2
+    missing = max(1, min(wanted, -(-config.train.steps // every) if every else 1) - there)
     if free > missing * checkpoint_bytes_at_most(config.model):
         return
     size = _checkpoint_bytes(config, words)

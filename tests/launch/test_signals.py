@@ -13,7 +13,7 @@ from titans_mcore.weights import find_checkpoint
 
 from .slow_disk.sitecustomize import SECONDS
 
-SHORT = ["--variant", "transformer", "--nproc", "1", "--data.heldout-sequences", "0"]
+SHORT = ["--variant", "transformer", "--nproc", "1", "--evaluate.heldout-sequences", "0"]
 
 
 def start(tiny_toml: Path, run_dir: Path, *arguments: str, **environment: str) -> Job:

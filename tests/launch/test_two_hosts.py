@@ -17,9 +17,10 @@ from .hosts import Host, cut_cable, two_hosts, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 60
-RUN = ["--train.steps", str(STEPS), "--checkpoint.every-steps", "4", "--data.heldout-sequences", "0"]
+RUN = ["--train.steps", str(STEPS), "--checkpoint.every-steps", "4", "--evaluate.heldout-sequences", "0"]
 COLLECTIVE_SECONDS = 30
 OUTAGE_SECONDS = COLLECTIVE_SECONDS + 15
+IMPATIENT = ["--parallel.timeout-seconds", "120", "--parallel.step-timeout-seconds", str(COLLECTIVE_SECONDS)]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def cut_the_cable(hosts: tuple[Host, Host]) -> None:
 
 @pytest.mark.parametrize("disturb", [kill_a_worker, stop_a_host, stop_the_first_host, cut_the_cable])
 def test_a_run_that_is_disturbed_ends_with_the_losses_of_one_that_is_not(start, hosts, alone, tmp_path, disturb):
-    jobs = start(tmp_path / "run", *RUN, "--parallel.timeout-seconds", str(COLLECTIVE_SECONDS))
+    jobs = start(tmp_path / "run", *RUN, *IMPATIENT)
     wait_for_step(jobs, tmp_path / "run", 6)
     disturb(hosts)
     ends = [job.wait(600) for job in jobs]
@@ -116,7 +117,7 @@ def test_a_run_that_is_disturbed_ends_with_the_losses_of_one_that_is_not(start, 
 
 
 def test_an_elastic_run_goes_on_without_a_lost_host(start, hosts, alone, tmp_path):
-    jobs = start(tmp_path / "run", *RUN, "--parallel.timeout-seconds", str(COLLECTIVE_SECONDS), NNODES="1:2")
+    jobs = start(tmp_path / "run", *RUN, *IMPATIENT, NNODES="1:2")
     wait_for_step(jobs, tmp_path / "run", 6)
     hosts[1].signal_all(signal.SIGKILL)
     status, out, err = jobs[0].wait(600)
