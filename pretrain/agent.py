@@ -98,7 +98,9 @@ def run_agent(workers: Workers, rendezvous: RendezvousHandler, hosts: Hosts) -> 
             worker had saved, or 1 when the other hosts were lost; a sentence is on stderr.
     """
     # The agent reports a worker's end as errors with process tables; one line below says what matters.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _HANDLED_SIGNALS
     closes = True
     try:
