@@ -17,13 +17,20 @@ Starts `python -m pretrain.train` under torchrun. A run folder that holds checkp
   --help            shows this
 
 On several hosts, start the same command on each with
-  NNODES            hosts
+  NNODES            hosts; FEWEST:MOST for a run that goes on while hosts leave and come
   NODE_RANK         0, 1, ... of this host
   MASTER_ADDR       host 0, reachable from all
   MASTER_PORT       a free port there (default 29400)
   RUN_ID            a name, the same on all hosts (default titans)
-PYTHON names another interpreter than .venv/bin/python or python3; SHUTDOWN_SECONDS (600) is how long a save may take
-after a signal before the processes are killed.
+  JOIN_SECONDS      how long the hosts wait for one another (default 600)
+Before any worker starts, the hosts compare code, packages, settings and data, reach each other, and look for room for
+checkpoints. The run folder must lie on a file system that they share.
+
+On one host or many,
+  MAX_RESTARTS      how often all workers go on from the last checkpoint when one is lost (default 0)
+  SHUTDOWN_SECONDS  how long a save may take after a signal before the processes are killed (default 600)
+  REQUEUE_STATUS    exit status when the run was stopped before its end and left RUN/requeue.json (default 0)
+  PYTHON            another interpreter than .venv/bin/python or python3
 TEXT
 }
 
@@ -43,18 +50,28 @@ done
 # The package is found from any folder, and relative paths stay relative to the caller's.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
-if ((${NNODES:-1} > 1)); then
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+NNODES=${NNODES:-1} MASTER_PORT=${MASTER_PORT:-29400} JOIN_SECONDS=${JOIN_SECONDS:-600}
+MAX_RESTARTS=${MAX_RESTARTS:-0} SHUTDOWN_SECONDS=${SHUTDOWN_SECONDS:-600} REQUEUE_STATUS=${REQUEUE_STATUS:-0}
+if [[ ! $NNODES =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
+    fail "NNODES is '$NNODES'; write a number of hosts, or FEWEST:MOST"
+fi
+hosts=()
+if [[ $NNODES != 1 ]]; then
     : "${MASTER_ADDR:?error: NNODES is $NNODES, so MASTER_ADDR must name host 0}"
     : "${NODE_RANK:?error: NNODES is $NNODES, so NODE_RANK must number this host, from 0}"
-    is_host=$((NODE_RANK == 0))
-    rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "${RUN_ID:-titans}"
-        --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-conf "is_host=$is_host")
-else
-    # Port 0: the system picks a free one, so that two runs can share a host.
-    rendezvous=(--nnodes 1 --rdzv-backend c10d --rdzv-endpoint localhost:0)
+    hosts=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --rdzv-id "${RUN_ID:-titans}"
+        --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" --join-timeout "$JOIN_SECONDS")
 fi
+for name in ${NODE_RANK:+NODE_RANK} MASTER_PORT JOIN_SECONDS MAX_RESTARTS SHUTDOWN_SECONDS REQUEUE_STATUS; do
+    if [[ ! ${!name} =~ ^[0-9]+$ ]]; then fail "$name is '${!name}'; it must be a whole number"; fi
+done
 
-# torchrun warns at length when it sets this itself; each process takes its share of the cores later.
+# A warning of torch's at length otherwise; each process takes its share of the cores later.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pretrain.launcher "${rendezvous[@]}" \
-    --shutdown-timeout "${SHUTDOWN_SECONDS:-600}" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 -- "$@"
+exec "$PYTHON" -m pretrain.launcher ${hosts[@]+"${hosts[@]}"} --max-restarts "$MAX_RESTARTS" \
+    --shutdown-timeout "$SHUTDOWN_SECONDS" --requeue-status "$REQUEUE_STATUS" -- "$@"

@@ -1,24 +1,28 @@
-"""torchrun for launch/torchrun.sh: settings checked first, less noise, and an exit status that tells the truth.
+"""Starts the workers of one host for launch/torchrun.sh; what can be known to be wrong is said before any of them runs.
 
-    python -m pretrain.launcher [TORCHRUN FLAGS] -- [--nproc N] --config FILE --run-dir DIR [SETTINGS]
+    python -m pretrain.launcher [--nnodes N] ... -- [--nproc N] --config FILE --run-dir DIR [SETTING ...]
 
-torchrun ends with a traceback of its own after any failure of a worker, which buries the worker's sentence, and with
-status 1 after a signal even when every worker saved and left in order. Here a failure ends with the status of the
-worker that failed first, and a signal with 0 when all workers of this host ended well.
+The agent that watches the workers is torchrun's (pretrain.agent). It ends with the status of the worker that failed
+first, and after a signal with 0 when all workers of this host ended well.
 """
 
+import argparse
 import ctypes
-import logging
 import os
 import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pretrain.command_line import parse
+from pretrain.config import RunConfig
 from titans_mcore.division import check_divisible, check_world
 
+if TYPE_CHECKING:
+    from pretrain.rendezvous import Hosts
+
+REQUEUE_FILE = "requeue.json"
 _STATUS_DIR = "TITANS_STATUS_DIR"
 _EXIT_MISTAKE = 2
 _PR_SET_PDEATHSIG = 1
@@ -37,21 +41,96 @@ def record_success() -> None:
 
 
 def main() -> None:
-    """Checks the settings, starts the workers and waits for them."""
+    """Checks the settings and the hosts, starts the workers and waits for them."""
     at = sys.argv.index("--")
-    flags, words = sys.argv[1:at], sys.argv[at + 1 :]
+    own, words = _options(sys.argv[1:at]), sys.argv[at + 1 :]
+    # Until the agent takes over: the first process of a container does not get a signal that it has no handler for.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _leave)
     try:
         asked, words = _take_nproc(words)
-        config = parse(words).config
-        parallel = config.parallel
+        command = parse(words)
+        config, parallel = command.config, command.config.parallel
         processes = asked or _gpus() or parallel.tensor * parallel.context
-        world_size = processes * int(os.environ.get("NNODES", "1"))
-        config.accumulation(check_world(world_size, parallel.tensor, parallel.context))
-        check_divisible(config.model, parallel.tensor, parallel.memory_parallel)
+        check_sizes(config, processes, *_range(own.nnodes))
+        _start(own, config, command.run_dir, processes, words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(_EXIT_MISTAKE) from None
-    _run([*flags, "--nproc-per-node", str(processes), "-m", "pretrain.train", *words])
+    if own.requeue_status and (command.run_dir / REQUEUE_FILE).exists():
+        raise SystemExit(own.requeue_status)
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def check_sizes(config: RunConfig, processes: int, least: int, most: int) -> None:
+    """Whether the model and the batch can be divided, with every number of hosts that the run may have.
+
+    Raises:
+        ValueError: They cannot; the message says what and how.
+    """
+    parallel = config.parallel
+    if most > least and config.data.carry_state:
+        raise ValueError(
+            f"NNODES {least}:{most} lets the number of data ranks change, and data.carry_state keeps it; "
+            f"set NNODES to {most}, or leave data.carry_state out"
+        )
+    for hosts in range(least, most + 1):
+        try:
+            config.accumulation(check_world(processes * hosts, parallel.tensor, parallel.context))
+        except ValueError as error:
+            raise ValueError(f"with {hosts} of {least} to {most} hosts: {error}" if most > least else error) from None
+    check_divisible(config.model, parallel.tensor, parallel.memory_parallel)
+
+
+def _start(own: argparse.Namespace, config: RunConfig, run_dir: Path, processes: int, words: list[str]) -> None:
+    # c10d warns of every connection whose other end has no name in the network's directory.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch takes seconds to import, which a mistake in the settings need not wait for.
+    from pretrain.agent import Workers, run_agent
+    from pretrain.preflight import check_hosts, check_room, facts_of_this_host
+    from pretrain.rendezvous import Rendezvous, open_store
+
+    hosts = _hosts(own)
+    if hosts.alone:
+        check_room(config, run_dir, words)
+    store = open_store(hosts)
+    if not hosts.alone:
+        check_hosts(store, hosts, facts_of_this_host(config, run_dir, processes, words), run_dir)
+    with tempfile.TemporaryDirectory(prefix="titans-") as folder:
+        os.environ[_STATUS_DIR] = folder
+        worker = ["-m", "pretrain.train", *words]
+        workers = Workers(worker, processes, own.max_restarts, own.shutdown_timeout, Path(folder))
+        run_agent(workers, Rendezvous.over(store, hosts), hosts)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """What launch/torchrun.sh asks for, under torchrun's names where it has one."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.launcher", allow_abbrev=False)
+    parser.add_argument("--nnodes", default="1", help="hosts, or FEWEST:MOST")
+    parser.add_argument("--node-rank", type=int, default=0, help="number of this host")
+    parser.add_argument("--rdzv-endpoint", default="127.0.0.1:0", help="ADDRESS:PORT of host 0")
+    parser.add_argument("--rdzv-id", default="titans", help="name of the run, the same on all hosts")
+    parser.add_argument("--join-timeout", type=int, default=600, help="seconds that hosts wait for one another")
+    parser.add_argument("--max-restarts", type=int, default=0, help="how often lost workers are started again")
+    parser.add_argument("--shutdown-timeout", type=int, default=600, help="seconds that a save may take after a signal")
+    parser.add_argument("--requeue-status", type=int, default=0, help="status of a run that was stopped before its end")
+    return parser.parse_args(arguments)
+
+
+def _hosts(own: argparse.Namespace) -> "Hosts":
+    from pretrain.rendezvous import Hosts
+
+    least, most = _range(own.nnodes)
+    address, _, port = own.rdzv_endpoint.rpartition(":")
+    return Hosts(least, most, own.node_rank, address.strip("[]"), int(port), own.rdzv_id, own.join_timeout)
+
+
+def _range(nnodes: str) -> tuple[int, int]:
+    least, _, most = nnodes.partition(":")
+    return int(least), int(most or least)
 
 
 def _take_nproc(words: list[str]) -> tuple[int | None, list[str]]:
@@ -68,35 +147,6 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _run(arguments: list[str]) -> None:
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    # The agent reports a worker's end as errors with process tables; one line below says what matters.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    parsed = run.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="titans-") as folder:
-        os.environ[_STATUS_DIR] = folder
-        try:
-            run.run(parsed)
-        except ChildFailedError as error:
-            raise SystemExit(_status(error)) from None
-        except SignalException as error:
-            if len(list(Path(folder).iterdir())) < int(parsed.nproc_per_node):
-                print(f"error: stopped by {error.sigval.name} before every process had saved", file=sys.stderr)
-                raise SystemExit(128 + error.sigval) from None
-
-
-def _status(error: Any) -> int:
-    rank, failure = error.get_first_failure()
-    status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    if status != _EXIT_MISTAKE:  # that one comes with a sentence
-        what = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with status {status}"
-        print(f"error: process {rank} {what}; the others were stopped", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

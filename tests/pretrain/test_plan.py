@@ -88,8 +88,16 @@ def test_a_preset_is_planned_in_seconds(variant, size):
 
 def test_every_preset_is_planned():
     names = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
-    assert {file.stem for file in PRESETS} == {*names, "quickstart"}
+    long = {f"{variant}_760m_long" for variant in VARIANTS}
+    assert {file.stem for file in PRESETS} == {*names, *long, "quickstart"}
     assert planned("--config", str(ROOT / "pretrain" / "configs" / "quickstart.toml"), "--gpus", "2")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_long_context_stage_is_planned_and_fits_the_gpus_of_one_host(variant):
+    found = planned("--config", str(ROOT / "pretrain" / "configs" / f"{variant}_760m_long.toml"), "--gpus", "8")
+    assert not [note for note in found["notes"] if "do not fit" in note]
+    assert found["step"]["tokens"] == 2**19
 
 
 def test_json_has_the_documented_keys_and_nothing_else_is_printed(tmp_path):
