@@ -2,12 +2,18 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from evals.command_line import EvaluationError, parse_settings, run_command
 from evals.niah import templates
+
+Noise = Callable[[list[str]], list[str] | None]
+"""From the other lines of a document to its noise; None where none fits."""
+_TRIES = 1_000  # documents drawn one after the other of which none fits: none will
 
 
 @dataclass(frozen=True)
@@ -20,50 +26,104 @@ class TrainingDataSettings:
 
     output: Path
     """File to write, with the ending .jsonl: one document a line, as {"text": ...}."""
-    documents: int = 60_000
+    documents: int = 20_000
     """Documents."""
-    fewest_lines: int = 0
-    """Lines of noise of the shortest document; a line is some 24 tokens."""
-    most_lines: int = 3
-    """Lines of noise of the longest document; every number in between is as likely."""
     needles: int = 1
     """Most needles of a document, each at a place of its own; every number from 1 is as likely."""
     questions: int = 1
     """Most times that all needles are asked for, one question after the other; every number from 1 is as likely."""
+    most_lines: int = 3
+    """Most lines of noise in a document; every number from 0 is as likely. Not used with `tokens`."""
+    tokens: int = 0
+    """Tokens of every document, start and end token included; noise fills it, the first line cut short where a rest is
+    left. A training row of this length then holds one document. 0: lines of noise as `most_lines` says."""
+    tokenizer: Path | None = None
+    """Tokenizer file, by which `tokens` are counted."""
     seed: int = 0
     """Decides the documents."""
 
     def __post_init__(self) -> None:
-        for name, limit in {"documents": 1, "fewest_lines": 0, "needles": 1, "questions": 1}.items():
+        for name, limit in {"documents": 1, "needles": 1, "questions": 1, "most_lines": 0, "tokens": 0}.items():
             if (value := getattr(self, name)) < limit:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least {limit}")
-        if self.most_lines < self.fewest_lines:
+        if bool(self.tokens) != (self.tokenizer is not None):
             raise EvaluationError(
-                f"--most-lines {self.most_lines} is less than --fewest-lines {self.fewest_lines}; raise it"
+                f"--tokens is {self.tokens} and --tokenizer {self.tokenizer}; documents of one length need both, "
+                "others neither"
             )
         if self.output.suffix != ".jsonl":
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
 
 def documents(settings: TrainingDataSettings) -> Iterator[str]:
-    """The texts, one after the other, a function of the settings alone."""
+    """The texts, one after the other, a function of the settings alone.
+
+    Raises:
+        EvaluationError: The tokenizer is none, or no document has the length asked for.
+    """
     generator = random.Random(f"recall training data {settings.seed}")
+    if settings.tokenizer is None:
+        noise: Noise = partial(_some_lines, generator, settings.most_lines)
+    else:
+        noise = _Filler(settings.tokenizer, settings.tokens).noise
     for _ in range(settings.documents):
-        yield _document(generator, settings)
+        yield _first_that_fits(generator, settings, noise)
 
 
-def _document(generator: random.Random, settings: TrainingDataSettings) -> str:
+def _first_that_fits(generator: random.Random, settings: TrainingDataSettings, noise: Noise) -> str:
+    for _ in range(_TRIES):
+        needles, questions = _needles_and_questions(generator, settings)
+        lines = noise([*needles, *questions])
+        if lines is not None:
+            for needle in needles:
+                lines.insert(generator.randint(0, len(lines)), needle)
+            return "\n".join([templates.OPENING, *lines, *questions])
+    raise EvaluationError(
+        f"--tokens {settings.tokens}: too short for the words of a document with this tokenizer; raise it, or ask for "
+        "fewer --needles and --questions"
+    )
+
+
+def _needles_and_questions(generator: random.Random, settings: TrainingDataSettings) -> tuple[list[str], list[str]]:
     values: dict[str, str] = {}
     for _ in range(generator.randint(1, settings.needles)):
         key = f"{generator.choice(templates.ADJECTIVES)}-{generator.choice(templates.NOUNS)}"
         values[key] = str(generator.randint(10**6, 10**7 - 1))
-    lines = [templates.NOISE] * generator.randint(settings.fewest_lines, settings.most_lines)
-    for key, value in values.items():
-        lines.insert(generator.randint(0, len(lines)), templates.NEEDLE.format(key=key, value=value))
+    questions: list[str] = []
     for _ in range(generator.randint(1, settings.questions)):
         order = generator.sample(sorted(values), len(values))
-        lines += [f"{templates.QUESTION.format(key=key)} {values[key]}." for key in order]
-    return "\n".join([templates.OPENING, *lines])
+        questions += [f"{templates.QUESTION.format(key=key)} {values[key]}." for key in order]
+    return [templates.NEEDLE.format(key=key, value=value) for key, value in values.items()], questions
+
+
+def _some_lines(generator: random.Random, most: int, _words: list[str]) -> list[str]:
+    return [templates.NOISE] * generator.randint(0, most)
+
+
+class _Filler:
+    """Noise that brings a document to a number of tokens."""
+
+    def __init__(self, tokenizer: Path, tokens: int) -> None:
+        from evals.models import load_tokenizer
+
+        self._processor: Any = load_tokenizer(tokenizer).processor
+        self._tokens = tokens
+        before = self._processor.encode(".")
+        self._noise = self._processor.encode(".\n" + templates.NOISE)[len(before) :]
+
+    def noise(self, words: list[str]) -> list[str] | None:
+        """Lines of noise beside these other ones; None where no noise gives the length."""
+        whole, rest = divmod(self._tokens - self._count(words), len(self._noise))
+        if whole < 0:
+            return None
+        lines = [templates.NOISE] * whole
+        if rest:
+            lines.insert(0, self._processor.decode(self._noise[:rest]).strip())
+        return lines if self._count([*lines, *words]) == self._tokens else None
+
+    def _count(self, lines: list[str]) -> int:
+        """Tokens of a document of these lines and the opening, in any order, with its start and end token."""
+        return len(self._processor.encode("\n".join([templates.OPENING, *lines]))) + 2
 
 
 def main() -> None:

@@ -48,12 +48,12 @@ def test_value_stands_once_before_it_is_asked_for(needles: int, questions: int) 
 
 def test_noise_has_any_number_of_lines_in_the_range_and_needles_any_place_in_it() -> None:
     counts, places = set(), set()
-    for text in texts(fewest_lines=2, most_lines=5):
+    for text in texts(most_lines=3):
         lines = parts(text)[1]
         counts.add(lines.count(templates.NOISE))
         places.add(next(i for i, line in enumerate(lines) if line.startswith("One of")))
-    assert counts == {2, 3, 4, 5}
-    assert places == {0, 1, 2, 3, 4, 5}
+    assert counts == {0, 1, 2, 3}
+    assert places == {0, 1, 2, 3}
 
 
 def test_same_seed_gives_the_same_documents_and_another_one_others() -> None:
@@ -72,6 +72,22 @@ def test_no_document_has_a_key_and_value_of_the_evaluation(tokenizer: Path) -> N
     assert not trained & evaluated
 
 
+def test_documents_fill_their_tokens_exactly_and_differ_in_questions(tokenizer: Path) -> None:
+    encode = load_tokenizer(tokenizer).processor.encode
+    settings = TrainingDataSettings(FILE, documents=50, questions=2, tokens=900, tokenizer=tokenizer)
+    asked = set()
+    for text in documents(settings):
+        assert len(encode(text)) + 2 == 900
+        asked.add(text.count("What is"))
+    assert asked == {1, 2}
+
+
+def test_length_too_short_for_the_words_is_one_sentence(tokenizer: Path) -> None:
+    settings = TrainingDataSettings(FILE, tokens=50, tokenizer=tokenizer)
+    with pytest.raises(EvaluationError, match=r"--tokens 50: too short for the words of a document"):
+        next(documents(settings))
+
+
 def test_command_writes_one_document_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "new" / "recall.jsonl"
     monkeypatch.setattr(sys, "argv", ["training_data", "--output", str(file), "--documents", "7", "--seed", "2"])
@@ -85,8 +101,8 @@ def test_command_writes_one_document_a_line(tmp_path: Path, monkeypatch: pytest.
     [
         ({"documents": 0}, "--documents is 0; give at least 1"),
         ({"needles": 0}, "--needles is 0; give at least 1"),
-        ({"fewest_lines": -1}, "--fewest-lines is -1; give at least 0"),
-        ({"fewest_lines": 4}, "--most-lines 3 is less than --fewest-lines 4; raise it"),
+        ({"most_lines": -1}, "--most-lines is -1; give at least 0"),
+        ({"tokens": 256}, "--tokens is 256 and --tokenizer None; documents of one length need both, others neither"),
     ],
 )
 def test_settings_that_cannot_be_are_one_sentence(settings: dict[str, int], sentence: str) -> None:
