@@ -32,6 +32,9 @@ class TrainingDataSettings:
     """Most needles of a document, each at a place of its own; every number from 1 is as likely."""
     questions: int = 1
     """Most times that all needles are asked for, one question after the other; every number from 1 is as likely."""
+    repeats: int = 1
+    """Most times that the needles stand in a document, every number from 1 as likely: repeated numbers are a first
+    thing to recall, and there are more of them. The evaluation states a needle once."""
     most_lines: int = 3
     """Most lines of noise in a document; every number from 0 is as likely. Not used with `tokens`."""
     tokens: int = 0
@@ -43,7 +46,8 @@ class TrainingDataSettings:
     """Decides the documents."""
 
     def __post_init__(self) -> None:
-        for name, limit in {"documents": 1, "needles": 1, "questions": 1, "most_lines": 0, "tokens": 0}.items():
+        limits = {"documents": 1, "needles": 1, "questions": 1, "repeats": 1, "most_lines": 0, "tokens": 0}
+        for name, limit in limits.items():
             if (value := getattr(self, name)) < limit:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least {limit}")
         if bool(self.tokens) != (self.tokenizer is not None):
@@ -93,7 +97,8 @@ def _needles_and_questions(generator: random.Random, settings: TrainingDataSetti
     for _ in range(generator.randint(1, settings.questions)):
         order = generator.sample(sorted(values), len(values))
         questions += [f"{templates.QUESTION.format(key=key)} {values[key]}." for key in order]
-    return [templates.NEEDLE.format(key=key, value=value) for key, value in values.items()], questions
+    needles = [templates.NEEDLE.format(key=key, value=value) for key, value in values.items()]
+    return needles * generator.randint(1, settings.repeats), questions
 
 
 def _some_lines(generator: random.Random, most: int, _words: list[str]) -> list[str]:

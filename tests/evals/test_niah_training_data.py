@@ -56,6 +56,15 @@ def test_noise_has_any_number_of_lines_in_the_range_and_needles_any_place_in_it(
     assert places == {0, 1, 2, 3}
 
 
+def test_repeated_needles_are_the_same_one() -> None:
+    times = set()
+    for text in texts(repeats=3):
+        stated = [line for line in text.split("\n") if line.startswith("One of")]
+        assert len(set(stated)) == 1
+        times.add(len(stated))
+    assert times == {1, 2, 3}
+
+
 def test_same_seed_gives_the_same_documents_and_another_one_others() -> None:
     assert texts(seed=3) == texts(seed=3)
     assert not set(texts(seed=3)) & set(texts(seed=4))
