@@ -1,0 +1,148 @@
+"""Documents to learn recall from, in the evaluation's words: `python -m evals.niah.training_data --output FILE`."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evals.command_line import EvaluationError, parse_settings, run_command
+from evals.niah import templates
+
+Noise = Callable[[list[str]], list[str] | None]
+"""From the other lines of a document to its noise; None where none fits."""
+_TRIES = 1_000  # documents drawn one after the other of which none fits: none will
+
+
+@dataclass(frozen=True)
+class TrainingDataSettings:
+    """Writes documents of S-NIAH with their answers: opening, noise with needles in it, questions, values.
+
+    tokenization.train and tokenization.encode take the file. Keys and values come from a stream of random numbers that
+    the evaluation never draws from, whatever the seeds are.
+    """
+
+    output: Path
+    """File to write, with the ending .jsonl: one document a line, as {"text": ...}."""
+    documents: int = 20_000
+    """Documents."""
+    needles: int = 1
+    """Most needles of a document, each at a place of its own; every number from 1 is as likely."""
+    questions: int = 1
+    """Most times that all needles are asked for, one question after the other; every number from 1 is as likely."""
+    repeats: int = 1
+    """Most times that the needles stand in a document, every number from 1 as likely: repeated numbers are a first
+    thing to recall, and there are more of them. The evaluation states a needle once."""
+    most_lines: int = 3
+    """Most lines of noise in a document; every number from 0 is as likely. Not used with `tokens`."""
+    tokens: int = 0
+    """Tokens of every document, start and end token included; noise fills it, the first line cut short where a rest is
+    left. A training row of this length then holds one document. 0: lines of noise as `most_lines` says."""
+    tokenizer: Path | None = None
+    """Tokenizer file, by which `tokens` are counted."""
+    seed: int = 0
+    """Decides the documents."""
+
+    def __post_init__(self) -> None:
+        limits = {"documents": 1, "needles": 1, "questions": 1, "repeats": 1, "most_lines": 0, "tokens": 0}
+        for name, limit in limits.items():
+            if (value := getattr(self, name)) < limit:
+                raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least {limit}")
+        if bool(self.tokens) != (self.tokenizer is not None):
+            raise EvaluationError(
+                f"--tokens is {self.tokens} and --tokenizer {self.tokenizer}; documents of one length need both, "
+                "others neither"
+            )
+        if self.output.suffix != ".jsonl":
+            raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
+
+
+def documents(settings: TrainingDataSettings) -> Iterator[str]:
+    """The texts, one after the other, a function of the settings alone.
+
+    Raises:
+        EvaluationError: The tokenizer is none, or no document has the length asked for.
+    """
+    generator = random.Random(f"recall training data {settings.seed}")
+    if settings.tokenizer is None:
+        noise: Noise = partial(_some_lines, generator, settings.most_lines)
+    else:
+        noise = _Filler(settings.tokenizer, settings.tokens).noise
+    for _ in range(settings.documents):
+        yield _first_that_fits(generator, settings, noise)
+
+
+def _first_that_fits(generator: random.Random, settings: TrainingDataSettings, noise: Noise) -> str:
+    for _ in range(_TRIES):
+        needles, questions = _needles_and_questions(generator, settings)
+        lines = noise([*needles, *questions])
+        if lines is not None:
+            for needle in needles:
+                lines.insert(generator.randint(0, len(lines)), needle)
+            return "\n".join([templates.OPENING, *lines, *questions])
+    raise EvaluationError(
+        f"--tokens {settings.tokens}: too short for the words of a document with this tokenizer; raise it, or ask for "
+        "fewer --needles and --questions"
+    )
+
+
+def _needles_and_questions(generator: random.Random, settings: TrainingDataSettings) -> tuple[list[str], list[str]]:
+    values: dict[str, str] = {}
+    for _ in range(generator.randint(1, settings.needles)):
+        key = f"{generator.choice(templates.ADJECTIVES)}-{generator.choice(templates.NOUNS)}"
+        values[key] = str(generator.randint(10**6, 10**7 - 1))
+    questions: list[str] = []
+    for _ in range(generator.randint(1, settings.questions)):
+        order = generator.sample(sorted(values), len(values))
+        questions += [f"{templates.QUESTION.format(key=key)} {values[key]}." for key in order]
+    needles = [templates.NEEDLE.format(key=key, value=value) for key, value in values.items()]
+    return needles * generator.randint(1, settings.repeats), questions
+
+
+def _some_lines(generator: random.Random, most: int, _words: list[str]) -> list[str]:
+    return [templates.NOISE] * generator.randint(0, most)
+
+
+class _Filler:
+    """Noise that brings a document to a number of tokens."""
+
+    def __init__(self, tokenizer: Path, tokens: int) -> None:
+        from evals.models import load_tokenizer
+
+        self._processor: Any = load_tokenizer(tokenizer).processor
+        self._tokens = tokens
+        before = self._processor.encode(".")
+        self._noise = self._processor.encode(".\n" + templates.NOISE)[len(before) :]
+
+    def noise(self, words: list[str]) -> list[str] | None:
+        """Lines of noise beside these other ones; None where no noise gives the length."""
+        whole, rest = divmod(self._tokens - self._count(words), len(self._noise))
+        if whole < 0:
+            return None
+        lines = [templates.NOISE] * whole
+        if rest:
+            lines.insert(0, self._processor.decode(self._noise[:rest]).strip())
+        return lines if self._count([*lines, *words]) == self._tokens else None
+
+    def _count(self, lines: list[str]) -> int:
+        """Tokens of a document of these lines and the opening, in any order, with its start and end token."""
+        return len(self._processor.encode("\n".join([templates.OPENING, *lines]))) + 2
+
+
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(TrainingDataSettings, "python -m evals.niah.training_data")
+    try:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        with settings.output.open("w", encoding="utf-8") as stream:
+            for text in documents(settings):
+                stream.write(json.dumps({"text": text}) + "\n")
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise EvaluationError(f"--output {settings.output}: cannot be written ({error.strerror})") from None
+    print(f"{settings.output}: {settings.documents:,} documents")
+
+
+if __name__ == "__main__":
+    run_command(main)
