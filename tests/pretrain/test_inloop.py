@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from evals.models import EvalModel, load_tokenizer
 from evals.niah.generate import answer, read
 from evals.niah.scores import score
-from evals.position_loss import loss_by_position, summarise
+from evals.position_loss import loss_sums, stretch_ends, summarise
 from pretrain.command_line import parse
 from pretrain.data import MicroBatch
 from pretrain.engine import build_engine, build_model
@@ -125,7 +125,9 @@ def test_buckets_are_those_of_the_report_on_loss_by_position(length):
     for first in range(0, length, 7):
         part = slice(first, first + 7)
         found.add(losses[:, part], torch.arange(1, length + 1)[part], counted)
-    expected = summarise(losses[counted].sum(0).numpy(), 3, None)
+    ends = stretch_ends(length, None)
+    by_position = losses[counted].sum(0).numpy()
+    expected = summarise(np.diff(np.cumsum([0.0, *by_position])[[0, *ends]]), ends, 3, None)
     assert found.mean == pytest.approx(expected["loss"])
     assert found.curve()["tokens"] == [bucket["last"] for bucket in expected["buckets"]]
     assert found.curve()["loss"] == pytest.approx([bucket["loss"] for bucket in expected["buckets"]])
@@ -190,8 +192,9 @@ def test_long_rows_lose_what_the_report_on_loss_by_position_says(configured, wor
     found = position_losses(engine, rows, config)
     taken = rows.micro_batch(range(3))
     tokens = torch.cat([taken.tokens, taken.labels[:, -1:]], 1).numpy()
-    losses = loss_by_position(for_evals(engine.module, config, worded_toml), tokens, 3, 41)
-    expected = summarise(losses, 3, None)
+    ends = stretch_ends(tokens.shape[1] - 1, None)
+    sums = loss_sums(for_evals(engine.module, config, worded_toml), tokens, 3, 41, ends)
+    expected = summarise(sums, ends, 3, None)
     assert found.mean == pytest.approx(expected["loss"], rel=1e-6)
     assert found.curve()["loss"] == pytest.approx([bucket["loss"] for bucket in expected["buckets"]], rel=1e-5)
 
