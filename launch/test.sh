@@ -4,11 +4,11 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/test.sh [--fast] [PYTEST ARGUMENTS ...]
+usage: bash launch/test.sh [--all] [PYTEST ARGUMENTS ...]
 
 Makes .venv when it is missing, then runs ruff, mypy and pytest. Works from any folder.
 
-  --fast    leave out the tests marked slow
+  --all     the tests marked slow as well, which take longer than all others together
   --help    shows this
 
 With pytest arguments (for example tests/memory -k dual) only pytest runs.
@@ -27,11 +27,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
 cd "$root"
 
-selection=() workers=()
-if [[ ${1:-} == --fast ]]; then
-    selection=(-m 'not slow')
+everything=''
+if [[ ${1:-} == --all ]]; then
+    everything=1
     shift
 fi
+chosen=()
 if (($# == 0)); then
     say "ruff"
     "$PYTHON" -m ruff check .
@@ -39,7 +40,8 @@ if (($# == 0)); then
     say "mypy"
     "$PYTHON" -m mypy
     # Most tests are one thread: several files at a time. A file's tests stay together, which share what they trained.
-    workers=(-n logical --maxprocesses 4 --dist loadfile)
+    chosen=(-n logical --maxprocesses 4 --dist loadfile)
+    if [[ -z $everything ]]; then chosen+=(-m 'not slow and not gpu'); fi
 fi
 say "pytest"
-exec "$PYTHON" -m pytest ${workers[@]+"${workers[@]}"} ${selection[@]+"${selection[@]}"} "$@"
+exec "$PYTHON" -m pytest ${chosen[@]+"${chosen[@]}"} "$@"
