@@ -62,7 +62,6 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_command_of_the_readme_runs(fresh_copy: Path) -> None:
     commands = [command for command in readme_commands() if not any(word in command for word in NOT_RUN_HERE)]

@@ -21,7 +21,7 @@ from titans_mcore.parallel import DeepSpeedGroups, device
 from titans_mcore.parallel.alone import tokens_unshared
 
 ANSWER_TOKENS = 32
-"""Of an answer, and the room kept for it, as in `python -m evals.niah`."""
+"""Of an answer, and the room kept for it; a value has 7 digits, and `python -m evals.niah` asks for more."""
 SEED = 0
 """Of keys and values, always: evaluations of all steps and runs ask the same."""
 
