@@ -22,7 +22,11 @@ from titans_mcore.telemetry import MemoryTelemetry
 from .parallel.layouts_worker import SETTINGS, Layout, batch
 from .parallel.regroup import groups_of
 
-LAYOUTS = ("tensor=2", "tensor=2 memory=hidden", "tensor=2 sequence", "context=2", "data=2")
+# Memories along whole rows, and along MAC's segments.
+LAYOUTS = {
+    "mag": ("tensor=2", "tensor=2 memory=hidden", "tensor=2 sequence", "context=2", "data=2"),
+    "mac": ("tensor=2 memory=hidden", "context=2"),
+}
 ZERO = ("1 block", "3 none", "3 except_memory")
 
 
@@ -40,7 +44,7 @@ def seen(variant: str, words: str) -> dict[str, list[float | None]]:
         dtype=torch.float64,
     )
     model = TitansModel(config, megatron, groups, memory_parallel=layout.memory)
-    telemetry = MemoryTelemetry(model, every_tokens=1)
+    telemetry = MemoryTelemetry(model, every_tokens=8)
     tokens, starts, _ = batch()
     for row in [groups.dp.rank()] if "data" in words else [0, 1]:
         parts = [x[row : row + 1].chunk(groups.cp.size(), 1)[groups.cp.rank()] for x in (tokens, starts)]
@@ -83,10 +87,10 @@ def main() -> None:
     output = Path(sys.argv[1])
     start(1, seed=0)
     errors = {}
-    for variant in ("lmm", "mag", "mal", "mac"):
+    for variant, layouts in LAYOUTS.items():
         # Two ranks with the same rows are one process twice.
         whole = seen(variant, "")
-        errors |= {f"{variant} {words}": largest_error(seen(variant, words), whole, words) for words in LAYOUTS}
+        errors |= {f"{variant} {words}": largest_error(seen(variant, words), whole, words) for words in layouts}
     config = output.with_suffix(f".{dist.get_rank()}.toml")
     model = "".join(f"{name} = {value}\n" for name, value in SETTINGS.items())
     config.write_text(
