@@ -38,7 +38,10 @@ from titans_mcore.weights import (
     check_same_model,
     checkpoints_newest_first,
     damage,
+    find_checkpoint,
     load_config,
+    load_full,
+    load_into,
     model_tensors,
     read_shards,
     shape_on_rank,
@@ -118,6 +121,22 @@ def restore(
         _restore_random_state(checkpoint / RANDOM_FOLDER)
     if carried is not None:
         carried.restore(checkpoint / CARRIED_FOLDER / file_of_this_rank(), device())
+
+
+def begin_with(model: torch.nn.Module, config: RunConfig) -> str:
+    """Gives a new run the weights that train.weights_from names. Every rank takes its own part.
+
+    Returns:
+        The checkpoint they come from.
+
+    Raises:
+        ValueError: There is no whole checkpoint, or it is of another model.
+    """
+    checkpoint = find_checkpoint(Path(config.train.weights_from))
+    saved, weights = load_full(checkpoint)
+    check_same_model(saved, config.model, checkpoint)
+    load_into(model, weights)
+    return str(checkpoint)
 
 
 def certificate(config: RunConfig, point: ResumePoint) -> list[str]:

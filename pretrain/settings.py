@@ -102,6 +102,9 @@ class TrainConfig:
     """Tokens after which rows are whole samples."""
     seed: int = 1234
     """Seed of the initial weights and of the order of the samples."""
+    weights_from: str = ""
+    """Run folder or checkpoint of the same model whose weights a new run begins with: a second stage on other data.
+    Optimizer, schedule and order of the samples begin anew. Empty: random weights."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
     stop_after_minutes: float = 0.0

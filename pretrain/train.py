@@ -33,7 +33,7 @@ from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics
 from pretrain.recovery import recover
-from pretrain.resume import certificate, check_loss, find_resume_point, restore
+from pretrain.resume import begin_with, certificate, check_loss, find_resume_point, restore
 from pretrain.rewinds import Rewinds
 from pretrain.run import Run
 from pretrain.saving import Saver, sweep
@@ -145,6 +145,8 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     batches = Batches(samples, config, data_rank, data_parallel, say_stalled)
     model = build_model(config, groups)
     describe(model, config, data_parallel)
+    if config.train.weights_from and not point:
+        say(f"beginning with the weights of {begin_with(model, config)}")
     engine = build_engine(model, config, data_parallel)
     carried = CarriedState(config.model.variant) if config.data.carry_state else None
     health, saver = Health(config.health), Saver(engine, config, data.fingerprint, run_dir)

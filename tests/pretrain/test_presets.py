@@ -1,5 +1,6 @@
 """The configurations of the paper's sizes: legal, and as large as their names say."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from titans_mcore.hf.modeling_titans import TitansForCausalLM
 FOLDER = Path(__file__).resolve().parents[2] / "pretrain" / "configs"
 SIZES = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 100e9}
+
+RECALL = ("mag", "mac", "transformer")
 
 
 @pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
@@ -38,7 +41,19 @@ def test_a_long_context_stage_is_the_same_model_on_longer_rows(variant: str) -> 
     assert long.optimizer.lr == pytest.approx(first.optimizer.lr * first.schedule.min_lr_fraction)
 
 
+def test_models_that_recall_differ_in_their_mixer_alone() -> None:
+    files = [FOLDER / f"recall_{variant}.toml" for variant in RECALL]
+    mag, mac, transformer = (build(read_toml(file), file.name) for file in files)
+    assert [config.model.variant for config in (mag, mac, transformer)] == list(RECALL)
+    for config in (mac, transformer):  # the same budget, rows and optimizer
+        assert replace(config, model=mag.model) == mag
+    assert transformer.model.window == mag.model.window <= 32
+    memory = replace(mag.model, variant="mac", segment_length=mac.model.segment_length, window=mac.model.window)
+    assert memory == mac.model
+
+
 def test_no_configuration_is_without_a_test() -> None:
     tested = {f"{variant}_{size}.toml" for variant, size in product(VARIANTS, SIZES)}
     long = {f"{variant}_760m_long.toml" for variant in VARIANTS}
-    assert {file.name for file in FOLDER.iterdir()} == {*tested, *long, "quickstart.toml"}
+    recall = {f"recall_{variant}.toml" for variant in RECALL}
+    assert {file.name for file in FOLDER.iterdir()} == {*tested, *long, *recall, "quickstart.toml"}

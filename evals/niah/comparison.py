@@ -1,0 +1,97 @@
+"""Several models' S-NIAH on one plot: `python -m evals.niah.comparison --results NAME=FILE ... --output FOLDER`."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from evals.command_line import EvaluationError, parse_settings, run_command
+from evals.niah.samples import MAIN
+from evals.report import accuracy_plot, markdown_table, wilson_interval, write_bytes, write_figure
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """Puts results of evals.niah beside each other: OUTPUT/accuracy.png and OUTPUT/accuracy.md."""
+
+    results: tuple[str, ...]
+    """NAME=FILE each: what the model is called, and its niah.jsonl."""
+    output: Path
+    """Folder to write to."""
+    trained_length: int | None = None
+    """Tokens of a training row, marked on the plot."""
+
+
+def rows_of(name: str, lines: Iterable[str]) -> Rows:
+    """A row for each control and length of a model's results.
+
+    Args:
+        name: The model; a control's rows have it with the control behind a comma.
+        lines: JSON records of evals.niah.
+    """
+    groups: dict[tuple[str, int], Rows] = defaultdict(list)
+    for line in lines:
+        record = json.loads(line)
+        groups[record["control"], record["length"]].append(record)
+    found = sorted(groups.items(), key=lambda group: (group[0][0] != MAIN, group[0]))
+    return [_row(name, control, length, own) for (control, length), own in found]
+
+
+def _row(name: str, control: str, length: int, records: Rows) -> dict[str, Any]:
+    hits = sum(record["substring"] for record in records)
+    return {
+        "model": name if control == MAIN else f"{name}, {control}",
+        "length": length,
+        "n": len(records),
+        "accuracy": hits / len(records),
+        "interval": wilson_interval(hits, len(records)),
+        "leading_digits": sum(map(_leading, records)) / len(records),
+        "nats_per_token": sum(r["value_loss"] for r in records) / sum(r["value_tokens"] for r in records),
+    }
+
+
+def _leading(record: dict[str, Any]) -> int:
+    """Characters of the value, from its first on, with which the answer's first number begins."""
+    number = re.search(r"\d+", record["answer"])
+    pairs = zip(record["value"], number[0] if number else "", strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _read(results: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for entry in results:
+        name, _, file = entry.partition("=")
+        if not name or not Path(file).is_file():
+            raise EvaluationError(f"--results {entry}: write NAME=FILE with the niah.jsonl of an evaluation")
+        yield from rows_of(name, Path(file).read_text(encoding="utf-8").splitlines())
+
+
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(ComparisonSettings, "python -m evals.niah.comparison")
+    rows = list(_read(settings.results))
+    lines: dict[str, list[tuple[int, float, tuple[float, float]]]] = {}
+    for row in rows:
+        lines.setdefault(row["model"], []).append((row["length"], row["accuracy"], row["interval"]))
+    header = ("model", "length", "n", "accuracy", "95 % interval", "digits right from the first", "nats a token")
+    cells = [
+        [
+            *(row["model"], f"{row['length']:,}", str(row["n"]), f"{row['accuracy']:.3f}"),
+            *(f"{row['interval'][0]:.2f}-{row['interval'][1]:.2f}", f"{row['leading_digits']:.2f}"),
+            f"{row['nats_per_token']:.3f}",
+        ]
+        for row in rows
+    ]
+    write_bytes(settings.output / "accuracy.md", (markdown_table(header, cells) + "\n").encode())
+    plot = accuracy_plot("S-NIAH, noise haystack", lines, settings.trained_length)
+    write_figure(settings.output / "accuracy.png", plot)
+    print(f"{settings.output}: accuracy.md, accuracy.png")
+
+
+if __name__ == "__main__":
+    run_command(main)
