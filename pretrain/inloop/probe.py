@@ -119,7 +119,7 @@ class Probe:
         for part in prompts_BT[:, :-1].split(piece_of(self.config), 1):
             # Asked for losses, not logits: those of a piece are never gathered from the tensor-parallel ranks.
             _, states = engine(tokens=part, labels=part, states=states)
-        values_BT, real_BT = self._values(samples)
+        values_BT, real_BT = _values(samples)
         before_BT = torch.cat([prompts_BT[:, -1:], values_BT[:, :-1]], 1)
         losses_BT, _ = engine(tokens=before_BT, labels=values_BT, states=states)
         answer = [prompts_BT[:, -1:]]
@@ -141,13 +141,6 @@ class Probe:
             return False
         return True
 
-    def _values(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        """Tokens of the values as they follow a word, (B, T), and where they are real."""
-        word = self.processor.encode("is")
-        rows = [torch.tensor(self.processor.encode(f"is {sample.value}")[len(word) :]) for sample in samples]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device())
-        return padded.clamp_min(0), padded >= 0
-
     def _text(self, ids: list[int]) -> str:
         end = self.processor.eos_id()
         return self.processor.decode(ids[: ids.index(end)] if end in ids else ids)
@@ -160,3 +153,10 @@ class Probe:
         losses = answers.losses_BT[real_BT].double()
         counts = [found_B[counted_B].sum(), counted_B.sum(), losses.sum(), real_BT.sum()]
         return torch.stack([count.double() for count in counts])
+
+
+def _values(samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Tokens of the right answers, (B, T), and where they are real."""
+    rows = [torch.tensor(sample.value_ids) for sample in samples]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(device())
+    return padded.clamp_min(0), padded >= 0

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from evals.models import EvalModel, load_tokenizer
-from evals.niah.generate import answer, read
+from evals.niah.generate import answer, read, value_losses
 from evals.niah.scores import score
 from evals.position_loss import loss_sums, stretch_ends, summarise
 from pretrain.command_line import parse
@@ -240,20 +240,20 @@ def test_the_held_out_loss_is_the_mean_over_its_rows_documents_apart(configured,
 
 
 @pytest.mark.parametrize("variant", ["mac", "mal"])
-def test_haystacks_are_answered_as_the_evaluation_of_a_checkpoint_answers(
-    configured, worded_toml, engine_of, probe_of, variant
-):
+def test_haystacks_are_answered_as_the_evaluation_of_a_checkpoint_answers(configured, engine_of, probe_of, variant):
     config = configured("--variant", variant, "--model.init-std", "0.3", *PROBED)
     engine, probe = engine_of(config), probe_of(config)
     samples = [probe.builder.build(probe._name(320, number)) for number in range(3)]
     with torch.no_grad():
         mine = probe.ask(engine, samples)
-    afterwards = for_evals(engine.module, config, worded_toml)
-    prompts = torch.from_numpy(np.stack([sample.prompt for sample in samples]))
-    first, states = read(afterwards, prompts, 50, lambda tokens: None)
-    ids = answer(afterwards, first, states, ANSWER_TOKENS, lambda: None)
+    stream, end = engine.module.stream, probe.processor.eos_id()
+    prompts = torch.from_numpy(np.stack([sample.prompt for sample in samples])).long()
+    logits, states = read(stream, prompts.split(50, 1), lambda tokens: None)
+    ids = answer(stream, logits, states, ANSWER_TOKENS, end, lambda: None)
     assert mine.texts == [probe.processor.decode(row) for row in ids]
     assert len(set(mine.texts)) == 3
+    losses = value_losses(stream, logits, states, [sample.value_ids for sample in samples])
+    assert (mine.losses_BT * mine.real_BT).sum(1).tolist() == pytest.approx(losses, rel=1e-5)
 
 
 def test_the_answers_loss_is_that_of_the_values_digits_in_one_pass(configured, engine_of, probe_of):
@@ -263,7 +263,7 @@ def test_the_answers_loss_is_that_of_the_values_digits_in_one_pass(configured, e
     losses = []
     for number in range(3):
         sample = probe.builder.build(probe._name(640, number))
-        text = probe.processor.encode(f"is {sample.value}")[len(probe.processor.encode("is")) :]
+        text = list(sample.value_ids)
         assert probe.processor.decode(text).strip() == sample.value
         whole = torch.tensor([[*sample.prompt.tolist(), *text]])
         with torch.no_grad():
@@ -287,7 +287,7 @@ def test_needles_that_are_found_are_counted_by_length(configured, one_process, p
     counted = torch.tensor([True, True, False, True, True])
     found, of, loss, tokens = probe._sums(samples, asked, counted).tolist()
     assert (found, of) == (2, 4)
-    assert loss == tokens == sum(len(probe.processor.encode(f"is {s.value}")) - 1 for s in samples) * 4 / 5
+    assert loss == tokens == sum(len(s.value_ids) for s in samples) * 4 / 5
 
 
 def test_logits_that_are_not_finite_find_nothing_and_end_nothing(configured, engine_of, probe_of):
