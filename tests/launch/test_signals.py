@@ -1,5 +1,6 @@
 """What launch/torchrun.sh does with signals and with workers that are lost, on one host."""
 
+import json
 import os
 import signal
 import time
@@ -77,6 +78,23 @@ def test_lost_workers_go_on_from_the_last_checkpoint_as_often_as_allowed(tiny_to
     assert "process 0 was killed by signal 9; all go on from the last checkpoint (restart 2 of 2)" in err
     assert "going on from" in out
     assert [record["loss"] for record in read_metrics(run_dir)] == [record["loss"] for record in read_metrics(whole)]
+
+
+def test_a_run_that_was_stopped_ends_with_the_status_that_asks_for_another_start(tiny_toml, tmp_path):
+    run_dir = tmp_path / "run"
+    job = start(tiny_toml, run_dir, "--train.steps", "5000", "--checkpoint.every-steps", "0", REQUEUE_STATUS="75")
+    wait_for_step(job, run_dir, 3)
+    job.process.send_signal(signal.SIGTERM)
+    status, _, err = job.wait(300)
+    assert (status, err) == (75, "")
+    asked = json.loads((run_dir / "requeue.json").read_text())
+    done = len(read_metrics(run_dir))
+    assert (asked["reason"], asked["step"], asked["finished"]) == ("SIGTERM", done, False)
+    assert (run_dir / asked["checkpoint"]).is_dir()
+
+    status, _, err = start(tiny_toml, run_dir, "--train.steps", str(done + 2), REQUEUE_STATUS="75").wait(300)
+    assert (status, err) == (0, "")
+    assert not (run_dir / "requeue.json").exists()
 
 
 def test_a_mistake_is_not_tried_again(tiny_toml, tmp_path):
