@@ -76,9 +76,9 @@ class Run:
         limit = self.health.update_limit()
         with self.ranks.waiting.measured():
             result = train_step(self.engine, self.micro_batches, lr, self.carried, limit, telemetry)
+        seconds, train = time.perf_counter() - began, self.config.train
         if telemetry:
             self.metrics.record("memory", step, telemetry.collect())
-        seconds, train = time.perf_counter() - began, self.config.train
         self._name_straggler(step, seconds)
         values = {
             "loss": result.loss,

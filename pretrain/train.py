@@ -31,7 +31,7 @@ from pretrain.health import Health
 from pretrain.inloop.evaluations import Evaluations
 from pretrain.launcher import follow_launcher, record_success
 from pretrain.lock import lock_run_folder
-from pretrain.metrics import Metrics
+from pretrain.metrics import Metrics, check_sinks
 from pretrain.recovery import recover
 from pretrain.resume import begin_with, certificate, check_loss, find_resume_point, restore
 from pretrain.rewinds import Rewinds
@@ -125,6 +125,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
         ValueError: Something that was asked for does not fit.
     """
     data = open_data(config)
+    check_sinks(config.logging)
     megatron_config(config)  # the division over ranks, before anything is started
     parallel = config.parallel
     record_flights(run_dir)
