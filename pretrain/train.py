@@ -95,8 +95,10 @@ def learn(run: Run, done: int, stop_request: StopRequest) -> None:
         if verdict.action != "go on":
             run.metrics.event(step, "bad_step", f"note: {verdict.reason} at step {step}; {verdict.action}")
 
-        values |= run.evaluate(step, following)
-        if following > steps or stopping or due(step, config.checkpoint.every_steps):
+        last = following > steps
+        if last or not stopping:  # a signal leaves two minutes, perhaps
+            values |= run.evaluate(step, following)
+        if last or stopping or due(step, config.checkpoint.every_steps):
             values["save_stall_seconds"] = run.begin_save(step, values.get("heldout_loss"))
         run.metrics.step(step, values)
         run.prove(step)
