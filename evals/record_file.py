@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from evals.command_line import EvaluationError
 
@@ -45,7 +45,7 @@ class RecordFile(Generic[Record]):
         self._file.seek(0)
         self.records = [self._parse(line, number) for number, line in enumerate(self._file, 1)]
 
-    def __enter__(self) -> "RecordFile[Record]":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
