@@ -21,7 +21,7 @@ class PositionPerplexitySettings:
     """
 
     checkpoint: Path
-    """Run folder (its newest checkpoint is taken) or one checkpoint folder."""
+    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     output: Path
     """Folder for position_perplexity.json, .csv and .png."""
     data: Path | None = None
@@ -40,7 +40,7 @@ class PositionPerplexitySettings:
     piece: int = 512
     """Tokens of each row read at a time; bounds the memory, results do not depend on it."""
     tokenizer: Path | None = None
-    """Tokenizer file; by default RUN/tokenizer/tokenizer.model."""
+    """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.text):
@@ -61,8 +61,7 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
     """
     from evals.measure import PeakMemory
     from evals.position_loss import loss_sums, stretch_ends, summarise
-    from evals.report import loss_plot, write_figure, write_json
-    from evals.tables import write_csv
+    from evals.report import loss_plot, write_csv, write_figure, write_json
 
     rows = open_rows(model, settings)
     ends = stretch_ends(settings.length, model.trained_length)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.babilong.generate import answer, read
 from evals.babilong.records import Record
 from evals.babilong.samples import Sample, SampleKey
 from evals.babilong.scores import correct
@@ -19,6 +18,7 @@ from evals.babilong.summary import write_report
 from evals.babilong.texts import Texts, read_texts
 from evals.measure import PeakMemory, state_bytes
 from evals.models import EvalModel
+from evals.niah.generate import answer, read
 from evals.progress import Pace, StatusLine
 from evals.record_file import RecordFile
 
@@ -89,10 +89,11 @@ class _Runner:
             prefill_seconds.append(self._pace.done("read", tokens))
             self._line.show(f"length {samples[0].name.length:,}, {len(samples)} samples: {self._pace.text()}")
 
-        first, states = read(self._model, _pieces(samples, self._settings.piece), on_piece)
+        stream, end = self._model.stream, self._model.tokenizer.processor.eos_id()
+        logits, states = read(stream, _pieces(samples, self._settings.piece), on_piece)
         carried = state_bytes(states)
         limit, rows = self._settings.max_new_tokens, len(samples)
-        answers = answer(self._model, first, states, limit, lambda: step_seconds.append(self._pace.done("step", rows)))
+        answers = answer(stream, logits, states, limit, end, lambda: step_seconds.append(self._pace.done("step", rows)))
         self._pace.skip("step", rows * (limit - 1 - len(step_seconds)))
         self._line.clear()
         costs = {

@@ -19,7 +19,7 @@ class BabilongSettings:
     """
 
     checkpoint: Path
-    """Run folder (its newest checkpoint is taken) or one checkpoint folder."""
+    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     output: Path
     """Folder for babilong.jsonl, .json, .md, .csv and .png."""
     babi: Path | None = None
@@ -46,7 +46,7 @@ class BabilongSettings:
     batch: int = 16
     """Most samples read side by side; those of one task with prompts of one length are."""
     tokenizer: Path | None = None
-    """Tokenizer file; by default RUN/tokenizer/tokenizer.model."""
+    """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 
     def __post_init__(self) -> None:
         known = load_prompts() if self.babi else SIMULATED_TASKS

@@ -9,8 +9,16 @@ from evals.babilong.records import Record
 from evals.babilong.settings import PAPER_TASKS, BabilongSettings
 from evals.babilong.texts import Texts
 from evals.models import EvalModel
-from evals.report import bytes_text, table, wilson_interval, write_bytes, write_figure, write_json
-from evals.tables import markdown_table, write_csv
+from evals.report import (
+    bytes_text,
+    markdown_table,
+    table,
+    wilson_interval,
+    write_bytes,
+    write_csv,
+    write_figure,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,8 +72,7 @@ def write_report(
     }
     write_json(settings.output / "babilong.json", report)
     write_bytes(settings.output / "babilong.md", _markdown(report).encode())
-    rows = [{**cell, "low": cell["interval"][0], "high": cell["interval"][1]} for cell in report["cells"]]
-    write_csv(settings.output / "babilong.csv", [{k: v for k, v in row.items() if k != "interval"} for row in rows])
+    write_csv(settings.output / "babilong.csv", report["cells"])
     write_figure(settings.output / "babilong.png", _plot(report))
     return report
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from evals.harness.settings import HarnessSettings
 from evals.harness.tasks import COLUMNS, Column
-from evals.report import table, write_bytes, write_json
-from evals.tables import markdown_table, write_csv
+from evals.report import markdown_table, table, write_bytes, write_csv, write_json
 
 
 def summarise(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

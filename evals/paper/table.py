@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals.tables import markdown_table
+from evals.report import markdown_table
 
 PAPER, OURS = "paper", "ours"
 Number = float | None
