@@ -73,9 +73,8 @@ def test_one_process_trains_without_torchrun(train, tmp_path):
     assert lines[-1].startswith("done: held-out loss 4.")
     assert load_run_config(tmp_path / "run").model.variant == "transformer"
     (first, second) = read_metrics(tmp_path / "run")
-    assert list(first) == [
-        "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "data_wait_seconds"
-    ]  # fmt: skip
+    numbers = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "data_wait_seconds"}
+    assert numbers < set(first)
     assert (second["step"], second["tokens"]) == (2, 2 * 4 * 32)
 
 
