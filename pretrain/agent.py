@@ -18,10 +18,9 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
+from pretrain.exit_status import EXIT_FAILED, FINAL
 from pretrain.rendezvous import Hosts
 
-EXIT_MISTAKE = 2
-_EXIT_LOST = 1
 _HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 _LEFT_BEHIND_SECONDS = 30
 _OTHERS_END_SECONDS = 60
@@ -46,7 +45,7 @@ class Workers:
 class Agent(LocalElasticAgent):
     """torch's agent with three differences.
 
-    A mistake in what was asked is not tried again. Workers that are well when a host joins or leaves have time to save,
+    What would end the same way is not tried again. Workers that are well when a host joins or leaves have time to save,
     as after a signal. What ended well is forgotten when the group starts again.
     """
 
@@ -67,7 +66,7 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
-            if any(failure.exitcode == EXIT_MISTAKE for failure in result.failures.values()):
+            if any(failure.exitcode in FINAL for failure in result.failures.values()):
                 self._remaining_restarts = 0
             elif self._remaining_restarts:
                 again = self._workers.restarts - self._remaining_restarts + 1
@@ -107,7 +106,7 @@ def run_agent(workers: Workers, rendezvous: RendezvousHandler, hosts: Hosts) -> 
         result = Agent(workers, rendezvous).run()
         if result is not None and result.is_failed():
             status = _status(result.failures)
-            if status != EXIT_MISTAKE:  # that one comes with a sentence
+            if status not in FINAL:  # those come with a sentence
                 print(f"error: {_what_happened(result.failures)}; the others were stopped", file=sys.stderr)
             raise SystemExit(status)
     except SignalException as error:
@@ -117,7 +116,7 @@ def run_agent(workers: Workers, rendezvous: RendezvousHandler, hosts: Hosts) -> 
             raise SystemExit(128 + error.sigval) from None
     except (RendezvousConnectionError, RendezvousTimeoutError, RendezvousClosedError) as error:
         print(f"error: {_lost(error, hosts)}", file=sys.stderr)
-        raise SystemExit(_EXIT_LOST) from None
+        raise SystemExit(EXIT_FAILED) from None
     finally:
         if closes:
             rendezvous.shutdown()

@@ -15,18 +15,24 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import checkpoint_folder
+from pretrain.exit_status import EXIT_FAILED, EXIT_GIVEN_UP, EXIT_MISTAKE, REQUEUE_FILE
 from titans_mcore.parallel import stop
 from tokenization.files import write_file_atomically
 
-REQUEUE_FILE = "requeue.json"
-EXIT_MISTAKE = 2
-EXIT_FAILED = 1
 _WAIT_FOR_RANK_0_SECONDS = 20
 _STOP_AFTER = 1_000  # no signal has this number
 
 
 class TrainingFailed(Exception):
     """The run cannot go on; the message says where it stopped and what is saved."""
+
+    status = EXIT_FAILED
+
+
+class TrainingGivenUp(TrainingFailed):
+    """The same, and it would stop there again."""
+
+    status = EXIT_GIVEN_UP
 
 
 class Heard(NamedTuple):

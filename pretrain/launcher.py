@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING
 
 from pretrain.command_line import parse
 from pretrain.config import RunConfig
+from pretrain.exit_status import EXIT_MISTAKE, REQUEUE_FILE
 from titans_mcore.division import check_divisible, check_world
 
 if TYPE_CHECKING:
     from pretrain.rendezvous import Hosts
 
-REQUEUE_FILE = "requeue.json"
 _STATUS_DIR = "TITANS_STATUS_DIR"
-_EXIT_MISTAKE = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -56,7 +55,7 @@ def main() -> None:
         _start(own, config, command.run_dir, processes, words)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(_EXIT_MISTAKE) from None
+        raise SystemExit(EXIT_MISTAKE) from None
     if own.requeue_status and (command.run_dir / REQUEUE_FILE).exists():
         raise SystemExit(own.requeue_status)
 

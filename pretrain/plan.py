@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.command_line import parse
 from pretrain.config import RunConfig
 from pretrain.config_files import read_toml
+from pretrain.exit_status import EXIT_MISTAKE
 from pretrain.schedule import tokens_after
 from titans_mcore.config import TitansConfig
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 _USAGE = (
     "python -m pretrain.plan --config FILE --gpus N [--utilisation 0.4] [--gpu h100] [--json] [--SETTING VALUE ...]"
 )
-_EXIT_MISTAKE = 2
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def main() -> None:
         plan = plan_of(request)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(_EXIT_MISTAKE) from None
+        raise SystemExit(EXIT_MISTAKE) from None
     if request.json:
         print(json.dumps(plan, indent=2))
         return

@@ -10,7 +10,7 @@ from torch import Tensor
 from pretrain.autopsy import CHECKPOINT, autopsy_folder, first_nonfinite, write_autopsy
 from pretrain.batch_documents import documents_of
 from pretrain.checkpoint import FailedOnRank0, on_rank_0, read_record
-from pretrain.ending import TrainingFailed
+from pretrain.ending import TrainingGivenUp
 from pretrain.engine import token_losses
 from pretrain.health import Verdict
 from pretrain.resume import ResumePoint, restore
@@ -29,7 +29,7 @@ def recover(run: Run, step: int, verdict: Verdict) -> int:
         The step of the checkpoint; from there on the bad steps are passed over.
 
     Raises:
-        TrainingFailed: The verdict is to stop, there is no healthy checkpoint, or the run has gone back to it often
+        TrainingGivenUp: The verdict is to stop, there is no healthy checkpoint, or the run has gone back to it often
             enough.
     """
     if run.saver.pending:
@@ -65,7 +65,7 @@ def _stop(run: Run, step: int, reason: str) -> NoReturn:
     where = places.get("forward") or places.get("backward")
     message = f"{reason}, at step {step}{newest}. {f'Not finite first in {where}. ' if where else ''}{left}"
     run.metrics.record("event", step, {"name": "stopped", "message": message})
-    raise TrainingFailed(message)
+    raise TrainingGivenUp(message)
 
 
 def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> tuple[str, dict[str, str]]:

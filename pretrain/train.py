@@ -16,7 +16,6 @@ from pretrain.config import RunConfig
 from pretrain.config_files import write_run_config
 from pretrain.data import Batches
 from pretrain.ending import (
-    EXIT_FAILED,
     StopRequest,
     TrainingFailed,
     ask_for_requeue,
@@ -237,7 +236,7 @@ def main() -> None:
     try:
         train(sys.argv[1:])
     except TrainingFailed as error:
-        end_with(error, EXIT_FAILED)
+        end_with(error, error.status)
     stop()
     record_success()
 

