@@ -92,7 +92,7 @@ def test_a_run_without_a_healthy_checkpoint_has_nothing_to_go_back_to(sabotaged,
 def test_bad_steps_in_a_row_leave_an_autopsy_that_can_be_replayed_in_one_process(sabotaged, tmp_path):
     diverging = ["--variant", "mac", "--optimizer.lr", "1e4", "--optimizer.clip-norm", "0"]
     diverging += ["--health.in-a-row", "3"]
-    status, out, err = sabotaged("nothing", tmp_path, *diverging, "--checkpoint.every-steps", "1", processes=2).wait()
+    _, out, err = sabotaged("nothing", tmp_path, *diverging, "--checkpoint.every-steps", "1", processes=2).wait()
     assert "done" not in out
     folder = tmp_path / "autopsy" / "step-00000004"
     facts = json.loads((folder / "autopsy.json").read_text())
