@@ -7,12 +7,14 @@ from evals.niah.settings import NiahSettings
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(NiahSettings, "python -m evals.niah")
+    from evals.heap import return_large_blocks
     from evals.models import load_model
     from evals.niah.files import FILES
     from evals.niah.run import evaluate
     from evals.niah.summary import HEADER, table_rows
     from evals.report import table
 
+    return_large_blocks()
     report = evaluate(load_model(settings.checkpoint, settings.tokenizer, spread=True), settings)
     if report is not None:
         print(table(HEADER, table_rows(report)))
