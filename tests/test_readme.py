@@ -18,6 +18,10 @@ FILLED_IN = {
     "--vocab-size 32000": "--vocab-size 400",
     "--workers 8": "--workers 2",
     "--lengths 1024 16384": "--lengths 512 1024",
+    "--text book.txt --length 2097152 --tokens 2097152": "--text text/argparse.txt --length 512 --tokens 512",
+    "--babi tasks_1-20_v1-2/en-10k --pg19 pg19/test": "--lengths 0 500 --samples 1",  # stories of our own
+    "mac=runs/mac lmm=runs/lmm": "mac=runs/mine",
+    "MAG=runs/a/eval/niah.jsonl MAC=runs/b/eval/niah.jsonl": "MAC=runs/mine/eval/niah.jsonl",
 }
 SMALL = {
     "launch/quickstart.sh": " --steps 2 --lengths 512",
@@ -26,8 +30,13 @@ SMALL = {
     "evals.efficiency tokenization": " --threads 1 --repeats 1",
     "evals.efficiency data": " --tokens 3e5 --shard-tokens 1e5 --sequence-length 128 --sparse 4e6",
     "evals.efficiency wavefront": " --repeats 1",
+    "evals.niah --checkpoint": " --samples 1 --depths 2",
+    "evals.niah.training_data": " --documents 20",
+    "pretrain.watch": " --once",
+    "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
 }
-NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "launch/gpu_check.sh")  # runs this test; a network; a GPU
+# What runs this test, what needs a network, what needs a GPU.
+NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "evals.harness", "launch/gpu_check.sh")
 
 
 def readme_commands() -> list[str]:
