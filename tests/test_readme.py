@@ -30,6 +30,7 @@ SMALL = {
     "evals.efficiency tokenization": " --threads 1 --repeats 1",
     "evals.efficiency data": " --tokens 3e5 --shard-tokens 1e5 --sequence-length 128 --sparse 4e6",
     "evals.efficiency wavefront": " --repeats 1",
+    "evals.efficiency context": " --lengths 512 1024",
     "evals.niah --checkpoint": " --samples 1 --depths 2",
     "evals.niah.training_data": " --documents 20",
     "pretrain.watch": " --once",

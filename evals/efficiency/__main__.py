@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
 from evals.efficiency.settings import (
+    ContextSettings,
     DataSettings,
     LayoutsSettings,
     MemorySettings,
@@ -21,6 +22,7 @@ commands:
   tokenization  encoding text to shards, against sentencepiece alone
   layouts       what ways to divide a model send and hold, counted on gloo processes
   data          shards to batches: index, start, resume, memory, reading, on a billion synthetic tokens
+  context       reading, decoding and memory of trained models, up to millions of tokens
   wavefront     context parallelism: how long ranks that share a row wait, and what memory each takes
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
@@ -72,12 +74,21 @@ def _wavefront(words: Sequence[str]) -> None:
         print(settings.output / f"wavefront.{suffix}", file=sys.stderr)
 
 
+def _context(words: Sequence[str]) -> None:
+    settings = parse_settings(ContextSettings, "python -m evals.efficiency context", words)
+    from evals.efficiency.context import measure
+
+    print(measure(settings))
+    print(settings.json, file=sys.stderr)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "memory": _memory,
     "tokenization": _tokenization,
     "layouts": _layouts,
     "data": _data,
     "wavefront": _wavefront,
+    "context": _context,
 }
 
 

@@ -19,7 +19,7 @@ def circumstances(settings: Any, device: str) -> dict[str, Any]:
         settings: Its settings, a dataclass with a field `threads`.
         device: "cpu" or "cuda".
     """
-    chosen = {name: _shown(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    chosen = {name: _shown(value) for name, value in asdict(settings).items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "evals.efficiency", *sys.argv[1:]]),
@@ -33,10 +33,14 @@ def circumstances(settings: Any, device: str) -> dict[str, Any]:
     }
 
 
-def _shown(path: Path) -> str:
-    """A path of the project's as it is there, whatever folder the project lies in."""
+def _shown(value: Any) -> Any:
+    """A setting for JSON; a path of the project's as it is there, whatever folder the project lies in."""
+    if isinstance(value, tuple):
+        return [_shown(one) for one in value]
+    if not isinstance(value, Path):
+        return value
     root = Path(__file__).parents[2]
-    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+    return str(value.relative_to(root) if value.is_relative_to(root) else value)
 
 
 def _processor() -> str:

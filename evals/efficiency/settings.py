@@ -190,3 +190,43 @@ class WavefrontSettings:
         for name in ("repeats", "threads"):
             if getattr(self, name) < 1:
                 raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """Measures what a longer past costs trained models: tokens read a second, milliseconds a decoded token, memory.
+
+    Models of constant state cost the same at every length. One that keeps all its keys (window 0) is measured until it
+    does not fit; what is beyond is reported as not run.
+    """
+
+    checkpoint: tuple[Path, ...]
+    """Run folders, checkpoint folders or exported Hugging Face folders."""
+    json: Path
+    """File for the report."""
+    lengths: tuple[int, ...] = (2_048, 16_384, 131_072, 1_048_576, 2_097_152)
+    """Tokens that are read before decoding."""
+    decode_tokens: int = 64
+    """Decoded tokens that are timed; the median counts."""
+    piece: int = 2_048
+    """Tokens read at a time."""
+    limit_gigabytes: float = 8.0
+    """A state that grows beyond ends a row."""
+    limit_minutes: float = 60.0
+    """Reading that takes longer ends a row."""
+    threads: int = field(default_factory=available_cores)
+    """Threads on a CPU."""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise EvaluationError("--checkpoint is empty; name at least one run folder")
+        if not self.lengths:
+            raise EvaluationError("--lengths is empty; give at least one number of tokens")
+        for name in ("decode_tokens", "piece", "threads"):
+            if getattr(self, name) < 1:
+                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        if min(self.lengths) < 1:
+            raise EvaluationError(f"--lengths has {min(self.lengths)}; give at least 1")
+        for name in ("limit_gigabytes", "limit_minutes"):
+            if not getattr(self, name) > 0:
+                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
