@@ -80,6 +80,7 @@ def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> tuple[str,
         "reason": reason,
         "samples": [portion.first, portion.first + portion.samples - 1],
         "first_nonfinite": places,
+        "memory": run.telemetry.collect(),
         "health": run.health.state_dict(),
         "documents": _documents(run, step) if dist.get_rank() == 0 else [],
         "command": command,
@@ -92,7 +93,9 @@ def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> tuple[str,
 
 def _losses_again(run: Run, step: int) -> Iterator[Tensor]:
     for place, micro_batch in enumerate(run.batches.fetch(step - 1, ahead=0), 1):
-        yield token_losses(run.engine, micro_batch, place, run.carried).mean()
+        with run.telemetry.watching():
+            loss = token_losses(run.engine, micro_batch, place, run.carried).mean()
+        yield loss
 
 
 def _documents(run: Run, step: int) -> list[str]:

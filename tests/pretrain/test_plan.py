@@ -88,14 +88,14 @@ def test_a_preset_is_planned_in_seconds(variant, size):
 
 def test_every_preset_is_planned():
     names = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
-    long = {f"{variant}_760m_long" for variant in VARIANTS}
+    long = {f"{variant}_{size}_long" for variant, size in product(VARIANTS, SIZES)}
     assert {file.stem for file in PRESETS} == {*names, *long, "quickstart"}
     assert planned("--config", str(ROOT / "pretrain" / "configs" / "quickstart.toml"), "--gpus", "2")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_long_context_stage_is_planned_and_fits_the_gpus_of_one_host(variant):
-    found = planned("--config", str(ROOT / "pretrain" / "configs" / f"{variant}_760m_long.toml"), "--gpus", "8")
+@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+def test_a_long_context_stage_is_planned_and_fits_the_gpus_of_one_host(variant, size):
+    found = planned("--config", str(ROOT / "pretrain" / "configs" / f"{variant}_{size}_long.toml"), "--gpus", "8")
     assert not [note for note in found["notes"] if "do not fit" in note]
     assert found["step"]["tokens"] == 2**19
 

@@ -31,13 +31,14 @@ def test_a_preset_has_the_parameters_and_tokens_of_its_name(variant: str, size: 
     assert config.train.steps * config.train.tokens_per_step == pytest.approx(TOKENS[size], rel=1e-3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_long_context_stage_is_the_same_model_on_longer_rows(variant: str) -> None:
-    names = (f"{variant}_760m.toml", f"{variant}_760m_long.toml")
+@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+def test_a_long_context_stage_is_the_same_model_on_longer_rows(variant: str, size: str) -> None:
+    names = (f"{variant}_{size}.toml", f"{variant}_{size}_long.toml")
     first, long = (build(read_toml(FOLDER / name), name) for name in names)
     assert long.model == first.model
     assert long.train.sequence_length == 8 * first.train.sequence_length
     assert long.train.tokens_per_step == first.train.tokens_per_step
+    assert long.train.steps == pytest.approx(first.train.steps / 10, abs=1)
     assert long.optimizer.lr == pytest.approx(first.optimizer.lr * first.schedule.min_lr_fraction)
 
 
@@ -63,6 +64,6 @@ def test_second_stage_of_recall_is_the_same_model_with_carried_states(variant: s
 
 def test_no_configuration_is_without_a_test() -> None:
     tested = {f"{variant}_{size}.toml" for variant, size in product(VARIANTS, SIZES)}
-    long = {f"{variant}_760m_long.toml" for variant in VARIANTS}
+    long = {f"{variant}_{size}_long.toml" for variant, size in product(VARIANTS, SIZES)}
     recall = {f"recall_{variant}{stage}.toml" for variant in RECALL for stage in ("", "_long")}
     assert {file.name for file in FOLDER.iterdir()} == {*tested, *long, *recall, "quickstart.toml"}
