@@ -89,6 +89,17 @@ def test_a_failed_proof_leaves_nothing(
     assert names(tmp_path) == set()
 
 
+def test_prompts_may_hold_the_token_that_pads(mac_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = proof.fixed_prompts
+
+    def with_padding_tokens(config, bos_id):
+        return [[id if place % 3 else 0 for place, id in enumerate(prompt, 1)] for prompt in real(config, bos_id)]
+
+    monkeypatch.setattr(proof, "fixed_prompts", with_padding_tokens)
+    assert main(["--checkpoint", str(mac_run), "--output", str(tmp_path / "hf")]) == 0
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["pad_token_id"] == 0
+
+
 def test_a_folder_that_cannot_be_loaded_alone_fails_the_proof(
     mac_run: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,8 @@ def main(folder: str, request_file: str, answers_file: str) -> None:
             decoded, _ = _stream(model, behind[:, :-1].split(1, 1), cache)
             answers[f"decoded.{index}"] = torch.cat([answers[f"pieces.{index}"][-1:], decoded])
             count = {"max_new_tokens": len(followers), "min_new_tokens": len(followers)}
-            full = model.generate(tokens, do_sample=False, **count)
+            # Without a mask, generate() takes tokens of the padding's id for padding, and a prompt may hold them.
+            full = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **count)
             generated.append(full[0, len(prompt) :].tolist())
         start = tokenizer(request["text"], return_tensors="pt").to(device)
         full = model.generate(**start, max_new_tokens=request["new_tokens"], do_sample=False)
