@@ -11,7 +11,7 @@ from pretrain.metrics import read_metrics, read_records
 
 from .test_resume import numbers, tensor_files
 
-STEPS, KILLS = 2_000, 12
+STEPS, KILLS = 2_000, 20
 ARGUMENTS = ["--variant", "transformer", "--train.steps", str(STEPS), "--checkpoint.every-steps", "100"]
 ARGUMENTS += ["--nproc", "2", "--logging.every-steps", "500"]
 
