@@ -4,7 +4,6 @@ The resolved tree is written to `RUN/config.toml`, from which resuming, evaluati
 """
 
 import difflib
-import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -27,6 +26,7 @@ from pretrain.settings import (
     TrainConfig,
 )
 from titans_mcore.config import TitansConfig
+from tokenization.files import write_file_atomically
 
 CONFIG_FILE = "config.toml"
 SECTIONS: dict[str, Any] = {
@@ -45,13 +45,7 @@ SECTIONS: dict[str, Any] = {
 
 def write_run_config(config: RunConfig, run_dir: Path) -> None:
     """Writes RUN/config.toml: the whole old file or the whole new one is there at any moment."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial = run_dir / f".{CONFIG_FILE}.partial"
-    with partial.open("wb") as stream:
-        tomli_w.dump(asdict(config), stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(run_dir / CONFIG_FILE)
+    write_file_atomically(run_dir / CONFIG_FILE, tomli_w.dumps(asdict(config)).encode())
 
 
 def load_run_config(run_dir: Path) -> RunConfig:

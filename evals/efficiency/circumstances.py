@@ -23,7 +23,7 @@ def circumstances(settings: Any, device: str) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "evals.efficiency", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": source_commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "device_kind": device,
         "threads": settings.threads,
@@ -52,7 +52,7 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of this source, with a mark when files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:

@@ -4,13 +4,14 @@ import os
 import re
 import secrets
 import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evals.efficiency.circumstances import source_commit
 from pretrain.config import RunConfig
+from tokenization.files import write_file_atomically
 
 RUN_ID_FILE = "run_id"
 
@@ -23,9 +24,7 @@ def run_id(run_dir: Path) -> str:
     """
     file = run_dir / RUN_ID_FILE
     if not file.exists():
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(secrets.token_hex(4) + "\n")
-        partial.replace(file)
+        write_file_atomically(file, f"{secrets.token_hex(4)}\n".encode())
     found = file.read_text().strip()
     if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", found):
         raise ValueError(f"{file} holds {found!r}, which is no id of a run; remove it to begin a new one")
@@ -49,14 +48,5 @@ def attempt_values(config: RunConfig, resumed_step: int, layout: str) -> dict[st
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "layout": layout,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": _commit(),
+        "commit": source_commit(),
     }
-
-
-def _commit() -> str | None:
-    """The commit of this source, with a mark when files differ from it; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
