@@ -10,6 +10,7 @@ from typing import Any
 
 from evals.command_line import EvaluationError, parse_settings, run_command
 from evals.niah import templates
+from evals.niah.training_lists import Lists
 
 Noise = Callable[[list[str]], list[str] | None]
 """From the other lines of a document to its noise; None where none fits."""
@@ -18,7 +19,7 @@ _TRIES = 1_000  # documents drawn one after the other of which none fits: none w
 
 @dataclass(frozen=True)
 class TrainingDataSettings:
-    """Writes documents of S-NIAH with their answers: opening, noise with needles in it, questions, values.
+    """Writes documents of S-NIAH with their answers: opening, noise with needles in it, questions, values. Or lists.
 
     tokenization.train and tokenization.encode take the file. Keys and values come from a stream of random numbers that
     the evaluation never draws from, whatever the seeds are.
@@ -42,6 +43,12 @@ class TrainingDataSettings:
     left. A training row of this length then holds one document. 0: lines of noise as `most_lines` says."""
     tokenizer: Path | None = None
     """Tokenizer file, by which `tokens` are counted."""
+    other_words: float = 0.0
+    """Share of documents whose noise is sentences of ever other words: what is written of them wears a memory more than
+    lines that repeat, and teaches it to write less of them. Used with `tokens`."""
+    lists: bool = False
+    """Lists of words that are said again and again, `tokens` long, in place of needles: nearly every token of them can
+    be recalled, and recall begins in a fraction of the steps."""
     seed: int = 0
     """Decides the documents."""
 
@@ -55,6 +62,12 @@ class TrainingDataSettings:
                 f"--tokens is {self.tokens} and --tokenizer {self.tokenizer}; documents of one length need both, "
                 "others neither"
             )
+        if not 0 <= self.other_words <= 1:
+            raise EvaluationError(f"--other-words is {self.other_words}; it is a share, from 0 to 1")
+        if (self.lists or self.other_words) and not self.tokens:
+            raise EvaluationError(
+                "--lists and --other-words make documents of one length; give --tokens and --tokenizer"
+            )
         if self.output.suffix != ".jsonl":
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
@@ -66,22 +79,34 @@ def documents(settings: TrainingDataSettings) -> Iterator[str]:
         EvaluationError: The tokenizer is none, or no document has the length asked for.
     """
     generator = random.Random(f"recall training data {settings.seed}")
-    if settings.tokenizer is None:
-        noise: Noise = partial(_some_lines, generator, settings.most_lines)
-    else:
-        noise = _Filler(settings.tokenizer, settings.tokens).noise
+    draw = _lists_or_needles(generator, settings)
     for _ in range(settings.documents):
-        yield _first_that_fits(generator, settings, noise)
+        yield _first_that_fits(draw, settings)
 
 
-def _first_that_fits(generator: random.Random, settings: TrainingDataSettings, noise: Noise) -> str:
+def _lists_or_needles(generator: random.Random, settings: TrainingDataSettings) -> Callable[[], str | None]:
+    """What draws a document, or None where one does not have the length."""
+    if settings.tokenizer is None:
+        return partial(_needles, generator, settings, partial(_some_lines, generator, settings.most_lines))
+    if settings.lists:
+        return partial(Lists(settings.tokenizer, settings.tokens).document, generator)
+    return partial(_needles, generator, settings, _Filler(generator, settings).noise)
+
+
+def _needles(generator: random.Random, settings: TrainingDataSettings, noise: Noise) -> str | None:
+    needles, questions = _needles_and_questions(generator, settings)
+    lines = noise([*needles, *questions])
+    if lines is None:
+        return None
+    for needle in needles:
+        lines.insert(generator.randint(0, len(lines)), needle)
+    return "\n".join([templates.OPENING, *lines, *questions])
+
+
+def _first_that_fits(draw: Callable[[], str | None], settings: TrainingDataSettings) -> str:
     for _ in range(_TRIES):
-        needles, questions = _needles_and_questions(generator, settings)
-        lines = noise([*needles, *questions])
-        if lines is not None:
-            for needle in needles:
-                lines.insert(generator.randint(0, len(lines)), needle)
-            return "\n".join([templates.OPENING, *lines, *questions])
+        if (text := draw()) is not None:
+            return text
     raise EvaluationError(
         f"--tokens {settings.tokens}: too short for the words of a document with this tokenizer; raise it, or ask for "
         "fewer --needles and --questions"
@@ -108,27 +133,44 @@ def _some_lines(generator: random.Random, most: int, _words: list[str]) -> list[
 class _Filler:
     """Noise that brings a document to a number of tokens."""
 
-    def __init__(self, tokenizer: Path, tokens: int) -> None:
+    def __init__(self, generator: random.Random, settings: TrainingDataSettings) -> None:
         from evals.models import load_tokenizer
 
-        self._processor: Any = load_tokenizer(tokenizer).processor
-        self._tokens = tokens
-        before = self._processor.encode(".")
-        self._noise = self._processor.encode(".\n" + templates.NOISE)[len(before) :]
+        assert settings.tokenizer is not None
+        self._processor: Any = load_tokenizer(settings.tokenizer).processor
+        self._generator, self._settings = generator, settings
+        self._before = len(self._processor.encode("."))
+        self._noise = self._ids(templates.NOISE)
 
     def noise(self, words: list[str]) -> list[str] | None:
         """Lines of noise beside these other ones; None where no noise gives the length."""
-        whole, rest = divmod(self._tokens - self._count(words), len(self._noise))
-        if whole < 0:
+        rest, lines = self._settings.tokens - self._count(words), list[str]()
+        if rest < 0:
             return None
-        lines = [templates.NOISE] * whole
-        if rest:
-            lines.insert(0, self._processor.decode(self._noise[:rest]).strip())
-        return lines if self._count([*lines, *words]) == self._tokens else None
+        others = self._generator.random() < self._settings.other_words
+        while rest:
+            line = _other_words(self._generator) if others else templates.NOISE
+            ids = self._ids(line) if others else self._noise
+            if len(ids) > rest:
+                ids = ids[:rest]
+                line = self._processor.decode(ids).strip()
+            lines.insert(0, line)
+            rest -= len(ids)
+        return lines if self._count([*lines, *words]) == self._settings.tokens else None
+
+    def _ids(self, line: str) -> list[int]:
+        """As it stands behind another one."""
+        return self._processor.encode(".\n" + line)[self._before :]
 
     def _count(self, lines: list[str]) -> int:
         """Tokens of a document of these lines and the opening, in any order, with its start and end token."""
         return len(self._processor.encode("\n".join([templates.OPENING, *lines]))) + 2
+
+
+def _other_words(generator: random.Random) -> str:
+    """A line like the noise's, of words that keys are made of."""
+    nouns, adjectives = generator.sample(templates.NOUNS, 4), generator.sample(templates.ADJECTIVES, 4)
+    return " ".join(f"The {noun} is {adjective}." for noun, adjective in zip(nouns, adjectives, strict=True))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import re
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from evals.niah.training_data import TrainingDataSettings, documents, main
 FILE = Path("recall.jsonl")
 
 
-def texts(**settings: int) -> list[str]:
+def texts(**settings: Any) -> list[str]:
     return list(documents(TrainingDataSettings(FILE, **{"documents": 200, **settings})))
 
 
@@ -91,6 +92,34 @@ def test_documents_fill_their_tokens_exactly_and_differ_in_questions(tokenizer: 
     assert asked == {1, 2}
 
 
+@pytest.mark.parametrize("more", [{"other_words": 1.0}, {"lists": True}], ids=["other words", "lists"])
+def test_documents_of_every_kind_fill_their_tokens_exactly(tokenizer: Path, more: dict[str, Any]) -> None:
+    encode = load_tokenizer(tokenizer).processor.encode
+    made = list(documents(TrainingDataSettings(FILE, documents=30, tokens=900, tokenizer=tokenizer, **more)))
+    assert len(set(made)) == 30
+    assert {len(encode(text)) + 2 for text in made} == {900}
+
+
+def test_noise_of_other_words_has_no_line_twice_and_hides_the_same_needles(tokenizer: Path) -> None:
+    settings = TrainingDataSettings(FILE, documents=20, tokens=1_500, tokenizer=tokenizer, other_words=0.5)
+    repeated = set()
+    for text in documents(settings):
+        needles, lines = parts(text)
+        assert len(needles) == 1
+        noise = [line for line in lines if line.startswith("The ") and line.endswith(".")]
+        repeated.add(len(set(noise)) == 1)
+        assert len(set(noise)) in (1, len(noise))
+    assert repeated == {True, False}
+
+
+def test_nearly_all_of_a_list_has_been_said_before(tokenizer: Path) -> None:
+    encode = load_tokenizer(tokenizer).processor.encode
+    for text in documents(TrainingDataSettings(FILE, documents=20, tokens=240, tokenizer=tokenizer, lists=True)):
+        ids = encode(text)
+        period = next(p for p in range(20, 130) if ids[p + 1 :] == ids[1:-p])
+        assert len(set(ids[:period])) > period / 3
+
+
 def test_length_too_short_for_the_words_is_one_sentence(tokenizer: Path) -> None:
     settings = TrainingDataSettings(FILE, tokens=50, tokenizer=tokenizer)
     with pytest.raises(EvaluationError, match=r"--tokens 50: too short for the words of a document"):
@@ -111,10 +140,12 @@ def test_command_writes_one_document_a_line(tmp_path: Path, monkeypatch: pytest.
         ({"documents": 0}, "--documents is 0; give at least 1"),
         ({"needles": 0}, "--needles is 0; give at least 1"),
         ({"most_lines": -1}, "--most-lines is -1; give at least 0"),
+        ({"other_words": 1.5}, "--other-words is 1.5; it is a share, from 0 to 1"),
+        ({"lists": True}, "--lists and --other-words make documents of one length; give --tokens and --tokenizer"),
         ({"tokens": 256}, "--tokens is 256 and --tokenizer None; documents of one length need both, others neither"),
     ],
 )
-def test_settings_that_cannot_be_are_one_sentence(settings: dict[str, int], sentence: str) -> None:
+def test_settings_that_cannot_be_are_one_sentence(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(EvaluationError, match=re.escape(sentence)):
         texts(**settings)
 
