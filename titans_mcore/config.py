@@ -53,6 +53,9 @@ class TitansConfig:
     """Tokens b whose inner gradients are taken at the same memory state; part of the model, not a speed setting."""
     theta_max: float = 0.1
     """Largest inner learning rate: theta = theta_max * sigmoid(linear(x))."""
+    gate_margin: float = 0.0
+    """Makes theta and alpha exactly 0 where their sigmoid is below margin / (1 + margin), so that any number of tokens
+    can pass a memory without a trace: relu((1 + margin) * sigmoid - margin). 0 is the plain sigmoid."""
     memory_gates: Literal["matrix", "shared"] = "matrix"
     """Gates for every weight matrix of the memory, or one set that they share; always one set a head."""
     memory_alpha: Literal["head", "channel"] = "head"
@@ -63,6 +66,11 @@ class TitansConfig:
     """Forgetting alpha, the paper's weight decay; without it nothing is forgotten (the paper's ablation)."""
     conv_kernel: int = 4
     """Width of the causal depthwise convolution on queries, keys and values; 1 switches it off."""
+    memory_init: Literal["random", "next_token"] = "random"
+    """Where queries, keys and values begin. next_token: one map makes queries and keys, the key of a token is that of
+    the token before it and its value its own, so that an untrained memory already answers a token with what followed
+    it before; mac's attention begins at each token itself, so that this is what its memory is written with. random:
+    nothing matches, and recall has to arise by chance."""
     persistent_tokens: int = 128
     """Learned, input-independent tokens N in front of the sequence (mac: of every segment), per block."""
 
@@ -83,6 +91,7 @@ class TitansConfig:
         _choice("variant", self.variant, VARIANTS)
         _choice("memory_network", self.memory_network, NETWORKS)
         _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
+        _choice("memory_init", self.memory_init, ("random", "next_token"))
         _choice("memory_alpha", self.memory_alpha, ("head", "channel"))
         _choice("memory_backend", self.memory_backend, ("auto", "chunked", "fused", "oracle"))
         _choice("attention_backend", self.attention_backend, ("auto", "sdpa", "flash", "dense"))
@@ -92,6 +101,8 @@ class TitansConfig:
         for name in ("norm_eps", "init_std", "theta_max", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.gate_margin < 1:
+            raise ValueError(f"gate_margin is {self.gate_margin}; it must be 0 or more, and below 1")
         for name in ("persistent_tokens", "window"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
@@ -103,6 +114,11 @@ class TitansConfig:
             raise ValueError(f"memory_depth is {self.memory_depth}; it must be 1, 2, 3 or 4")
         if not 1 <= self.chunk_size <= 512:
             raise ValueError(f"chunk_size is {self.chunk_size}; it must be between 1 and 512")
+        if self.memory_init == "next_token" and self.conv_kernel < 2 and self.variant != "transformer":
+            raise ValueError(
+                f"memory_init 'next_token' finds the token before by the convolution, and conv_kernel is "
+                f"{self.conv_kernel}; make it 2 or more, or memory_init random"
+            )
         if self.memory_alpha == "channel" and (self.memory_gates == "shared" or not self.memory_forgetting):
             raise ValueError(
                 "memory_alpha 'channel' makes forget rates for the inputs of each matrix; "

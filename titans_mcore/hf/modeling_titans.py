@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..config import TitansConfig
 from ..memory import PackedRows
 from ..mixers import MIXERS, make_mixer
+from ..mixers.mac import MacMixer
 from ..mixers.neural_memory import NeuralMemory
 from ..mixers.parts import PlainParts, ResidualLinear, rms_norm
 from ..mixers.simple import PersistentTokens
@@ -125,6 +126,10 @@ class TitansPreTrainedModel(PreTrainedModel):
             own = "." not in name or name.startswith("initial_weights.")
             if own and not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(fresh[name])
+        if isinstance(module, NeuralMemory | MacMixer) and not getattr(
+            module.key_value.weight, "_is_hf_initialized", False
+        ):
+            module.begin_recalling()
 
 
 class TitansModel(TitansPreTrainedModel):

@@ -1,5 +1,6 @@
 """Memory as context (paper, section 4.1): attention within segments, over what the memory recalls of earlier ones."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from .kept import Kept, take
 from .neural_memory import NeuralMemory, NeuralMemoryState, Recall
-from .parts import Parts, heads_of, linear
+from .parts import Parts, copy_rows, heads_of, linear
 from .segments import Segment, segments_of
 from .simple import PersistentTokens, combine
 
@@ -55,8 +56,29 @@ class MacMixer(nn.Module):
         self.query = parts.column(config.dim, width)
         self.key_value = parts.column(config.dim, 2 * width)
         self.attention_output = parts.row(width, config.dim)
+        self.begin_recalling()
         self.attention_norm = parts.replicated(torch.ones(config.dim))
         self.memory_norm = parts.replicated(torch.ones(config.dim))
+
+    @torch.no_grad()
+    def begin_recalling(self) -> None:
+        """Brings initial weights to where config.memory_init wants them.
+
+        Keys get the map of queries, and all maps around the attention pass on what they are given at its size: each
+        token attends to itself first, and the memory is written with what tokens are.
+        """
+        config = self.config
+        if config.memory_init != "next_token":
+            return
+        copy_rows(self.query, self.key_value, self.heads, config.head_dim)
+        size = 1.0 / (config.init_std * math.sqrt(config.dim))
+        for module, factor in (
+            (self.query, size),
+            (self.key_value, size),
+            (self.attention_output, size * math.sqrt(2.0 * config.num_layers)),
+            (self.memory_output, size * math.sqrt(2.0 * config.num_layers)),
+        ):
+            module.get_parameter("weight").mul_(factor)
 
     def forward(self, x: Tensor, state: MacState | None, rows: PackedRows | None = None) -> tuple[Tensor, MacState]:
         """Mix x as the block holds it; the state of None begins a sequence."""

@@ -13,7 +13,7 @@ from ..memory import Looks, MemoryState, PackedRows, TensorTree, memory_read, me
 from ..memory.kept_scans import kept
 from ..memory.network import initial_weights
 from .kept import causal_conv
-from .parts import Parts, heads_of, linear, rms_norm, unit_norm
+from .parts import Parts, copy_rows, heads_of, linear, rms_norm, unit_norm
 
 
 @dataclass
@@ -55,9 +55,10 @@ class NeuralMemory(nn.Module):
         self.query_gate = memory.column(config.dim, 2 * width)  # a head: query, output gate
         # A head: key, value, and its gates.
         self.key_value = memory.column(config.dim, 2 * width + sum(gate_widths(config)))
-        taps = config.conv_kernel
-        self.query_kernel = memory.per_head(torch.randn(heads, width, taps) / math.sqrt(taps))
-        self.key_value_kernel = memory.per_head(torch.randn(heads, 2 * width, taps) / math.sqrt(taps))
+        self.begin_recalling()
+        query_kernel, key_value_kernel = initial_kernels(config)
+        self.query_kernel = memory.per_head(query_kernel)
+        self.key_value_kernel = memory.per_head(key_value_kernel)
         self.gate_bias = memory.per_head(initial_gate_bias(config))
         normed = config.memory_network == "residual_norm"
         start = initial_weights(heads, config.memory_widths, residual_norm=normed)
@@ -67,6 +68,11 @@ class NeuralMemory(nn.Module):
         self.norm_weight = memory.per_head(torch.ones(heads, width)) if normed else None
         self.norm_bias = memory.per_head(torch.zeros(heads, width)) if normed else None
         self.output_norm = memory.per_head(torch.ones(heads, width))
+
+    def begin_recalling(self) -> None:
+        """Brings initial weights to where config.memory_init wants them: keys get the map of queries."""
+        if self.config.memory_init == "next_token":
+            copy_rows(self.query_gate, self.key_value, self.heads, self.config.head_dim)
 
     def forward(
         self,
@@ -185,6 +191,8 @@ class NeuralMemory(nn.Module):
     def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor | list[Tensor]]:
         """theta, eta and alpha as memory_scan takes them."""
         theta, eta, alpha = gates.split(gate_widths(self.config), -1)
+        if margin := self.config.gate_margin:
+            theta, alpha = (F.relu((1.0 + margin) * gate - margin) for gate in (theta, alpha))
         if self.config.memory_alpha == "channel":
             return (
                 self.config.theta_max * theta,
@@ -242,6 +250,26 @@ def gate_widths(config: TitansConfig) -> list[int]:
     return [sets, sets * config.memory_momentum, alphas * config.memory_forgetting]
 
 
+def initial_kernels(config: TitansConfig) -> tuple[Tensor, Tensor]:
+    """Convolutions before training, of queries (H, D, K), and of keys and values (H, 2 D, K).
+
+    With config.memory_init "next_token" the key of token t + 1 is the query of token t: a random mixture of the last
+    K - 1 tokens, later ones more, so that the places that resemble each other are those with the same tokens before
+    them. Values begin as the token's own.
+    """
+    heads, width, taps = config.num_heads, config.head_dim, config.conv_kernel
+    if config.memory_init == "random":
+        query, key_value = (torch.randn(heads, channels, taps) / math.sqrt(taps) for channels in (width, 2 * width))
+        return query, key_value
+    back = torch.arange(taps - 2, -1, -1)  # 0 for the token itself
+    mixture = torch.where(back == 0, 1.0, torch.randn(heads, width, taps - 1) * 0.7**back)
+    query, key_value = torch.zeros(heads, width, taps), torch.zeros(heads, 2 * width, taps)
+    query[..., 1:] = mixture
+    key_value[:, :width, :-1] = mixture
+    key_value[:, width:, -1] = 1.0
+    return query, key_value
+
+
 def initial_gate_bias(config: TitansConfig) -> Tensor:
     """Biases (H, gates) of theta, eta and alpha: where the gates stand before training.
 
@@ -249,5 +277,8 @@ def initial_gate_bias(config: TitansConfig) -> Tensor:
     horizon of about 30 tokens to one of about 3,000, so that some heads hold on from the first step of training.
     """
     heads, (thetas, etas, alphas) = config.num_heads, gate_widths(config)
+    theta = torch.full((heads, thetas), -2.2)
     alpha = torch.linspace(-3.5, -8.0, heads).unsqueeze(-1).expand(heads, alphas)
-    return torch.cat([torch.full((heads, thetas), -2.2), torch.zeros(heads, etas), alpha], -1)
+    if margin := config.gate_margin:  # they begin at the same gates, all of them open
+        theta, alpha = (torch.logit((torch.sigmoid(bias) + margin) / (1.0 + margin)) for bias in (theta, alpha))
+    return torch.cat([theta, torch.zeros(heads, etas), alpha], -1)

@@ -154,6 +154,13 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+@torch.no_grad()
+def copy_rows(source: nn.Module, target: nn.Module, heads: int, rows: int) -> None:
+    """Gives the first rows of every head in one column map the weights that another one has there."""
+    of_source, of_target = (module.get_parameter("weight").unflatten(0, (heads, -1)) for module in (source, target))
+    of_target[:, :rows] = of_source[:, :rows]
+
+
 def heads_of(x: Tensor, heads: int) -> Tensor:
     """(B, T, heads * F) to (B, T, heads, F)."""
     return x.unflatten(-1, (heads, -1))
