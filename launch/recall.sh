@@ -6,17 +6,17 @@ usage() {
     cat <<'TEXT'
 usage: bash launch/recall.sh [--variant X] [--lengths N ...] [--samples N] [--SECTION.SETTING VALUE ...]
 
-Generates documents of S-NIAH with their answers, trains a small model on them in two stages (within a row, then over
-many rows with carried states), and looks for needles at 1 to 64 times
-the length of a training row. Run it again and it goes on where it stopped. evals/results/recall/README.md says what it finds.
+Generates documents of S-NIAH with their answers, trains a small model on them in four stages that grow from lists to
+long documents, and looks for needles far beyond the longest of them. Run it again and it goes on where it stopped.
+evals/results/recall/README.md says what it finds.
 
   --variant X             mag (default), mac or transformer: pretrain/configs/recall_X.toml
-  --lengths N ...         tokens of the samples; default: 256 1024 4096 8192 16384
+  --lengths N ...         tokens of the samples; default: 256 2048 16384 131072
   --samples N             samples of each length and depth; default: 8
-  --SECTION.SETTING VALUE overrides one setting of both stages of training, such as --optimizer.lr 3e-3
+  --SECTION.SETTING VALUE overrides one setting of all stages of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
-Everything is written to runs/recall/: data/ for all variants, and VARIANT/row, VARIANT/long and VARIANT/eval.
+Everything is written to runs/recall/: data/ for all variants, and VARIANT/STAGE and VARIANT/eval.
 TEXT
 }
 
@@ -67,7 +67,7 @@ if [[ ! $samples =~ ^[1-9][0-9]*$ ]]; then
     printf "error: --samples is '%s'; it must be a whole number above 0\n" "$samples" >&2
     exit 2
 fi
-if ((${#lengths[@]} == 0)); then lengths=(256 1024 4096 8192 16384); fi
+if ((${#lengths[@]} == 0)); then lengths=(256 2048 16384 131072); fi
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -87,43 +87,44 @@ step() {
     "$@"
 }
 
-if [[ -f $data/tokenizer.model ]]; then
-    say "1/4 Tokenizer (done already)"
-else
-    step "1/4 Tokenizer: 768 pieces, trained on such documents" cp evals/results/recall/tokenizer.model "$data"
-fi
-
-# documents NAME TITLE ARGUMENTS ...: one file of them.
+# documents STAGE TOKENS DOCUMENTS OPTIONS ...: one file of them, and its shards.
 documents() {
-    step "$2" "$PYTHON" -m evals.niah.training_data --output "$data/$1.jsonl" --questions 3 \
-        --tokenizer "$data/tokenizer.model" "${@:3}"
+    if [[ -f $data/$1/manifest.json ]]; then
+        say "Documents of $2 tokens for stage $1 (done already)"
+        return
+    fi
+    step "Documents of $2 tokens for stage $1" "$PYTHON" -m evals.niah.training_data --output "$data/$1.jsonl" \
+        --tokens "$2" --documents "$3" --tokenizer "$data/tokenizer.model" "${@:4}"
+    step "Shards for stage $1" "$PYTHON" -m tokenization.encode --input "$data/$1.jsonl" \
+        --tokenizer "$data/tokenizer.model" --output "$data/$1" --workers 1
 }
-# shards NAME TITLE: of all documents in a file or folder.
-shards() {
-    step "$2" "$PYTHON" -m tokenization.encode --input "$data/$1" --tokenizer "$data/tokenizer.model" \
-        --output "$data/shards-${1%.jsonl}" --workers 1
+
+before=''
+# train STAGE TOKENS ROWS STEPS RATE: a stage, from the weights of the one before.
+train() {
+    local from=()
+    if [[ -n $before ]]; then from=(--train.weights-from "$run/$before"); fi
+    step "Pretrain $variant, stage $1: $4 steps of $3 rows of $2 tokens" \
+        bash launch/torchrun.sh --config "pretrain/configs/recall_$variant.toml" --run-dir "$run/$1" \
+        --data.path "$data/$1" --train.sequence-length "$2" --train.global-batch "$3" --train.micro-batch "$3" \
+        --train.steps "$4" --optimizer.lr "$5" ${from[@]+"${from[@]}"} --nproc 1 ${settings[@]+"${settings[@]}"}
+    before=$1
 }
-if [[ -f $data/shards-row/manifest.json && -f $data/shards-long/manifest.json ]]; then
-    say "2/4 Documents and shards (done already)"
-else
-    documents row "2/4 Documents of one row" --documents 20000 --tokens 256 --repeats 6
-    shards row.jsonl "2/4 Shards of one row"
-    documents long/1 "2/4 Documents of one row, each needle once" --documents 2000 --tokens 256 --seed 11
-    documents long/4 "2/4 Documents of four rows" --documents 500 --tokens 1024 --seed 12
-    documents long/16 "2/4 Documents of sixteen rows" --documents 250 --tokens 4096 --seed 13
-    shards long "2/4 Shards of many rows"
-fi
 
-step "3/4 Pretrain $variant: recall within a row" \
-    bash launch/torchrun.sh --config "pretrain/configs/recall_$variant.toml" --run-dir "$run/row" \
-    --data.path "$data/shards-row" --nproc 1 ${settings[@]+"${settings[@]}"}
+cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
 
-step "3/4 Pretrain $variant: recall over many rows, with carried states" \
-    bash launch/torchrun.sh --config "pretrain/configs/recall_${variant}_long.toml" --run-dir "$run/long" \
-    --data.path "$data/shards-long" --train.weights-from "$run/row" --nproc 1 ${settings[@]+"${settings[@]}"}
+documents 1-lists 256 4500 --lists
+documents 2-short 256 4500 --repeats 6 --questions 3 --other-words 0.5
+documents 3-long 1024 1400 --repeats 2 --questions 2 --other-words 0.5
+documents 4-longer 4096 700 --other-words 0.25
+
+train 1-lists 256 8 500 3e-3
+train 2-short 256 8 500 3e-3
+train 3-long 1024 4 300 2e-3
+train 4-longer 4096 2 300 1.5e-3
 
 controls=()
 if [[ $variant != transformer ]]; then controls=(--controls memory_reset); fi
-step "4/4 S-NIAH, noise haystack" \
-    "$PYTHON" -m evals.niah --checkpoint "$run/long" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
+step "S-NIAH, noise haystack" \
+    "$PYTHON" -m evals.niah --checkpoint "$run/$before" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
     --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}

@@ -91,7 +91,7 @@ def test_every_preset_is_planned():
     names = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
     long = {f"{variant}_{size}_long" for variant, size in product(VARIANTS, SIZES)}
     others = {file.stem for file in PRESETS} - names - long
-    assert others == {"quickstart", *(f"recall_{variant}{stage}" for variant in RECALL for stage in ("", "_long"))}
+    assert others == {"quickstart", *(f"recall_{variant}" for variant in RECALL)}
     for name in others:
         gpus = "2" if name == "quickstart" else "1"
         assert planned("--config", str(ROOT / "pretrain" / "configs" / f"{name}.toml"), "--gpus", gpus)

@@ -42,9 +42,8 @@ def test_a_long_context_stage_is_the_same_model_on_longer_rows(variant: str, siz
     assert long.optimizer.lr == pytest.approx(first.optimizer.lr * first.schedule.min_lr_fraction)
 
 
-@pytest.mark.parametrize("stage", ["", "_long"])
-def test_models_that_recall_differ_in_their_mixer_alone(stage: str) -> None:
-    files = [FOLDER / f"recall_{variant}{stage}.toml" for variant in RECALL]
+def test_models_that_recall_differ_in_their_mixer_alone() -> None:
+    files = [FOLDER / f"recall_{variant}.toml" for variant in RECALL]
     mag, mac, transformer = (build(read_toml(file), file.name) for file in files)
     assert [config.model.variant for config in (mag, mac, transformer)] == list(RECALL)
     for config in (mac, transformer):  # the same budget, rows and optimizer
@@ -54,16 +53,8 @@ def test_models_that_recall_differ_in_their_mixer_alone(stage: str) -> None:
     assert memory == mac.model
 
 
-@pytest.mark.parametrize("variant", RECALL)
-def test_second_stage_of_recall_is_the_same_model_with_carried_states(variant: str) -> None:
-    first, second = (build(read_toml(FOLDER / f"recall_{variant}{stage}.toml"), stage) for stage in ("", "_long"))
-    assert second.model == first.model
-    assert (first.data.carry_state, second.data.carry_state) == (False, True)
-    assert second.train.sequence_length == first.train.sequence_length
-
-
 def test_no_configuration_is_without_a_test() -> None:
     tested = {f"{variant}_{size}.toml" for variant, size in product(VARIANTS, SIZES)}
     long = {f"{variant}_{size}_long.toml" for variant, size in product(VARIANTS, SIZES)}
-    recall = {f"recall_{variant}{stage}.toml" for variant in RECALL for stage in ("", "_long")}
+    recall = {f"recall_{variant}.toml" for variant in RECALL}
     assert {file.name for file in FOLDER.iterdir()} == {*tested, *long, *recall, "quickstart.toml"}
