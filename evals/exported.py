@@ -28,8 +28,9 @@ class ExportedNetwork(nn.Module):
         for block, state in zip(cache.layers, states or [], strict=bool(states)):
             if state is not None:
                 block.advance(state, 1)
-        output = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=last or 0)
-        return output.logits, [block.state for block in output.past_key_values.layers]
+        # Folders that were exported before transformers 5.24 know the cache by this name alone.
+        logits = self.model(input_ids=tokens, past_key_values=cache, logits_to_keep=last or 0).logits
+        return logits, [block.state for block in cache.layers]
 
 
 class ExportedTokenizer:

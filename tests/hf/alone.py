@@ -33,7 +33,7 @@ def examine(folder: Path, output: Path) -> dict:
     with torch.no_grad():
         half_output = half(tokens, use_cache=True)
     states = []
-    for layer in half_output.past_key_values.layers:
+    for layer in half_output.cache.layers:
         memory = getattr(layer.state, "memory", None) or getattr(layer.state, "written", None)
         memory = getattr(memory, "memory", memory)
         if memory is not None and hasattr(memory, "weights"):
@@ -84,16 +84,19 @@ def generated(model, tokenizer) -> dict[str, bool]:
     return found
 
 
-def continued(model, tokens, file: Path) -> float:
-    """Largest difference of a logit when a cache is saved and several tokens continue from it."""
+def continued(model, tokens, file: Path) -> dict[str, float]:
+    """For each name of a cache, the largest difference of a logit when one is saved and several tokens continue it."""
     import torch
 
     with torch.no_grad():
         whole = model(tokens).logits
-        cache = model(tokens[:, :10], use_cache=True).past_key_values
-        cache.save(file)
-        loaded = type(cache).load(file)
-        return float((model(tokens[:, 10:], past_key_values=loaded).logits - whole[:, 10:]).abs().max())
+        found = {}
+        for name in ("cache", "past_key_values"):
+            cache = getattr(model(tokens[:, :10], use_cache=True), name)
+            cache.save(file)
+            loaded = type(cache).load(file)
+            found[name] = float((model(tokens[:, 10:], **{name: loaded}).logits - whole[:, 10:]).abs().max())
+        return found
 
 
 def main(probe: str, output: str, *folders: str) -> None:

@@ -71,6 +71,37 @@ def test_trainer_fine_tunes_every_parameter_and_goes_on_from_its_checkpoint(fold
         torch.testing.assert_close(dict(again.named_parameters())[name], parameter, rtol=0, atol=1e-5)
 
 
+def test_trainer_predicts_logits_and_no_cache(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 'titans-mcore[evals]'")
+    from transformers import Trainer, TrainingArguments
+
+    model, ids = load(folder), torch.arange(3, 15).view(3, 4)
+    settings = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = Trainer(model=model, args=settings)
+    model.config.use_cache = True  # which some versions of Trainer turn off
+    predicted = trainer.predict(rows).predictions
+    with torch.no_grad():
+        torch.testing.assert_close(torch.as_tensor(predicted), model(ids).logits)
+
+
+def test_no_name_of_a_cache_makes_transformers_warn(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: transformers gives such a warning once."""
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A;"
+        "model = A.from_pretrained(sys.argv[1], trust_remote_code=True); ids = torch.arange(3, 9)[None];"
+        "cache = model(ids).cache; model(ids, cache=cache); model(ids, past_key_values=cache);"
+        "ids = ids.repeat(1, 4);"
+        "ids = model.generate(ids, past_key_values=cache, max_new_tokens=2, pad_token_id=0);"
+        "ids = model.generate(ids, cache=cache, max_new_tokens=2, pad_token_id=0);"
+        "assert cache.get_seq_length() == 27"
+    )
+    command = [sys.executable, "-P", "-c", script, str(folder)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "past_key_values" not in result.stderr
+
+
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=["auto", "one"])
 def test_a_device_map_changes_no_logit(folder: Path, tokens: dict[str, Any], device_map: str | dict[str, str]) -> None:
     pytest.importorskip("accelerate", reason="device_map needs accelerate: pip install 'titans-mcore[evals]'")

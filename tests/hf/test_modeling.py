@@ -13,9 +13,10 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.hf.cache_names_titans import CACHE_NAMES
 from titans_mcore.hf.cache_titans import TitansCache
 from titans_mcore.hf.configuration_titans import TitansHFConfig
-from titans_mcore.hf.modeling_titans import TitansForCausalLM, TitansModel
+from titans_mcore.hf.modeling_titans import CACHE_FIELD, TitansForCausalLM, TitansModel
 
 from .hf_runs import tiny
 from .models import make
@@ -58,16 +59,16 @@ def test_prefill_in_pieces_gives_the_same_tokens(variant: str, piece: int, token
 def test_several_tokens_continue_from_a_cache(variant: str, tokens: Tensor) -> None:
     model = make(variant)
     whole = model(tokens, use_cache=False)
-    assert whole.past_key_values is None
-    cache = model(tokens[:, :10]).past_key_values
+    assert whole.cache is None
+    cache = model(tokens[:, :10]).cache
     assert isinstance(cache, TitansCache)
     kept = copy.deepcopy(cache)
-    output = model(tokens[:, 10:], past_key_values=cache)
-    assert output.past_key_values is cache
+    output = model(tokens[:, 10:], cache=cache)
+    assert output.cache is cache
     assert cache.get_seq_length() == LENGTH
     torch.testing.assert_close(output.logits, whole.logits[:, 10:], rtol=0, atol=1e-5)
     assert kept.get_seq_length() == 10
-    again = model(tokens[:, 10:], past_key_values=kept)
+    again = model(tokens[:, 10:], cache=kept)
     assert torch.equal(again.logits, output.logits)
 
 
@@ -75,26 +76,53 @@ def test_several_tokens_continue_from_a_cache(variant: str, tokens: Tensor) -> N
 def test_generate_goes_on_from_a_given_cache(tokens: Tensor) -> None:
     model = make()
     cache = TitansCache(2)
-    model(tokens[:, :13], past_key_values=cache)
-    continued = model.generate(tokens, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    model(tokens[:, :13], cache=cache)
+    continued = model.generate(tokens, cache=cache, max_new_tokens=5, do_sample=False)
     assert torch.equal(continued, model.generate(tokens, max_new_tokens=5, do_sample=False))
     with_cache = model.generate(tokens, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    assert with_cache.past_key_values.get_seq_length() == LENGTH + 4
+    assert with_cache[CACHE_FIELD].get_seq_length() == LENGTH + 4  # an output of transformers' own
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.parametrize("base", [False, True], ids=["causal", "base"])
+@torch.no_grad()
+def test_a_cache_goes_in_and_comes_out_under_either_name(name: str, base: bool, tokens: Tensor) -> None:
+    causal = make()
+    model, cache = causal.model if base else causal, TitansCache(2)
+    whole = model(tokens, use_cache=False)[0]
+    first = model(tokens[:, :10], **{name: cache})
+    assert all(getattr(first, other) is cache for other in CACHE_NAMES)
+    torch.testing.assert_close(model(tokens[:, 10:], **{name: cache})[0], whole[:, 10:], rtol=0, atol=1e-5)
+    assert cache.get_seq_length() == LENGTH
+    assert all(getattr(model(tokens, use_cache=False), other) is None for other in CACHE_NAMES)
+    assert not hasattr(first, "cash")
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@torch.no_grad()
+def test_generate_takes_a_cache_under_either_name(name: str, how: dict[str, Any], tokens: Tensor) -> None:
+    model, cache = make(), TitansCache(2)
+    beams = how.get("num_beams", 1)
+    model(tokens[:, :13].repeat_interleave(beams, 0), cache=cache)
+    continued = model.generate(tokens, max_new_tokens=5, do_sample=False, **how, **{name: cache})
+    assert cache.get_seq_length() == LENGTH + 4
+    assert torch.equal(continued, model.generate(tokens, max_new_tokens=5, do_sample=False, **how))
 
 
 @torch.no_grad()
 def test_a_cache_is_selected_expanded_and_reset(tokens: Tensor) -> None:
     model = make()
-    cache = model(tokens[:, :10]).past_key_values
+    cache = model(tokens[:, :10]).cache
     whole = model(tokens).logits[:, 10:]
     cache.reorder_cache(torch.tensor([1, 0]))
     cache.batch_repeat_interleave(2)
-    logits = model(tokens[[1, 1, 0, 0], 10:], past_key_values=cache).logits
+    logits = model(tokens[[1, 1, 0, 0], 10:], cache=cache).logits
     torch.testing.assert_close(logits, whole[[1, 1, 0, 0]], rtol=0, atol=1e-5)
     cache.batch_select_indices(torch.tensor([3]))
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(model(tokens[:1], past_key_values=cache).logits[:, 10:], whole[:1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(tokens[:1], cache=cache).logits[:, 10:], whole[:1], rtol=0, atol=1e-5)
     with pytest.raises(NotImplementedError, match="shortened"):
         cache.crop(3)
 
@@ -104,12 +132,12 @@ def test_a_cache_is_selected_expanded_and_reset(tokens: Tensor) -> None:
 def test_a_saved_cache_goes_on_as_if_it_had_not_been(variant: str, tokens: Tensor, tmp_path: Path) -> None:
     model = make(variant)
     mask = torch.tensor([[0] * 3 + [1] * 7, [1] * 10])
-    cache = model(tokens[:, :10], attention_mask=mask).past_key_values
+    cache = model(tokens[:, :10], attention_mask=mask).cache
     cache.save(tmp_path / "cache.safetensors")
     loaded = TitansCache.load(tmp_path / "cache.safetensors")
     assert loaded.get_seq_length() == 10
-    expected = model(tokens[:, 10:], past_key_values=cache).logits
-    assert torch.equal(model(tokens[:, 10:], past_key_values=loaded).logits, expected)
+    expected = model(tokens[:, 10:], cache=cache).logits
+    assert torch.equal(model(tokens[:, 10:], cache=loaded).logits, expected)
 
 
 def test_a_file_that_holds_no_cache_gets_a_sentence(tmp_path: Path) -> None:
@@ -145,7 +173,7 @@ def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> Non
     model, cache, sizes = make(variant), TitansCache(2), []
     tokens = torch.randint(3, 330, (1, 32))
     for _ in range(4):
-        tokens = model.generate(tokens, past_key_values=cache, max_new_tokens=64, do_sample=False)
+        tokens = model.generate(tokens, cache=cache, max_new_tokens=64, do_sample=False)
         sizes.append([layer.state.bytes() for layer in cache.blocks])
     assert cache.get_seq_length() == 32 + 4 * 64 - 1
     assert sizes[0] == sizes[3]
@@ -159,7 +187,7 @@ def test_a_million_tokens_leave_a_state_and_a_process_as_large_as_before(variant
     model = make(variant, num_layers=1, chunk_size=512, segment_length=1024, window=128)
     cache, piece, sizes = TitansCache(1), 8_192, []
     for index in range(-(-1_000_000 // piece)):
-        output = model(torch.randint(330, (1, piece)), past_key_values=cache, logits_to_keep=1)
+        output = model(torch.randint(330, (1, piece)), cache=cache, logits_to_keep=1)
         if index in (7, 121):
             sizes.append((cache.blocks[0].state.bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     assert cache.get_seq_length() >= 1_000_000
@@ -167,7 +195,7 @@ def test_a_million_tokens_leave_a_state_and_a_process_as_large_as_before(variant
     (early, early_kilobytes), (late, late_kilobytes) = sizes
     assert early == late
     assert late_kilobytes - early_kilobytes < 50_000
-    generated = model.generate(torch.zeros(1, 1_007_617).long(), past_key_values=cache, max_new_tokens=5)
+    generated = model.generate(torch.zeros(1, 1_007_617).long(), cache=cache, max_new_tokens=5)
     assert generated.shape[1] == 1_007_617 + 5
 
 
@@ -204,7 +232,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant: str, tokens: Tensor
 def test_gradients_reach_every_parameter_through_the_memory(variant: str, tokens: Tensor) -> None:
     model = make(variant).train()
     output = model(tokens, labels=tokens)
-    assert output.past_key_values is None  # no cache while training, unless it is asked for
+    assert output.cache is None  # no cache while training, unless it is asked for
     output.loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
@@ -216,12 +244,15 @@ def test_misuse_gets_a_sentence(tokens: Tensor) -> None:
         model()
     with pytest.raises(ValueError, match="attention weights"):
         model(tokens, output_attentions=True)
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+            call(tokens, cache=TitansCache(2), past_key_values=TitansCache(2))
     with pytest.raises(ValueError, match="3 layers; this model has 2"):
-        model(tokens, past_key_values=TitansCache(3))
+        model(tokens, cache=TitansCache(3))
     foreign = DynamicCache()
     foreign.update(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), 0)
     with pytest.raises(ValueError, match="DynamicCache of another model"):
-        model(tokens, past_key_values=foreign)
+        model(tokens, cache=foreign)
     with pytest.raises(ValueError, match=r"\(B, T\)"):
         model(tokens, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
     with pytest.raises(ValueError, match="20 columns; give one for each of the 21 tokens"):

@@ -71,8 +71,8 @@ def test_a_padded_batch_in_pieces_is_one_pass(variant: str, cut: int) -> None:
     cache, pieces = None, []
     for start in range(0, LONGEST, cut):
         stop = min(start + cut, LONGEST)
-        output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache, use_cache=True)
+        cache = output.cache
         pieces.append(output.logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], rtol=0, atol=1e-5)

@@ -1,7 +1,7 @@
 """What a Titans model carries from one piece of a sequence to the next, as a cache of transformers.
 
 A layer holds a mixer's state, of constant size however long the sequence has become. Pass `TitansCache(layers)` as
-`past_key_values` to read a sequence in pieces, or to keep what `generate` has read; `save` and `load` keep it on disk.
+`cache` to read a sequence in pieces, or to keep what `generate` has read; `save` and `load` keep it on disk.
 """
 
 import json

@@ -63,8 +63,9 @@ tokens = tokenizer(["The", "A longer prompt"], return_tensors="pt", padding=True
 print(tokenizer.batch_decode(model.generate(**tokens, max_new_tokens=50), skip_special_tokens=True))
 ```
 
-What has been read is kept in a state of constant size: `cache = model(**tokens).past_key_values` is continued by
-`model(..., past_key_values=cache)`, and kept in a file by `cache.save(file)` and `type(cache).load(file)`.
+What has been read is kept in a state of constant size: `cache = model(**tokens).cache` is continued by
+`model(..., cache=cache)`, and kept in a file by `cache.save(file)` and `type(cache).load(file)`. Its name in older
+versions of transformers, `past_key_values`, means the same.
 `proof.json` holds logits of the trained model, with which `python -m titans_mcore.hf.verify path/to/this/folder` of the
 titans-mcore package compares this folder."""
 

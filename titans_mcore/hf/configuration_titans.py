@@ -8,6 +8,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from ..config import TitansConfig
+from .cache_names_titans import CACHE_NAMES
 
 OLDEST = "4.57"
 
@@ -39,7 +40,7 @@ class TitansHFConfig(PretrainedConfig):
     """
 
     model_type = "titans"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = list(CACHE_NAMES)  # noqa: RUF012 - Trainer adds a list to it
     # transformers stores whether embeddings are tied itself, so that name is the stored one.
     attribute_map = {  # noqa: RUF012 - the base class declares it so
         "tie_embeddings": "tie_word_embeddings",

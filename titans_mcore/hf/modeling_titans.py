@@ -5,6 +5,7 @@ beside it.
 """
 
 import math
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..mixers.mac import MacMixer
 from ..mixers.neural_memory import NeuralMemory
 from ..mixers.parts import PlainParts, ResidualLinear, rms_norm
 from ..mixers.simple import PersistentTokens
+from .cache_names_titans import CACHE_NAMES, CacheByBothNames, cache_field, given_cache
 from .cache_titans import TitansCache
 from .configuration_titans import TitansHFConfig
 from .files_titans import check_weight_files
@@ -82,6 +84,24 @@ def _make_mixer(config: TitansConfig) -> nn.Module:
         return make_mixer(config, parts).to("meta")
 
 
+@dataclass
+class TitansModelOutput(CacheByBothNames, BaseModelOutputWithPast):
+    """What TitansModel returns."""
+
+
+@dataclass
+class TitansCausalLMOutput(CacheByBothNames, CausalLMOutputWithPast):
+    """What TitansForCausalLM returns."""
+
+
+CACHE_FIELD = cache_field(TitansCausalLMOutput)
+
+
+def _named(cache: Cache | None) -> dict[str, Any]:
+    """The cache under the name that transformers has for it; nothing where there is none."""
+    return {} if cache is None else {CACHE_FIELD: cache}
+
+
 class TitansPreTrainedModel(PreTrainedModel):
     """Initial weights, and what transformers asks of every model."""
 
@@ -89,7 +109,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TitansBlock"]  # noqa: RUF012 - the base class declares it so
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
 
     @classmethod
     def from_pretrained(
@@ -160,34 +180,37 @@ class TitansModel(TitansPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """Reads whole sequences, or the next piece of those that past_key_values has read before.
+    ) -> TitansModelOutput | tuple[Any, ...]:
+        """Reads whole sequences, or the next piece of those that the cache has read before.
 
         Args:
             input_ids: (B, T).
             attention_mask: 1 for tokens and 0 for padding, on any side, (B, T) or (B, all tokens so far). A padded row
                 computes what it computes alone; what comes out for padding means nothing.
-            past_key_values: A TitansCache, which is brought forward in place, or an empty cache of any kind.
+            cache: A TitansCache, which is brought forward in place, or an empty cache of any kind.
             inputs_embeds: (B, T, E) instead of input_ids.
             use_cache: Return a cache; by default the configuration's use_cache, and not while training.
             output_hidden_states: Return the hidden states between blocks too.
             return_dict: False for a tuple.
+            past_key_values: The other name of cache.
             **kwargs: Ignored, as transformers hands every model settings of others.
 
         Raises:
-            ValueError: The mask has another shape, the cache is another model's, or attention weights are asked for.
+            ValueError: The mask has another shape, the cache is another model's or comes under both its names, or
+                attention weights are asked for.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: Titans models do not give attention weights; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
-        cache = self._open_cache(past_key_values, use_cache)
+        cache = self._open_cache(given_cache(cache, past_key_values), use_cache)
         hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         padding = padding_of(attention_mask, hidden, 0 if cache is None else cache.get_seq_length())
         rows = None if padding is None else padding.rows
@@ -202,10 +225,10 @@ class TitansModel(TitansPreTrainedModel):
         if padding is not None:
             hidden, between = padding.to_places(hidden), [padding.to_places(x) for x in between]
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = BaseModelOutputWithPast(
+        output = TitansModelOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
             hidden_states=(*between, hidden) if wanted else None,
+            **_named(cache),
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -217,11 +240,11 @@ class TitansModel(TitansPreTrainedModel):
     def _open_cache(self, given: Cache | None, use_cache: bool | None) -> TitansCache | None:
         if isinstance(given, TitansCache):
             if len(given.layers) != len(self.layers):
-                raise ValueError(f"past_key_values has {len(given.layers)} layers; this model has {len(self.layers)}")
+                raise ValueError(f"cache has {len(given.layers)} layers; this model has {len(self.layers)}")
             return given
         # generate() brings an empty cache of its own kind, which holds keys and values only.
         if given is not None and given.get_seq_length():
-            raise ValueError(f"past_key_values is a {type(given).__name__} of another model; give a TitansCache")
+            raise ValueError(f"cache is a {type(given).__name__} of another model; give a TitansCache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         return TitansCache(len(self.layers)) if use_cache else None
@@ -277,15 +300,16 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> TitansCausalLMOutput | tuple[Any, ...]:
         """As TitansModel.forward, with logits (B, T, V) and the loss.
 
         Args:
@@ -296,6 +320,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -309,10 +334,26 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             count = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
             labels = predicted(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **count)
-        output = CausalLMOutputWithPast(
+        output = TitansCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **_named(outputs.cache),
         )
         return output.to_tuple() if return_dict is False else output
+
+    def generate(
+        self, *args: Any, cache: Cache | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        """As every model of transformers, with a cache under either of its names.
+
+        Args:
+            *args: As they are.
+            cache: What was read before, a TitansCache.
+            past_key_values: The other name of cache.
+            **kwargs: As they are.
+
+        Raises:
+            ValueError: A cache comes under both.
+        """
+        return super().generate(*args, **kwargs, **_named(given_cache(cache, past_key_values)))

@@ -49,9 +49,10 @@ def main(folder: str, request_file: str, answers_file: str) -> None:
         for index, (prompt, followers) in enumerate(zip(request["prompts"], request["followers"], strict=True)):
             tokens = torch.tensor([prompt], device=device)
             answers[f"whole.{index}"] = model(tokens, use_cache=False).logits[0]
-            answers[f"pieces.{index}"], cache = _stream(model, tokens.split(request["cut"], 1), None)
+            cache = sys.modules[type(model).__module__].TitansCache(len(model.model.layers))
+            answers[f"pieces.{index}"] = _stream(model, tokens.split(request["cut"], 1), cache)
             behind = torch.tensor([followers], device=device)
-            decoded, _ = _stream(model, behind[:, :-1].split(1, 1), cache)
+            decoded = _stream(model, behind[:, :-1].split(1, 1), cache)
             answers[f"decoded.{index}"] = torch.cat([answers[f"pieces.{index}"][-1:], decoded])
             count = {"max_new_tokens": len(followers), "min_new_tokens": len(followers)}
             # Without a mask, generate() takes tokens of the padding's id for padding, and a prompt may hold them.
@@ -69,16 +70,15 @@ def main(folder: str, request_file: str, answers_file: str) -> None:
 
 
 def _stream(model, pieces, cache):
-    """Logits of pieces (1, T) read one after the other, (all T, V), and the cache behind them."""
+    """Logits of pieces (1, T) read one after the other, (all T, V); the cache is brought forward."""
     import torch
 
     found = [torch.empty(0, model.config.vocab_size, device=model.device)]
     for piece in pieces:
         if piece.shape[1]:
-            output = model(piece, past_key_values=cache, use_cache=True)
-            found.append(output.logits[0])
-            cache = output.past_key_values
-    return torch.cat(found), cache
+            # Folders that were exported before transformers 5.24 know the cache by this name alone.
+            found.append(model(piece, past_key_values=cache).logits[0])
+    return torch.cat(found)
 
 
 if __name__ == "__main__":
