@@ -43,13 +43,15 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "four": {"memory_depth": 4, "memory_network": "plain"},
     "one-head": {"num_heads": 1},
     "shared-gates": {"memory_gates": "shared", "memory_momentum": False},
+    "next-token": {"memory_init": "next_token", "gate_margin": 0.05},
 }
 
 
 def models() -> dict[str, TitansConfig]:
-    """Every variant, and LMM with other memories."""
+    """Every variant, LMM with other memories, and MAC where it begins by recalling."""
     found = {variant: TitansConfig(variant=variant, **SETTINGS) for variant in VARIANTS}  # type: ignore[arg-type]
     found |= {f"lmm-{name}": TitansConfig(variant="lmm", **SETTINGS | more) for name, more in MEMORIES.items()}
+    found["mac-next-token"] = TitansConfig(variant="mac", **SETTINGS | MEMORIES["next-token"])
     return found
 
 
