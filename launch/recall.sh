@@ -11,7 +11,7 @@ long documents, and looks for needles far beyond the longest of them. Run it aga
 evals/results/recall/README.md says what it finds.
 
   --variant X             mag (default), mac or transformer: pretrain/configs/recall_X.toml
-  --lengths N ...         tokens of the samples; default: 256 2048 16384 131072
+  --lengths N ...         tokens of the samples; default: 256 4096 16384 65536
   --samples N             samples of each length and depth; default: 8
   --SECTION.SETTING VALUE overrides one setting of all stages of training, such as --optimizer.lr 2e-3
   --help                  shows this
@@ -67,7 +67,7 @@ if [[ ! $samples =~ ^[1-9][0-9]*$ ]]; then
     printf "error: --samples is '%s'; it must be a whole number above 0\n" "$samples" >&2
     exit 2
 fi
-if ((${#lengths[@]} == 0)); then lengths=(256 2048 16384 131072); fi
+if ((${#lengths[@]} == 0)); then lengths=(256 4096 16384 65536); fi
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
