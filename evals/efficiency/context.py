@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,9 @@ def measure(settings: ContextSettings) -> str:
     torch.set_num_threads(settings.threads)
     return_large_blocks()
     report: dict[str, Any] = {"rows": [], "compared": {}}
-    for path in settings.checkpoint:
+    for path, name in zip(settings.checkpoint, names_of(settings.checkpoint), strict=True):
         model = load_model(path)
         report = {**circumstances(settings, model.device.type), **report}
-        name = _name(path)
         _row(model, name, min(settings.lengths), settings)  # warms up
         rows: list[Row] = []
         for length in sorted(settings.lengths):
@@ -143,7 +142,11 @@ def shown(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _name(path: Path) -> str:
-    """The run folder's."""
-    path = path.resolve()
-    return path.parents[1].name if path.parent.name == "checkpoints" else path.name
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Of run folders, by as many of their last folders as it takes to tell them apart."""
+    folders = [path.parents[1] if path.parent.name == "checkpoints" else path for path in map(Path.resolve, paths)]
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names

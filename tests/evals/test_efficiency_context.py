@@ -1,11 +1,12 @@
 """What a longer past costs: constant for a constant state, growing for one that keeps all keys."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from evals.command_line import EvaluationError
-from evals.efficiency.context import compare, measure
+from evals.efficiency.context import compare, measure, names_of
 from evals.efficiency.settings import ContextSettings
 
 LENGTHS = (128, 512, 2_048)
@@ -58,3 +59,10 @@ def test_memory_is_compared_from_64k_tokens_on():
 def test_what_cannot_be_measured_is_refused(tmp_path, setting, sentence):
     with pytest.raises(EvaluationError, match=sentence):
         ContextSettings(**{"checkpoint": (tmp_path,), "json": tmp_path / "x.json", **setting})
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    a, b, c = tmp_path / "mag" / "last", tmp_path / "mac" / "last", tmp_path / "other"
+    assert names_of([a, c]) == ["last", "other"]
+    assert names_of([a, b / "checkpoints" / "step-1"]) == ["mag/last", "mac/last"]
+    assert names_of([a, a]) == ["last", "last"]
