@@ -25,6 +25,17 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _no_launcher_left() -> Iterator[None]:
+    """Engines leave variables such as LOCAL_RANK behind, which the next module would take for a launcher's."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _no_groups_left() -> Iterator[None]:
     """A module that loaded a model leaves no process groups to the next one."""
     yield

@@ -11,6 +11,8 @@ from evals.measure import PeakMemory, state_bytes
 from evals.report import heat_map, table, wilson_interval, write_bytes, write_figure, write_json
 from titans_mcore.memory import MemoryState
 
+from ..resident import fresh_memory
+
 
 @pytest.mark.parametrize(
     ("successes", "trials", "low", "high"),
@@ -60,11 +62,11 @@ def test_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pyt
 
 
 def test_peak_memory_counts_from_its_reset() -> None:
-    block = torch.ones(64 * 2**20 // 4)
+    block = fresh_memory(64 * 2**20)
     del block
     peak = PeakMemory(torch.device("cpu"))
     before = peak.bytes()
-    held = torch.ones(96 * 2**20 // 4)
+    held = fresh_memory(96 * 2**20)
     assert peak.bytes() - before > 80 * 2**20
     del held
     peak.reset()

@@ -23,6 +23,8 @@ from titans_mcore.mixers import attention, mac, neural_memory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import transformer_config
 
+from ..resident import fresh_memory
+
 ROWS, LENGTH = 2, 128
 SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
 SETTINGS |= {"chunk_size": 8, "segment_length": 64, "window": 48, "theta_max": 1e-4}
@@ -194,7 +196,7 @@ def test_a_peak_is_known_for_the_modules_of_the_table_alone(name, gpu):
 def test_without_a_gpu_there_is_no_utilisation_and_memory_is_what_is_resident():
     assert MfuMeter.here(config_of(), 1).mfu(1, 1.0) is None
     before = memory_bytes()
-    held = torch.ones(50_000_000, dtype=torch.uint8)
+    held = fresh_memory(50_000_000)
     assert memory_bytes() - before == pytest.approx(held.numel(), rel=0.2)
 
 
