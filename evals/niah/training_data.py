@@ -68,6 +68,10 @@ class TrainingDataSettings:
             raise EvaluationError(
                 "--lists and --other-words make documents of one length; give --tokens and --tokenizer"
             )
+        if self.lists and (self.needles, self.questions, self.repeats, self.other_words) != (1, 1, 1, 0):
+            raise EvaluationError(
+                "--lists has no needles: leave out --needles, --questions, --repeats and --other-words with it"
+            )
         if self.output.suffix != ".jsonl":
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 

@@ -18,11 +18,9 @@ class Lists:
 
         self._processor: Any = load_tokenizer(tokenizer).processor
         self._tokens = tokens - 2
-        made_of = self._processor
+        without_text = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
         self._pieces = [
-            piece
-            for piece in range(made_of.vocab_size())
-            if not (made_of.is_control(piece) or made_of.is_unknown(piece) or made_of.is_byte(piece))
+            piece for piece in range(self._processor.vocab_size()) if not any(kind(piece) for kind in without_text)
         ]
 
     def document(self, generator: random.Random) -> str | None:

@@ -141,6 +141,10 @@ def test_command_writes_one_document_a_line(tmp_path: Path, monkeypatch: pytest.
         ({"needles": 0}, "--needles is 0; give at least 1"),
         ({"most_lines": -1}, "--most-lines is -1; give at least 0"),
         ({"other_words": 1.5}, "--other-words is 1.5; it is a share, from 0 to 1"),
+        (
+            {"lists": True, "tokens": 256, "tokenizer": FILE, "needles": 2},
+            "--lists has no needles: leave out --needles, --questions, --repeats and --other-words with it",
+        ),
         ({"lists": True}, "--lists and --other-words make documents of one length; give --tokens and --tokenizer"),
         ({"tokens": 256}, "--tokens is 256 and --tokenizer None; documents of one length need both, others neither"),
     ],
