@@ -25,7 +25,7 @@ from pretrain.settings import (
     ScheduleConfig,
     TrainConfig,
 )
-from titans_mcore.config import TitansConfig
+from titans_mcore.config import TitansConfig, with_memory_heads
 from tokenization.files import write_file_atomically
 
 CONFIG_FILE = "config.toml"
@@ -57,7 +57,10 @@ def load_run_config(run_dir: Path) -> RunConfig:
     file = Path(run_dir) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}")
-    return build(read_toml(file), str(file))
+    tree = read_toml(file)
+    if isinstance(tree.get("model"), dict):
+        tree["model"] = with_memory_heads(tree["model"])
+    return build(tree, str(file))
 
 
 def read_toml(file: Path) -> dict[str, Any]:

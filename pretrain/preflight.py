@@ -153,9 +153,9 @@ def check_room(config: RunConfig, run_dir: Path, words: Sequence[str]) -> None:
 
 def checkpoint_bytes_at_most(model: TitansConfig) -> int:
     """More than any checkpoint of such a model has, without building it, which takes seconds of imports."""
-    dim, widths = model.dim, model.memory_widths
-    memory = model.num_heads * sum(a * b for a, b in pairwise(widths))
-    block = 16 * dim * dim + 3 * dim * model.ffn_dim + memory + dim * model.persistent_tokens
+    dim, memories = model.dim, model.memory_shape
+    memory = memories.heads * sum(a * b for a, b in pairwise(model.memory_widths))
+    block = 16 * dim * max(dim, memories.channels) + 3 * dim * model.ffn_dim + memory + dim * model.persistent_tokens
     return _BYTES_A_PARAMETER * _MARGIN * (model.num_layers * block + 2 * dim * (model.vocab_size + 128))
 
 

@@ -132,6 +132,55 @@ def test_another_model_is_named_by_the_settings_that_differ(tmp_path):
         check_same_model(CONFIG, wanted, tmp_path)
 
 
+def test_the_same_heads_of_the_memory_in_other_words_are_the_same_model(tmp_path):
+    check_same_model(CONFIG, dataclasses.replace(CONFIG, memory_heads=1, memory_head_dim=8), tmp_path)
+    with pytest.raises(ValueError, match=r"memory_heads is 1 there and 2 here; memory_head_dim is 8 there and 4 here"):
+        check_same_model(CONFIG, dataclasses.replace(CONFIG, memory_heads=2), tmp_path)
+
+
+def test_a_model_from_before_the_memory_had_heads_of_its_own_has_those_of_the_attention(tmp_path):
+    write(tmp_path, whole_state(), 1)
+    (file,) = tmp_path.rglob("model.json")
+    description = json.loads(file.read_text())
+    del description["model"]["memory_heads"], description["model"]["memory_head_dim"]
+    file.write_text(json.dumps(description))
+    assert load_config(tmp_path).memory_shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("dim", "settings", "shape"),
+    [
+        (2048, {"num_heads": 8}, (32, 64)),
+        (96, {}, (2, 48)),
+        (32, {}, (1, 32)),
+        (128, {"memory_heads": 1}, (1, 128)),
+        (128, {"memory_head_dim": 32}, (4, 32)),
+        (128, {"memory_heads": 3, "memory_head_dim": 32}, (3, 32)),
+    ],
+)
+def test_heads_of_the_memory_are_of_64_where_nothing_else_is_said(dim, settings, shape):
+    assert TitansConfig(dim=dim, **settings).memory_shape == shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory_heads": 3}, "dim 128 is not divisible by memory_heads 3; change one of them, or set memory_head_dim"),
+        ({"memory_head_dim": 48}, "dim 128 is not divisible by memory_head_dim 48; .* or set memory_heads too"),
+        ({"variant": "mag", "memory_heads": 3, "memory_head_dim": 32}, "are 96 channels, and mag .* the dim 128"),
+        ({"memory_heads": -1}, "memory_heads is -1; it must be 0 or more"),
+        ({"num_heads": 3}, "dim 128 is not divisible by num_heads 3"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused_with_the_setting(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TitansConfig(dim=128, **settings)
+
+
+def test_the_memory_alone_asks_nothing_of_the_heads_of_an_attention():
+    assert TitansConfig(variant="lmm", dim=130, num_heads=3).memory_shape == (5, 26)
+
+
 def test_settings_that_change_speed_alone_do_not_make_another_model(tmp_path):
     check_same_model(CONFIG, dataclasses.replace(CONFIG, memory_backend="oracle", attention_backend="dense"), tmp_path)
 

@@ -5,12 +5,30 @@ Letters used for shapes in the whole project: B batch, T time, C chunk, S segmen
 width, L memory layers, N persistent tokens, W window, V vocabulary.
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
 
 Variant = Literal["mac", "mag", "mal", "lmm", "transformer"]
 VARIANTS: tuple[str, ...] = ("mac", "mag", "mal", "lmm", "transformer")
 NETWORKS: tuple[str, ...] = ("residual_norm", "plain")
+_KERNELS_WIDTH = 64  # of a memory head, where nothing is said: what the fused kernels do best
+
+
+class MemoryShape(NamedTuple):
+    """Heads of the memory.
+
+    Attributes:
+        heads: H of them.
+        width: D of each.
+    """
+
+    heads: int
+    width: int
+
+    @property
+    def channels(self) -> int:
+        """What all heads answer together, H D."""
+        return self.heads * self.width
 
 
 @dataclass(frozen=True)
@@ -32,7 +50,7 @@ class TitansConfig:
     dim: int = 768
     """Model width E."""
     num_heads: int = 16
-    """Heads H of the memory and of the attention; each is dim / num_heads wide."""
+    """Heads of the attention; each is dim / num_heads wide. lmm has none."""
     ffn_dim: int = 2_048
     """Hidden width of the SwiGLU feed-forward network."""
     tie_embeddings: bool = True
@@ -43,10 +61,15 @@ class TitansConfig:
     """Standard deviation of the initial matrices; those that write to the residual stream are divided by
     sqrt(2 * num_layers)."""
 
+    memory_heads: int = 0
+    """Heads of the memory; 0 takes dim / memory_head_dim."""
+    memory_head_dim: int = 0
+    """Width of a memory head; 0 takes dim / memory_heads, or where that is 0 too, the largest width up to 64 that
+    divides dim. Only mag, which multiplies the memory's answer and the attention's, needs dim channels in all."""
     memory_depth: int = 2
     """Weight matrices L_M of the memory network, 1 to 4; 1 is the linear memory."""
     memory_expansion: int = 4
-    """Hidden width of the memory network over the head width (depth 2 and more)."""
+    """Hidden width of the memory network over memory_head_dim (depth 2 and more)."""
     memory_network: Literal["residual_norm", "plain"] = "residual_norm"
     """residual_norm: x + LayerNorm(MLP(x)), as in the camera-ready paper; plain: MLP(x)."""
     chunk_size: int = 16
@@ -103,13 +126,15 @@ class TitansConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.gate_margin < 1:
             raise ValueError(f"gate_margin is {self.gate_margin}; it must be 0 or more, and below 1")
-        for name in ("persistent_tokens", "window"):
+        for name in ("persistent_tokens", "window", "memory_heads", "memory_head_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them")
-        if self.head_dim % 2:
-            raise ValueError(f"dim / num_heads is {self.head_dim}; rotary positions need an even head width")
+        if self.variant != "lmm":
+            if self.dim % self.num_heads:
+                raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them")
+            if self.head_dim % 2:
+                raise ValueError(f"dim / num_heads is {self.head_dim}; rotary positions need an even head width")
+        self._check_memory_shape()
         if not 1 <= self.memory_depth <= 4:
             raise ValueError(f"memory_depth is {self.memory_depth}; it must be 1, 2, 3 or 4")
         if not 1 <= self.chunk_size <= 512:
@@ -130,16 +155,45 @@ class TitansConfig:
                 "memory chunks may not cross a segment"
             )
 
+    def _check_memory_shape(self) -> None:
+        heads, width, channels = *self.memory_shape, self.memory_shape.channels
+        one, other = ("memory_heads", "memory_head_dim") if self.memory_heads else ("memory_head_dim", "memory_heads")
+        if channels != self.dim and not getattr(self, other):
+            raise ValueError(
+                f"dim {self.dim} is not divisible by {one} {getattr(self, one)}; change one of them, or set {other} too"
+            )
+        if channels != self.dim and self.variant == "mag":
+            raise ValueError(
+                f"memory_heads {heads} of memory_head_dim {width} are {channels} channels, and mag multiplies them "
+                f"with the dim {self.dim} of the attention; leave one of the two out, or change dim"
+            )
+
     @property
     def head_dim(self) -> int:
-        """Width D of one head."""
+        """Width of one head of the attention."""
         return self.dim // self.num_heads
+
+    @property
+    def memory_shape(self) -> MemoryShape:
+        """Heads of the memory and their width, where memory_heads or memory_head_dim is 0 too."""
+        if self.memory_heads and self.memory_head_dim:
+            return MemoryShape(self.memory_heads, self.memory_head_dim)
+        if self.memory_heads:
+            return MemoryShape(self.memory_heads, self.dim // self.memory_heads)
+        widths = range(min(self.dim, _KERNELS_WIDTH), 0, -1)
+        width = self.memory_head_dim or next(width for width in widths if self.dim % width == 0)
+        return MemoryShape(self.dim // width, width)
 
     @property
     def memory_widths(self) -> list[int]:
         """Widths of the memory network from input to output, L + 1 numbers: D, hidden ..., D."""
-        hidden = self.head_dim * self.memory_expansion
-        return [self.head_dim, *[hidden] * (self.memory_depth - 1), self.head_dim]
+        width = self.memory_shape.width
+        return [width, *[width * self.memory_expansion] * (self.memory_depth - 1), width]
+
+    def spelled_out(self) -> "TitansConfig":
+        """The same model with the memory's heads in numbers, for comparisons."""
+        shape = self.memory_shape
+        return replace(self, memory_heads=shape.heads, memory_head_dim=shape.width)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, for files."""
@@ -155,7 +209,14 @@ class TitansConfig:
         unknown = sorted(set(settings) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"unknown model settings: {', '.join(unknown)}; written by another version of the model?")
-        return cls(**settings)
+        return cls(**with_memory_heads(settings))
+
+
+def with_memory_heads(settings: dict[str, Any]) -> dict[str, Any]:
+    """A saved model's settings; before memory_heads was one of them, the memory had the attention's heads."""
+    if "memory_heads" in settings or settings.get("variant") == "transformer":
+        return settings
+    return {**settings, "memory_heads": settings.get("num_heads", TitansConfig.num_heads)}
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -36,7 +36,9 @@ def memory_split(config: TitansConfig, memory_parallel: str, tensor_parallel: in
     """What tensor-parallel ranks share of the memory, "heads" or "hidden"; "auto" takes heads where they divide."""
     if memory_parallel != "auto":
         return memory_parallel
-    return "hidden" if tensor_parallel > 0 and config.num_heads % tensor_parallel else "heads"
+    if config.variant == "transformer" or tensor_parallel < 1:
+        return "heads"
+    return "hidden" if config.memory_shape.heads % tensor_parallel else "heads"
 
 
 def check_divisible(config: TitansConfig, tensor_parallel: int, memory_parallel: str = "auto") -> None:
@@ -50,7 +52,9 @@ def check_divisible(config: TitansConfig, tensor_parallel: int, memory_parallel:
         raise ValueError(f"tensor parallel size is {tensor_parallel}; it must be at least 1")
     padded = padded_vocab_size(config.vocab_size)
     divided = [("ffn_dim", config.ffn_dim), (f"vocab_size {config.vocab_size}, padded", padded)]
-    if config.variant != "lmm" or memory == "heads":  # attention is divided by heads, whatever the memory is
+    if config.variant != "transformer" and memory == "heads":
+        divided.insert(0, ("memory_heads", config.memory_shape.heads))
+    if config.variant != "lmm":
         divided.insert(0, ("num_heads", config.num_heads))
     if config.variant != "transformer" and memory == "hidden" and tensor_parallel > 1:
         divided += _memory_widths(config)
@@ -69,4 +73,4 @@ def _memory_widths(config: TitansConfig) -> list[tuple[str, int]]:
             f"model.memory_backend '{config.memory_backend}' computes whole memories; "
             "use 'auto' or 'chunked' with parallel.memory_parallel 'hidden'"
         )
-    return [("head width", config.head_dim), ("memory width", max(config.memory_widths))]
+    return [("memory_head_dim", config.memory_shape.width), ("memory width", max(config.memory_widths))]

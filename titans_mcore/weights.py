@@ -267,6 +267,7 @@ def check_same_model(saved: TitansConfig, wanted: TitansConfig, where: Path) -> 
         ValueError: They differ; the message names every setting with both values.
     """
     names = [field.name for field in fields(TitansConfig) if field.name not in _SPEED_SETTINGS]
+    saved, wanted = saved.spelled_out(), wanted.spelled_out()
     differing = [
         f"{name} is {getattr(saved, name)!r} there and {getattr(wanted, name)!r} here"
         for name in names

@@ -59,14 +59,14 @@ def _our_layer(case: Case) -> Subject:
     config = TitansConfig(
         variant="lmm",
         dim=dim,
-        num_heads=case.heads,
+        memory_heads=case.heads,
         memory_depth=case.depth,
         memory_expansion=case.expansion,
         chunk_size=case.chunk,
         persistent_tokens=0,
         memory_backend=case.setting,  # type: ignore[arg-type]
     )
-    norm, mixer = nn.RMSNorm(dim), LmmMixer(config, PlainParts(case.heads))
+    norm, mixer = nn.RMSNorm(dim), LmmMixer(config, PlainParts(config))
     for module in (norm, mixer):
         module.to(case.device, getattr(torch, case.dtype))
     parameters = [*norm.parameters(), *(p for p in mixer.parameters() if p.numel())]

@@ -122,11 +122,14 @@ def _timed_parts(model: TitansModel, small: TitansConfig, piece: int) -> Callabl
 
 def _small(model: TitansConfig) -> TitansConfig:
     heads = max(1, model.num_heads // _SMALLER)
+    dim, width = heads * model.head_dim, model.memory_shape.width
     return replace(
         model,
         num_layers=1,
         num_heads=heads,
-        dim=heads * model.head_dim,
+        dim=dim,
+        memory_heads=0,
+        memory_head_dim=0 if dim % width else width,
         ffn_dim=max(1, model.ffn_dim // _SMALLER),
         vocab_size=max(1, model.vocab_size // _SMALLER),
         window=model.window // _SMALLER,
@@ -204,9 +207,9 @@ def _markdown(settings: WavefrontSettings, model: TitansConfig, seconds: dict[st
     forward, backward, head = (1e6 * seconds[name] for name in ("forward", "backward", "head"))
     small, network = _small(model), GPUS[_GPU].network_bytes / 1e9
     timed = (
-        f"({small.num_heads} heads of {small.head_dim}, width {small.dim}) on {settings.threads} CPU threads, over "
-        f"{settings.piece} tokens\n  ({forward:.0f} us a token forward, {backward:.0f} us backward, {head:.0f} us for "
-        "the head both ways)"
+        f"({small.memory_shape.heads} memory heads of {small.memory_shape.width}, width {small.dim}) on "
+        f"{settings.threads} CPU threads, over {settings.piece} tokens\n"
+        f"  ({forward:.0f} us a token forward, {backward:.0f} us backward, {head:.0f} us for the head both ways)"
     )
     return f"""# Context parallelism as a wavefront
 

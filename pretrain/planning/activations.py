@@ -2,8 +2,8 @@
 
 An estimate: it counts the tensors that autograd and the memory's own backward pass keep, as the modules' code makes
 them. For one token of the T / CP that a rank has of a row, E the width, e = E / TP and f = F / TP what it owns of width
-and feed-forward, m the width of the heads whose memory it computes (e, or E where ranks share matrices), w bytes of an
-activation, 4 of what is computed in float32, t the ranks of sequence parallelism:
+and feed-forward, M the channels of all memory heads, m those of the heads whose memory it computes (M / TP, or M where
+ranks share matrices), w bytes of an activation, 4 of what is computed in float32, t the ranks of sequence parallelism:
 
     two norms        (3 w + 8) E / t + w E             input in float32, normalised, scaled; what all read is whole
     feed-forward     4 w f                             gate and value, SiLU of the gate, product
@@ -17,9 +17,9 @@ activation, 4 of what is computed in float32, t the ranks of sequence parallelis
                                                        every group of ceil(sqrt(chunks)); first state and anchors
                                                        (MAC: groups + 1 for every segment)
       a first state  S, persistent tokens 1.5 S
-    mac, besides     recall: 10 w m + 12 m + 8 e x expansion (L - 1); two keys a token: 11 w e in attention's place;
-                     y and h: 2 w E; y (x) m: (4 w + 8) E; documents: (K + 3) w m, S for every segment
-    mag, besides     y (x) m: (4 w + 8) e
+    mac, besides     recall: 10 w m + 12 m + 8 M / TP x expansion (L - 1); two keys a token: 11 w e in place of the
+                     attention's; y and h: 2 w E; y (x) m: (4 w + 8) E; documents: (K + 3) w m, S for every segment
+    mag, besides     y (x) m: (2 w + 4) (e + m)
     mal, besides     y: w E
     head             (2 w + 4) E / t and 4 V / TP + w V / TP   final norm; float32 probabilities, logits
 
@@ -66,7 +66,7 @@ class _Sizes(NamedTuple):
 
     @property
     def m(self) -> float:
-        return self.model.dim if self.hidden else self.e
+        return self.model.memory_shape.channels / (1 if self.hidden else self.ranks)
 
     @property
     def tokens(self) -> int:
@@ -87,7 +87,7 @@ class _Sizes(NamedTuple):
         """S: weights and momentum of a rank's heads, all rows."""
         widths = self.model.memory_widths
         numbers = sum(2 * m * n for m, n in itertools.pairwise(widths))
-        return _FLOAT32 * numbers * self.model.num_heads / self.ranks * self.rows
+        return _FLOAT32 * numbers * self.model.memory_shape.heads / self.ranks * self.rows
 
 
 def activation_bytes(config: RunConfig, layout: Layout) -> dict[str, int]:
@@ -150,13 +150,13 @@ def _memory(s: _Sizes) -> float:
 def _combined(s: _Sizes) -> float:
     """What a variant has beside attention and memory."""
     if s.model.variant == "mag":
-        return (4 * s.w + 8) * s.e
+        return (2 * s.w + 4) * (s.e + s.m)
     if s.model.variant == "mal":
         return s.w * s.model.dim
     if s.model.variant == "mac":
-        hidden = 8 * s.model.memory_expansion * (s.model.memory_depth - 1)
+        hidden = 8 * s.model.memory_expansion * (s.model.memory_depth - 1) * s.model.memory_shape.channels / s.ranks
         documents = (s.model.conv_kernel + 3) * s.w if s.documents else 0
-        return (10 * s.w + 12 + documents) * s.m + hidden * s.e + (6 * s.w + 8) * s.model.dim
+        return (10 * s.w + 12 + documents) * s.m + hidden + (6 * s.w + 8) * s.model.dim
     return 0.0
 
 
@@ -179,8 +179,8 @@ def _group_at_work(s: _Sizes) -> float:
     chunks = max(s.scans)
     group = _group(chunks)
     tokens = group * s.model.chunk_size * s.rows
-    first, *between, last = s.model.memory_widths
-    widths = sum(between) * s.model.num_heads / s.ranks + (first + last) * s.m / s.model.head_dim
+    heads, between = s.model.memory_shape.heads, s.model.memory_widths[1:-1]
+    widths = sum(between) * heads / s.ranks + 2 * s.m
     return 2 * group * s.state + tokens * widths * 12 * _FLOAT32
 
 

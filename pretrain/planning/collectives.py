@@ -22,8 +22,9 @@ all-reduced inside a mixer stays. Megatron gathers the input of a column map onc
     a mixer         ag and rs forward, ag and rs backward; mac leaves by keeping its share: no rs forward
     norms           all-reduce of the gradients, 2 L + 1 of E numbers
 
-Ranks that share the memory's matrices ("hidden") gather the gradient of what its heads answer, h for each pass over the
-tokens (mac: two; mal: p besides), and sum inside it (hidden_sums.py).
+Ranks that share the memory's matrices ("hidden") gather the gradient of what its heads answer, as many bytes as h where
+they have E channels in all, for each pass over the tokens (mac: two; mal: those of p besides), and sum inside it
+(hidden_sums.py).
 
 Context group, for each micro-batch and layer: the state to the next rank behind a header that says what it is, its
 gradients to the rank before (context_messages.py). Calls and bytes are what a rank sends that has both neighbours.
@@ -119,7 +120,7 @@ def _tensor_group(config: RunConfig, layout: Layout) -> list[Collective]:
         ]
     parts = [_mixers(config, layout, hidden), *parts, _Part("cross-entropy", (3, 3 * tokens * _FLOAT32))]
     if layout.hidden and model.variant != "transformer":
-        parts.append(_hidden_memories(config, layout, hidden))
+        parts.append(_hidden_memories(config, layout, tokens))
     return [
         Collective("tensor", operation, part.purpose, n * calls, n * size)
         for part in parts
@@ -148,17 +149,17 @@ def _mixers(config: RunConfig, layout: Layout, hidden: int) -> _Part:
     return _Part("mixers", inside, (layers * 2, layers * 2 * hidden), (layers * border, layers * border * hidden))
 
 
-def _hidden_memories(config: RunConfig, layout: Layout, hidden: int) -> _Part:
+def _hidden_memories(config: RunConfig, layout: Layout, tokens: int) -> _Part:
     """Of all blocks: sums inside the memories, and the gradients of their answers, gathered."""
     model = config.model
     calls, size = memory_sums(config, layout)
-    passes, whole = 1, hidden
+    passes, answers = 1, tokens
     if model.variant == "mac":
         length = config.train.sequence_length // layout.context
-        passes, whole = 2 * math.ceil(length / model.segment_length), 2 * hidden
+        passes, answers = 2 * math.ceil(length / model.segment_length), 2 * tokens
     elif model.variant == "mal" and model.persistent_tokens:
-        passes, whole = 2, hidden + model.persistent_tokens * model.dim * layout.bytes_per_weight
-    layers = model.num_layers
+        passes, answers = 2, tokens + model.persistent_tokens
+    layers, whole = model.num_layers, answers * model.memory_shape.channels * layout.bytes_per_weight
     return _Part("memories", (layers * calls, layers * size), (layers * passes, layers * whole))
 
 

@@ -113,7 +113,7 @@ def memory_flops_per_token(model: TitansConfig) -> int:
     total = 0
     for layer, (m, n) in enumerate(itertools.pairwise(model.memory_widths)):
         total += (12 if layer else 10) * m * n + 2 * model.chunk_size * (m + n)
-    return model.num_heads * total
+    return model.memory_shape.heads * total
 
 
 def _memory_flops(model: TitansConfig, tokens: int, persistent: int) -> int:
@@ -121,5 +121,5 @@ def _memory_flops(model: TitansConfig, tokens: int, persistent: int) -> int:
         return 0
     if model.variant != "mac":
         return (tokens + persistent) * memory_flops_per_token(model)
-    recall = model.num_heads * sum(2 * m * n for m, n in itertools.pairwise(model.memory_widths))
+    recall = model.memory_shape.heads * sum(2 * m * n for m, n in itertools.pairwise(model.memory_widths))
     return tokens * (memory_flops_per_token(model) + recall)

@@ -35,11 +35,12 @@ def memory_sums(config: RunConfig, layout: Layout) -> Sums:
 
 
 def _scan(model: TitansConfig, rows: int, length: int) -> Sums:
-    memories, width, depth = rows * model.num_heads, model.head_dim, model.memory_depth
+    (heads, width), depth = model.memory_shape, model.memory_depth
+    memories = rows * heads
     size = min(model.chunk_size, length)
     chunks = math.ceil(length / size)
     groups = math.ceil(chunks / (math.isqrt(chunks - 1) + 1))
-    predictions, anchors = chunks * memories * size * width, depth * model.num_heads
+    predictions, anchors = chunks * memories * size * width, depth * heads
     bounds = depth * chunks * memories * (size + size * size + 2) + groups
     gradients = length * memories * 3 * (width + depth) + 2 * memories * width
     calls = (1 + chunks + 3 * groups + 1) + (chunks + 2)
@@ -51,7 +52,7 @@ def _scan(model: TitansConfig, rows: int, length: int) -> Sums:
 
 
 def _recall(model: TitansConfig, rows: int, length: int) -> Sums:
-    return 2, 2 * _FLOAT32 * rows * length * model.dim
+    return 2, 2 * _FLOAT32 * rows * length * model.memory_shape.channels
 
 
 def _total(parts: list[Sums]) -> Sums:

@@ -35,7 +35,8 @@ TINY = {
     "vocab_size": VOCABULARY,
     "num_layers": 2,
     "dim": 32,
-    "num_heads": 2,
+    "num_heads": 4,
+    "memory_heads": 2,
     "ffn_dim": 40,
     "init_std": 0.2,  # large enough for the logits to say something
     "persistent_tokens": 3,

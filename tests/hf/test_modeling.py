@@ -312,12 +312,15 @@ def test_configuration_converts_both_ways_and_names_bad_settings() -> None:
 
 def test_a_new_model_begins_recalling_and_a_loaded_one_stays_as_it_was_trained(tmp_path: Path) -> None:
     model = make("mac", memory_init="next_token")
-    mixer, heads = model.model.layers[0].mixer, 2
+    mixer = model.model.layers[0].mixer
     maps = mixer.query, mixer.key_value, mixer.attention_output, mixer.memory_output
     for module in maps:  # from whatever init_std they came
         assert module.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
-    for query, key in ((mixer.query, mixer.key_value), (mixer.memory.query_gate, mixer.memory.key_value)):
-        queries, keys = (module.weight.unflatten(0, (heads, -1))[:, :16] for module in (query, key))
+    for query, key, heads, width in (
+        (mixer.query, mixer.key_value, 4, 8),
+        (mixer.memory.query_gate, mixer.memory.key_value, 2, 16),
+    ):
+        queries, keys = (module.weight.unflatten(0, (heads, -1))[:, :width] for module in (query, key))
         assert torch.equal(queries, keys)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -30,9 +30,9 @@ def weights(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Path]:
-    """A run of each variant with four heads, saved by one process."""
+    """A run of each variant with four heads of attention and eight of memory, saved by one process."""
     folder = tmp_path_factory.mktemp("whole")
-    return {v: save_run(folder / v, tiny(variant=v, num_heads=4), tokenizer, seed=3) for v in VARIANTS}
+    return {v: save_run(folder / v, tiny(variant=v, memory_heads=8), tokenizer, seed=3) for v in VARIANTS}
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from .test_mixers import mixer_of
 
 def memory_of(**settings: object) -> NeuralMemory:
     torch.manual_seed(0)
-    plain = {"dim": 128, "num_heads": 1, "memory_depth": 1, "memory_network": "plain", "chunk_size": 8}
+    plain = {"dim": 128, "memory_heads": 1, "memory_depth": 1, "memory_network": "plain", "chunk_size": 8}
     config = TitansConfig(**{**plain, "memory_init": "next_token", **settings})  # type: ignore[arg-type]
-    return NeuralMemory(config, PlainParts(config.num_heads)).double()
+    return NeuralMemory(config, PlainParts(config)).double()
 
 
 def queries_and_keys(memory: NeuralMemory, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

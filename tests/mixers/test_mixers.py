@@ -18,6 +18,7 @@ def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: objec
             "variant": variant,
             "dim": 24,
             "num_heads": 3,
+            "memory_heads": 2,
             "memory_expansion": 2,
             "chunk_size": 8,
             "persistent_tokens": 5,
@@ -26,7 +27,7 @@ def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: objec
             **settings,
         }
     )
-    return make_mixer(config, PlainParts(config.num_heads)).to(dtype)
+    return make_mixer(config, PlainParts(config)).to(dtype)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -121,6 +122,7 @@ def held_bytes(state: TensorTree) -> int:
 
 
 ABLATIONS = [
+    {"memory_heads": 3},
     {"persistent_tokens": 0},
     {"conv_kernel": 1},
     {"memory_network": "plain"},

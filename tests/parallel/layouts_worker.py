@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "num_layers": 2,
     "dim": 32,
     "num_heads": 4,
+    "memory_heads": 4,
     "ffn_dim": 64,
     "memory_expansion": 2,
     "chunk_size": 4,
@@ -41,17 +42,22 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "linear": {"memory_depth": 1},
     "three": {"memory_depth": 3},
     "four": {"memory_depth": 4, "memory_network": "plain"},
-    "one-head": {"num_heads": 1},
+    "one-head": {"memory_heads": 1},
+    "wider": {"memory_heads": 4, "memory_head_dim": 16},
     "shared-gates": {"memory_gates": "shared", "memory_momentum": False},
     "next-token": {"memory_init": "next_token", "gate_margin": 0.05},
 }
 
 
 def models() -> dict[str, TitansConfig]:
-    """Every variant, LMM with other memories, and MAC where it begins by recalling."""
+    """Every variant, LMM with other memories, MAC that begins by recalling, and memories with heads of their own."""
     found = {variant: TitansConfig(variant=variant, **SETTINGS) for variant in VARIANTS}  # type: ignore[arg-type]
     found |= {f"lmm-{name}": TitansConfig(variant="lmm", **SETTINGS | more) for name, more in MEMORIES.items()}
     found["mac-next-token"] = TitansConfig(variant="mac", **SETTINGS | MEMORIES["next-token"])
+    found |= {
+        f"{variant}-two-heads": TitansConfig(variant=variant, **SETTINGS | {"memory_heads": 2})  # type: ignore[arg-type]
+        for variant in ("mac", "mag", "mal")
+    }
     return found
 
 
@@ -77,7 +83,7 @@ class Layout:
 
 def fits(config: TitansConfig, layout: Layout) -> bool:
     """Whether there are heads for every rank, or ranks share each head's matrices."""
-    return config.num_heads % layout.tensor == 0 or layout.memory == "hidden"
+    return config.memory_shape.heads % layout.tensor == 0 or layout.memory == "hidden"
 
 
 def run(config: TitansConfig, layout: Layout, documents: bool) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
     ("change", "tensor_parallel", "message"),
     [
         ({}, 8, "num_heads 4 cannot be divided by tensor parallel size 8"),
-        ({"ffn_dim": 98}, 4, "ffn_dim 98 cannot be divided by tensor parallel size 4"),
+        ({"ffn_dim": 98, "memory_heads": 4}, 4, "ffn_dim 98 cannot be divided by tensor parallel size 4"),
         ({"num_heads": 3, "dim": 66, "ffn_dim": 96}, 3, "vocab_size 1000, padded 1024 cannot be divided"),
         ({}, 0, "tensor parallel size is 0"),
     ],
@@ -28,6 +28,15 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
 def test_a_model_that_does_not_divide_is_refused_with_the_number(change, tensor_parallel, message):
     with pytest.raises(ValueError, match=message):
         transformer_config(dataclasses.replace(SMALL, **change), tensor_parallel=tensor_parallel)
+
+
+def test_heads_of_memory_and_attention_are_divided_each():
+    three = dataclasses.replace(SMALL, dim=48, memory_heads=3)
+    with pytest.raises(ValueError, match="memory_heads 3 cannot be divided by tensor parallel size 2"):
+        transformer_config(three, tensor_parallel=2, memory_parallel="heads")
+    transformer_config(three, tensor_parallel=2)  # ranks share the matrices of each head
+    memory_alone = dataclasses.replace(SMALL, variant="lmm", num_heads=5, memory_heads=4)
+    assert transformer_config(memory_alone, tensor_parallel=4).num_attention_heads % 4 == 0
 
 
 def test_matrices_that_write_to_the_residual_stream_start_smaller():

@@ -16,6 +16,7 @@ variant = "mac"
 num_layers = 1
 dim = 32
 num_heads = 2
+memory_heads = 2
 ffn_dim = 64
 memory_expansion = 1
 chunk_size = 8

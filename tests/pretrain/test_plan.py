@@ -226,7 +226,7 @@ def test_a_rank_has_its_share_of_what_is_divided(variant, memory):
         if ".memory." in parameter.name:
             held_whole = memory == "hidden" and ".initial_weights." not in parameter.name
         if variant == "mag" and parameter.name.endswith(("attention_norm", "memory_norm")):
-            held_whole = False  # head by head
+            held_whole = memory == "hidden" and "memory" in parameter.name  # head by head
         assert parameter.on_rank == parameter.count // (1 if held_whole else 2), parameter.name
 
 
@@ -360,7 +360,7 @@ def test_visible_keys_are_those_of_the_mask(variant):
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_memorys_operations_are_those_of_the_benchmark(depth):
     config = TitansConfig(memory_depth=depth)
-    expected = forward_flops_per_token(config.num_heads, config.head_dim, depth, config.memory_expansion, 16)
+    expected = forward_flops_per_token(*config.memory_shape, depth, config.memory_expansion, 16)
     assert memory_flops_per_token(config) == expected
 
 

@@ -35,6 +35,22 @@ def test_settings_that_only_fit_together_may_change_in_one_command(tmp_path, tin
     assert config.model.head_dim == 2
 
 
+def test_heads_of_the_memory_follow_the_width_that_was_asked_for_last(tmp_path, tiny_toml):
+    text = tiny_toml.read_text().replace("memory_heads = 2\n", "")
+    (tmp_path / "tiny.toml").write_text(text)
+    model = parse(arguments(tmp_path / "tiny.toml", tmp_path, "--model.dim", "192")).config.model
+    assert (model.head_dim, model.memory_shape) == (96, (3, 64))
+    assert parse(arguments(tiny_toml, tmp_path, "--model.dim", "192")).config.model.memory_shape == (2, 96)
+
+
+def test_a_run_from_before_the_memory_had_heads_of_its_own_has_those_of_the_attention(tmp_path, tiny_toml):
+    config = parse(arguments(tiny_toml, tmp_path, "--model.num-heads", "4")).config
+    write_run_config(config, tmp_path)
+    lines = (tmp_path / "config.toml").read_text().splitlines(keepends=True)
+    (tmp_path / "config.toml").write_text("".join(line for line in lines if not line.startswith("memory_head")))
+    assert load_run_config(tmp_path).model.memory_shape == (4, 8)
+
+
 def test_variant_is_short_for_the_models_variant(tmp_path, tiny_toml):
     assert parse(arguments(tiny_toml, tmp_path, "--variant", "mag")).config.model.variant == "mag"
 

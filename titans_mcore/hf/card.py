@@ -33,7 +33,9 @@ def model_card(config: TitansConfig, parameters: int, checkpoint: Path, proof: P
     rows = {
         "model": _NAMES[config.variant],
         "parameters": f"{parameters:,}",
-        "blocks x width x heads": f"{config.num_layers} x {config.dim} x {config.num_heads}",
+        "blocks x width": f"{config.num_layers} x {config.dim}",
+        "heads of the attention": f"{config.num_heads} of {config.head_dim}" if config.variant != "lmm" else None,
+        "heads of the memory": "{} of {}".format(*config.memory_shape) if config.variant != "transformer" else None,
         "vocabulary": f"{config.vocab_size:,}",
         "made of": record.get(BEGINS),
         "trained on": f"{record['tokens']:,} tokens" if record.get("tokens") else None,

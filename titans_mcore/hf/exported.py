@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from titans_mcore.config import TitansConfig
+from titans_mcore.config import TitansConfig, with_memory_heads
 from titans_mcore.hf.errors import ExportError
 from titans_mcore.tensor_files import read_tensors
 
@@ -31,7 +31,7 @@ def read_config(folder: Path) -> TitansConfig:
             f"{folder / CONFIG} is of model type {settings.get('model_type')!r}; name a folder that was exported here"
         )
     try:
-        return TitansHFConfig.from_dict(settings).to_titans()
+        return TitansHFConfig.from_dict(with_memory_heads(settings)).to_titans()
     except (TypeError, ValueError) as error:
         raise ExportError(f"{folder / CONFIG}: {error}") from error
 

@@ -76,7 +76,7 @@ class TitansBlock(nn.Module):
 
 
 def _make_mixer(config: TitansConfig) -> nn.Module:
-    parts = PlainParts(config.num_heads)
+    parts = PlainParts(config)
     if torch.get_default_device().type != "meta":
         return make_mixer(config, parts)
     # While transformers 5 builds on the meta device, it makes some constants on the CPU; a mixer may not mix the two.
@@ -141,7 +141,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_own_parameters(module: nn.Module, config: TitansConfig) -> None:
         """A mixer states its initial values in its constructor: they are taken from a new one."""
-        fresh = dict(type(module)(config, PlainParts(config.num_heads)).named_parameters())
+        fresh = dict(type(module)(config, PlainParts(config)).named_parameters())
         for name, parameter in module.named_parameters():
             own = "." not in name or name.startswith("initial_weights.")
             if own and not getattr(parameter, "_is_hf_initialized", False):

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import TitansConfig
 from ..memory import Share, split_axis
 from ..mixers.parts import MemoryParts, linear
 
@@ -31,24 +32,18 @@ class MixerSubmodules:
     row: ModuleSpec | type
 
 
-class MegatronParts:
-    """mixers.parts.Parts on Megatron-core: a tensor-parallel rank owns H / TP heads whole.
+class OwnedHeads:
+    """mixers.parts.MemoryParts on Megatron-core: a tensor-parallel rank owns H / TP heads whole.
 
     Args:
         config: Megatron's configuration.
         submodules: The linear maps' classes.
         heads: H of the whole model.
         pg_collection: Megatron's process groups.
-        memory_parallel: What ranks share of the memory, "heads" or "hidden".
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: MixerSubmodules,
-        heads: int,
-        pg_collection: ProcessGroupCollection,
-        memory_parallel: str = "heads",
+        self, config: TransformerConfig, submodules: MixerSubmodules, heads: int, pg_collection: ProcessGroupCollection
     ) -> None:
         self.config, self.submodules, self.group = config, submodules, pg_collection.tp
         # Between open() and finish() a mixer's tokens are whole, also under sequence parallelism.
@@ -57,12 +52,9 @@ class MegatronParts:
         self.ranks, self.rank = self.group.size(), self.group.rank()
         self.all_heads, self.heads = heads, heads // self.ranks
         self.share: Share | None = None
-        self.memory: MemoryParts = self
-        if memory_parallel == "hidden" and self.ranks > 1:
-            self.memory = HiddenParts(config, heads, pg_collection)
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
-        """See mixers.parts.Parts."""
+        """See mixers.parts.MemoryParts."""
         return build_module(
             self.submodules.column,
             d_in,
@@ -75,18 +67,58 @@ class MegatronParts:
             tp_group=self.group,
         )
 
-    def row(self, per_head: int, d_out: int) -> nn.Module:
-        """See mixers.parts.Parts."""
-        return self._row(per_head, d_out, self.inner_config)
+    def per_head(self, full: Tensor) -> nn.Parameter:
+        """See mixers.parts.MemoryParts."""
+        return _part(self.config, full, 0, self.rank, self.ranks)
 
-    def last_row(self, per_head: int, d_out: int) -> nn.Module:
-        """See mixers.parts.Parts."""
-        return self._row(per_head, d_out, self.config)
+    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
+        """See mixers.parts.MemoryParts."""
+        return self.per_head(full)
 
-    def _row(self, per_head: int, d_out: int, config: TransformerConfig) -> nn.Module:
+    def leave(self, x: Tensor) -> Tensor:
+        """See mixers.parts.MemoryParts; a rank's heads are its channels."""
+        return x.flatten(2)
+
+
+class MegatronParts(OwnedHeads):
+    """mixers.parts.Parts on Megatron-core: a tensor-parallel rank owns its part of the attention's heads whole.
+
+    Args:
+        config: Megatron's configuration.
+        submodules: The linear maps' classes.
+        titans_config: The model's settings.
+        pg_collection: Megatron's process groups.
+        memory_parallel: What ranks share of the memory, "heads" or "hidden".
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MixerSubmodules,
+        titans_config: TitansConfig,
+        pg_collection: ProcessGroupCollection,
+        memory_parallel: str = "heads",
+    ) -> None:
+        super().__init__(config, submodules, titans_config.num_heads, pg_collection)
+        heads = titans_config.memory_shape.heads
+        self.memory: MemoryParts
+        if memory_parallel == "hidden" and self.ranks > 1:
+            self.memory = HiddenParts(config, heads, pg_collection)
+        else:
+            self.memory = OwnedHeads(config, submodules, heads, pg_collection)
+
+    def row(self, d_in: int, d_out: int) -> nn.Module:
+        """See mixers.parts.Parts."""
+        return self._row(d_in, d_out, self.inner_config)
+
+    def last_row(self, d_in: int, d_out: int) -> nn.Module:
+        """See mixers.parts.Parts."""
+        return self._row(d_in, d_out, self.config)
+
+    def _row(self, d_in: int, d_out: int, config: TransformerConfig) -> nn.Module:
         return build_module(
             self.submodules.row,
-            self.all_heads * per_head,
+            d_in,
             d_out,
             config=config,
             init_method=self.config.output_layer_init_method,
@@ -118,18 +150,6 @@ class MegatronParts:
         if not self.config.sequence_parallel:
             return x
         return tensor_parallel.scatter_to_sequence_parallel_region(x.transpose(0, 1), group=self.group).transpose(0, 1)
-
-    def leave(self, x: Tensor) -> Tensor:
-        """See mixers.parts.MemoryParts; a rank's heads are its channels."""
-        return x
-
-    def per_head(self, full: Tensor) -> nn.Parameter:
-        """See mixers.parts.Parts."""
-        return _part(self.config, full, 0, self.rank, self.ranks)
-
-    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
-        """See mixers.parts.MemoryParts."""
-        return self.per_head(full)
 
     def replicated(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""
@@ -166,7 +186,7 @@ class HiddenParts:
 
     def leave(self, x: Tensor) -> Tensor:
         """See mixers.parts.MemoryParts."""
-        return tensor_parallel.scatter_to_tensor_model_parallel_region(x, group=self.group)
+        return tensor_parallel.scatter_to_tensor_model_parallel_region(x.flatten(2), group=self.group)
 
     def _add(self, x: Tensor) -> Tensor:
         x = x.contiguous()

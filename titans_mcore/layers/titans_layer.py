@@ -49,7 +49,7 @@ class TitansLayer(MegatronModule):
         super().__init__(config=config)
         size, eps = config.hidden_size, config.layernorm_epsilon
         self.input_norm = build_module(submodules.input_norm, config=config, hidden_size=size, eps=eps)
-        parts = MegatronParts(config, submodules.mixer, titans_config.num_heads, pg_collection, memory_parallel)
+        parts = MegatronParts(config, submodules.mixer, titans_config, pg_collection, memory_parallel)
         self.mixer = make_mixer(titans_config, parts)
         self.pre_mlp_norm = build_module(submodules.pre_mlp_norm, config=config, hidden_size=size, eps=eps)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)

@@ -12,9 +12,9 @@ from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from .kept import Kept, take
 from .neural_memory import NeuralMemory, NeuralMemoryState, Recall
-from .parts import Parts, copy_rows, heads_of, linear
+from .parts import Parts, copy_rows, heads_of, linear, rms_norm
 from .segments import Segment, segments_of
-from .simple import PersistentTokens, combine
+from .simple import PersistentTokens, gate_of
 
 
 @dataclass
@@ -52,10 +52,10 @@ class MacMixer(nn.Module):
         width = config.head_dim
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
-        self.memory_output = parts.row(width, config.dim)
+        self.memory_output = parts.row(config.memory_shape.channels, config.dim)
         self.query = parts.column(config.dim, width)
         self.key_value = parts.column(config.dim, 2 * width)
-        self.attention_output = parts.row(width, config.dim)
+        self.attention_output = parts.row(config.dim, config.dim)
         self.begin_recalling()
         self.attention_norm = parts.replicated(torch.ones(config.dim))
         self.memory_norm = parts.replicated(torch.ones(config.dim))
@@ -71,14 +71,14 @@ class MacMixer(nn.Module):
         if config.memory_init != "next_token":
             return
         copy_rows(self.query, self.key_value, self.heads, config.head_dim)
-        size = 1.0 / (config.init_std * math.sqrt(config.dim))
-        for module, factor in (
-            (self.query, size),
-            (self.key_value, size),
-            (self.attention_output, size * math.sqrt(2.0 * config.num_layers)),
-            (self.memory_output, size * math.sqrt(2.0 * config.num_layers)),
+        residual = math.sqrt(2.0 * config.num_layers)
+        for module, d_in, factor in (
+            (self.query, config.dim, 1.0),
+            (self.key_value, config.dim, 1.0),
+            (self.attention_output, config.dim, residual),
+            (self.memory_output, config.memory_shape.channels, residual),
         ):
-            module.get_parameter("weight").mul_(factor)
+            module.get_parameter("weight").mul_(factor / (config.init_std * math.sqrt(d_in)))
 
     def forward(self, x: Tensor, state: MacState | None, rows: PackedRows | None = None) -> tuple[Tensor, MacState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
@@ -135,7 +135,7 @@ class MacMixer(nn.Module):
             rows, real, before = segment.rows, PackedRows(real=segment.real), _without(before, segment.restarts)
             recall = Recall(recall.weights, recall.query_tail, segment.restarts)
         recalled, recall = self.memory(x, recall=recall, rows=rows)
-        recalled = self.parts.enter(linear(self.memory_output, recalled))
+        recalled = self.parts.enter(linear(self.memory_output, self.parts.memory.leave(recalled)))
         recalled_kv = heads_of(linear(self.key_value, recalled), self.heads)
         keys, values = torch.stack([recalled_kv, keys_values], 2).chunk(2, -1)
         kept = before.extended(keys, values)
@@ -151,8 +151,8 @@ class MacMixer(nn.Module):
         )
         y = linear(self.attention_output, attention.flatten(2))
         memory, written = self.memory(self.parts.enter(y), state.written, rows=rows)
-        m = linear(self.memory_output, memory)
-        output = combine(y, m, self.attention_norm, self.memory_norm, self.config.norm_eps)
+        m, eps = linear(self.memory_output, self.parts.memory.leave(memory)), self.config.norm_eps
+        output = rms_norm(y, self.attention_norm, eps) * gate_of(m, self.memory_norm, eps)
         return output, self._after(written, recall, kept, segment, rows)
 
     def _after(

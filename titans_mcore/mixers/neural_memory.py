@@ -50,8 +50,8 @@ class NeuralMemory(nn.Module):
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         memory = parts.memory
-        self.config, self.heads, self.share, self.leave = config, memory.heads, memory.share, memory.leave
-        heads, width = config.num_heads, config.head_dim
+        self.config, self.heads, self.share = config, memory.heads, memory.share
+        heads, width = config.memory_shape
         self.query_gate = memory.column(config.dim, 2 * width)  # a head: query, output gate
         # A head: key, value, and its gates.
         self.key_value = memory.column(config.dim, 2 * width + sum(gate_widths(config)))
@@ -72,7 +72,7 @@ class NeuralMemory(nn.Module):
     def begin_recalling(self) -> None:
         """Brings initial weights to where config.memory_init wants them: keys get the map of queries."""
         if self.config.memory_init == "next_token":
-            copy_rows(self.query_gate, self.key_value, self.heads, self.config.head_dim)
+            copy_rows(self.query_gate, self.key_value, self.heads, self.config.memory_shape.width)
 
     def forward(
         self,
@@ -96,8 +96,7 @@ class NeuralMemory(nn.Module):
             rows: Documents and padding of the piece; padding stands behind the real tokens.
 
         Returns:
-            (B, T, F) for the output projection, F the channels that this process has there, and the state (or the
-            recall) after the last token.
+            (B, T, heads, D) for MemoryParts.leave(), and the state (or the recall) after the last token.
         """
         query, output_gate = heads_of(linear(self.query_gate, x), self.heads).chunk(2, -1)
         if recall is not None:
@@ -177,7 +176,7 @@ class NeuralMemory(nn.Module):
     def _keys_values_gates(
         self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None, start: NeuralMemoryState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        width = self.config.head_dim
+        width = self.config.memory_shape.width
         projected = heads_of(linear(self.key_value, x), self.heads)
         key_value, gates = projected.split([2 * width, projected.shape[-1] - 2 * width], -1)
         tail = self._tail(key_value, None if state is None else state.key_value_tail)
@@ -207,7 +206,7 @@ class NeuralMemory(nn.Module):
         return gate.expand(*gate.shape[:-1], depth) if gate.shape[-1] else gate.new_zeros(*gate.shape[:-1], depth)
 
     def _finish(self, reads: Tensor, output_gate: Tensor) -> Tensor:
-        return self.leave((rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)).flatten(2))
+        return rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)
 
     def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
         return x.new_zeros(x.shape[0], self.config.conv_kernel - 1, *x.shape[2:]) if tail is None else tail
@@ -257,7 +256,7 @@ def initial_kernels(config: TitansConfig) -> tuple[Tensor, Tensor]:
     K - 1 tokens, later ones more, so that the places that resemble each other are those with the same tokens before
     them. Values begin as the token's own.
     """
-    heads, width, taps = config.num_heads, config.head_dim, config.conv_kernel
+    (heads, width), taps = config.memory_shape, config.conv_kernel
     if config.memory_init == "random":
         query, key_value = (torch.randn(heads, channels, taps) / math.sqrt(taps) for channels in (width, 2 * width))
         return query, key_value
@@ -276,7 +275,7 @@ def initial_gate_bias(config: TitansConfig) -> Tensor:
     Steps start at a tenth of theta_max and momentum lasts two tokens. Forgetting is spread over the heads, from a
     horizon of about 30 tokens to one of about 3,000, so that some heads hold on from the first step of training.
     """
-    heads, (thetas, etas, alphas) = config.num_heads, gate_widths(config)
+    heads, (thetas, etas, alphas) = config.memory_shape.heads, gate_widths(config)
     theta = torch.full((heads, thetas), -2.2)
     alpha = torch.linspace(-3.5, -8.0, heads).unsqueeze(-1).expand(heads, alphas)
     if margin := config.gate_margin:  # they begin at the same gates, all of them open

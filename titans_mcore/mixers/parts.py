@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import TitansConfig
 from ..memory import Share
 
 
@@ -34,11 +35,11 @@ class MemoryParts(Protocol):
         """Initial weights of matrix `layer` of `depth`, from (H, d_in, d_out) for all heads."""
 
     def leave(self, x: Tensor) -> Tensor:
-        """What the heads give, (B, T, heads * F), as input of row(): the channels that this process has there."""
+        """What the heads give, (B, T, heads, F), as input of row(), (B, T, F'): this process's channels of H F."""
 
 
 class Parts(Protocol):
-    """Makes parameters: whole ones, or this rank's share.
+    """Makes parameters: whole ones, or this rank's share. Its own heads are the attention's.
 
     A block holds x as (B, T', E): all tokens, or this rank's when sequence parallelism divides them. Inside a mixer
     they are whole.
@@ -49,18 +50,15 @@ class Parts(Protocol):
     """
 
     heads: int
-
-    @property
-    def memory(self) -> MemoryParts:
-        """Makes the memory's."""
+    memory: MemoryParts
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
 
-    def row(self, per_head: int, d_out: int) -> nn.Module:
-        """Linear map (..., heads * per_head) to (..., d_out), summed over all heads, those of other ranks included."""
+    def row(self, d_in: int, d_out: int) -> nn.Module:
+        """Linear map (..., this process's channels of d_in) to (..., d_out), summed over all channels of all ranks."""
 
-    def last_row(self, per_head: int, d_out: int) -> nn.Module:
+    def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """The same as a mixer's last map, to be applied by finish()."""
 
     def open(self, x: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ class Parts(Protocol):
         """x (B, T, E) as input of column maps: unchanged, its gradient summed over the ranks that share the heads."""
 
     def finish(self, row: nn.Module, x: Tensor) -> Tensor:
-        """What last_row() makes of x (B, T, heads * F), as the block holds it, (B, T', E)."""
+        """What last_row() makes of x (B, T, F'), as the block holds it, (B, T', E)."""
 
     def close(self, x: Tensor) -> Tensor:
         """x (B, T, E) as the block holds it, (B, T', E)."""
@@ -82,8 +80,8 @@ class Parts(Protocol):
         """A parameter that every rank holds whole. Like those of heads it is not weight-decayed."""
 
 
-class PlainParts:
-    """Parts of a model in one process: every parameter whole.
+class PlainHeads:
+    """MemoryParts of a model in one process: every parameter whole.
 
     Attributes:
         heads: Heads of the model.
@@ -94,22 +92,41 @@ class PlainParts:
         self.heads = heads
         self.share: Share | None = None
 
-    @property
-    def memory(self) -> "PlainParts":
-        """See Parts."""
-        return self
-
     def column(self, d_in: int, per_head: int) -> nn.Module:
-        """See Parts."""
+        """See MemoryParts."""
         return nn.Linear(d_in, self.heads * per_head, bias=False)
 
-    def row(self, per_head: int, d_out: int) -> nn.Module:
-        """See Parts."""
-        return ResidualLinear(self.heads * per_head, d_out, bias=False)
+    def per_head(self, full: Tensor) -> nn.Parameter:
+        """See MemoryParts; which parameters decay is up to who trains."""
+        return nn.Parameter(full.clone())
 
-    def last_row(self, per_head: int, d_out: int) -> nn.Module:
+    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
+        """See MemoryParts."""
+        return self.per_head(full)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """See MemoryParts."""
+        return x.flatten(2)
+
+
+class PlainParts(PlainHeads):
+    """Parts of a model in one process.
+
+    Args:
+        config: The model's settings.
+    """
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config.num_heads)
+        self.memory: MemoryParts = PlainHeads(config.memory_shape.heads)
+
+    def row(self, d_in: int, d_out: int) -> nn.Module:
         """See Parts."""
-        return self.row(per_head, d_out)
+        return ResidualLinear(d_in, d_out, bias=False)
+
+    def last_row(self, d_in: int, d_out: int) -> nn.Module:
+        """See Parts."""
+        return self.row(d_in, d_out)
 
     def open(self, x: Tensor) -> Tensor:
         """See Parts."""
@@ -127,21 +144,9 @@ class PlainParts:
         """See Parts."""
         return x
 
-    def leave(self, x: Tensor) -> Tensor:
-        """See MemoryParts."""
-        return x
-
-    def per_head(self, full: Tensor) -> nn.Parameter:
-        """See Parts."""
-        return self.replicated(full)
-
-    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
-        """See MemoryParts."""
-        return self.replicated(full)
-
     def replicated(self, full: Tensor) -> nn.Parameter:
-        """See Parts; which parameters decay is up to who trains."""
-        return nn.Parameter(full.clone())
+        """See Parts."""
+        return self.per_head(full)
 
 
 class ResidualLinear(nn.Linear):

@@ -10,7 +10,7 @@ from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from .attention import Attention, AttentionState
 from .neural_memory import NeuralMemory, NeuralMemoryState
-from .parts import Parts, heads_of, linear, rms_norm
+from .parts import Parts, linear, rms_norm
 
 
 class PersistentTokens(nn.Module):
@@ -36,7 +36,7 @@ class Persistent(NamedTuple):
 
     Attributes:
         tokens: The tokens, (1, N, E), which have passed Parts.enter(); None without any.
-        reads: What the memory answers to them, (1, N, F) for its output projection; None without any.
+        reads: What the memory answers to them, (1, N, heads, D); None without any.
         start: The memory after them, in which every sequence begins; None without any.
     """
 
@@ -67,7 +67,7 @@ class LmmMixer(nn.Module):
         self.parts = parts
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
-        self.output = parts.last_row(config.head_dim, config.dim)
+        self.output = parts.last_row(config.memory_shape.channels, config.dim)
 
     def forward(
         self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None = None
@@ -76,7 +76,7 @@ class LmmMixer(nn.Module):
         tokens = self.persistent(x) if begins(state, rows) else None
         persistent = read_persistent(tokens, self.memory, self.parts)
         reads, state = self.memory(self.parts.open(x), state, start=persistent.start, rows=rows)
-        return self.parts.finish(self.output, reads), state
+        return self.parts.finish(self.output, self.parts.memory.leave(reads)), state
 
 
 @dataclass
@@ -97,7 +97,7 @@ def lacks_persistent(state: BranchesState | None) -> bool:
 
 
 class MagMixer(nn.Module):
-    """Memory as gate: y = window attention, o = y (x) M([p || x]), both sides normalised by head."""
+    """Memory as gate: y = window attention, o = y (x) M([p || x]), each side normalised by heads of its own."""
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class MagMixer(nn.Module):
         self.memory = NeuralMemory(config, parts)
         self.attention = Attention(config, parts)
         self.attention_norm = parts.per_head(torch.ones(config.num_heads, config.head_dim))
-        self.memory_norm = parts.per_head(torch.ones(config.num_heads, config.head_dim))
-        self.output = parts.last_row(config.head_dim, config.dim)
+        self.memory_norm = parts.memory.per_head(torch.ones(config.memory_shape))
+        self.output = parts.last_row(config.dim, config.dim)
 
     def forward(
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
@@ -124,9 +124,9 @@ class MagMixer(nn.Module):
             x, None if state is None else state.memory, start=persistent.start, rows=rows
         )
         attention, attended = self.attention(x, attended, rows)
-        memory = heads_of(memory, self.parts.heads)
-        mixed = combine(attention, memory, self.attention_norm, self.memory_norm, self.eps)
-        return self.parts.finish(self.output, mixed.flatten(2)), BranchesState(memory_state, attended)
+        gate = self.parts.memory.leave(gate_of(memory, self.memory_norm, self.eps))
+        mixed = rms_norm(attention, self.attention_norm, self.eps).flatten(2) * gate
+        return self.parts.finish(self.output, mixed), BranchesState(memory_state, attended)
 
 
 class MalMixer(nn.Module):
@@ -137,9 +137,9 @@ class MalMixer(nn.Module):
         self.parts = parts
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
-        self.memory_output = parts.row(config.head_dim, config.dim)
+        self.memory_output = parts.row(config.memory_shape.channels, config.dim)
         self.attention = Attention(config, parts)
-        self.output = parts.last_row(config.head_dim, config.dim)
+        self.output = parts.last_row(config.dim, config.dim)
 
     def forward(
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
@@ -160,7 +160,7 @@ class MalMixer(nn.Module):
 
     def _answer(self, reads: Tensor) -> Tensor:
         """y, as input of the attention's maps."""
-        return self.parts.enter(linear(self.memory_output, reads))
+        return self.parts.enter(linear(self.memory_output, self.parts.memory.leave(reads)))
 
 
 class TransformerMixer(nn.Module):
@@ -170,7 +170,7 @@ class TransformerMixer(nn.Module):
         super().__init__()
         self.parts = parts
         self.attention = Attention(config, parts)
-        self.output = parts.last_row(config.head_dim, config.dim)
+        self.output = parts.last_row(config.dim, config.dim)
 
     def forward(
         self, x: Tensor, state: AttentionState | None, rows: PackedRows | None = None
@@ -181,6 +181,6 @@ class TransformerMixer(nn.Module):
         return self.parts.finish(self.output, attention.flatten(2)), state
 
 
-def combine(y: Tensor, m: Tensor, y_norm: Tensor, m_norm: Tensor, eps: float) -> Tensor:
-    """The paper's y (x) m: both sides normalised with learned scales, the memory's through a sigmoid."""
-    return rms_norm(y, y_norm, eps) * torch.sigmoid(rms_norm(m, m_norm, eps))
+def gate_of(m: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What the memory's side of the paper's y (x) m multiplies the other with; y is normalised likewise."""
+    return torch.sigmoid(rms_norm(m, weight, eps))

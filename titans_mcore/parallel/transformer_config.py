@@ -36,7 +36,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.dim,
-        # Megatron wants whole heads on every rank; a memory that ranks share need not have as many as there are ranks.
+        # Megatron wants whole heads on every rank; lmm's number means nothing.
         num_attention_heads=config.num_heads if config.num_heads % tensor_parallel == 0 else tensor_parallel,
         ffn_hidden_size=config.ffn_dim,
         gated_linear_unit=True,
