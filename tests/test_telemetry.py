@@ -15,7 +15,15 @@ from titans_mcore.telemetry import QUANTITIES, MemoryTelemetry, _Retention
 from .pretrain.jobs import ROOT, Job
 
 LENGTH = 48
-SETTINGS = {"vocab_size": 100, "num_layers": 2, "dim": 32, "num_heads": 2, "ffn_dim": 64, "memory_expansion": 2}
+SETTINGS = {
+    "vocab_size": 100,
+    "num_layers": 2,
+    "dim": 32,
+    "num_heads": 2,
+    "memory_heads": 2,
+    "ffn_dim": 64,
+    "memory_expansion": 2,
+}
 SETTINGS |= {"chunk_size": 4, "persistent_tokens": 3, "segment_length": 16, "window": 16, "theta_max": 0.5}
 
 
@@ -92,7 +100,7 @@ def test_every_token_of_the_first_row_counts_once_and_persistent_ones_do_not(gro
 @pytest.mark.parametrize("variant", ["lmm", "mac"])
 @pytest.mark.parametrize("gates", ["matrix", "shared"])
 def test_gates_and_retention_are_what_the_biases_make_them(groups, variant, gates):
-    model = model_of(groups, variant=variant, memory_gates=gates, num_heads=2)
+    model = model_of(groups, variant=variant, memory_gates=gates)
     theta, eta, alpha = 0.3, 0.8, [0.01, 0.2]
     for name, parameter in model.named_parameters():
         sets = 2 if gates == "matrix" else 1
