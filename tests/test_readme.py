@@ -36,6 +36,7 @@ SMALL = {
     "evals.niah.training_data": " --documents 20",
     "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
+    "evals.memory_rule": " --steps 2 --cases lmm",
 }
 # What runs this test, what needs a network, what needs a GPU.
 NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "evals.harness", "launch/gpu_check.sh")

@@ -92,7 +92,7 @@ def test_every_token_of_the_first_row_counts_once_and_persistent_ones_do_not(gro
     assert {name: counts[name] for name in ("theta", "eta", "alpha")} == dict.fromkeys(
         ("theta", "eta", "alpha"), LENGTH
     )
-    assert counts["surprise"] == counts["bounded"] == LENGTH * 2  # heads
+    assert counts["surprise"] == counts["held"] == LENGTH * 2  # heads
     # In documents of 20 and 28 tokens.
     assert (counts["retention_1"], counts["retention_16"], counts["retention_256"]) == (LENGTH, 5 + 13, 0)
 

@@ -72,9 +72,12 @@ class TitansConfig:
     """Hidden width of the memory network over memory_head_dim (depth 2 and more)."""
     memory_network: Literal["residual_norm", "plain"] = "residual_norm"
     """residual_norm: x + LayerNorm(MLP(x)), as in the camera-ready paper; plain: MLP(x)."""
+    memory_rule: Literal["stable", "literal"] = "stable"
+    """stable: forgetting leads back to M_0, and the memory stays finite on every stream (memory/STABILITY.md); literal:
+    the paper's rule in chunks and nothing else."""
     chunk_size: int = 16
     """Tokens b whose inner gradients are taken at the same memory state; part of the model, not a speed setting."""
-    theta_max: float = 0.1
+    theta_max: float = 1.0
     """Largest inner learning rate: theta = theta_max * sigmoid(linear(x))."""
     gate_margin: float = 0.0
     """Makes theta and alpha exactly 0 where their sigmoid is below margin / (1 + margin), so that any number of tokens
@@ -113,6 +116,7 @@ class TitansConfig:
     def __post_init__(self) -> None:
         _choice("variant", self.variant, VARIANTS)
         _choice("memory_network", self.memory_network, NETWORKS)
+        _choice("memory_rule", self.memory_rule, ("stable", "literal"))
         _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
         _choice("memory_init", self.memory_init, ("random", "next_token"))
         _choice("memory_alpha", self.memory_alpha, ("head", "channel"))

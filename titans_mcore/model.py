@@ -17,7 +17,7 @@ from .config import TitansConfig
 from .layer_specs import titans_layer_spec
 from .layers.norm import RMSNorm
 from .memory import PackedRows
-from .memory.kept_scans import keeping_scans
+from .memory.checkpoint import keeping_scans
 from .mixers import STATES
 from .parallel import padded_vocab_size
 from .parallel.context import ContextRelay, with_gradients

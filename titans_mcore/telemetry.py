@@ -1,18 +1,19 @@
-"""What the memories of a model do while it trains, by block: gates, surprise, step bound, drift and retention.
+"""What the memories of a model do while it trains, by block: gates, surprise, held steps, drift and retention.
 
 `MemoryTelemetry.watching()` stands around one forward pass. It hangs hooks on the memories, which look at the first row
 of what they are given: the row's keys, values and gates are made once more, and its scan is gone through once more, on
 the side and without gradients. So the pass computes what it computes without, with every backend, also where the
 kernels are fused; outside of `watching` nothing is there. Gates and retention are those of every token of the row,
-surprise, bound and drift those of one chunk in about every 256 tokens.
+the rest is that of one chunk in about every 256 tokens.
 
 By block, means over tokens, heads and matrices:
 
 surprise      norm of the inner gradient over a memory's matrices, before theta
-theta, eta, alpha   inner learning rate, momentum decay, forget rate; the step bound is not in theta
-bounded       share of the tokens whose step the step bound makes smaller
+theta, eta, alpha   inner learning rate, momentum decay, forget rate, before the rule holds any step
+held          share of the tokens whose step the rule makes smaller, or whose chunk's weights it scales back
+early_late    what the last quarter of a chunk writes over what its first quarter does; 1 is even
 drift         root mean square of the weights less the initial ones; beside 1 for initial weights, or 1 / sqrt(their
-              input's width) in plain networks, and a limit of 16 (memory/STABILITY.md)
+              input's width) in plain networks, and a limit of 3, or 16 (memory/STABILITY.md)
 retention_D   what forgetting leaves of a write after D tokens: the product of D times 1 - alpha, in one document
 
 A row that ranks share is looked at in parts: no retention reaches from one into the next.
@@ -27,11 +28,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titans_mcore.memory import Looked, Looks, PackedRows
+from titans_mcore.memory import PackedRows, Probe, Probed
 from titans_mcore.mixers.neural_memory import NeuralMemory
 
 DISTANCES = (1, 16, 256, 4096)
-QUANTITIES = ("surprise", "theta", "eta", "alpha", "bounded", "drift", *(f"retention_{d}" for d in DISTANCES))
+QUANTITIES = (
+    *("surprise", "theta", "eta", "alpha", "held", "early_late", "drift"),
+    *(f"retention_{d}" for d in DISTANCES),
+)
 _EVERY_TOKENS = 256
 _NUMBERS_AT_ONCE = 1 << 22  # of forget rates in float64, whatever the length of a row
 
@@ -78,12 +82,12 @@ class MemoryTelemetry:
         return found
 
     def _add(self, block: int, quantity: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Adds values to a mean, or those of them that count."""
+        """Adds values to a mean, those of them that count, or as much as they do."""
         weight = torch.ones_like(values, dtype=torch.float64)
         if where is not None:
             weight = weight * where
-        # Chosen and not multiplied: what an empty slot holds need not be a number.
-        total = values.double().masked_fill(weight == 0, 0.0).sum()
+        # What does not count is chosen away: what an empty slot holds need not be a number, and NaN x 0 is NaN.
+        total = (values.double() * weight).masked_fill(weight == 0, 0.0).sum()
         if self._totals is None:
             shape = len(self._memories), len(QUANTITIES), 2
             self._totals = torch.zeros(shape, dtype=torch.float64, device=values.device)
@@ -94,7 +98,7 @@ class _Watcher:
     """Sees one memory during one pass; called before its forward()."""
 
     def __init__(self, every_tokens: int, add: Callable[..., None]) -> None:
-        self._looks, self._add = Looks(every_tokens, self._take), add
+        self._probe, self._add = Probe(every_tokens, self._take), add
         self._retention = _Retention(add)
 
     @torch.no_grad()
@@ -107,7 +111,7 @@ class _Watcher:
         x, state = (*args, None)[:2]
         rows = _first_row(kwargs["rows"])
         state = None if state is None else state.map(lambda part: part[:1])
-        theta, eta, alpha = memory.look(x[:1], state, self._looks, start=kwargs.get("start"), rows=rows)
+        theta, eta, alpha = memory.probe(x[:1], state, self._probe, start=kwargs.get("start"), rows=rows)
         real = _row_of(None if rows is None else rows.real, x, default=True)
         rates = [alpha] if isinstance(alpha, Tensor) else alpha
         for name, gates in (("theta", [theta]), ("eta", [eta]), ("alpha", rates)):
@@ -116,10 +120,16 @@ class _Watcher:
         starts = _row_of(None if rows is None else rows.starts, x, default=False)
         self._retention.read(torch.cat([a[0].flatten(1) for a in rates], 1)[real], starts[real])
 
-    def _take(self, looked: Looked) -> None:
-        self._add("surprise", looked.surprise, looked.real)
-        self._add("bounded", looked.bounded, looked.real)
-        self._add("drift", looked.drift, looked.real.any(-1))
+    def _take(self, probed: Probed) -> None:
+        self._add("surprise", probed.surprise, probed.real)
+        self._add("held", probed.held, probed.real)
+        self._add("drift", probed.drift, probed.real.any(-1))
+        size = probed.written.shape[-1]
+        if quarter := size // 4:
+            written = probed.written.masked_fill(~probed.real, 0.0)
+            first, last = written[:, :quarter].sum(-1), written[:, size - quarter :].sum(-1)
+            # Of chunks that are full, weighed by what is written: a quotient of means, not a mean of quotients.
+            self._add("early_late", last / first.clamp_min(1e-30), first * probed.real.all(-1))
 
 
 class _Retention:

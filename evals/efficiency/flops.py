@@ -5,13 +5,13 @@ weight matrix (m inputs, n outputs), with b tokens in a chunk:
 
     keys forward              2 m n
     error back-propagation    2 m n      not for the first matrix: nothing needs the error at the keys
-    read from W and from S    4 m n      (a_t x, f_t x) times the two
+    read from W, S and M_0    6 m n      (a_t x, f_t x, (1 - a_t) x) times the three
     update of W and of S      4 m n      each token's rank-one step, with two weights
     inside the chunk          2 b m + 2 b n      b x b similarities of inputs, then those times the errors
 
 Left out, as bookkeeping that a faster implementation may do otherwise: the b x b decays, the scaling of the states once
-a chunk (8 m n / b), the step bound's check, LayerNorm, GELU. The backward pass counts twice the forward pass, as usual
-for matrix products; what is computed a second time to save memory does not count.
+a chunk (10 m n / b), the state shell's check, LayerNorm, GELU. The backward pass counts twice the forward pass, as
+usual for matrix products; what is computed a second time to save memory does not count.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def forward_flops_per_token(heads: int, width: int, depth: int, expansion: int, 
     widths = [width, *[expansion * width] * (depth - 1), width]
     total = 0
     for layer, (m, n) in enumerate(itertools.pairwise(widths)):
-        products = 2 + (2 if layer else 0) + 4 + 4
+        products = 2 + (2 if layer else 0) + 6 + 4
         total += products * m * n + 2 * chunk * (m + n)
     return heads * total
 

@@ -164,8 +164,8 @@ def _states(s: _Sizes) -> float:
     if s.model.variant == "transformer":
         return 0.0
     groups = [math.ceil(chunks / _group(chunks)) for chunks in s.scans]
-    begun = (1.0 if s.documents else 0.0) + (1.5 if s.model.persistent_tokens else 0.0)
-    each = 1 + s.documents if s.model.variant == "mac" else 2
+    begun = (1.0 if s.documents else 0.0) + (1.0 if s.model.persistent_tokens else 0.0)
+    each = 1 + s.documents if s.model.variant == "mac" else 1.5
     block = s.state * (sum(count + each for count in groups) + begun)
     if s.recompute == "block":
         return block + s.model.num_layers * s.state * s.received
@@ -185,7 +185,7 @@ def _group_at_work(s: _Sizes) -> float:
 
 
 def _group(chunks: int) -> int:
-    """Chunks between two states that are kept, as memory/checkpointed.py chooses them."""
+    """Chunks between two states that are kept, as memory/layout.py chooses them."""
     return math.isqrt(max(chunks, 1) - 1) + 1
 
 

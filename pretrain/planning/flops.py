@@ -110,9 +110,13 @@ def mean_visible_keys(model: TitansConfig, length: int) -> float:
 
 def memory_flops_per_token(model: TitansConfig) -> int:
     """Operations of one layer's memory that writes and reads a token, forward, all heads."""
-    total = 0
+    stable, plain = model.memory_rule == "stable", model.memory_network == "plain"
+    anchor = 2 if stable and model.memory_forgetting else 0  # what a query meets of M_0
+    total, last = 0, model.memory_depth - 1
     for layer, (m, n) in enumerate(itertools.pairwise(model.memory_widths)):
-        total += (12 if layer else 10) * m * n + 2 * model.chunk_size * (m + n)
+        total += ((12 if layer else 10) + anchor) * m * n + 2 * model.chunk_size * (m + n)
+        if stable and plain and layer == last:  # each key meets the weights before it, and the errors in front of it
+            total += (4 + anchor) * m * n + 2 * model.chunk_size * (m + n)
     return model.memory_shape.heads * total
 
 

@@ -2,13 +2,12 @@
 
 A scan of C chunks of b tokens by N = B H memories of width D and depth L, in groups of ceil(sqrt(C)) chunks:
 
-    forward    each chunk's prediction N b D; each group of g chunks: lengths and dot products L g N (b + b^2), a
-               verdict 1, mean squares 2 L g N; once the anchors' L H and all reads C N b D
-    backward   each chunk's prediction again; once all gradients at what is whole, C b N (3 D + 3 L) + 2 N D, and L H
+    forward    each chunk's prediction N b D; for each group of g whole chunks mean squares 2 L g N; all reads C N b D
+    backward   each chunk's prediction again; once all gradients at what is whole, C b N (3 D + 3 L) + 2 N D
 
 Three or four matrices sum, beside this, at the hidden width 2 N b D expansion for each chunk's prediction and 3 N b D
-expansion on its way back. That is what a scan takes whose step bound and state shell do not act; a chunk in which they
-do takes two small sums more. MAC's recall sums its reads N T D once forward and once backward.
+expansion on its way back. That is what a scan takes whose state shell does not act; where it does, a group is gone
+through twice, and a chunk takes a small sum more. MAC's recall sums its reads N T D once forward and once backward.
 """
 
 import math
@@ -40,11 +39,12 @@ def _scan(model: TitansConfig, rows: int, length: int) -> Sums:
     size = min(model.chunk_size, length)
     chunks = math.ceil(length / size)
     groups = math.ceil(chunks / (math.isqrt(chunks - 1) + 1))
-    predictions, anchors = chunks * memories * size * width, depth * heads
-    bounds = depth * chunks * memories * (size + size * size + 2) + groups
+    predictions = chunks * memories * size * width
+    shells = groups if size == model.chunk_size else 0  # an open chunk has no shell behind it
+    squares = 2 * depth * chunks * memories if shells else 0
     gradients = length * memories * 3 * (width + depth) + 2 * memories * width
-    calls = (1 + chunks + 3 * groups + 1) + (chunks + 2)
-    numbers = (anchors + 2 * predictions + bounds) + (predictions + gradients + anchors)
+    calls = (chunks + shells + 1) + (chunks + 1)
+    numbers = (2 * predictions + squares) + (predictions + gradients)
     if depth > 2:
         calls += chunks + groups + 2 * chunks
         numbers += 5 * predictions * model.memory_expansion

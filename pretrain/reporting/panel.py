@@ -13,6 +13,7 @@ from pretrain.reporting.records import Record
 from pretrain.reporting.step_line import clock
 
 _EVENTS = 5
+_OFTEN_HELD = 0.2
 
 
 def panel_of(name: str, history: History, now: float | None = None) -> RenderableType:
@@ -28,6 +29,7 @@ def panel_of(name: str, history: History, now: float | None = None) -> Renderabl
         parts += [_progress(history), _numbers(history)]
     if history.of("memory"):
         parts.append(_memory(history))
+        parts += [Text(sentence, style="yellow") for sentence in memory_warnings(history.of("memory")[-1])]
     parts += [_curve(records[-1], "tokens", "loss", "{:.3f}") for records in history.named("position_loss").values()]
     parts += [_curve(records[-1], "lengths", "accuracy", "{:.0%}") for records in history.named("probe").values()]
     parts += [Text(f"step {event['step']:,}: {event['message']}") for event in history.told()[-_EVENTS:]]
@@ -103,6 +105,18 @@ def _memory(history: History) -> Table:
             cells = ["" if value is None else f"{value:.4g}" for value in (mean, values[0], values[-1])]
             table.add_row(name, *cells, sparkline([value for value in values if value is not None]))
     return table
+
+
+def memory_warnings(record: Record) -> list[str]:
+    """What is to be said of a look into the memories: blocks in which the safeguard acts more than seldom."""
+    shares = enumerate(record.get("held") or [])
+    blocks = [f"{block} ({share:.0%})" for block, share in shares if share is not None and share > _OFTEN_HELD]
+    if not blocks:
+        return []
+    return [
+        f"memory: steps are held, or weights scaled back, for more than {_OFTEN_HELD:.0%} of the tokens in block "
+        f"{', '.join(blocks)}: theta is not the step that is taken; lower model.theta_max or shorten model.chunk_size"
+    ]
 
 
 def _curve(record: Record, places: str, name: str, form: str) -> Text:

@@ -125,11 +125,11 @@ def test_formula_counts_the_products_of_the_chunked_forward(depth: int) -> None:
     by_hand = FlopCounterMode(display=False)
     with by_hand:
         for layer, (m, n) in enumerate(itertools.pairwise(widths)):
-            tokens, state, errors = torch.ones(chunk, m), torch.ones(2 * m, n), torch.ones(chunk, n)
+            tokens, state, errors = torch.ones(chunk, m), torch.ones(3 * m, n), torch.ones(chunk, n)
             tokens @ state[:m]  # keys forward
             if layer:
                 errors @ state[:m].T  # errors backward
-            torch.ones(chunk, 2 * m) @ state  # read
+            torch.ones(chunk, 3 * m) @ state  # read, from weights, momentum and M_0
             torch.ones(2 * m, chunk) @ errors  # update of weights and momentum
             (tokens @ tokens.T) @ errors  # inside the chunk
     formula = forward_flops_per_token(heads, width, depth, expansion, chunk)

@@ -174,7 +174,8 @@ def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> Non
     model, cache, sizes = make(variant), TitansCache(2), []
     tokens = torch.randint(3, 330, (1, 32))
     for _ in range(4):
-        tokens = model.generate(tokens, cache=cache, max_new_tokens=64, do_sample=False)
+        mask = torch.ones_like(tokens)  # without one, tokens of the padding's id that it generates count as padding
+        tokens = model.generate(tokens, attention_mask=mask, cache=cache, max_new_tokens=64, do_sample=False)
         sizes.append([layer.state.bytes() for layer in cache.blocks])
     assert cache.get_seq_length() == 32 + 4 * 64 - 1
     assert sizes[0] == sizes[3]

@@ -17,14 +17,14 @@ KERNELS = {
     "chain": launch.chain_backward_kernel,
 }
 TOKENS = {"queries", "keys", "values", "reads", "of_reads", "of_queries", "of_keys", "of_values"}
-OPTIONAL = {"scale", "shift", "kept", "squares", "fresh", "anchors", "of_fresh", "of_anchors", "restarts", "closed"}
+OPTIONAL = {"scale", "shift", "kept", "factors", "fresh", "anchors", "of_fresh", "of_anchors", "restarts", "closed"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], tokens: str, optional: bool) -> dict[str, str]:
     """Types of a kernel's arguments; of what is left out or constant it is `constexpr`, the value in `constants`."""
     types = {}
     for name in kernel.arg_names:
-        if name in OPTIONAL and not optional and not (name == "squares" and kernel is KERNELS["chain"]):
+        if name in OPTIONAL and not optional:
             constants[name] = None
         if name in constants:
             types[name] = "constexpr"
@@ -32,22 +32,21 @@ def signature(kernel: Any, constants: dict[str, Any], tokens: str, optional: boo
             types[name] = tokens
         elif name in ("restarts", "closed"):
             types[name] = "*i8"
-        elif name.endswith("_floor"):
-            types[name] = "fp32"
         elif name.startswith(("stride", "memories", "heads", "tiles", "chunk", "keep_every", "group")):
             types[name] = "i32"
         else:
-            types[name] = "i32" if name in ("fresh_rows", "anchor_rows") else "*fp32"
+            types[name] = "i32" if name == "fresh_rows" else "*fp32"
     return types
 
 
 def main(kernel_name: str, depth: int, width: int, hidden: int, block: int, operands: str, optional: bool) -> None:
     kernel = KERNELS[kernel_name]
-    shape = Shape(1, 1, 2, block, width, hidden, depth, residual_norm=optional, closed=True)
+    limit = 3.0 if optional else None
+    shape = Shape(1, 1, 2, block, width, hidden, depth, residual_norm=optional, rms_limit=limit)
     on_chip = shape.on_chip if kernel_name == "scan" else shape.gradient_on_chip
     constants = launch.constants(shape, getattr(torch, operands), on_chip)
     if kernel_name != "reads":
-        constants |= {"CLOSED": True, "ON_CHIP": on_chip}
+        constants |= {"LIMIT": limit, "ON_CHIP": on_chip}
     if constants["tiles"] > 1:
         del constants["tiles"]  # Triton makes a constant of it only where it is 1
     types = signature(kernel, constants, "*bf16" if operands == "bfloat16" else "*fp32", optional)

@@ -1,4 +1,4 @@
-"""Problems for the fused kernels, and their answer by the literal loop of memory/recurrence.py, chunk after chunk."""
+"""Problems for the fused kernels, and their answer by the literal loop of memory/naive.py, chunk after chunk."""
 
 import itertools
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_mcore.kernels import Borders, fused_scan
-from titans_mcore.kernels.fused import Coefficients
 from titans_mcore.memory import MemoryState, memory_scan
-from titans_mcore.memory.chunked import gates_of
-from titans_mcore.memory.network import initial_weights, smallest_rms
+from titans_mcore.memory.chunk import gates_of
+from titans_mcore.memory.network import initial_weights
+from titans_mcore.memory.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class Sizes:
     hidden: int = 0
     block: int = 16
     network: str = "residual_norm"
+    rule: str = "stable"
 
     def __str__(self) -> str:
         hidden = f"-F{self.hidden}" if self.hidden else ""
         return (
             f"B{self.batch}-T{self.length}-H{self.heads}-D{self.width}-L{self.depth}{hidden}-b{self.block}"
-            f"-{self.network}"
+            f"-{self.network}-{self.rule}"
         )
 
 
@@ -44,7 +45,7 @@ class Problem:
     tokens: list[Tensor]  # queries, keys, values (B, T, H, D), theta, eta, alpha (B, T, H, L)
     weights: list[Tensor]
     momentum: list[Tensor]
-    initial: list[Tensor]  # M_0, from which the anchors come
+    initial: list[Tensor]  # M_0, to which forgetting leads in the stable rule
     norm: list[Tensor]  # LayerNorm's scale and shift, or nothing
     fresh: list[Tensor]  # weights, then momentum, (H, ...); used with restarts
     restarts: Tensor | None = None
@@ -66,11 +67,6 @@ class Problem:
     @property
     def chunks(self) -> int:
         return self.sizes.length // self.sizes.block
-
-    @property
-    def floors(self) -> list[float]:
-        residual = self.sizes.network == "residual_norm"
-        return [smallest_rms(residual, self.sizes.depth, w.shape[-2]) for w in self.initial]
 
 
 def make_problem(sizes: Sizes, *, theta: float = 0.05, seed: int = 0) -> Problem:
@@ -113,7 +109,9 @@ def by_oracle(problem: Problem) -> list[Tensor]:
                 problem.initial,
                 network=sizes.network,
                 **settings,
-                chunk_size=chunk_size,  # of one token more, the chunk is open and no shell behind it
+                rule=sizes.rule,
+                chunk_size=chunk_size,  # of one token more, the chunk is not full and no shell behind it
+                close=True,
                 state=MemoryState(weights, momentum),
                 backend="oracle",
             )
@@ -135,12 +133,12 @@ def by_kernels(problem: Problem) -> list[Tensor]:
     sizes, depth = problem.sizes, problem.sizes.depth
     scale, shift = problem.norm or (None, None)
     split = [x.unflatten(1, (-1, sizes.block)).permute(4, 1, 0, 3, 2).flatten(2, 3) for x in gates]
-    made = gates_of(*split)
+    rule = Rule.of(sizes.rule, sizes.block, residual_norm=sizes.network == "residual_norm")
     reads, weights, momentum = fused_scan(
         queries,
         keys,
         values,
-        Coefficients(made.read, made.end, made.writes, made.write, made.mass),
+        gates_of(*split),
         problem.weights,
         problem.momentum,
         residual_norm=sizes.network == "residual_norm",
@@ -151,8 +149,8 @@ def by_kernels(problem: Problem) -> list[Tensor]:
             problem.restarts,
             problem.fresh[:depth],
             problem.fresh[depth:],
-            [w / w.square().mean((-1, -2), keepdim=True).add(1e-30).sqrt() for w in problem.initial],
-            problem.floors,
+            problem.initial if rule.anchored else [],
+            rule.rms_limit,
         ),
     )
     return [reads, *weights, *momentum]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titans_mcore.memory import Looked, Looks, MemoryState, PackedRows, memory_scan
+from titans_mcore.memory import MemoryState, PackedRows, Probe, Probed, memory_scan
 
 from ..memory.streams import Stream, by_channel, make_stream
 
@@ -11,7 +11,7 @@ LENGTH = 40  # two chunks of 16 and an open one
 
 
 def results(
-    stream: Stream, backend: str, rows: PackedRows | None, pieces: list[int], device: str
+    stream: Stream, rule: str, backend: str, rows: PackedRows | None, pieces: list[int], device: str
 ) -> list[torch.Tensor]:
     """Reads, end state and gradients of a random functional of them."""
     leaves = [x.detach().float().to(device).requires_grad_() for x in stream.leaves()]
@@ -29,6 +29,7 @@ def results(
             leaves[6 : 6 + depth],
             network=stream.network,
             **norm,
+            rule=rule,
             state=state,
             rows=part,
             backend=backend,
@@ -45,15 +46,20 @@ def results(
 @pytest.mark.parametrize("pieces", [[LENGTH], [21, 19]])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_fused_backend_is_the_chunked_one(depth: int, packed: bool, pieces: list[int], device: str) -> None:
-    stream = make_stream(LENGTH, depth, width=16, heads=1)
+@pytest.mark.parametrize(
+    ("network", "rule"), [("residual_norm", "stable"), ("residual_norm", "literal"), ("plain", "literal")]
+)
+def test_fused_backend_is_the_chunked_one(
+    network: str, rule: str, depth: int, packed: bool, pieces: list[int], device: str
+) -> None:
+    stream = make_stream(LENGTH, depth, network, width=16, heads=1)
     rows = None
     if packed:
         starts, real = torch.zeros(2, LENGTH, dtype=torch.bool), torch.ones(2, LENGTH, dtype=torch.bool)
         starts[0, 5], starts[1, 30], real[1, 8:11] = True, True, False
         rows = PackedRows(starts, real)
-    fused = results(stream, "fused", rows, pieces, device)
-    for ours, theirs in zip(fused, results(stream, "chunked", rows, pieces, device), strict=True):
+    fused = results(stream, rule, "fused", rows, pieces, device)
+    for ours, theirs in zip(fused, results(stream, rule, "chunked", rows, pieces, device), strict=True):
         assert float((ours - theirs).abs().max()) < 1e-4 * float(1.0 + theirs.abs().max())
 
 
@@ -62,6 +68,7 @@ def test_what_the_kernels_do_not_take_is_said(device: str) -> None:
         (by_channel(make_stream(4, 2, width=16)), "not by channel"),
         (make_stream(4, 3, width=16), "1 or 2 matrices"),
         (make_stream(4, 2, width=6), "head width is 6"),
+        (make_stream(4, 2, "plain", width=16), "stable rule of plain networks"),
     ):
         tokens = [[a.float() for a in x] if isinstance(x, list) else x.float() for x in stream.tokens]
         with pytest.raises(ValueError, match=f"backend is 'fused'; .*{sentence}"):
@@ -75,9 +82,9 @@ def test_auto_takes_the_chunked_form_on_a_cpu() -> None:
     assert torch.equal(chosen, chunked)
 
 
-def test_looks_on_the_way_of_the_kernels_see_what_they_see_on_that_of_the_chunked_form(device: str) -> None:
+def test_a_probe_on_the_way_of_the_kernels_sees_what_it_sees_on_that_of_the_chunked_form(device: str) -> None:
     stream = make_stream(3 * 16 + 5, 2, width=16, heads=1, dtype=torch.float32)
-    seen: dict[str, list[Looked]] = {"fused": [], "chunked": []}
+    seen: dict[str, list[Probed]] = {"fused": [], "chunked": []}
     starts = torch.zeros(2, 3 * 16 + 5, dtype=torch.bool)
     starts[0, 20] = True
     with torch.no_grad():
@@ -89,7 +96,7 @@ def test_looks_on_the_way_of_the_kernels_see_what_they_see_on_that_of_the_chunke
                 **{name: x.to(device) for name, x in stream.norm.items()},
                 rows=PackedRows(starts.to(device)),
                 backend=backend,
-                looks=Looks(32, found.append),
+                probe=Probe(32, found.append),
             )
     assert len(seen["fused"]) == len(seen["chunked"]) == 2
     for fused, chunked in zip(seen["fused"], seen["chunked"], strict=True):

@@ -86,7 +86,16 @@ def test_two_runs_share_a_host(launch, tmp_path):
 
 def test_an_odd_number_of_parameters_trains(launch, tmp_path):
     """DeepSpeed wants buckets of even size; the engine rounds up."""
-    odd = ["--variant", "lmm", "--model.num-heads", "1", "--model.memory-gates", "shared", "--parallel.zero-stage", "1"]
+    odd = [
+        "--variant",
+        "lmm",
+        "--model.memory-heads",
+        "1",
+        "--model.memory-gates",
+        "shared",
+        "--parallel.zero-stage",
+        "1",
+    ]
     status, out, err = launch(tmp_path / "run", "--nproc", "1", "--train.steps", "1", *odd).wait(120)
     assert status == 0, out + err
     parameters = int(out.split(" parameters")[0].rsplit(" ", 1)[1].replace(",", ""))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_mcore.memory import Share, split_axis
+from titans_mcore.memory import WholeMatrices
+from titans_mcore.parallel.memory_shard import TPShard, split_axis
 
 from .streams import Stream
 
@@ -42,12 +43,12 @@ class Meeting:
         self._barrier.wait()
         return x.copy_(total) if self.in_place else (x.fill_(torch.nan), total)[1]
 
-    def run(self, work: Callable[[Share], Any]) -> list[Any]:
-        """What `work` returns for each of the shares."""
+    def run(self, work: Callable[[TPShard], Any]) -> list[Any]:
+        """What `work` returns for each of the shards."""
 
         def one(index: int) -> Any:
             try:
-                return work(Share(index, self.count, lambda x: self.add(index, x)))
+                return work(TPShard(index, self.count, lambda x: self.add(index, x)))
             except BaseException:
                 self._barrier.abort()  # the others would wait for this one
                 raise
@@ -56,15 +57,15 @@ class Meeting:
             return list(threads.map(one, range(self.count)))
 
 
-def part(matrices: Sequence[Tensor], share: Share | None) -> list[Tensor]:
+def part(matrices: Sequence[Tensor], shard: WholeMatrices) -> list[Tensor]:
     """Of matrices (..., d_in, d_out) those parts that a process holds."""
-    if share is None:
+    if not isinstance(shard, TPShard):
         return list(matrices)
     axes = [split_axis(layer, len(matrices)) - 3 for layer in range(len(matrices))]
-    return [x.chunk(share.count, axis)[share.index] for x, axis in zip(matrices, axes, strict=True)]
+    return [x.chunk(shard.count, axis)[shard.index] for x, axis in zip(matrices, axes, strict=True)]
 
 
-def part_of(stream: Stream, share: Share | None) -> Stream:
+def part_of(stream: Stream, shard: WholeMatrices) -> Stream:
     """A copy of a stream with a process's parts of the weights."""
 
     def copy(x: Any) -> Any:
@@ -73,4 +74,4 @@ def part_of(stream: Stream, share: Share | None) -> Stream:
     names = ("queries", "keys", "values", "theta", "eta", "alpha")
     copies = {name: copy(getattr(stream, name)) for name in names}
     norm = {name: copy(x) for name, x in stream.norm.items()}
-    return replace(stream, **copies, weights=copy(part(stream.weights, share)), norm=norm)
+    return replace(stream, **copies, weights=copy(part(stream.weights, shard)), norm=norm)

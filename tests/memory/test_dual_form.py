@@ -11,14 +11,23 @@ from titans_mcore.memory import MemoryState, memory_scan
 from .streams import Stream, by_channel, make_stream
 
 
-def results(stream: Stream, backend: str, chunk_size: int, pieces: list[int]) -> list[torch.Tensor]:
+def results(
+    stream: Stream, backend: str, chunk_size: int, pieces: list[int], rule: str = "stable"
+) -> list[torch.Tensor]:
     """Reads, end state and gradients of a random functional of them, by a scan in the given pieces."""
     leaves = stream.leaves()
     reads, state, start = [], None, 0
     for length in pieces:
         piece = stream.piece(start, start + length)
         read, state = memory_scan(
-            *piece.tokens, stream.weights, **stream.settings, chunk_size=chunk_size, state=state, backend=backend
+            *piece.tokens,
+            stream.weights,
+            **stream.settings,
+            rule=rule,
+            chunk_size=chunk_size,
+            state=state,
+            close=start + length == sum(pieces),
+            backend=backend,
         )
         reads.append(read)
         start += length
@@ -36,10 +45,11 @@ def largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> 
 @pytest.mark.parametrize("length", [1, 7, 16, 37])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("network", ["residual_norm", "plain"])
-def test_dual_form_equals_the_oracle(network: str, depth: int, length: int) -> None:
+@pytest.mark.parametrize("rule", ["stable", "literal"])
+def test_dual_form_equals_the_oracle(rule: str, network: str, depth: int, length: int) -> None:
     stream = make_stream(length, depth, network)
-    ours = results(stream, "chunked", 16, [length])
-    assert largest_difference(ours, results(stream, "oracle", 16, [length])) < 1e-10
+    ours = results(stream, "chunked", 16, [length], rule)
+    assert largest_difference(ours, results(stream, "oracle", 16, [length], rule)) < 1e-10
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -52,7 +62,7 @@ def test_dual_form_equals_the_oracle_from_a_carried_state(network: str, depth: i
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("network", ["residual_norm", "plain"])
-def test_dual_form_equals_the_oracle_where_the_bound_acts(network: str, depth: int) -> None:
+def test_dual_form_equals_the_oracle_where_shell_and_held_steps_act(network: str, depth: int) -> None:
     stream = make_stream(20, depth, network, theta=1.0)
     within = make_stream(20, depth, network, theta=1e-3)
     ours, oracle = results(stream, "chunked", 8, [20]), results(stream, "oracle", 8, [20])
@@ -68,8 +78,16 @@ def test_any_split_gives_the_result_of_one_pass(backend: str, pieces: list[int])
     assert largest_difference(results(stream, backend, 8, pieces), whole) < 1e-10
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+def test_a_key_of_zeros_leaves_every_gradient_finite(network: str, depth: int) -> None:
+    stream = make_stream(8, depth, network, dtype=torch.float32)
+    stream.keys[:, 0] = 0.0
+    assert all(bool(x.isfinite().all()) for x in results(stream, "chunked", 8, [8]))
+
+
 def test_outer_gradient_is_the_derivative_of_the_scan() -> None:
-    stream = make_stream(5, 2, batch=1, heads=1, width=3, theta=2.0)  # with the step bound at work
+    stream = make_stream(5, 2, batch=1, heads=1, width=3, theta=2.0)  # out of the shell
     leaves = stream.leaves()
 
     def scan(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -98,21 +116,26 @@ def test_states_are_not_kept_for_every_chunk() -> None:
     assert sum(saved.values()) < every_state / 8
 
 
-def test_full_forgetting_clears_the_memory() -> None:
+def test_full_forgetting_leads_to_the_initial_memory_and_literally_to_zero() -> None:
     stream = make_stream(12, 1, "plain")
     stream.alpha[:, 5] = 1.0
     stream.eta[:, 5] = 0.0
     stream.theta[:, 5] = 0.0
-    _, after_clear = memory_scan(*stream.piece(0, 6).tokens, stream.weights, network="plain", chunk_size=4)
-    assert max(float(x.abs().max()) for x in (*after_clear.weights, *after_clear.momentum)) < 1e-200
+    for rule, left in (("stable", stream.weights), ("literal", [torch.zeros_like(stream.weights[0])])):
+        tokens, settings = stream.piece(0, 6).tokens, {"network": "plain", "rule": rule, "chunk_size": 4, "close": True}
+        _, after_clear = memory_scan(*tokens, stream.weights, **settings)
+        torch.testing.assert_close(after_clear.weights[0], left[0].expand(2, -1, -1, -1))
+        assert float(after_clear.momentum[0].abs().max()) < 1e-200
 
 
 def test_without_momentum_the_past_surprise_is_forgotten() -> None:
     stream = make_stream(12, 1, "plain")
     stream.eta[:] = 0.0
-    _, state = memory_scan(*stream.tokens, stream.weights, network="plain", chunk_size=4)
-    _, other = memory_scan(*stream.piece(0, 11).tokens, stream.weights, network="plain", chunk_size=4)
-    stepped = state.weights[0] - (1 - stream.alpha[:, 11, :, 0, None, None]) * other.weights[0]
+    settings = {"network": "plain", "chunk_size": 4, "close": True}
+    _, state = memory_scan(*stream.tokens, stream.weights, **settings)
+    _, other = memory_scan(*stream.piece(0, 11).tokens, stream.weights, **settings)
+    moved = [x.weights[0] - stream.weights[0] for x in (state, other)]
+    stepped = moved[0] - (1 - stream.alpha[:, 11, :, 0, None, None]) * moved[1]
     torch.testing.assert_close(stepped, state.momentum[0])
 
 
@@ -165,7 +188,7 @@ def test_state_selects_expands_and_detaches_rows() -> None:
     beams: MemoryState = state.detach().select(torch.tensor([1, 1, 0]))
     assert beams.open_chunk is not None
     assert torch.equal(beams.weights[0][1], state.weights[0][1])
-    assert torch.equal(beams.open_chunk.tokens[0][2], state.open_chunk.tokens[0][0])
+    assert torch.equal(beams.open_chunk.tokens.keys[2], state.open_chunk.tokens.keys[0])
     assert not beams.weights[0].requires_grad
 
 

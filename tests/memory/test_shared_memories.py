@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans_mcore.memory import MemoryState, PackedRows, Share, memory_read, memory_scan, split_axis
+from titans_mcore.memory import WHOLE, MemoryState, PackedRows, WholeMatrices, memory_read, memory_scan
+from titans_mcore.parallel.memory_shard import TPShard, split_axis
 
 from .shared import Meeting, part, part_of
 from .streams import Stream, by_channel, make_stream
-from .test_chunked_backward import leaving_the_shell
+from .test_chunk_backward import leaving_the_shell
 from .test_packed_rows import first_state, masks, piece_of
 
 CHUNK, HEADS, WIDTH = 4, 2, 8
@@ -25,13 +26,13 @@ PREDICTION = MEMORIES * CHUNK * WIDTH
 
 
 def gentle(depth: int, network: str, length: int = LENGTH) -> Stream:
-    """A stream on which no bound acts."""
+    """A stream on which neither shell nor held steps act."""
     stream = make_stream(length, depth, network, theta=1e-4, **SIZES)
     stream.alpha = 1e-3 * stream.alpha
     return stream
 
 
-def bounded(depth: int, network: str, length: int = LENGTH) -> Stream:
+def large(depth: int, network: str, length: int = LENGTH) -> Stream:
     return make_stream(length, depth, network, theta=1.0, **SIZES)
 
 
@@ -40,28 +41,28 @@ def too_large(depth: int, network: str) -> Stream:
 
 
 def emptied(depth: int, network: str) -> Stream:
-    stream = bounded(depth, network)
+    stream = large(depth, network)
     stream.alpha = 0.5 + 0.5 * stream.alpha
     return stream
 
 
-STREAMS = {"gentle": gentle, "bounded": bounded, "too large": too_large, "emptied": emptied}
+STREAMS = {"gentle": gentle, "large": large, "too large": too_large, "emptied": emptied}
 
 
 def results(
     stream: Stream,
-    share: Share | None = None,
+    shard: WholeMatrices = WHOLE,
     *,
     backend: str = "auto",
     pieces: tuple[int, ...] = (LENGTH,),
     rows: PackedRows | None = None,
     first: MemoryState | None = None,
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Reads, end state and gradients of a random functional of them; lists are of matrices, with a share parts."""
-    whole, stream = stream, part_of(stream, share)
+    """Reads, end state and gradients of a random functional of them; lists are of matrices, with a shard parts."""
+    whole, stream = stream, part_of(stream, shard)
     leaves = stream.leaves()
     if first is not None:
-        begin = [part(x, share) for x in (first.weights, first.momentum)]
+        begin = [part(x, shard) for x in (first.weights, first.momentum)]
         first = MemoryState(*([x.detach().clone().requires_grad_() for x in xs] for xs in begin))
         leaves += [*first.weights, *first.momentum]
     reads, state, start = [], first, 0
@@ -70,7 +71,7 @@ def results(
         there = None if rows is None else piece_of(rows, start, start + length)
         settings = {**stream.settings, "chunk_size": CHUNK, "state": state, "rows": there, "backend": backend}
         read, state = memory_scan(
-            *piece.tokens, stream.weights, **settings, start=None if rows is None else first, share=share
+            *piece.tokens, stream.weights, **settings, start=None if rows is None else first, shard=shard
         )
         reads.append(read)
         start += length
@@ -82,7 +83,7 @@ def results(
 
     functional = (torch.cat(reads, 1) * draw(whole.queries.shape)).sum()
     for matrices in (state.weights, state.momentum):
-        draws = part([draw((len(whole.queries), *w.shape)) for w in whole.weights], share)
+        draws = part([draw((len(whole.queries), *w.shape)) for w in whole.weights], shard)
         functional = functional + sum((x * y).sum() for x, y in zip(matrices, draws, strict=True))
     grads = torch.autograd.grad(functional, leaves, allow_unused=True)  # M_0 may only be where the shell leads to
     gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
@@ -100,12 +101,12 @@ def results(
     return found
 
 
-def assert_parts(shares: list[dict], whole: dict, count: int) -> None:
+def assert_parts(shards: list[dict], whole: dict, count: int) -> None:
     """Every process has its parts of the matrices and the rest whole."""
-    for index, ours in enumerate(shares):
+    for index, ours in enumerate(shards):
         assert ours.keys() == whole.keys()
         for name, theirs in whole.items():
-            wanted = part(theirs, Share(index, count, lambda x: x)) if isinstance(theirs, list) else [theirs]
+            wanted = part(theirs, TPShard(index, count, lambda x: x)) if isinstance(theirs, list) else [theirs]
             found = ours[name] if isinstance(theirs, list) else [ours[name]]
             for a, b in zip(found, wanted, strict=True):
                 difference = float((a - b).detach().abs().max() / (1e-300 + b.detach().abs().max()))
@@ -113,7 +114,7 @@ def assert_parts(shares: list[dict], whole: dict, count: int) -> None:
 
 
 @lru_cache
-def unshared(kind: str, depth: int, network: str, backend: str = "auto") -> dict[str, Tensor | list[Tensor]]:
+def unsharded(kind: str, depth: int, network: str, backend: str = "auto") -> dict[str, Tensor | list[Tensor]]:
     return results(STREAMS[kind](depth, network), backend=backend)
 
 
@@ -123,17 +124,17 @@ def unshared(kind: str, depth: int, network: str, backend: str = "auto") -> dict
 @pytest.mark.parametrize("kind", STREAMS)
 def test_parts_together_are_the_whole_memory(kind: str, depth: int, network: str, count: int) -> None:
     stream = STREAMS[kind](depth, network)
-    found = Meeting(count, in_place=count == 4).run(lambda share: results(stream, share))
-    assert_parts(found, unshared(kind, depth, network), count)
+    found = Meeting(count, in_place=count == 4).run(lambda shard: results(stream, shard))
+    assert_parts(found, unsharded(kind, depth, network), count)
 
 
-@pytest.mark.parametrize("kind", ["bounded", "too large"])
+@pytest.mark.parametrize("kind", ["large", "too large"])
 @pytest.mark.parametrize("network", ["residual_norm", "plain"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_parts_together_are_the_oracle(depth: int, network: str, kind: str) -> None:
     stream = STREAMS[kind](depth, network)
-    found = Meeting(2).run(lambda share: results(stream, share))
-    assert_parts(found, unshared(kind, depth, network, "oracle"), 2)
+    found = Meeting(2).run(lambda shard: results(stream, shard))
+    assert_parts(found, unsharded(kind, depth, network, "oracle"), 2)
 
 
 @pytest.mark.parametrize(("documents", "padding"), [(True, False), (True, True)])
@@ -144,7 +145,7 @@ def test_documents_in_pieces_are_shared(depth: int, kind: str, documents: bool, 
     rows = masks(2, LENGTH, depth, documents=documents, padding=padding)
     first = first_state(stream, 2)
     whole = results(stream, rows=rows, first=first)
-    found = Meeting(2).run(lambda share: results(stream, share, pieces=(6, 1, 8), rows=rows, first=first))
+    found = Meeting(2).run(lambda shard: results(stream, shard, pieces=(6, 1, 8), rows=rows, first=first))
     assert_parts(found, whole, 2)
 
 
@@ -153,7 +154,7 @@ def test_documents_in_pieces_are_shared(depth: int, kind: str, documents: bool, 
 def test_gradient_reaches_a_carried_state_through_parts(depth: int, network: str) -> None:
     stream = make_stream(LENGTH, depth, network, theta=0.3, **SIZES)
     first = first_state(stream, 2)
-    found = Meeting(4).run(lambda share: results(stream, share, pieces=(5, 10), first=first))
+    found = Meeting(4).run(lambda shard: results(stream, shard, pieces=(5, 10), first=first))
     assert_parts(found, results(stream, first=first, backend="oracle"), 4)
 
 
@@ -162,7 +163,7 @@ def test_gradient_reaches_a_carried_state_through_parts(depth: int, network: str
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_forgetting_by_channel_is_shared(depth: int, network: str, kind: str) -> None:
     stream = by_channel(STREAMS[kind](depth, network))
-    found = Meeting(2).run(lambda share: results(stream, share, pieces=(6, 9)))
+    found = Meeting(2).run(lambda shard: results(stream, shard, pieces=(6, 9)))
     assert_parts(found, results(stream), 2)
 
 
@@ -170,12 +171,12 @@ def test_forgetting_by_channel_is_shared(depth: int, network: str, kind: str) ->
 def test_parts_without_gradients_read_what_they_read_with_them(kind: str) -> None:
     stream = STREAMS[kind](2, "residual_norm")
 
-    def read(share: Share) -> Tensor:
-        mine = part_of(stream, share)
+    def read(shard: TPShard) -> Tensor:
+        mine = part_of(stream, shard)
         with torch.no_grad():
-            return memory_scan(*mine.tokens, mine.weights, **mine.settings, chunk_size=CHUNK, share=share)[0]
+            return memory_scan(*mine.tokens, mine.weights, **mine.settings, chunk_size=CHUNK, shard=shard)[0]
 
-    with_gradients = Meeting(2).run(lambda share: results(stream, share)["reads"])
+    with_gradients = Meeting(2).run(lambda shard: results(stream, shard)["reads"])
     assert all(torch.equal(a, b) for a, b in zip(Meeting(2).run(read), with_gradients, strict=True))
 
 
@@ -184,10 +185,10 @@ def test_parts_without_gradients_read_what_they_read_with_them(kind: str) -> Non
 def test_reading_a_memory_that_stands_still_is_shared(depth: int, network: str) -> None:
     stream = make_stream(5, depth, network, **SIZES)
 
-    def read(share: Share | None = None) -> dict[str, Tensor | list[Tensor]]:
-        mine = part_of(stream, share)
+    def read(shard: WholeMatrices = WHOLE) -> dict[str, Tensor | list[Tensor]]:
+        mine = part_of(stream, shard)
         leaves = [x.requires_grad_() for x in (mine.queries, *mine.weights, *mine.norm.values())]
-        reads = memory_read(mine.queries, mine.weights, **mine.settings, share=share)
+        reads = memory_read(mine.queries, mine.weights, **mine.settings, shard=shard)
         of_queries, *gradients = torch.autograd.grad(reads.sin().sum(), leaves)
         of_norm = dict(zip(stream.norm, gradients[depth:], strict=True))
         return {"reads": reads, "of queries": of_queries, "of weights": gradients[:depth], **of_norm}
@@ -195,77 +196,91 @@ def test_reading_a_memory_that_stands_still_is_shared(depth: int, network: str) 
     assert_parts(Meeting(4).run(read), read(), 4)
 
 
-def loads(depth: int, chunks: int) -> int:
-    """Numbers that the step bound sums: squared lengths and dot products of chunks' tokens."""
-    return depth * chunks * MEMORIES * (CHUNK + CHUNK * CHUNK)
-
-
 def sums(stream: Stream) -> tuple[list[int], list[int]]:
     """Elements of the sums that a scan makes, forward and backward."""
     meeting, forward = Meeting(2), list[int]()
 
-    def work(share: Share) -> None:
-        mine = part_of(stream, share)
+    def work(shard: TPShard) -> None:
+        mine = part_of(stream, shard)
         leaves = mine.leaves()
-        settings = {**mine.settings, "chunk_size": CHUNK, "share": share}
+        settings = {**mine.settings, "chunk_size": CHUNK, "shard": shard}
         reads, _ = memory_scan(*mine.tokens, mine.weights, **settings)
-        if share.index == 0:
+        if shard.index == 0:
             forward.extend(meeting.elements)
-        share.add(torch.zeros(0))
+        shard.add(torch.zeros(0))
         torch.autograd.grad(reads.sum(), leaves)
 
     meeting.run(work)
     return forward, meeting.elements[len(forward) + 1 :]
 
 
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_a_chunk_needs_one_sum_each_way_and_a_sequence_one_for_its_reads(depth: int, network: str) -> None:
-    stream = gentle(depth, network, CHUNKS * CHUNK)
-    forward, backward = sums(stream)
-    group = [loads(depth, GROUPS), 1, depth * GROUPS * MEMORIES * 2]  # is a bound met: loads, verdict, mean squares
-    anchors = depth * HEADS
-    assert forward == [anchors, *([PREDICTION] * GROUPS + group) * GROUPS, CHUNKS * PREDICTION]
-    gradients = sum(x.numel() for x in (*stream.tokens, *stream.norm.values()))
+def small(stream: Stream) -> int:
+    """Mean squares of weights and momentum after a chunk."""
+    return 2 * len(stream.weights) * MEMORIES
+
+
+def gradients_at_what_is_whole(stream: Stream) -> int:
     norm = (MEMORIES - HEADS) * WIDTH * len(stream.norm)  # scale and shift of every row
-    assert backward == [PREDICTION] * CHUNKS + [gradients + norm, anchors]
+    return sum(x.numel() for x in (*stream.tokens, *stream.norm.values())) + norm
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_chunk_that_meets_the_bounds_needs_two_small_sums_more(depth: int) -> None:
-    stream = gentle(depth, "plain", CHUNKS * CHUNK)
-    stream.theta = 1e3 * stream.theta
+def test_a_chunk_needs_one_sum_each_way_and_a_sequence_one_for_its_reads(depth: int) -> None:
+    stream = gentle(depth, "residual_norm", CHUNKS * CHUNK)
     forward, backward = sums(stream)
-    chunk = [PREDICTION, loads(depth, 1)]
-    assert forward[-2 * GROUPS - 2 : -2] == chunk * GROUPS
-    assert backward[: 2 * GROUPS] == [MEMORIES * CHUNK, PREDICTION] * GROUPS
+    assert forward == [*[PREDICTION] * GROUPS, GROUPS * small(stream)] * GROUPS + [CHUNKS * PREDICTION]
+    assert backward == [PREDICTION] * CHUNKS + [gradients_at_what_is_whole(stream)]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_chunk_that_meets_the_shell_needs_a_small_sum_more_each_way(depth: int) -> None:
+    stream = gentle(depth, "residual_norm", CHUNKS * CHUNK)
+    stream.theta = 1e5 * stream.theta
+    forward, backward = sums(stream)
+    # The first group finds it out at its end, and is gone through again.
+    found = [*[PREDICTION] * GROUPS, GROUPS * small(stream)]
+    assert forward == [*found, *[PREDICTION, small(stream)] * CHUNKS, CHUNKS * PREDICTION]
+    assert backward == [*[small(stream), PREDICTION] * CHUNKS, gradients_at_what_is_whole(stream)]
 
 
 @pytest.mark.parametrize("depth", [3, 4])
 def test_three_or_four_matrices_need_two_sums_more_for_a_chunk_each_way(depth: int) -> None:
-    forward, backward = sums(gentle(depth, "plain", CHUNKS * CHUNK))
+    stream = gentle(depth, "residual_norm", CHUNKS * CHUNK)
+    forward, backward = sums(stream)
     chunk = [2 * PREDICTION, PREDICTION, 2 * PREDICTION]  # the hidden layer that is whole is twice as wide
-    assert forward[1 : 1 + 3 * GROUPS] == chunk * GROUPS
-    assert backward[: 1 + 3 * GROUPS] == [GROUPS * 2 * PREDICTION, *chunk * GROUPS]
+    reads = GROUPS * 2 * PREDICTION
+    assert forward == [*chunk * GROUPS, GROUPS * small(stream), reads] * GROUPS + [CHUNKS * PREDICTION]
+    assert backward == [reads, *chunk * GROUPS] * GROUPS + [gradients_at_what_is_whole(stream)]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_an_exact_chunk_needs_sums_for_squared_inputs_prediction_kernel_and_reads(depth: int) -> None:
+    """Below the last matrix two more for each, squared inputs and errors where processes hold terms of them."""
+    stream = gentle(depth, "plain", CHUNKS * CHUNK)
+    forward, _ = sums(stream)
+    tokens, hidden = MEMORIES * CHUNK, [2 * PREDICTION] * (depth > 2)
+    lower = [tokens] * (depth - 1 + depth // 2)
+    chunk = [*hidden, tokens, PREDICTION, tokens * CHUNK, *hidden, *lower, *hidden, PREDICTION]
+    assert forward == [*chunk, *[MEMORIES] * 2 * depth] * CHUNKS
 
 
 def test_what_cannot_be_shared_is_said() -> None:
-    stream, share = gentle(1, "plain"), Share(0, 3, lambda x: x)
+    stream, shard = gentle(1, "plain"), TPShard(0, 3, lambda x: x)
     with pytest.raises(ValueError, match="the memories are 8 wide; 3 parts need a multiple of 3"):
-        memory_scan(*stream.tokens, stream.weights, network="plain", share=share)
+        memory_scan(*stream.tokens, stream.weights, network="plain", shard=shard)
     for backend, sentence in (("oracle", "the oracle computes whole memories"), ("fused", "compute whole memories")):
         with pytest.raises(ValueError, match=sentence):
             memory_scan(
                 *stream.tokens,
-                part(stream.weights, Share(0, 2, lambda x: x)),
+                part(stream.weights, TPShard(0, 2, lambda x: x)),
                 network="plain",
                 backend=backend,
-                share=Share(0, 2, lambda x: x),
+                shard=TPShard(0, 2, lambda x: x),
             )
-    with pytest.raises(ValueError, match=r"it must be \(H, d_in, d_out\) = \(2, 4, 8\)"):
-        memory_scan(*stream.tokens, stream.weights, network="plain", share=Share(0, 2, lambda x: x))
+    with pytest.raises(ValueError, match=r"it must be \(H, d_in, d_out\) = \(2, 8, 8\), or the process's part"):
+        memory_scan(*stream.tokens, stream.weights, network="plain", shard=TPShard(0, 2, lambda x: x))
     with pytest.raises(ValueError, match="index is 2; of 2 parts"):
-        Share(2, 2, lambda x: x)
+        TPShard(2, 2, lambda x: x)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

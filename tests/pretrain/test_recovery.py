@@ -99,7 +99,7 @@ def test_bad_steps_in_a_row_leave_an_autopsy_that_can_be_replayed_in_one_process
     assert facts["step"] == 4
     assert facts["samples"] == [12, 15]
     assert "layers.0" in facts["first_nonfinite"]["forward"]
-    assert {"surprise", "theta", "alpha", "bounded"} <= facts["memory"].keys()
+    assert {"surprise", "theta", "alpha", "held"} <= facts["memory"].keys()
     assert f"error: {facts['reason']}, at step 4; the newest checkpoint is {find_checkpoint(tmp_path)}" in err
     assert facts["command"] in err
     assert [record["updated"] for record in read_metrics(tmp_path)] == [True, False, False, False]

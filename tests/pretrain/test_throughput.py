@@ -16,9 +16,11 @@ from titans_mcore.attention import attend
 from titans_mcore.attention.attend import visible
 from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.memory import memory_read, memory_scan
-from titans_mcore.memory.channelwise import _WrittenOut
-from titans_mcore.memory.coefficients import coefficients
-from titans_mcore.memory.network import Network, answer, back_propagate, forward, normalise
+from titans_mcore.memory.chunk import coefficients
+from titans_mcore.memory.general import Memories, work_out
+from titans_mcore.memory.inputs import Matrices, Tokens
+from titans_mcore.memory.network import Network, WrittenOutNormed, answer, back_propagate, forward, normalise
+from titans_mcore.memory.rule import Rule
 from titans_mcore.mixers import attention, mac, neural_memory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import transformer_config
@@ -30,7 +32,23 @@ SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_
 SETTINGS |= {"chunk_size": 8, "segment_length": 64, "window": 48, "theta_max": 1e-4}
 
 
-def dual_form(network: Network, tokens: list[Tensor], weights: list[Tensor], chunk: int) -> tuple[Tensor, list[Tensor]]:
+def exact_form(
+    network: Network, tokens: list[Tensor], weights: list[Tensor], chunk: int, *, anchored: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The same of the stable rule of plain networks, from the parts that the general chunk form is made of."""
+    memories = Memories(network, Rule.of("stable", chunk, residual_norm=False, forgets=anchored), weights)
+    state, reads = Matrices(weights, [torch.zeros_like(w).requires_grad_() for w in weights]), []
+    for c in range(0, tokens[0].shape[1], chunk):
+        part = Tokens(*tokens).span(c, c + chunk)
+        work = work_out(memories, part, state)
+        reads.append(work.read(part.queries, state))
+        state = work.end(state)
+    return torch.cat(reads, 1), state.tensors()
+
+
+def dual_form(
+    network: Network, tokens: list[Tensor], weights: list[Tensor], chunk: int, *, anchored: bool
+) -> tuple[Tensor, list[Tensor]]:
     """The dual form as products and nothing beside them, for autograd: (N, T, ...) tokens, the states' bounds left out.
 
     What does not depend on the tokens' width (the b x b decays) is made before it is counted.
@@ -42,12 +60,12 @@ def dual_form(network: Network, tokens: list[Tensor], weights: list[Tensor], chu
             for c in range(0, queries.shape[1], chunk)
         ]
     momentum = [torch.zeros_like(w).requires_grad_() for w in weights]
-    reads = []
+    anchors, reads = weights, []  # of a sequence that begins: M_0
     for c, part in zip(range(0, queries.shape[1], chunk), parts, strict=True):
         q, k, v, rate = (x[:, c : c + chunk] for x in (queries, keys, values, theta))
         trace = forward(network, weights, k)
         if network.residual_norm:
-            trace.normed = _WrittenOut.of(trace.normed.raw)
+            trace.normed = WrittenOutNormed.of(trace.normed.raw)
         error = 2.0 * (answer(network, k, trace.normed.value) - v)
         deltas = back_propagate(network, weights, trace, error).deltas
         x, after = q, []
@@ -56,9 +74,12 @@ def dual_form(network: Network, tokens: list[Tensor], weights: list[Tensor], chu
             if i:
                 x = torch.nn.functional.gelu(x)
             z = torch.bmm(x * p.keep.unsqueeze(-1), w) + torch.bmm(x * p.carried.unsqueeze(-1), s)
+            if anchored:
+                z = z + torch.bmm(x * (1.0 - p.keep).unsqueeze(-1), anchors[i])
             z = z - torch.bmm(torch.bmm(x, h.mT) * (p.writes * step), delta)
             written, left = (torch.bmm((h.mT * (of[:, -1:] * step)), delta) for of in (p.writes, p.decay))
-            kept = p.keep[:, -1, None, None] * w + p.carried[:, -1, None, None] * s
+            keep = p.keep[:, -1, None, None]
+            kept = keep * w + (1.0 - keep) * anchors[i] * anchored + p.carried[:, -1, None, None] * s
             after.append((kept - written, p.momentum[:, -1, None, None] * s - left))
             x = z
         weights, momentum = [w for w, _ in after], [s for _, s in after]
@@ -97,7 +118,8 @@ class Counted:
         own = [leaf(w.flatten(0, 1)) for w in start]
         network = network_of(named, rows)
         with FlopCounterMode(display=False) as counter:
-            reads, end = dual_form(network, tokens, own, named["chunk_size"])
+            form = exact_form if named["network"] == "plain" and named["rule"] == "stable" else dual_form
+            reads, end = form(network, tokens, own, named["chunk_size"], anchored=named["rule"] == "stable")
             (reads.sum() + sum(x.sum() for x in end)).backward()
         self.operations["memory"] += counter.get_total_flops()
         found = memory_scan(*arguments, **named)
@@ -122,7 +144,10 @@ def network_of(named: dict, rows: int) -> Network:
     return Network(named["network"] == "residual_norm", named["norm_weight"], named["norm_bias"]).for_memories(rows)
 
 
-@pytest.mark.parametrize("memory", [{}, {"memory_depth": 1}, {"memory_depth": 3, "memory_network": "plain"}])
+PLAIN = {"memory_depth": 3, "memory_network": "plain"}
+
+
+@pytest.mark.parametrize("memory", [{}, {"memory_depth": 1}, PLAIN | {"memory_rule": "literal"}, PLAIN])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_operations_of_a_step_are_those_that_torch_counts(variant, memory, one_process, monkeypatch):
     config = TitansConfig(variant=variant, **SETTINGS | memory)

@@ -203,7 +203,7 @@ def test_a_real_run_shows_its_memories_and_trains_bitwise_as_without(train, tmp_
     assert [(step["loss"], step["grad_norm"]) for step in found] == [(s["loss"], s["grad_norm"]) for s in plain]
     assert [record["step"] for record in read_metrics(tmp_path / "with", "memory")] == [2, 4]
     assert not read_metrics(tmp_path / "without", "memory")
-    assert {"surprise", "drift", "bounded", "retention_16"} < set(read_metrics(tmp_path / "with", "memory")[0])
+    assert {"surprise", "drift", "held", "retention_16"} < set(read_metrics(tmp_path / "with", "memory")[0])
     status, out, err = watch(tmp_path / "with", "--once").wait(120)
     assert (status, err) == (0, "")
     for words in ("finished, attempt 1, mac, tensor 1 x data 1", "memories at step 4", "surprise", "held-out loss"):

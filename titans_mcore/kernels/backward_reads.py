@@ -9,7 +9,6 @@ size of the group's tokens. In registers: matrices of b rows and one tile of eac
 import triton
 import triton.language as tl
 
-from .bounds import chunk_load, step_scale
 from .network import (
     answer_keys,
     contiguous_tokens,
@@ -22,7 +21,6 @@ from .network import (
     norm_gradient,
     normalise,
     product,
-    reach_first,
     tokens,
     vector,
 )
@@ -37,16 +35,14 @@ def reads_backward_kernel(
     of_queries,  # (B, T, H, D) contiguous; written here
     read,
     writes,
-    mass,
     of_read,  # gradients at the gates' coefficients, of their shapes; written here
     of_writes,
     scale,
     shift,
+    anchors,
     states,  # (g + 1, N, SIZE) states with which the group's chunks begin
     wide,  # (g, N, 4, b, HIDDEN): gradients at the keys' h and first delta; the queries' x and gradient at first z
-    narrow,  # (g, N, 5, b, D): gradients at keys, last delta, queries' raw answer; the keys' raw answer, last delta
-    overlaps,  # (g, N, b, b) dot products of the last matrix' inputs
-    token_rows,  # (g, N, 3, b): gradient at the step bound's factor; squared reach at the first z; the factor
+    narrow,  # (g, N, 4, b, D): gradients at keys, last delta, queries' raw answer; the keys' raw answer
     of_norm,  # (C, N, 2, D) parts of the gradients at scale and shift
     stride_b,
     stride_t,
@@ -63,19 +59,20 @@ def reads_backward_kernel(
     DEPTH: tl.constexpr,
     NORM: tl.constexpr,
     EPS: tl.constexpr,
-    GROWTH: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     MATRIX: tl.constexpr = D * HIDDEN
+    LAST: tl.constexpr = (DEPTH - 1) * 2 * MATRIX
     memory = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * memories + memory  # among the group's chunks
     chunk = chunk_begin + tl.program_id(1)
     batch, head = memory // heads, memory % heads
     rows = tl.arange(0, BLOCK)
     square_at = rows[:, None] * BLOCK + rows[None, :]
-    narrow_at = place * 5 * BLOCK * D + rows[:, None] * D + tl.arange(0, D)[None, :]
+    narrow_at = place * 4 * BLOCK * D + rows[:, None] * D + tl.arange(0, D)[None, :]
     wide_at = place * 4 * BLOCK * HIDDEN + rows[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
     state = states + place * (2 * DEPTH * MATRIX)
+    anchor = anchors if anchors is None else anchors + head * (DEPTH * MATRIX)
     gamma = vector(scale if scale is None else scale + head * D, 1.0, D)
     beta = vector(shift if shift is None else shift + head * D, 0.0, D)
     row1 = chunk * memories + memory
@@ -84,18 +81,9 @@ def reads_backward_kernel(
     # The keys, as in the forward kernel.
     k = tl.load(tokens(keys, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
     v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-    raw, overlap = answer_keys(k, 0, 0, state, tiles, BLOCK, D, HIDDEN, TILE, DEPTH, False, OPERAND)
-    error, delta, reach, _, _ = errors_of(raw, k, v, gamma, beta, NORM, EPS)
-    reached = reach_first(k, reach, 0, 0, state, tiles, BLOCK, D, HIDDEN, TILE, DEPTH, False, OPERAND)
-    mass1 = tl.load(mass + row1 * BLOCK + rows)
-    mass2 = tl.load(mass + row2 * BLOCK + rows)
-    own, before, _, _, _, _ = chunk_load(k, overlap, error, reach, reached, mass1, mass2, GROWTH, BLOCK, DEPTH, OPERAND)
-    factor = step_scale(own, before)
+    raw = answer_keys(k, 0, 0, state, tiles, D, HIDDEN, TILE, DEPTH, False, OPERAND)
+    _, delta, _, _ = errors_of(raw, k, v, gamma, beta, NORM, EPS)
     tl.store(narrow + 3 * BLOCK * D + narrow_at, raw)
-    tl.store(narrow + 4 * BLOCK * D + narrow_at, delta)
-    tl.store(token_rows + place * 3 * BLOCK + 2 * BLOCK + rows, factor)
-    tl.store(overlaps + place * BLOCK * BLOCK + square_at, overlap)
-    tl.store(token_rows + place * 3 * BLOCK + BLOCK + rows, reached)
 
     # The queries' answers.
     q = tl.load(tokens(queries, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
@@ -107,26 +95,28 @@ def reads_backward_kernel(
         read_carried1 = tl.load(read + row1 * BLOCK * 2 + rows * 2 + 1)
         writes1 = tl.load(writes + row1 * BLOCK * BLOCK + square_at)
         similar1 = product(q, tl.trans(k), OPERAND)
-        attended1 = similar1 * writes1 * factor[None, :]
+        attended1 = similar1 * writes1
     answer = tl.full((BLOCK, D), 0.0, tl.float32)
     similar2 = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     for tile in range(tiles):
-        w2 = tl.load(last(state, tile, D, HIDDEN, TILE, DEPTH))
-        s2 = tl.load(last(state, tile, D, HIDDEN, TILE, DEPTH) + MATRIX)
+        w2 = tl.load(last(state + LAST, tile, D, TILE))
+        s2 = tl.load(last(state + LAST, tile, D, TILE) + MATRIX)
         if DEPTH == 2:
             w1 = tl.load(first(state, tile, D, HIDDEN, TILE))
             s1 = tl.load(first(state, tile, D, HIDDEN, TILE) + MATRIX)
             z = product(k, w1, OPERAND)
             h = gelu(z)
             delta1 = product(delta, tl.trans(w2), OPERAND) * gelu_slope(z)
-            met = meet(q, w1, s1, read_keep1, read_carried1, OPERAND)
+            m1 = None if anchors is None else tl.load(first(anchor, tile, D, HIDDEN, TILE))
+            met = meet(q, w1, s1, m1, read_keep1, read_carried1, OPERAND)
             x = gelu(met - product(attended1, delta1, OPERAND))
         else:
             h = k
             x = q
-        answer += meet(x, w2, s2, read_keep2, read_carried2, OPERAND)
+        m2 = None if anchors is None else tl.load(last(anchor + LAST // 2, tile, D, TILE))
+        answer += meet(x, w2, s2, m2, read_keep2, read_carried2, OPERAND)
         similar2 += product(x, tl.trans(h), OPERAND)
-    attended2 = similar2 * writes2 * factor[None, :]
+    attended2 = similar2 * writes2
     answer -= product(attended2, delta, OPERAND)
 
     # Back through LayerNorm and what the last matrix has attended to.
@@ -141,9 +131,8 @@ def reads_backward_kernel(
     else:
         of_raw = of_answer
     of_attended2 = -product(of_raw, tl.trans(delta), OPERAND)
-    of_similar2 = of_attended2 * writes2 * factor[None, :]
-    of_factor = tl.sum(of_attended2 * similar2 * writes2, 0)
-    tl.store(of_writes + row2 * BLOCK * BLOCK + square_at, of_attended2 * similar2 * factor[None, :])
+    of_similar2 = of_attended2 * writes2
+    tl.store(of_writes + row2 * BLOCK * BLOCK + square_at, of_attended2 * similar2)
     tl.store(narrow + BLOCK * D + narrow_at, -product(tl.trans(attended2), of_raw, OPERAND))
     tl.store(narrow + 2 * BLOCK * D + narrow_at, of_raw)
 
@@ -152,17 +141,19 @@ def reads_backward_kernel(
     of_carried2 = tl.full((BLOCK,), 0.0, tl.float32)
     from_weights = tl.full((BLOCK, D), 0.0, tl.float32)
     from_momentum = tl.full((BLOCK, D), 0.0, tl.float32)
+    from_anchor = tl.full((BLOCK, D), 0.0, tl.float32)
     of_attended1 = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     for tile in range(tiles):
-        w2 = tl.load(last(state, tile, D, HIDDEN, TILE, DEPTH))
-        s2 = tl.load(last(state, tile, D, HIDDEN, TILE, DEPTH) + MATRIX)
+        w2 = tl.load(last(state + LAST, tile, D, TILE))
+        s2 = tl.load(last(state + LAST, tile, D, TILE) + MATRIX)
         if DEPTH == 2:
             w1 = tl.load(first(state, tile, D, HIDDEN, TILE))
             s1 = tl.load(first(state, tile, D, HIDDEN, TILE) + MATRIX)
             z = product(k, w1, OPERAND)
             h = gelu(z)
             delta1 = product(delta, tl.trans(w2), OPERAND) * gelu_slope(z)
-            met = meet(q, w1, s1, read_keep1, read_carried1, OPERAND)
+            m1 = None if anchors is None else tl.load(first(anchor, tile, D, HIDDEN, TILE))
+            met = meet(q, w1, s1, m1, read_keep1, read_carried1, OPERAND)
             query_z = met - product(attended1, delta1, OPERAND)
             x = gelu(query_z)
         else:
@@ -170,9 +161,13 @@ def reads_backward_kernel(
             x = q
         by_weights = product(of_raw, tl.trans(w2), OPERAND)
         by_momentum = product(of_raw, tl.trans(s2), OPERAND)
+        of_x = by_weights * read_keep2[:, None] + by_momentum * read_carried2[:, None]
+        if anchors is not None:
+            by_anchor = product(of_raw, tl.trans(tl.load(last(anchor + LAST // 2, tile, D, TILE))), OPERAND)
+            of_x += by_anchor * (1.0 - read_keep2)[:, None]
+            by_weights -= by_anchor
         of_keep2 += tl.sum(by_weights * x, 1)
         of_carried2 += tl.sum(by_momentum * x, 1)
-        of_x = by_weights * read_keep2[:, None] + by_momentum * read_carried2[:, None]
         of_x += product(of_similar2, h, OPERAND)
         tl.store(wide + wide_at + tile * TILE, product(tl.trans(of_similar2), x, OPERAND))
         if DEPTH == 2:
@@ -180,6 +175,8 @@ def reads_backward_kernel(
             of_attended1 -= product(of_query_z, tl.trans(delta1), OPERAND)
             from_weights += product(of_query_z, tl.trans(w1), OPERAND)
             from_momentum += product(of_query_z, tl.trans(s1), OPERAND)
+            if anchors is not None:
+                from_anchor += product(of_query_z, tl.trans(m1), OPERAND)
             of_delta1 = -product(tl.trans(attended1), of_query_z, OPERAND)
             tl.store(wide + BLOCK * HIDDEN + wide_at + tile * TILE, of_delta1)
             tl.store(wide + 2 * BLOCK * HIDDEN + wide_at + tile * TILE, x)
@@ -189,18 +186,18 @@ def reads_backward_kernel(
     tl.store(of_read + row2 * BLOCK * 2 + rows * 2, of_keep2)
     tl.store(of_read + row2 * BLOCK * 2 + rows * 2 + 1, of_carried2)
     if DEPTH == 2:
-        of_similar1 = of_attended1 * writes1 * factor[None, :]
-        of_factor += tl.sum(of_attended1 * similar1 * writes1, 0)
-        tl.store(of_writes + row1 * BLOCK * BLOCK + square_at, of_attended1 * similar1 * factor[None, :])
-        tl.store(of_read + row1 * BLOCK * 2 + rows * 2, tl.sum(from_weights * q, 1))
+        of_similar1 = of_attended1 * writes1
+        tl.store(of_writes + row1 * BLOCK * BLOCK + square_at, of_attended1 * similar1)
+        tl.store(of_read + row1 * BLOCK * 2 + rows * 2, tl.sum((from_weights - from_anchor) * q, 1))
         tl.store(of_read + row1 * BLOCK * 2 + rows * 2 + 1, tl.sum(from_momentum * q, 1))
         tl.store(narrow + narrow_at, product(tl.trans(of_similar1), q, OPERAND))
         of_q = from_weights * read_keep1[:, None] + from_momentum * read_carried1[:, None]
+        if anchors is not None:
+            of_q += from_anchor * (1.0 - read_keep1)[:, None]
         of_q += product(of_similar1, k, OPERAND)
     else:
         of_q = from_weights
     if NORM:
         of_q += of_answer
-    tl.store(token_rows + place * 3 * BLOCK + rows, of_factor)
     out = contiguous_tokens(of_queries, batch, head, chunk, chunks, heads, BLOCK, D)
     tl.store(out, of_q.to(of_queries.dtype.element_ty))

@@ -1,9 +1,9 @@
 """fused_scan: the dual form by Triton kernels, with gradients at all that it takes. No Triton is needed to import it.
 
-It is a twin of memory/checkpointed.py over memory/chunked.py. The gates' coefficients are made outside by
-chunked.gates_of, for all chunks at once and under autograd: they are b numbers a token. What is of the size of the
-state never exists for every token: the forward pass keeps the states of every g-th chunk, g near the root of their
-number, and the backward pass makes those between them anew, group by group.
+It is a twin of memory/checkpoint.py over memory/chunk.py. The gates' coefficients are made outside by chunk.gates_of,
+for all chunks at once and under autograd: they are b numbers a token. What is of the size of the state never exists for
+every token: the forward pass keeps the states of every g-th chunk, g near the root of their number, and the backward
+pass makes those between them anew, group by group.
 """
 
 import importlib.util
@@ -11,11 +11,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..memory.chunk import Gates
+from ..memory.layout import group_size
 
 SMALLEST_BLOCK = 16  # of a matrix product in Triton
 LARGEST_CHUNK = 128
@@ -23,24 +26,6 @@ LARGEST_WIDTH = 128
 LARGEST_HIDDEN = 256
 LARGEST_ON_CHIP = 64  # width and hidden width of two matrices whose state a program holds in registers
 STREAMED_TILE = 32  # with 64 the compiler spills several times as many registers
-
-
-class Coefficients(NamedTuple):
-    """What the gates of all chunks come to, float32; fields of chunked.Gates but for the shape of `mass`.
-
-    Attributes:
-        read: What a read takes from weights and momentum at the chunk's start, (L, C, N, b, 2).
-        end: What weights and momentum after the chunk keep of those before it, (L, C, N, 2, 2), lower left 0.
-        writes: How much of token j's step has reached the weights at t, (L, C, N, b, b), lower triangular.
-        write: How much of a token's step is in weights and momentum after the chunk, (L, C, N, b, 2).
-        mass: 2 theta / (1 - eta), what a token's step weighs in loads, (L, C, N, b).
-    """
-
-    read: Tensor
-    end: Tensor
-    writes: Tensor
-    write: Tensor
-    mass: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,9 +37,8 @@ class Borders:
         restarts: Chunks that begin a document, (C, B) bool; None if none does.
         fresh_weights: L states in which a document begins, (H or N, d_in, d_out). Needed with restarts only.
         fresh_momentum: Likewise.
-        anchors: L matrices of root mean square 1 towards which weights below the floor are led,
-            (H or N, d_in, d_out); empty for none.
-        floors: Smallest root mean square of each of L weight matrices; empty for none.
+        anchors: M_0, to which forgetting leads, L of (H, d_in, d_out); empty where it leads to zero.
+        rms_limit: Largest root mean square of a matrix and of its momentum in the shell; infinite for no shell.
     """
 
     closed: bool | Tensor = True
@@ -62,7 +46,7 @@ class Borders:
     fresh_weights: Sequence[Tensor] = ()
     fresh_momentum: Sequence[Tensor] = ()
     anchors: Sequence[Tensor] = ()
-    floors: Sequence[float] = ()
+    rms_limit: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -77,8 +61,7 @@ class Shape:
     hidden: int
     depth: int
     residual_norm: bool
-    closed: bool
-    floors: tuple[float, float] = (0.0, 0.0)
+    rms_limit: float | None  # None without a state shell
 
     @property
     def memories(self) -> int:
@@ -108,7 +91,7 @@ def fused_scan(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    gates: Any,
+    gates: Gates,
     weights: Sequence[Tensor],
     momentum: Sequence[Tensor],
     *,
@@ -117,7 +100,7 @@ def fused_scan(
     norm_bias: Tensor | None = None,
     borders: Borders | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Update and read N = B * H memories chunk by chunk (paper, section 3.1, in the dual form of memory/chunked.py).
+    """Update and read N = B * H memories chunk by chunk (paper, section 3.1, in the dual form of memory/chunk.py).
 
     Products take their operands in the tokens' dtype; state and sums are float32. The result can be differentiated
     once, at every tensor that is given.
@@ -125,13 +108,12 @@ def fused_scan(
     Args:
         queries: (B, C b, H, D), float32 or bfloat16, any strides; keys and values alike. Slots of a chunk that hold no
             token are zeros, with gates of theta 0, eta 1 and alpha 0.
-        gates: What chunked.gates_of gives for all C chunks, with `mass` as in Coefficients: read, end, writes, write
-            and mass.
+        gates: What chunk.gates_of gives for all C chunks.
         weights: L = 1 or 2 matrices (B, H, d_in, d_out) before the first chunk; momentum alike.
         residual_norm: Whether the network is x + LayerNorm(MLP(x)); else it is the MLP.
         norm_weight: LayerNorm's scale (H, D); None is 1.
         norm_bias: LayerNorm's shift (H, D); None is 0.
-        borders: What happens between chunks; None is the state shell without floor after each.
+        borders: What happens between chunks; None is no state shell and forgetting to zero.
 
     Returns:
         The reads (B, C b, H, D) in the queries' dtype, and weights and momentum after the last chunk, float32.
@@ -140,12 +122,12 @@ def fused_scan(
         ValueError: The kernels cannot run for these arguments; the message is fused_fits' reason.
     """
     borders = borders or Borders()
-    block, depth = gates.mass.shape[-1], len(weights)
+    block, depth = gates.writes.shape[-1], len(weights)
     if reason := fused_fits(queries, weights, block):
         raise ValueError(reason)
     heads, length = queries.shape[2], queries.shape[1]
-    _check(queries, keys, values, gates, weights, momentum)
-    floors = tuple(borders.floors) or (0.0,) * depth
+    _check(queries, keys, values, gates, weights, momentum, borders.anchors)
+    has_shell = borders.closed is not False and math.isfinite(borders.rms_limit)
     shape = Shape(
         batch=queries.shape[0],
         heads=heads,
@@ -155,10 +137,9 @@ def fused_scan(
         hidden=weights[0].shape[-1],
         depth=depth,
         residual_norm=residual_norm,
-        closed=bool(borders.closed) if isinstance(borders.closed, bool) else True,
-        floors=(floors[0], floors[-1]),
+        rms_limit=borders.rms_limit if has_shell else None,
     )
-    closed = None if isinstance(borders.closed, bool) else borders.closed.to(torch.int8).contiguous()
+    closed = borders.closed.to(torch.int8).contiguous() if isinstance(borders.closed, Tensor) and has_shell else None
     restarts = None if borders.restarts is None else borders.restarts.to(torch.int8).contiguous()
     start = _pack([m.flatten(0, 1) for pair in zip(weights, momentum, strict=True) for m in pair])
     fresh = None
@@ -167,11 +148,11 @@ def fused_scan(
         fresh = _pack([m for pair in pairs for m in pair])
     anchors = _pack(borders.anchors) if borders.anchors else None
     tokens = _alike(queries, keys, values)
-    coefficients = [x.float().contiguous() for x in (gates.read, gates.end, gates.writes, gates.write, gates.mass)]
+    coefficients = [x.float().contiguous() for x in gates]
     norm = [None if x is None else x.float().contiguous() for x in (norm_weight, norm_bias)]
     tensors = (*tokens, *coefficients, *norm, start, fresh, anchors)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    keep_every = math.isqrt(shape.chunks - 1) + 1 if differentiated else 0
+    keep_every = group_size(shape.chunks) if differentiated else 0
     reads, end = _FusedScan.apply(shape, keep_every, closed, restarts, *tensors)
     shapes = [w.shape for w in weights for _ in range(2)]
     matrices = end.split([s[-2] * s[-1] for s in shapes], 1)
@@ -214,13 +195,14 @@ def _check(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    gates: Any,
+    gates: Gates,
     weights: Sequence[Tensor],
     momentum: Sequence[Tensor],
+    anchors: Sequence[Tensor],
 ) -> None:
     """Shapes: a kernel given others would write where it must not."""
     batch, length, heads, width = queries.shape
-    depth, chunks, memories, block = gates.mass.shape
+    depth, chunks, memories, block = gates.writes.shape[:-1]
     rows, hidden = (depth, chunks, memories, block), weights[0].shape[-1]
     assert keys.shape == values.shape == queries.shape
     assert (length, memories) == (chunks * block, batch * heads)
@@ -231,6 +213,7 @@ def _check(
     pairs = [(width, hidden), (hidden, width)][:depth]
     for matrices in (weights, momentum):
         assert [tuple(m.shape) for m in matrices] == [(batch, heads, *pair) for pair in pairs]
+    assert not anchors or [tuple(m.shape) for m in anchors] == [(heads, *pair) for pair in pairs]
 
 
 def _pack(matrices: Sequence[Tensor]) -> Tensor:

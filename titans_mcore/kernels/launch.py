@@ -1,6 +1,5 @@
 """Buffers and launches of the kernels: the scan, and its gradient group of chunks by group of chunks."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +7,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..memory.network import LAYER_NORM_EPS
-from ..memory.stability import STATE_RMS_LIMIT
 from .backward_chain import chain_backward_kernel
 from .backward_reads import reads_backward_kernel
 from .forward import scan_kernel
@@ -26,7 +24,6 @@ class Arguments(NamedTuple):
     end: Tensor
     writes: Tensor
     write: Tensor
-    mass: Tensor
     scale: Tensor | None
     shift: Tensor | None
     start: Tensor
@@ -50,7 +47,7 @@ def scan(shape: Shape, tensors: Arguments, keep_every: int) -> tuple[Tensor, Ten
 def scan_gradient(
     shape: Shape, tensors: Arguments, kept: Tensor, every: int, of_reads: Tensor, of_end: Tensor
 ) -> list[Tensor | None]:
-    """Gradients at the first 13 of the arguments.
+    """Gradients at the first 12 of the arguments.
 
     Args:
         shape: Of the scan, like tensors.
@@ -76,7 +73,7 @@ class _Gradients:
         self.queries, self.keys, self.values = (
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:3]
         )
-        self.read, self.end, self.writes, self.write, self.mass = (torch.empty_like(x) for x in tensors[3:8])
+        self.read, self.end, self.writes, self.write = (torch.empty_like(x) for x in tensors[3:7])
         self.state = of_end.clone(memory_format=torch.contiguous_format)
         self.fresh = None if tensors.fresh is None else torch.zeros_like(tensors.start)
         self.anchors = None
@@ -94,7 +91,7 @@ class _Gradients:
             parts = zip((tensors.scale, tensors.shift), by_head.unbind(1), strict=True)
             norm = [None if x is None else part for x, part in parts]
         fresh, anchors = _as_given(self.fresh, tensors.fresh), _as_given(self.anchors, tensors.anchors)
-        gates = [self.read, self.end, self.writes, self.write, self.mass]
+        gates = [self.read, self.end, self.writes, self.write]
         return [self.queries, self.keys, self.values, *gates, *norm, self.state, fresh, anchors]
 
 
@@ -104,11 +101,9 @@ class _Scratch:
     def __init__(self, shape: Shape, like: Tensor, group: int) -> None:
         first = (group, shape.memories)
         self.states = like.new_empty(group + 1, shape.memories, shape.size)
-        self.squares = like.new_empty(*first, 4)
+        self.factors = None if shape.rms_limit is None else like.new_empty(*first, 4)
         self.wide = like.new_empty(*first, 4, shape.block, shape.hidden)
-        self.narrow = like.new_empty(*first, 5, shape.block, shape.width)
-        self.overlaps = like.new_empty(*first, shape.block, shape.block)
-        self.token_rows = like.new_empty(*first, 3, shape.block)
+        self.narrow = like.new_empty(*first, 4, shape.block, shape.width)
 
 
 def _as_given(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:
@@ -126,17 +121,17 @@ def _launch_scan(
     after: Tensor,
     reads: Tensor | None,
     kept: Tensor | None,
-    squares: Tensor | None,
+    factors: Tensor | None,
     keep_every: int,
 ) -> None:
     t = tensors
     scan_kernel[(shape.memories,)](
         t.queries, t.keys, t.values, reads,
-        t.read, t.end, t.writes, t.write, t.mass, t.scale, t.shift,
-        start, after, kept, squares, t.fresh, t.anchors, t.restarts, t.closed,
+        t.read, t.end, t.writes, t.write, t.scale, t.shift,
+        start, after, kept, factors, t.fresh, t.anchors, t.restarts, t.closed,
         *t.queries.stride()[:3], shape.memories, shape.heads, shape.chunks,
-        _count(span.start), _count(span.stop), keep_every, _rows(t.fresh), _rows(t.anchors), *shape.floors,
-        CLOSED=shape.closed, ON_CHIP=shape.on_chip, **_settings(shape, t, shape.on_chip),
+        _count(span.start), _count(span.stop), keep_every, 1 if t.fresh is None else len(t.fresh),
+        LIMIT=shape.rms_limit, ON_CHIP=shape.on_chip, **_settings(shape, t, shape.on_chip),
     )  # fmt: skip
 
 
@@ -152,27 +147,22 @@ def _launch_gradient(
     t, group = tensors, span.stop - span.start
     strides = t.queries.stride()[:3]
     states = scratch.states
-    _launch_scan(shape, t, span, start, states[group], None, states, scratch.squares, 1)
+    _launch_scan(shape, t, span, start, states[group], None, states, scratch.factors, 1)
     reads_backward_kernel[(shape.memories, group)](
         t.queries, t.keys, t.values, of_reads, found.queries,
-        t.read, t.writes, t.mass, found.read, found.writes, t.scale, t.shift,
-        states, scratch.wide, scratch.narrow, scratch.overlaps, scratch.token_rows, found.norm,
+        t.read, t.writes, found.read, found.writes, t.scale, t.shift, t.anchors,
+        states, scratch.wide, scratch.narrow, found.norm,
         *strides, shape.memories, shape.heads, shape.chunks, span.start,
         **_settings(shape, t, shape.gradient_on_chip),
     )  # fmt: skip
     chain_backward_kernel[(shape.memories,)](
         t.queries, t.keys, t.values, found.keys, found.values,
-        t.read, t.end, t.write, t.mass, found.end, found.write, found.mass, t.scale, t.shift,
-        states, found.state, scratch.squares, found.fresh, t.anchors, found.anchors, t.restarts, t.closed,
-        scratch.wide, scratch.narrow, scratch.overlaps, scratch.token_rows, found.norm,
+        t.read, t.end, t.write, found.end, found.write, t.scale, t.shift, t.anchors,
+        states, found.state, scratch.factors, found.fresh, found.anchors, t.restarts,
+        scratch.wide, scratch.narrow, found.norm,
         *strides, shape.memories, shape.heads, shape.chunks, span.start, _count(group),
-        _rows(t.anchors), *shape.floors,
-        CLOSED=shape.closed, ON_CHIP=shape.gradient_on_chip, **_settings(shape, t, shape.gradient_on_chip),
+        LIMIT=shape.rms_limit, ON_CHIP=shape.gradient_on_chip, **_settings(shape, t, shape.gradient_on_chip),
     )  # fmt: skip
-
-
-def _rows(tensor: Tensor | None) -> int:
-    return 1 if tensor is None else len(tensor)
 
 
 def _count(number: int) -> Any:
@@ -196,7 +186,6 @@ def constants(shape: Shape, tokens: torch.dtype, on_chip: bool) -> dict[str, Any
         "DEPTH": shape.depth,
         "NORM": shape.residual_norm,
         "EPS": LAYER_NORM_EPS,
-        "GROWTH": 0.5 / (STATE_RMS_LIMIT * math.sqrt(shape.width * shape.hidden)),
         "OPERAND": tl.bfloat16 if tokens == torch.bfloat16 else tl.float32,
     }
 

@@ -5,7 +5,7 @@ a network with two in tiles of as many columns; a single matrix is a last one wh
 HIDDEN = TILE = D. So one kernel serves both depths.
 
 Where a matrix is: the state of one memory is one run of float32, weights before momentum and the first matrix before
-the last. `first` and `last` give the pointers of a tile of weights, and that of the momentum is D * HIDDEN further on.
+the last. `first` and `last` give the pointers of a tile of a matrix; that of the momentum is D * HIDDEN further on.
 """
 
 import triton
@@ -53,17 +53,17 @@ def contiguous_tokens(pointer, batch, head, chunk, chunks, heads, BLOCK: tl.cons
 
 
 @triton.jit
-def first(state, tile, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
-    """Pointers (D, TILE) to a tile of the first matrix' weights."""
+def first(pointer, tile, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
+    """Pointers (D, TILE) to a tile of a first matrix."""
     columns = tile * TILE + tl.arange(0, TILE)
-    return state + tl.arange(0, D)[:, None] * HIDDEN + columns[None, :]
+    return pointer + tl.arange(0, D)[:, None] * HIDDEN + columns[None, :]
 
 
 @triton.jit
-def last(state, tile, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """Pointers (TILE, D) to a tile of the last matrix' weights."""
+def last(pointer, tile, D: tl.constexpr, TILE: tl.constexpr):
+    """Pointers (TILE, D) to a tile of a last matrix."""
     rows = tile * TILE + tl.arange(0, TILE)
-    return state + (DEPTH - 1) * 2 * D * HIDDEN + rows[:, None] * D + tl.arange(0, D)[None, :]
+    return pointer + rows[:, None] * D + tl.arange(0, D)[None, :]
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def matrix(registers, pointers, ON_CHIP: tl.constexpr):
 @triton.jit
 def load_state(state, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
     """Weights and momentum of the first matrix, then of the last, each in one tile; stand-ins for a first not there."""
-    pointers = last(state, 0, D, HIDDEN, TILE, DEPTH)
+    pointers = last(state + (DEPTH - 1) * 2 * D * HIDDEN, 0, D, TILE)
     w2, s2 = tl.load(pointers), tl.load(pointers + D * HIDDEN)
     if DEPTH == 2:
         pointers = first(state, 0, D, HIDDEN, TILE)
@@ -90,7 +90,7 @@ def load_state(state, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr,
 @triton.jit
 def save_state(state, w1, s1, w2, s2, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
     """What load_state has loaded, back to memory."""
-    save(last(state, 0, D, HIDDEN, TILE, DEPTH), w2, s2, D * HIDDEN)
+    save(last(state + (DEPTH - 1) * 2 * D * HIDDEN, 0, D, TILE), w2, s2, D * HIDDEN)
     if DEPTH == 2:
         save(first(state, 0, D, HIDDEN, TILE), w1, s1, D * HIDDEN)
 
@@ -149,7 +149,6 @@ def answer_keys(
     last_weights,
     state,
     tiles,
-    BLOCK: tl.constexpr,
     D: tl.constexpr,
     HIDDEN: tl.constexpr,
     TILE: tl.constexpr,
@@ -157,17 +156,16 @@ def answer_keys(
     ON_CHIP: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """What the MLP makes of the keys (b, D), and the dot products (b, b) of the last matrix' inputs."""
-    raw = tl.full((BLOCK, D), 0.0, tl.float32)
-    overlap = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+    """What the MLP makes of the keys (b, D)."""
+    raw = tl.full(keys.shape, 0.0, tl.float32)
     for tile in range(tiles):
         if DEPTH == 2:
             h = gelu(product(keys, matrix(first_weights, first(state, tile, D, HIDDEN, TILE), ON_CHIP), OPERAND))
         else:
             h = keys
-        raw += product(h, matrix(last_weights, last(state, tile, D, HIDDEN, TILE, DEPTH), ON_CHIP), OPERAND)
-        overlap += product(h, tl.trans(h), OPERAND)
-    return raw, overlap
+        weights = matrix(last_weights, last(state + (DEPTH - 1) * 2 * D * HIDDEN, tile, D, TILE), ON_CHIP)
+        raw += product(h, weights, OPERAND)
+    return raw
 
 
 @triton.jit
@@ -182,75 +180,56 @@ def errors_of(raw, keys, values, scale, shift, NORM: tl.constexpr, EPS: tl.const
     """From the MLP's output to the error of the answer and what of it arrives at the last matrix' output.
 
     Returns:
-        The error 2 (M(k) - v), the delta of the last matrix, its reach (memory/network.py), all (b, D); LayerNorm's
-        value (b, D) and inverse standard deviation (b,), without meaning in a plain network.
+        The error 2 (M(k) - v) and the delta of the last matrix, both (b, D); LayerNorm's value (b, D) and inverse
+        standard deviation (b,), without meaning in a plain network.
     """
     if NORM:
         answer, normed, inverse_std = answer_of(raw, keys, scale, shift, EPS)
         error = 2.0 * (answer - values)
-        sent = error * scale[None, :]
-        return error, norm_gradient(sent, normed, inverse_std), sent * inverse_std[:, None], normed, inverse_std
+        return error, norm_gradient(error * scale[None, :], normed, inverse_std), normed, inverse_std
     else:
         error = 2.0 * (raw - values)
-        return error, error, error, raw, tl.sum(raw, 1)
+        return error, error, raw, tl.sum(raw, 1)
 
 
 @triton.jit
-def errors_gradient(of_error, of_delta, of_reach, error, delta, reach, normed, inverse_std, scale, NORM: tl.constexpr):
+def errors_gradient(of_delta, error, delta, normed, inverse_std, scale, NORM: tl.constexpr):
     """Back through errors_of.
 
     Returns:
-        Gradients at the error (b, D), with what has come to it from elsewhere, at raw (b, D), and at the scale (D,),
-        which without LayerNorm has no meaning.
+        Gradients at the error (b, D), at raw (b, D), and at the scale (D,), which without LayerNorm has no meaning.
     """
     if NORM:
-        # What delta = LN'(s) and reach = s / std owe to raw, s the error times scale: memory/network_gradient.py.
+        # What delta = LN'(s) owes to raw, s the error times scale: InnerGradient in memory/chunk_backward.py.
         of_sent = norm_gradient(of_delta, normed, inverse_std)
-        of_sent_all = of_sent + of_reach * inverse_std[:, None]
-        of_error += of_sent_all * scale[None, :]
+        of_error = of_sent * scale[None, :]
         per_channel = inverse_std / error.shape[1]
         along_sent = tl.sum(error * scale[None, :] * normed, 1) * per_channel
         along_normed = tl.sum(of_delta * normed, 1) * per_channel
-        along_delta = (tl.sum(of_delta * delta, 1) + tl.sum(of_reach * reach, 1)) * per_channel
+        along_delta = tl.sum(of_delta * delta, 1) * per_channel
         of_raw = norm_gradient(2.0 * of_error * scale[None, :], normed, inverse_std)
         of_raw -= along_sent[:, None] * of_sent + along_normed[:, None] * delta + along_delta[:, None] * normed
-        return of_error, of_raw, tl.sum(of_sent_all * error + 2.0 * of_error * normed, 0)
+        return of_error, of_raw, tl.sum(of_sent * error + 2.0 * of_error * normed, 0)
     else:
-        of_error += of_delta + of_reach
-        return of_error, 2.0 * of_error, scale
+        return of_delta, 2.0 * of_delta, scale
 
 
 @triton.jit
-def reach_first(
-    keys,
-    reach,
-    first_weights,
-    last_weights,
-    state,
-    tiles,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """Squared length (b,) of the reach at the first matrix' output; zeros if there is one matrix only."""
-    square = tl.full((BLOCK,), 0.0, tl.float32)
-    if DEPTH == 2:
-        for tile in range(tiles):
-            z = product(keys, matrix(first_weights, first(state, tile, D, HIDDEN, TILE), ON_CHIP), OPERAND)
-            weights = matrix(last_weights, last(state, tile, D, HIDDEN, TILE, DEPTH), ON_CHIP)
-            reached = product(reach, tl.trans(weights), OPERAND) * gelu_slope(z)
-            square += tl.sum(reached * reached, 1)
-    return square
+def meet(x, weights, momentum, anchor, keep, carried, OPERAND: tl.constexpr):
+    """What queries x (b, d_in) find in a matrix as it was, a_t W x_t + f_t S x_t + (1 - a_t) M_0 x_t.
 
-
-@triton.jit
-def meet(x, weights, momentum, keep, carried, OPERAND: tl.constexpr):
-    """x (b, d_in) times each token's keep * weights + carried * momentum: the dual form's a_t W x_t + f_t S x_t."""
-    return product(x, weights, OPERAND) * keep[:, None] + product(x, momentum, OPERAND) * carried[:, None]
+    Args:
+        x: The matrix' input.
+        weights: W at the chunk's start, (d_in, d_out) like momentum S and the anchor.
+        momentum: S.
+        anchor: M_0; None where forgetting leads to zero.
+        keep: a_t, (b,).
+        carried: f_t, (b,).
+    """
+    met = product(x, weights, OPERAND) * keep[:, None] + product(x, momentum, OPERAND) * carried[:, None]
+    if anchor is not None:
+        met += product(x, anchor, OPERAND) * (1.0 - keep)[:, None]
+    return met
 
 
 @triton.jit

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import Share, split_axis
+from ..memory import WHOLE, WholeMatrices
 from ..mixers.parts import MemoryParts, linear
+from ..parallel.memory_shard import TPShard, split_axis
 
 
 @dataclass
@@ -51,7 +52,7 @@ class OwnedHeads:
         self.inner_config.sequence_parallel = False
         self.ranks, self.rank = self.group.size(), self.group.rank()
         self.all_heads, self.heads = heads, heads // self.ranks
-        self.share: Share | None = None
+        self.shard: WholeMatrices = WHOLE
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """See mixers.parts.MemoryParts."""
@@ -170,7 +171,7 @@ class HiddenParts:
 
     def __init__(self, config: TransformerConfig, heads: int, pg_collection: ProcessGroupCollection) -> None:
         self.config, self.heads, self.group = config, heads, pg_collection.tp
-        self.share: Share | None = Share(self.group.rank(), self.group.size(), self._add)
+        self.shard: WholeMatrices = TPShard(self.group.rank(), self.group.size(), self._add)
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """See mixers.parts.MemoryParts."""

@@ -1,19 +1,19 @@
 """The mathematics of the memory: torch only, no ranks, no files, no Megatron-core."""
 
-from .looks import Looked, Looks
-from .packing import PackedRows
+from .inputs import MemoryState, TensorTree
+from .layout import PackedRows
+from .network import WHOLE, WholeMatrices
+from .probe import Probe, Probed
 from .scan import memory_read, memory_scan
-from .sharing import Share, split_axis
-from .state import MemoryState, TensorTree
 
 __all__ = [
-    "Looked",
-    "Looks",
+    "WHOLE",
     "MemoryState",
     "PackedRows",
-    "Share",
+    "Probe",
+    "Probed",
     "TensorTree",
+    "WholeMatrices",
     "memory_read",
     "memory_scan",
-    "split_axis",
 ]

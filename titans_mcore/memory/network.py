@@ -1,22 +1,102 @@
-"""The memory network M: forward pass, hand-written error back-propagation and initial weights.
+"""The memory network M: forward pass, the error of its answer, back-propagation, and initial weights.
 
 Paper section 3.1 and the camera-ready: `residual_norm` is M(x) = x + LayerNorm(W_1 gelu(W_2 x)), `plain` is the MLP
 alone; a GELU stands between matrices. Weights are (..., d_in, d_out) and act as h @ W, so that the inner gradient of a
 token at one matrix is the outer product of that matrix's input h and of the error delta at its output.
+
+A process may hold the matrices whole or a shard of each; what that changes is WholeMatrices and its subclass in
+parallel/memory_shard.py.
 """
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sharing import Share, into_input, into_output, sum_at_input, sum_at_output
-
 LAYER_NORM_EPS = 1e-6
+_SMALLER = 2.0**-48  # scale at which LayerNorm squares its input: 1e33 is finite in float32, and no bit is lost
+LOSS_SLOPE = 2.0  # the loss is |M(k) - v|^2, so the error at the answer is twice the difference
+
+
+class WholeMatrices:
+    """Matrices that the process holds whole: every step between them is the identity.
+
+    A subclass for shards says here what is sliced, summed and counted once. Tensors are then *whole* (equal on all
+    processes), a *part* (channels that no other process has) or *partial* (a term of a sum over the processes).
+    """
+
+    parts = 1
+
+    def differentiable(self) -> Self:
+        """The same for autograd."""
+        return self
+
+    def recorded(self, sums: list[Tensor]) -> Self:
+        """The same, which appends its sums to a list."""
+        return self
+
+    def replayed(self, sums: list[Tensor]) -> Self:
+        """The same for who goes again the way on which `sums` were recorded: nothing is summed twice."""
+        return self
+
+    def whole_shape(self, layer: int, depth: int, part: torch.Size) -> tuple[int, int]:
+        """d_in and d_out of a matrix of which the process holds (..., d_in, d_out)."""
+        return part[-2], part[-1]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Something whole on its way into the process's part."""
+        return x
+
+    def of_rows(self, layer: int, depth: int, x: Tensor) -> Tensor:
+        """Of something whole (..., d_in) what belongs to the rows that the process holds of a matrix."""
+        return x
+
+    def into_input(self, layer: int, depth: int, x: Tensor) -> Tensor:
+        """What the process's part of a matrix takes of x, the memory's input or the output of the matrix before."""
+        return x
+
+    def out_of_input(self, depth: int, x: Tensor) -> Tensor:
+        """A gradient at what the first matrix takes as a partial one at all of it."""
+        return x
+
+    def into_output(self, layer: int, depth: int, x: Tensor) -> Tensor:
+        """An error at a matrix' output on its way back into the process's part of the matrix."""
+        return x
+
+    def sum_at_output(self, layer: int, depth: int, x: Tensor) -> Tensor:
+        """The output of a matrix, summed where the process has a term of it."""
+        return x
+
+    def sum_at_input(self, layer: int, depth: int, x: Tensor) -> Tensor:
+        """The error at the input of a matrix, summed where the process has a term of it."""
+        return x
+
+    def sum_of_inputs(self, layer: int, depth: int, x: Tensor) -> Tensor:
+        """A sum over the channels of a matrix' input (dot products), over all of them."""
+        return x
+
+    def sum_of_outputs(self, layer: int, depth: int, x: Tensor) -> Tensor:
+        """A sum over the channels of a matrix' output, over all of them."""
+        return x
+
+    def once(self, x: Tensor) -> Tensor:
+        """Something whole as a partial one."""
+        return x
+
+    def mean(self, mean: Tensor) -> Tensor:
+        """A mean over whole matrices from that over the process's parts."""
+        return mean
+
+    def sum_all(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Partial tensors of one dtype, summed at once."""
+        return tensors
+
+
+WHOLE = WholeMatrices()
 
 
 @dataclass(frozen=True)
@@ -27,14 +107,13 @@ class Network:
         residual_norm: Add the input to the layer-normed output of the MLP.
         norm_weight: (H, D) scale of the LayerNorm, an outer parameter; None is 1. See `for_memories`.
         norm_bias: (H, D) shift of the LayerNorm; None is 0.
-        share: The process's part of the fast weights; None is all. With one, matrices and what lies between them are
-            parts as sharing.py says, and errors and gradients with them.
+        shard: What the process holds of the matrices.
     """
 
     residual_norm: bool
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
-    share: Share | None = None
+    shard: WholeMatrices = field(default=WHOLE)
 
     def for_memories(self, batch: int) -> "Network":
         """The same with scale and shift (N, 1, D) for N = batch * H memories in one axis."""
@@ -42,27 +121,7 @@ class Network:
             None if x is None else x.expand(batch, *x.shape).flatten(0, 1).unsqueeze(1)
             for x in (self.norm_weight, self.norm_bias)
         )
-        return Network(self.residual_norm, weight, bias, self.share)
-
-    def for_chunks(self, chunks: int) -> "Network":
-        """From scale and shift for N memories those for the same memories in g chunks, (g N, 1, D)."""
-        weight, bias = (None if x is None else x.repeat(chunks, 1, 1) for x in (self.norm_weight, self.norm_bias))
-        return Network(self.residual_norm, weight, bias, self.share)
-
-
-@dataclass
-class Trace:
-    """One forward pass of N memories, kept for the back-propagation of its error.
-
-    Attributes:
-        inputs: For each matrix its input h, (N, b, d_in).
-        hidden: For each matrix but the last its output before the GELU, (N, b, d_out).
-        normed: LayerNorm of the last matrix' output.
-    """
-
-    inputs: list[Tensor]
-    hidden: list[Tensor]
-    normed: "Normed"
+        return Network(self.residual_norm, weight, bias, self.shard)
 
 
 class Normed(NamedTuple):
@@ -87,6 +146,38 @@ class Normed(NamedTuple):
         )[0]
 
 
+class WrittenOutNormed(Normed):
+    """LayerNorm in operations that autograd differentiates twice; torch's own hides its derivative by the deviation."""
+
+    @classmethod
+    def of(cls, raw: Tensor) -> "WrittenOutNormed":
+        """LayerNorm of raw (..., D)."""
+        mean = raw.mean(-1, keepdim=True)
+        centred = raw - mean
+        inverse_std = (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
+        return cls(raw, centred * inverse_std, mean, inverse_std)
+
+    def gradient(self, value_gradient: Tensor) -> Tensor:
+        """See Normed."""
+        along = (value_gradient * self.value).mean(-1, keepdim=True)
+        return self.inverse_std * (value_gradient - value_gradient.mean(-1, keepdim=True) - along * self.value)
+
+
+@dataclass
+class Trace:
+    """One forward pass of N memories, kept for the back-propagation of its error.
+
+    Attributes:
+        inputs: For each matrix its input h, (N, b, d_in).
+        hidden: For each matrix but the last its output before the GELU, (N, b, d_out).
+        normed: LayerNorm of the last matrix' output.
+    """
+
+    inputs: list[Tensor]
+    hidden: list[Tensor]
+    normed: Normed
+
+
 class Errors(NamedTuple):
     """What back-propagation finds, by matrix.
 
@@ -101,20 +192,29 @@ class Errors(NamedTuple):
 
 def forward(network: Network, weights: list[Tensor], x: Tensor) -> Trace:
     """The MLP and its LayerNorm for x (N, b, D) and weights of (N, d_in, d_out)."""
-    share, depth = network.share, len(weights)
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-    for layer, weight in enumerate(weights):
-        inputs.append(into_input(share, layer, depth, F.gelu(outputs[-1]) if layer else x))
-        outputs.append(sum_at_output(share, layer, depth, torch.bmm(inputs[-1], weight)))
-    return Trace(inputs, outputs[:-1], normalise(network, outputs[-1]))
+    inputs, hidden = up_to_last(network, weights, x)
+    depth = len(weights)
+    raw = network.shard.sum_at_output(depth - 1, depth, torch.bmm(inputs[-1], weights[-1]))
+    return Trace(inputs, hidden, normalise(network, raw))
+
+
+def up_to_last(network: Network, weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Trace.inputs and Trace.hidden: the MLP without the product of its last matrix."""
+    shard, depth = network.shard, len(weights)
+    inputs, hidden = [shard.into_input(0, depth, x)], list[Tensor]()
+    for layer, weight in enumerate(weights[:-1]):
+        hidden.append(shard.sum_at_output(layer, depth, torch.bmm(inputs[-1], weight)))
+        inputs.append(shard.into_input(layer + 1, depth, F.gelu(hidden[-1])))
+    return inputs, hidden
 
 
 def normalise(network: Network, raw: Tensor) -> Normed:
     """LayerNorm without scale and shift of the MLP's output (N, b, D); a plain network's output stays as it is."""
     if not network.residual_norm:
         return Normed(raw, raw, raw, raw)
-    return Normed(raw, *torch.native_layer_norm(raw, raw.shape[-1:], None, None, LAYER_NORM_EPS))
+    eps = LAYER_NORM_EPS * _SMALLER**2
+    value, mean, inverse_std = torch.native_layer_norm(raw * _SMALLER, raw.shape[-1:], None, None, eps)
+    return Normed(raw, value, mean / _SMALLER, inverse_std * _SMALLER)
 
 
 def answer(network: Network, x: Tensor, normed: Tensor) -> Tensor:
@@ -126,68 +226,26 @@ def answer(network: Network, x: Tensor, normed: Tensor) -> Tensor:
     return x + normed if network.norm_bias is None else x + network.norm_bias + normed
 
 
+def answer_error(network: Network, keys: Tensor, values: Tensor, normed: Tensor) -> Tensor:
+    """Gradient of |M(k) - v|^2 at the answer M(k)."""
+    return LOSS_SLOPE * (answer(network, keys, normed) - values)
+
+
 def back_propagate(network: Network, weights: list[Tensor], trace: Trace, error: Tensor) -> Errors:
     """Errors at the output of each matrix for the error (N, b, D) of M(x); scale is (N, 1, D)."""
-    if not network.residual_norm:
-        return _through_matrices(network, weights, trace.hidden, error)
-    return _through_matrices(network, weights, trace.hidden, trace.normed.gradient(scaled(network, error)))
-
-
-def reach(network: Network, weights: list[Tensor], trace: Trace, error: Tensor, errors: Errors) -> Errors:
-    """What back_propagate finds when LayerNorm only scales: how far the network carries an error of any direction.
-
-    LayerNorm's derivative removes two directions, among them that of its own output. Just there the error points once
-    an answer is as good as LayerNorm lets it be, and then what back_propagate finds says nothing about the others.
-
-    Args:
-        network: As for back_propagate, like weights, trace and error.
-        errors: What back_propagate has found; a plain network's reach is the same.
-    """
-    if not network.residual_norm:
-        return errors
-    return _through_matrices(network, weights, trace.hidden, trace.normed.inverse_std * scaled(network, error))
-
-
-def back_propagate_and_reach(
-    network: Network, weights: list[Tensor], trace: Trace, error: Tensor
-) -> tuple[Errors, Errors]:
-    """back_propagate and reach together, in products of twice the rows."""
-    if not network.residual_norm:
-        errors = back_propagate(network, weights, trace, error)
-        return errors, errors
-    size, sent = error.shape[1], scaled(network, error)
-    both = torch.cat([trace.normed.gradient(sent), trace.normed.inverse_std * sent], 1)
-    arriving, deltas = [], [both]
-    for layer in reversed(range(1, len(weights))):
-        arriving.append(_arriving(network, weights, layer, deltas[-1]))
-        z = trace.hidden[layer - 1]
-        slope = gelu_gradient(z.new_ones(()).expand_as(z), z)
-        deltas.append((arriving[-1].unflatten(1, (2, size)) * slope.unsqueeze(1)).flatten(1, 2))
-    halves = [
-        Errors([x[:, half] for x in arriving[::-1]], [x[:, half] for x in deltas[::-1]])
-        for half in (slice(size), slice(size, None))
-    ]
-    return halves[0], halves[1]
+    delta = trace.normed.gradient(scaled(network, error)) if network.residual_norm else error
+    shard, depth = network.shard, len(weights)
+    arriving, deltas = [], [delta]
+    for layer in reversed(range(1, depth)):
+        delta = shard.into_output(layer, depth, deltas[-1])
+        arriving.append(shard.sum_at_input(layer, depth, torch.bmm(delta, weights[layer].transpose(1, 2))))
+        deltas.append(gelu_gradient(arriving[-1], trace.hidden[layer - 1]))
+    return Errors(arriving[::-1], deltas[::-1])
 
 
 def scaled(network: Network, x: Tensor) -> Tensor:
     """x times LayerNorm's scale."""
     return x if network.norm_weight is None else x * network.norm_weight
-
-
-def _through_matrices(network: Network, weights: list[Tensor], hidden: list[Tensor], delta: Tensor) -> Errors:
-    arriving, deltas = [], [delta]
-    for layer in reversed(range(1, len(weights))):
-        arriving.append(_arriving(network, weights, layer, deltas[-1]))
-        deltas.append(gelu_gradient(arriving[-1], hidden[layer - 1]))
-    return Errors(arriving[::-1], deltas[::-1])
-
-
-def _arriving(network: Network, weights: list[Tensor], layer: int, delta: Tensor) -> Tensor:
-    """The error at the input of a matrix for the one at its output."""
-    share, depth = network.share, len(weights)
-    delta = into_output(share, layer, depth, delta)
-    return sum_at_input(share, layer, depth, torch.bmm(delta, weights[layer].transpose(1, 2)))
 
 
 def initial_weights(
@@ -212,16 +270,6 @@ def initial_std(residual_norm: bool, depth: int, d_in: int) -> float:
     if residual_norm:
         return 1.0
     return 0.0 if depth == 1 else 1.0 / math.sqrt(d_in)
-
-
-def smallest_rms(residual_norm: bool, depth: int, d_in: int) -> float:
-    """Root mean square below which a matrix is led back to its initial weights.
-
-    An empty network cannot learn again: the gradient at each of several matrices is a product of the others, and a
-    LayerNorm has no derivative where its input vanishes. With all matrices at the floor that product is an eighth of
-    what it was at first. A single plain matrix has neither trouble and may vanish.
-    """
-    return initial_std(residual_norm, depth, d_in) * 8.0 ** (-1.0 / max(depth - 1, 1))
 
 
 def gelu_gradient(gradient: Tensor, z: Tensor) -> Tensor:

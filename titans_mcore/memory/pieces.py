@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .accelerated import fused_scan
-from .channelwise import channelwise_scan
-from .checkpointed import chunked_scan
-from .coefficients import by_channel
-from .looks import Looks, Matrices, scan_and_look
+from .checkpoint import chunk_scan
+from .fused import fused_scan
+from .general import Memories, flat, general_scan, work_out
+from .inputs import Matrices, MemoryState, OpenChunk, Tokens
+from .layout import Chunks, PackedRows
+from .naive import naive_scan
 from .network import Network
-from .packing import Chunks, PackedRows
-from .recurrence import recurrent_scan
-from .state import MemoryState, OpenChunk
+from .probe import Probe, Scan, probe_chunk, scan_and_probe
+from .rule import Rule
 
 
 @dataclass(frozen=True)
@@ -21,100 +21,167 @@ class Memory:
     """What does not change along a sequence.
 
     Attributes:
-        network: The memory network, and the process's part of it.
+        network: The memory network, and what the process holds of it.
+        rule: The rule of its updates.
         initial: L of (H, d_in, d_out), the learned M_0 or the process's parts of it.
         chunk_size: Tokens b of a chunk.
         backend: The scan that is used, "chunked", "fused" or "oracle".
-        looks: Chunks that are looked at on the way; None for none.
+        probe: Chunks that are looked at on the way; None for none.
     """
 
     network: Network
+    rule: Rule
     initial: list[Tensor]
     chunk_size: int
     backend: str
-    looks: Looks | None = None
+    probe: Probe | None = None
 
     def scan(
-        self, tokens: list[Tensor], start: Matrices, chunks: Chunks, fresh: Matrices | None = None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Run chunks; see checkpointed.chunked_scan. The oracle takes those without documents or empty slots."""
-        if self.looks is None:
-            return self._scan(tokens, start, chunks, fresh)
-        return scan_and_look(self.looks, self._scan, self.network, self.initial, tokens, start, chunks, fresh)
-
-    def _scan(
-        self, tokens: list[Tensor], start: Matrices, chunks: Chunks, fresh: Matrices | None
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        self, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
+    ) -> tuple[Tensor, Matrices]:
+        """Run chunks; see checkpoint.chunk_scan. The oracle takes those without documents or empty slots."""
+        scan: Scan = chunk_scan
         if self.backend == "oracle":
-            return recurrent_scan(self.network, tokens, *start, self.initial, self.chunk_size)
-        scan = chunked_scan
-        if self.backend == "fused":
+            scan = _naive
+        elif self.backend == "fused":
             scan = fused_scan
-        elif by_channel(tokens, len(self.initial)):
-            scan = channelwise_scan
-        return scan(self.network, tokens, *start, self.initial, chunks, fresh)
+        elif self.rule.exact or isinstance(tokens.alpha, list):
+            scan = general_scan
+        arguments = self.network, self.rule, tokens, start, self.initial, chunks, fresh
+        return scan(*arguments) if self.probe is None else scan_and_probe(self.probe, scan, *arguments)
+
+    def look(self, tokens: Tokens, start: Matrices) -> None:
+        """At a chunk that was scanned token by token and is full."""
+        if self.probe is not None:
+            chunk = Chunks(self.chunk_size)
+            self.probe.tell(probe_chunk(self.network, self.rule, tokens, start, self.initial, chunk))
+
+    def memories(self, batch: int) -> Memories:
+        """For chunks that are still open."""
+        return Memories.of(self.network, self.rule, self.initial, batch)
 
 
-def scan_whole(memory: Memory, tokens: list[Tensor], state: MemoryState) -> tuple[Tensor, MemoryState]:
-    """A piece in which every row goes on with one sequence; tokens as for recurrent_scan."""
-    start, opened = (state.weights, state.momentum), 0
-    if (chunk := state.open_chunk) is not None:
-        start, opened, tokens = (chunk.weights, chunk.momentum), chunk.tokens[0].shape[1], _behind(chunk, tokens)
-    length = tokens[0].shape[1]
-    whole = length // memory.chunk_size * memory.chunk_size
-    reads = []
+def _naive(
+    network: Network, rule: Rule, tokens: Tokens, start: Matrices, initial: list[Tensor], *_: object
+) -> tuple[Tensor, Matrices]:
+    """The oracle where another scan may stand."""
+    return naive_scan(network, rule, tokens, start, initial)
+
+
+def scan_whole(memory: Memory, tokens: Tokens, state: MemoryState, *, close: bool) -> tuple[Tensor, MemoryState]:
+    """A piece in which every row goes on with one sequence; with `close` it is the last one before a border."""
+    reads, matrices, opened = [], state.matrices, state.open_chunk
+    length, begun = tokens.keys.shape[1], 0 if opened is None else opened.tokens.keys.shape[1]
+    done = 0
+    if begun:
+        done = min(length, memory.chunk_size - begun)
+        read, state = _go_on(memory, tokens.span(0, done), state, ends=close and done == length)
+        reads.append(read)
+        matrices = state.matrices
+    whole = (length - done) // memory.chunk_size * memory.chunk_size
     if whole:
-        read, weights, momentum = memory.scan([x[:, :whole] for x in tokens], start, Chunks(memory.chunk_size))
+        read, matrices = memory.scan(tokens.span(done, done + whole), matrices, Chunks(memory.chunk_size))
         reads.append(read)
-        start = weights, momentum
-    end = MemoryState(*start)
-    if whole < length:
-        rest = [x[:, whole:] for x in tokens]
-        read, weights, momentum = memory.scan(rest, start, Chunks(length - whole, closed=False))
+        done += whole
+        state = MemoryState(matrices.weights, matrices.momentum)
+    if done < length:
+        rest, state = tokens.span(done, length), MemoryState(matrices.weights, matrices.momentum)
+        if close:
+            read, matrices = memory.scan(rest, matrices, Chunks(length - done, closed=False))
+            state = MemoryState(matrices.weights, matrices.momentum)
+        else:
+            read, state = _go_on(memory, rest, state, ends=False)
         reads.append(read)
-        end = MemoryState(weights, momentum, OpenChunk(*start, rest[1:]))
-    return torch.cat(reads, 1)[:, opened:], end
+    return torch.cat(reads, 1), state
+
+
+def _go_on(memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
+    """Tokens that do not reach beyond the open chunk; `ends` ends it where it stands."""
+    opened, start = state.open_chunk, state.matrices
+    together = tokens if opened is None else tokens.behind(opened.tokens)
+    full = together.keys.shape[1] == memory.chunk_size
+    if memory.backend == "oracle":
+        read, after = memory.scan(together, start, Chunks(together.keys.shape[1], closed=full))
+        read = read[:, -tokens.keys.shape[1] :]
+        chunk = OpenChunk(together)
+    else:
+        batch, heads = tokens.keys.shape[0], tokens.keys.shape[2]
+        wide = tokens.map(lambda x: x.to(start.weights[0].dtype))
+        by_memory, matrices = wide.map(_split), flat(start)
+        before = None
+        if opened is not None:
+            assert opened.inputs is not None
+            assert opened.deltas is not None
+            assert opened.steps is not None
+            before = OpenChunk(
+                opened.tokens.map(_split),
+                [x.flatten(0, 1) for x in opened.inputs],
+                [x.flatten(0, 1) for x in opened.deltas],
+                _split(opened.steps),
+            )
+        work = work_out(memory.memories(batch), by_memory, matrices, earlier=before)
+        read = _join(work.read(by_memory.queries, matrices), batch).to(tokens.queries.dtype)
+        if full or ends:
+            after = work.end(matrices).map(lambda x: x.unflatten(0, (batch, heads)))
+            if full:
+                memory.look(together, start)
+                after = after.map(lambda x: memory.rule.into_shell(x, memory.network.shard.differentiable()))
+        inputs, deltas = ([x.unflatten(0, (batch, heads)) for x in xs] for xs in (work.inputs, work.deltas))
+        chunk = OpenChunk(together, inputs, deltas, _join(work.steps, batch))
+    if full or ends:
+        return read, MemoryState(after.weights, after.momentum)
+    return read, MemoryState(start.weights, start.momentum, chunk)
+
+
+def _split(x: Tensor) -> Tensor:
+    """(B, T, H, F) to (N, T, F)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _join(x: Tensor, batch: int) -> Tensor:
+    """Back from _split."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def scan_packed(
-    memory: Memory, tokens: list[Tensor], state: MemoryState, first: MemoryState, rows: PackedRows | None
+    memory: Memory, tokens: Tokens, state: MemoryState, first: Matrices, rows: PackedRows | None
 ) -> tuple[Tensor, MemoryState]:
-    """A piece of packed or padded rows; a document begins in the state `first`."""
-    rows, opened = rows or PackedRows(real=_all(tokens[0])), 0
-    start: Matrices = (state.weights, state.momentum)
+    """A piece of packed or padded rows; a document begins in `first`."""
+    rows, opened = rows or PackedRows(real=_all(tokens)), 0
+    start = state.matrices
     if (chunk := state.open_chunk) is not None:
-        there = _all(chunk.tokens[0]) if chunk.real is None else chunk.real
-        rows, start = rows.after(there), (chunk.weights, chunk.momentum)
-        opened, tokens = there.shape[1], _behind(chunk, tokens)
-    packing = rows.packing(memory.chunk_size, tokens[0].device)
+        there = _all(chunk.tokens) if chunk.real is None else chunk.real
+        rows, opened, tokens = rows.after(there), there.shape[1], tokens.behind(chunk.tokens)
+    packing = rows.packing(memory.chunk_size, tokens.keys.device)
     reads = []
     if packing.closed is not None:
-        laid = [packing.closed.lay(x) for x in tokens]
-        read, weights, momentum = memory.scan(laid, start, packing.closed.chunks, (first.weights, first.momentum))
+        read, start = memory.scan(tokens.map(packing.closed.lay), start, packing.closed.chunks, first)
         reads.append(read)
-        start = weights, momentum
     if packing.begins_open:
-        start = _where(packing.restarts, (first.weights, first.momentum), start)
-    end = MemoryState(*start)
+        begins = packing.restarts[:, None, None, None]
+        start = first.joined(start, lambda a, b: torch.where(begins, a, b))
+    end = MemoryState(start.weights, start.momentum)
     if packing.open is not None:
-        laid = [packing.open.lay(x) for x in tokens]
-        read, weights, momentum = memory.scan(laid, start, packing.open.chunks)
+        laid = tokens.map(packing.open.lay)
+        if packing.open.chunks.counts is None:  # every row holds as many: they go on like whole rows
+            read, end = _go_on(memory, laid, end, ends=False)
+        else:
+            read, _ = memory.scan(laid, start, packing.open.chunks)
+            end.open_chunk = OpenChunk(laid, real=packing.open.filled)
         reads.append(read)
-        real = None if packing.open.chunks.counts is None else packing.open.filled
-        end = MemoryState(weights, momentum, OpenChunk(*start, laid[1:], real))
     if not reads:  # nothing but padding
-        return torch.zeros_like(tokens[0])[:, opened:], state
+        return torch.zeros_like(tokens.queries)[:, opened:], state
     return packing.collect(torch.cat(reads, 1))[:, opened:], end
 
 
 def scan_rows_apart(
-    memory: Memory, tokens: list[Tensor], state: MemoryState, first: MemoryState, rows: PackedRows | None
+    memory: Memory, tokens: Tokens, state: MemoryState, first: Matrices, rows: PackedRows | None
 ) -> tuple[Tensor, MemoryState]:
     """What scan_packed has to equal: every document of every row by itself, without what is not real."""
-    batch, length = tokens[0].shape[:2]
+    batch, length = tokens.keys.shape[:2]
     starts = torch.zeros(batch, length, dtype=torch.bool) if rows is None or rows.starts is None else rows.starts
-    real = _all(tokens[0]) if rows is None or rows.real is None else rows.real
-    reads, ends = torch.zeros_like(tokens[0]), []
+    real = _all(tokens) if rows is None or rows.real is None else rows.real
+    reads, ends = torch.zeros_like(tokens.queries), []
     for row in range(batch):
         now = _row(state, row)
         for document in range(int(starts[row].sum()) + 1):
@@ -122,43 +189,30 @@ def scan_rows_apart(
             if not len(places):
                 continue
             if document:
-                now = _row(first, row)
-            read, now = scan_whole(memory, [x[row : row + 1, places] for x in tokens], now)
+                begun = first.map(lambda x, row=row: x[row : row + 1])  # type: ignore[misc]
+                now = MemoryState(begun.weights, begun.momentum)
+            here = tokens.map(lambda x, row=row, places=places: x[row : row + 1, places])  # type: ignore[misc]
+            read, now = scan_whole(memory, here, now, close=False)
             reads = reads.index_put((torch.tensor(row), places), read[0])
         ends.append(now)
     return reads, _in_one(ends)
 
 
-def _behind(chunk: OpenChunk, tokens: list[Tensor]) -> list[Tensor]:
-    """The tokens of a piece behind those of the open chunk, whose queries have read already."""
-    earlier = [torch.zeros_like(chunk.tokens[0]), *chunk.tokens]
-    return [torch.cat([old.to(new.dtype), new], 1) for old, new in zip(earlier, tokens, strict=True)]
-
-
-def _all(x: Tensor) -> Tensor:
-    """A mask for all tokens of x (B, T, ...)."""
-    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-
-
-def _where(rows: Tensor, there: Matrices, elsewhere: Matrices) -> Matrices:
-    """States of these rows (B,) from one, of the others from the other."""
-    mask = rows[:, None, None, None]
-    weights, momentum = (
-        [torch.where(mask, a, b) for a, b in zip(*both, strict=True)] for both in zip(there, elsewhere, strict=True)
-    )
-    return weights, momentum
+def _all(tokens: Tokens) -> Tensor:
+    """A mask for all tokens."""
+    return torch.ones(tokens.keys.shape[:2], dtype=torch.bool, device=tokens.keys.device)
 
 
 def _row(state: MemoryState, row: int) -> MemoryState:
     """One row of a state, its open chunk without empty places."""
     one = state.map(lambda x: x[row : row + 1])
-    if one.open_chunk is None or one.open_chunk.real is None:
+    if one.open_chunk is None:
         return one
-    chunk, there = one.open_chunk, one.open_chunk.real[0]
-    if not there.any():
-        return MemoryState(chunk.weights, chunk.momentum)
-    tokens = [x[:, there] for x in chunk.tokens]
-    return MemoryState(one.weights, one.momentum, OpenChunk(chunk.weights, chunk.momentum, tokens))
+    chunk, there = one.open_chunk, one.open_chunk.real
+    tokens = chunk.tokens if there is None else chunk.tokens.map(lambda x: x[:, there[0]])
+    if not tokens.keys.shape[1]:
+        return MemoryState(one.weights, one.momentum)
+    return MemoryState(one.weights, one.momentum, OpenChunk(tokens))
 
 
 def _in_one(rows: list[MemoryState]) -> MemoryState:
@@ -168,19 +222,18 @@ def _in_one(rows: list[MemoryState]) -> MemoryState:
         return [torch.cat(column) for column in zip(*matrices, strict=True)]
 
     weights, momentum = stack([x.weights for x in rows]), stack([x.momentum for x in rows])
-    if all(x.open_chunk is None for x in rows):
+    begun = [x.open_chunk.tokens for x in rows if x.open_chunk is not None]
+    if not begun:
         return MemoryState(weights, momentum)
-    # A row without an open chunk goes on from where it stands.
-    begun = [x.open_chunk or x for x in rows]
-    like = next(x.open_chunk for x in rows if x.open_chunk is not None)
-    held = [[x[:, :0] for x in like.tokens] if row.open_chunk is None else row.open_chunk.tokens for row in rows]
-    counts = torch.tensor([tokens[0].shape[1] for tokens in held])
+    held = [begun[0].span(0, 0) if x.open_chunk is None else x.open_chunk.tokens for x in rows]
+    counts = torch.tensor([tokens.keys.shape[1] for tokens in held])
     longest = int(counts.max())
 
     def padded(x: Tensor) -> Tensor:
         return torch.cat([x, x.new_zeros(1, longest - x.shape[1], *x.shape[2:])], 1)
 
-    tokens = stack([[padded(x) for x in tokens] for tokens in held])
+    columns = [torch.cat(column) for column in zip(*(x.map(padded).tensors() for x in held), strict=True)]
+    left = iter(columns)
+    tokens = begun[0].map(lambda _: next(left))
     real = None if bool((counts == longest).all()) else torch.arange(longest) < counts.unsqueeze(1)
-    chunk = OpenChunk(stack([x.weights for x in begun]), stack([x.momentum for x in begun]), tokens, real)
-    return MemoryState(weights, momentum, chunk)
+    return MemoryState(weights, momentum, OpenChunk(tokens, real=real))

@@ -1,17 +1,19 @@
 """memory_scan: the one entrance to the memory, for training, streaming and the exported model."""
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .accelerated import why_not_fused
-from .looks import Looks
-from .network import Network, answer, forward
-from .packing import PackedRows
+from .fused import why_not_fused
+from .inputs import Matrices, MemoryState, Tokens
+from .layout import PackedRows
+from .network import WHOLE, Network, WholeMatrices, answer, forward
 from .pieces import Memory, scan_packed, scan_rows_apart, scan_whole
-from .sharing import Share, count_of, split_axis, whole_shape
-from .state import MemoryState
+from .probe import Probe
+from .rule import RULES, Rule
 
 NETWORKS = ("residual_norm", "plain")
 BACKENDS = ("auto", "chunked", "fused", "oracle")
@@ -29,18 +31,22 @@ def memory_scan(
     network: str = "residual_norm",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    rule: str = "stable",
+    forgets: bool = True,
     chunk_size: int = 16,
     state: MemoryState | None = None,
     start: MemoryState | None = None,
     rows: PackedRows | None = None,
+    close: bool = False,
     backend: str = "auto",
-    share: Share | None = None,
-    looks: Looks | None = None,
+    shard: WholeMatrices = WHOLE,
+    probe: Probe | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Run the neural memory over a piece of a sequence: every token writes, then reads (paper, section 3.1).
 
-    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2, M_t = (1 - alpha_t) M_{t-1} + S_t, y_t = M_t(q_t), gradients
-    taken at the weights of the chunk's start, steps bounded as STABILITY.md says. A sequence gives the same reads
+    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2, M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t,
+    y_t = M_t(q_t), gradients taken at the weights of the chunk's start. Forgetting leads to M_0 in the "stable" rule,
+    to zero in the "literal" one; rule.py says what else the stable one does. A sequence gives the same reads
     whether it comes in one piece or in many, wherever they are cut; a document the same reads and gradients whatever
     stands beside it in its row. Tokens that are not real neither write nor decay, and read zeros.
 
@@ -54,16 +60,19 @@ def memory_scan(
         network: "residual_norm" for x + LayerNorm(MLP(x)), "plain" for the MLP alone.
         norm_weight: LayerNorm's scale (H, D); None is 1. residual_norm only, like norm_bias.
         norm_bias: LayerNorm's shift (H, D); None is 0.
+        rule: "stable" or "literal", the paper's chunk rule and nothing else.
+        forgets: Whether any alpha may be other than 0; without, products are saved.
         chunk_size: Tokens b that share the point at which their gradients are taken.
         state: What an earlier piece of the same sequences returned; None begins as `start` says.
         start: State in which a document begins, for B rows or 1, without an open chunk; None is M_0 without momentum.
         rows: Which tokens begin documents and which are padding; None if the rows hold one sequence each.
+        close: End the chunk that the last token stands in, so that the next token begins another. Not with rows.
         backend: "chunked" is the dual form, "fused" the same in Triton kernels, "oracle" the literal loop, "auto" the
-            fastest that fits: on a GPU fused, for up to two matrices and forgetting by head, else chunked.
-        share: The process's part of memories that several hold together: weights and states are its parts, matrix by
-            matrix cut along split_axis, and so are their gradients; the rest, and every other gradient, is whole and
-            equal on all. Chunked only; every process makes the same calls.
-        looks: Chunks to be looked at on the way. To be differentiated, scan without.
+            fastest that fits: on a GPU fused, where fused.why_not_fused has no reason against it, else chunked.
+        shard: The process's part of memories that several hold together: weights and states are its parts, and so are
+            their gradients; the rest, and every other gradient, is whole and equal on all. Chunked only; every process
+            makes the same calls.
+        probe: Chunks to be looked at on the way. To be differentiated, scan without.
 
     Returns:
         The reads (B, T, H, D) in the queries' dtype, and the state after the last token. The computation and the state
@@ -73,23 +82,32 @@ def memory_scan(
         ValueError: An argument does not fit; the message names it, what came and what is allowed.
     """
     weights = list(weights)
-    forget = [alpha] if isinstance(alpha, Tensor) else list(alpha)
-    _check_settings(network, norm_weight, norm_bias, chunk_size, backend, queries)
-    _check_shapes(queries, keys, values, weights, share)
-    _check_gates(theta, eta, alpha, queries, weights, share)
-    _check_rows(rows, start, queries)
+    _check_settings(network, norm_weight, norm_bias, rule, chunk_size, backend, queries)
+    _check_shapes(queries, keys, values, weights, shard)
+    _check_gates(theta, eta, alpha, queries, weights, shard)
+    _check_rows(rows, start, queries, close)
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), share)
+    residual_norm = network == "residual_norm"
+    net = Network(residual_norm, _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard)
     weights = [w.to(dtype) for w in weights]
-    first = _first_state(weights if start is None else start, queries.shape[0], dtype)
-    backend = _chosen(backend, queries, weights, chunk_size, share, channelwise=not isinstance(alpha, Tensor))
-    memory = Memory(net, weights, chunk_size, backend, looks)
+    kind = Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets)
+    backend = _chosen(backend, queries, weights, chunk_size, kind, shard, channelwise=not isinstance(alpha, Tensor))
+    memory = Memory(net, kind, weights, chunk_size, backend, probe)
     wide = queries.dtype if backend == "fused" else dtype
-    tokens = [*(x.to(wide) for x in (queries, keys, values)), *(x.to(dtype) for x in (theta, eta, *forget))]
-    state = first if state is None else state
+    tokens = Tokens(
+        queries.to(wide),
+        keys.to(wide),
+        values.to(wide),
+        theta.to(dtype),
+        eta.to(dtype),
+        alpha.to(dtype) if isinstance(alpha, Tensor) else [x.to(dtype) for x in alpha],
+    )
+    first = _first_state(weights if start is None else start, queries.shape[0], dtype)
+    if state is None:
+        state = MemoryState(first.weights, first.momentum)
     packed = rows is not None or (state.open_chunk is not None and state.open_chunk.real is not None)
     if not packed:
-        reads, end = scan_whole(memory, tokens, state)
+        reads, end = scan_whole(memory, tokens, state, close=close)
     elif backend == "oracle":
         reads, end = scan_rows_apart(memory, tokens, state, first, rows)
     else:
@@ -104,21 +122,22 @@ def memory_read(
     network: str = "residual_norm",
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
-    share: Share | None = None,
+    shard: WholeMatrices = WHOLE,
 ) -> Tensor:
     """Retrieve without updating, M(q) (paper, equation 15).
 
     Args:
         queries: (B, T, H, D), any floating dtype.
         weights: State of a memory, L matrices of (B, H, d_in, d_out), or (H, d_in, d_out) for all rows.
-        network: As for memory_scan, like norm_weight, norm_bias and share.
+        network: As for memory_scan, like norm_weight, norm_bias and shard.
 
     Returns:
         (B, T, H, D) in the queries' dtype, computed in float32 at least.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    share = None if share is None else share.differentiable()
-    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), share)
+    net = Network(
+        network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard.differentiable()
+    )
     batch, _, heads, _ = queries.shape
     rows = net.for_memories(batch)
     flat = [w.to(dtype).expand(batch, *w.shape[-3:]).flatten(0, 1) for w in weights]
@@ -128,25 +147,40 @@ def memory_read(
 
 
 def _chosen(
-    backend: str, queries: Tensor, weights: list[Tensor], chunk_size: int, share: Share | None, *, channelwise: bool
+    backend: str,
+    queries: Tensor,
+    weights: list[Tensor],
+    chunk_size: int,
+    rule: Rule,
+    shard: WholeMatrices,
+    *,
+    channelwise: bool,
 ) -> str:
     """The backend that "auto" means here."""
-    if backend == "oracle" and share is not None:
-        raise ValueError("the oracle computes whole memories, not parts of them; use backend 'chunked' with a share")
+    sharded = shard.parts > 1
+    if backend == "oracle" and sharded:
+        raise ValueError("the oracle computes whole memories, not parts of them; use backend 'chunked' with a shard")
     if backend in ("chunked", "oracle") or (backend == "auto" and not queries.is_cuda):
         return "chunked" if backend == "auto" else backend
-    reason = why_not_fused(queries, weights, chunk_size, channelwise=channelwise, shared=share is not None)
+    reason = why_not_fused(queries, weights, chunk_size, rule, channelwise=channelwise, sharded=sharded)
     if reason and backend == "fused":
         raise ValueError(f"backend is 'fused'; {reason}")
+    if reason:
+        _say_once(f"memory: on a GPU, but not fused, and slower for it: {reason}")
     return "chunked" if reason else "fused"
 
 
-def _first_state(first: list[Tensor] | MemoryState, batch: int, dtype: torch.dtype) -> MemoryState:
+@cache
+def _say_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
+
+
+def _first_state(first: list[Tensor] | MemoryState, batch: int, dtype: torch.dtype) -> Matrices:
     """The state in which a document begins, for every row."""
     if isinstance(first, MemoryState):
-        return first.map(lambda x: x.to(dtype).expand(batch, *x.shape[1:]))
+        return first.matrices.map(lambda x: x.to(dtype).expand(batch, *x.shape[1:]))
     weights = [w.expand(batch, *w.shape) for w in first]
-    return MemoryState(weights, [torch.zeros_like(w) for w in weights])
+    return Matrices(weights, [torch.zeros_like(w) for w in weights])
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -157,10 +191,13 @@ def _check_settings(
     network: str,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    rule: str,
     chunk_size: int,
     backend: str,
     queries: Tensor,
 ) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")
     if network not in NETWORKS:
         raise ValueError(f"network is {network!r}; it must be one of {', '.join(NETWORKS)}")
     if backend not in BACKENDS:
@@ -176,7 +213,7 @@ def _check_settings(
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (H, D) = {tuple(queries.shape[2:])}")
 
 
-def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor], share: Share | None) -> None:
+def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor], shard: WholeMatrices) -> None:
     if queries.dim() != 4 or not queries.is_floating_point() or not queries.shape[1]:
         raise ValueError(
             f"queries are {queries.dtype} of shape {tuple(queries.shape)}; floating point (B, T >= 1, H, D) is needed"
@@ -189,19 +226,20 @@ def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, weights: list[T
             raise ValueError(
                 f"{name} have shape {tuple(tensor.shape)}, the queries {tuple(queries.shape)}; make them equal"
             )
-    if width % count_of(share):
-        raise ValueError(f"the memories are {width} wide; {count_of(share)} parts need a multiple of {count_of(share)}")
+    if width % shard.parts:
+        raise ValueError(f"the memories are {width} wide; {shard.parts} parts need a multiple of {shard.parts}")
     d_in, depth = width, len(weights)
     for layer, weight in enumerate(weights):
         last = layer == depth - 1
-        part = d_in // count_of(share) if split_axis(layer, depth) == 1 else d_in
-        if weight.dim() != 3 or weight.shape[:2] != (heads, part) or (last and weight.shape[2] != width):
+        whole = shard.whole_shape(layer, depth, weight.shape) if weight.dim() == 3 else (0, 0)
+        if weight.dim() != 3 or (weight.shape[0], whole[0]) != (heads, d_in) or (last and whole[1] != width):
             end = width if last else "any width"
             raise ValueError(
                 f"weights[{layer}] has shape {tuple(weight.shape)}; "
-                f"it must be (H, d_in, d_out) = ({heads}, {part}, {end})"
+                f"it must be (H, d_in, d_out) = ({heads}, {d_in}, {end})"
+                + (", or the process's part of that" if shard.parts > 1 else "")
             )
-        d_in = whole_shape(share, layer, depth, weight.shape)[1]
+        d_in = whole[1]
 
 
 def _check_gates(
@@ -210,7 +248,7 @@ def _check_gates(
     alpha: Tensor | Sequence[Tensor],
     queries: Tensor,
     weights: list[Tensor],
-    share: Share | None,
+    shard: WholeMatrices,
 ) -> None:
     depth = len(weights)
     wanted = (*queries.shape[:3], depth)
@@ -220,7 +258,7 @@ def _check_gates(
             raise ValueError(f"{name} has shape {tuple(gate.shape)}; it must be (B, T, H, L) = {wanted}")
     if isinstance(alpha, Tensor):
         return
-    widths = [whole_shape(share, layer, depth, weight.shape)[0] for layer, weight in enumerate(weights)]
+    widths = [shard.whole_shape(layer, depth, weight.shape)[0] for layer, weight in enumerate(weights)]
     shapes = [(*queries.shape[:3], width) for width in widths]
     if [tuple(gate.shape) for gate in alpha] != shapes:
         raise ValueError(
@@ -229,8 +267,10 @@ def _check_gates(
         )
 
 
-def _check_rows(rows: PackedRows | None, start: MemoryState | None, queries: Tensor) -> None:
+def _check_rows(rows: PackedRows | None, start: MemoryState | None, queries: Tensor, close: bool) -> None:
     if rows is not None and rows.shape != queries.shape[:2]:
         raise ValueError(f"rows are for {tuple(rows.shape)} tokens; the queries have {tuple(queries.shape[:2])}")
     if start is not None and start.open_chunk is not None:
-        raise ValueError("start has an open chunk; a document begins with a chunk of its own, so drop it (closed())")
+        raise ValueError("start has an open chunk; a document begins with a chunk of its own, so end it (close=True)")
+    if close and rows is not None:
+        raise ValueError("close ends the chunk of whole rows; packed rows end theirs with their documents")

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import Looks, MemoryState, PackedRows, TensorTree, memory_read, memory_scan
-from ..memory.kept_scans import kept
+from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan
+from ..memory.checkpoint import kept
 from ..memory.network import initial_weights
 from .kept import causal_conv
 from .parts import Parts, copy_rows, heads_of, linear, rms_norm, unit_norm
@@ -30,10 +30,6 @@ class NeuralMemoryState(TensorTree):
     query_tail: Tensor
     key_value_tail: Tensor
 
-    def closed(self) -> "NeuralMemoryState":
-        """The same, ready for a document to begin in it: its first token begins a chunk."""
-        return NeuralMemoryState(self.memory.closed(), self.query_tail, self.key_value_tail)
-
 
 class NeuralMemory(nn.Module):
     """Long-term memory of H heads (paper, sections 3.1 and 4.4), each a network of its own.
@@ -50,7 +46,7 @@ class NeuralMemory(nn.Module):
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         memory = parts.memory
-        self.config, self.heads, self.share = config, memory.heads, memory.share
+        self.config, self.heads, self.shard = config, memory.heads, memory.shard
         heads, width = config.memory_shape
         self.query_gate = memory.column(config.dim, 2 * width)  # a head: query, output gate
         # A head: key, value, and its gates.
@@ -82,6 +78,7 @@ class NeuralMemory(nn.Module):
         recall: "Recall | None" = None,
         start: NeuralMemoryState | None = None,
         rows: PackedRows | None = None,
+        close: bool = False,
     ) -> tuple[Tensor, "NeuralMemoryState | Recall"]:
         """Write and read every token of x (B, T, E), which has passed Parts.open() or enter().
 
@@ -94,6 +91,7 @@ class NeuralMemory(nn.Module):
             recall: The memory to read.
             start: State of one row in which a document begins; None is the learned initial memory.
             rows: Documents and padding of the piece; padding stands behind the real tokens.
+            close: End the last chunk, so that documents may begin in the state.
 
         Returns:
             (B, T, heads, D) for MemoryParts.leave(), and the state (or the recall) after the last token.
@@ -106,14 +104,14 @@ class NeuralMemory(nn.Module):
         first = None if start is None else start.query_tail
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
-        reads, memory = kept(lambda: self._scan([queries, keys, values, gates], state, start, rows))
+        reads, memory = kept(self._scan, [queries, keys, values, gates], state, start, rows, close)
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
-    def look(
+    def probe(
         self,
         x: Tensor,
         state: NeuralMemoryState | None,
-        looks: Looks,
+        probe: Probe,
         *,
         start: NeuralMemoryState | None = None,
         rows: PackedRows | None = None,
@@ -122,14 +120,14 @@ class NeuralMemory(nn.Module):
 
         Args:
             x: As for forward, like state, start and rows.
-            looks: Which chunks are looked at.
+            probe: Which chunks are looked at.
 
         Returns:
             theta, eta and alpha of every token, as memory_scan takes them.
         """
         state = _begun(state, start, len(x))
         keys, values, gates, _ = self._keys_values_gates(x, state, rows, start)
-        self._scan([keys, keys, values, gates], state, start, rows, looks)
+        self._scan([keys, keys, values, gates], state, start, rows, probe=probe)
         return self._gates(gates)
 
     def _scan(
@@ -138,7 +136,8 @@ class NeuralMemory(nn.Module):
         state: NeuralMemoryState | None,
         start: NeuralMemoryState | None,
         rows: PackedRows | None,
-        looks: Looks | None = None,
+        close: bool = False,
+        probe: Probe | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """memory_scan over queries, keys, values and gates."""
         queries, keys, values, gates = tokens
@@ -149,12 +148,15 @@ class NeuralMemory(nn.Module):
             *self._gates(gates),
             list(self.initial_weights),
             **self._network(),
+            rule=self.config.memory_rule,
+            forgets=self.config.memory_forgetting,
             chunk_size=self.config.chunk_size,
             state=None if state is None else state.memory,
             start=None if start is None else start.memory,
             rows=rows,
+            close=close,
             backend=self.config.memory_backend,
-            looks=looks,
+            probe=probe,
         )
 
     def _recalled(self, query: Tensor, recall: "Recall", rows: PackedRows | None) -> tuple[Tensor, "Recall"]:
@@ -213,7 +215,7 @@ class NeuralMemory(nn.Module):
 
     def _network(self) -> dict[str, Any]:
         return {
-            "share": self.share,
+            "shard": self.shard,
             "network": self.config.memory_network,
             "norm_weight": self.norm_weight,
             "norm_bias": self.norm_bias,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import Share
+from ..memory import WHOLE, WholeMatrices
 
 
 class MemoryParts(Protocol):
@@ -19,11 +19,11 @@ class MemoryParts(Protocol):
 
     Attributes:
         heads: Heads that this process computes: its own, or all H when each rank holds a part of every head's matrices.
-        share: Which part of the matrices; None if they are whole.
+        shard: What the process holds of the matrices.
     """
 
     heads: int
-    share: Share | None
+    shard: WholeMatrices
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
@@ -85,12 +85,12 @@ class PlainHeads:
 
     Attributes:
         heads: Heads of the model.
-        share: None.
+        shard: The matrices are whole.
     """
 
     def __init__(self, heads: int) -> None:
         self.heads = heads
-        self.share: Share | None = None
+        self.shard = WHOLE
 
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """See MemoryParts."""

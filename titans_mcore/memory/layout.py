@@ -4,12 +4,18 @@ A document begins in the memory's first state and with a chunk of its own; a tok
 counts. Both come to one thing: tokens are laid into chunks whose slots a document's end leaves empty.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def group_size(chunks: int) -> int:
+    """Chunks g between two states that are stored: the root of their number, rounded up."""
+    return math.isqrt(chunks - 1) + 1
 
 
 @dataclass(frozen=True)

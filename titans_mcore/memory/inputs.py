@@ -1,4 +1,4 @@
-"""MemoryState: all that a memory carries through time, as a value of constant size."""
+"""What goes into a memory and what it carries through time: tokens, and a state of constant size."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -15,6 +15,22 @@ class TensorTree:
         """The same tree with every tensor replaced by function(tensor)."""
         values = {field.name: _map(getattr(self, field.name), function) for field in fields(self)}  # type: ignore[arg-type]
         return type(self)(**values)
+
+    def joined(self, other: Self, function: Callable[[Tensor, Tensor], Tensor]) -> Self:
+        """The tree of function(tensor, other's tensor), for two trees of one shape."""
+        theirs = iter(other.tensors())
+        return self.map(lambda tensor: function(tensor, next(theirs)))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in order."""
+        found: list[Tensor] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(collect)
+        return found
 
     def detach(self) -> Self:
         """The same values, cut from the graph that made them (truncated back-propagation through time)."""
@@ -95,31 +111,69 @@ class TensorTree:
 
 
 @dataclass
-class OpenChunk(TensorTree):
-    """A chunk that the sequence has not filled yet: where it began and its tokens so far, fewer than the chunk size.
-
-    Rows that have begun their chunks at different tokens hold different numbers of them, at the front.
+class Tokens(TensorTree):
+    """What the tokens of a piece bring to the memory.
 
     Attributes:
-        weights: Weights at the chunk's start, L of (B, H, d_in, d_out).
-        momentum: Momentum at the chunk's start, like weights.
-        tokens: Keys and values (B, t, H, D), theta, eta and alpha (B, t, H, L); alpha by channel is L of
-            (B, t, H, d_in).
-        real: Which of the tokens are there, (B, t) bool; None if all are.
+        queries: (B, T, H, D), like keys and values.
+        keys: What the memory is read with in its own loss.
+        values: What it has to answer.
+        theta: Inner learning rates (B, T, H, L), like eta.
+        eta: Momentum decays.
+        alpha: Forget rates (B, T, H, L); or by channel of the matrices' inputs, L of (B, T, H, d_in).
     """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    theta: Tensor
+    eta: Tensor
+    alpha: Tensor | list[Tensor]
+
+    def span(self, begin: int, end: int) -> "Tokens":
+        """Some of them."""
+        return self.map(lambda x: x[:, begin:end])
+
+    def behind(self, earlier: "Tokens") -> "Tokens":
+        """These behind earlier ones, in the dtype of these."""
+        return earlier.joined(self, lambda old, new: torch.cat([old.to(new.dtype), new], 1))
+
+
+@dataclass
+class Matrices(TensorTree):
+    """Weights and momentum of a memory, L of (B, H, d_in, d_out) each."""
 
     weights: list[Tensor]
     momentum: list[Tensor]
-    tokens: list[Tensor]
+
+
+@dataclass
+class OpenChunk(TensorTree):
+    """A chunk that the sequence has not filled yet: its tokens so far, fewer than the chunk size.
+
+    Attributes:
+        tokens: The tokens; rows that have begun their chunks at different places hold theirs at the front.
+        inputs: What has been worked out of them, so that the next token costs the same wherever it stands: for each
+            matrix the inputs of the keys' pass, (B, H, t, d_in). None where rows hold different numbers of tokens.
+        deltas: The errors at the outputs, (B, H, t, d_out), likewise.
+        steps: theta as the rule takes it, (B, t, H, L), likewise.
+        real: Which of the tokens are there, (B, t) bool; None if all are.
+    """
+
+    tokens: Tokens
+    inputs: list[Tensor] | None = None
+    deltas: list[Tensor] | None = None
+    steps: Tensor | None = None
     real: Tensor | None = None
 
 
 @dataclass
 class MemoryState(TensorTree):
-    """The memory after its last token; of shared memories the process's parts, in its open chunk too.
+    """The memory after its last token; of memories held in shards the process's parts.
 
     Attributes:
-        weights: L of (B, H, d_in, d_out), float32 (float64 when the memory ran in float64).
+        weights: L of (B, H, d_in, d_out), float32 (float64 when the memory ran in float64), with which the next chunk
+            begins, or with which the open one began.
         momentum: Like weights; the paper's S, past surprise.
         open_chunk: Present when the last token did not fill its chunk; the next piece goes on inside it.
     """
@@ -128,9 +182,10 @@ class MemoryState(TensorTree):
     momentum: list[Tensor]
     open_chunk: OpenChunk | None = None
 
-    def closed(self) -> "MemoryState":
-        """The same, its open chunk ended where it stands: the next token begins another."""
-        return MemoryState(self.weights, self.momentum)
+    @property
+    def matrices(self) -> Matrices:
+        """Weights and momentum."""
+        return Matrices(self.weights, self.momentum)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""The fused kernels behind the same door as the chunked form, where they are installed and fit."""
+"""The fused kernels behind the same door as the chunk form, where they are installed and fit."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunked import gates_of
-from .network import Network, smallest_rms
-from .packing import Chunks
-from .shell import anchor_of
+from .chunk import gates_of
+from .inputs import Matrices, Tokens
+from .layout import Chunks
+from .network import Network
+from .rule import Rule
 
 # By name: this file travels with an exported model, which uses the kernels where the package is installed.
 _KERNELS = "titans_mcore.kernels"
@@ -19,13 +20,15 @@ _SMALLEST_BLOCK = 16  # tokens that a matrix product in a kernel takes at least
 
 
 def why_not_fused(
-    queries: Tensor, weights: list[Tensor], chunk_size: int, *, channelwise: bool, shared: bool = False
+    queries: Tensor, weights: list[Tensor], chunk_size: int, rule: Rule, *, channelwise: bool, sharded: bool
 ) -> str:
     """Why the fused kernels cannot run for these arguments, in a sentence; empty if they can."""
-    if shared:
+    if sharded:
         return "the fused memory kernels compute whole memories, not parts of them; use memory backend 'chunked'"
     if channelwise:
         return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
+    if rule.exact:
+        return "the fused memory kernels lack the stable rule of plain networks; use memory backend 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
         return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
     return importlib.import_module(_KERNELS).fused_fits(queries, weights, chunk_size)
@@ -33,21 +36,22 @@ def why_not_fused(
 
 def fused_scan(
     network: Network,
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    momentum: list[Tensor],
+    rule: Rule,
+    tokens: Tokens,
+    start: Matrices,
     initial: list[Tensor],
     chunks: Chunks,
-    fresh: tuple[list[Tensor], list[Tensor]] | None,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The same as checkpointed.chunked_scan; queries, keys and values in half precision are multiplied as such."""
-    batch, length, heads = tokens[0].shape[:3]
-    device, size, block = tokens[0].device, chunks.size, _block(chunks.size)
+    fresh: Matrices | None,
+) -> tuple[Tensor, Matrices]:
+    """The same as checkpoint.chunk_scan; queries, keys and values in half precision are multiplied as such."""
+    batch, length, heads = tokens.keys.shape[:3]
+    device, size, block = tokens.keys.device, chunks.size, _block(chunks.size)
     if block != size:
-        tokens = [_into_blocks(x, size, block) for x in tokens]
+        tokens = tokens.map(lambda x: _into_blocks(x, size, block))
         counts = torch.full((length // size, batch), size) if chunks.counts is None else chunks.counts
         chunks = Chunks(block, chunks.closed, counts, chunks.restarts)
-    theta, eta, alpha = map(chunks.split_gate, tokens[3:])
+    assert isinstance(tokens.alpha, Tensor)
+    theta, eta, alpha = map(chunks.split_gate, (tokens.theta, tokens.eta, tokens.alpha))
     closed: bool | Tensor = chunks.closed
     if chunks.closed and chunks.counts is not None:
         closed = (chunks.counts == block).to(device)
@@ -56,21 +60,18 @@ def fused_scan(
         assert fresh is not None
         first = {
             "restarts": chunks.restarts.to(device),
-            "fresh_weights": [w.flatten(0, 1) for w in fresh[0]],
-            "fresh_momentum": [s.flatten(0, 1) for s in fresh[1]],
+            "fresh_weights": [w.flatten(0, 1) for w in fresh.weights],
+            "fresh_momentum": [s.flatten(0, 1) for s in fresh.momentum],
         }
     kernels = importlib.import_module(_KERNELS)
-    borders = kernels.Borders(
-        closed,
-        anchors=[anchor_of(w) for w in initial],
-        floors=[smallest_rms(network.residual_norm, len(initial), w.shape[-2]) for w in initial],
-        **first,
-    )
+    borders = kernels.Borders(closed, anchors=initial if rule.anchored else [], rms_limit=rule.rms_limit, **first)
     reads, weights, momentum = kernels.fused_scan(
-        *tokens[:3],
+        tokens.queries,
+        tokens.keys,
+        tokens.values,
         gates_of(theta, eta, alpha, chunks.real(heads, device)),
-        weights,
-        momentum,
+        start.weights,
+        start.momentum,
         residual_norm=network.residual_norm,
         norm_weight=network.norm_weight,
         norm_bias=network.norm_bias,
@@ -78,7 +79,7 @@ def fused_scan(
     )
     if block != size:
         reads = reads.unflatten(1, (-1, block))[:, :, :size].flatten(1, 2)
-    return reads, weights, momentum
+    return reads, Matrices(weights, momentum)
 
 
 def _block(size: int) -> int:

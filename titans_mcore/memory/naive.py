@@ -1,0 +1,116 @@
+"""The oracle: the paper's memory as a literal loop over tokens, gradients from autograd. Slow, for every dtype.
+
+Everything faster is proven equal to this file. It follows the paper's section 3.1 (equations 8 to 15) with the one
+change that makes chunks possible: all gradients of a chunk are taken at the weights the chunk began with. What the
+stable rule adds stands in rule.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .inputs import Matrices, Tokens
+from .network import LAYER_NORM_EPS, WHOLE, Network
+from .rule import Rule, last_step_share, lower_step_share, step_mass
+
+
+def naive_scan(
+    network: Network, rule: Rule, tokens: Tokens, start: Matrices, initial: list[Tensor]
+) -> tuple[Tensor, Matrices]:
+    """Update and read the memory token by token, beginning at the start of a chunk.
+
+    Args:
+        network: The memory network, its matrices whole.
+        rule: The rule.
+        tokens: The tokens.
+        start: Weights and momentum before the first token.
+        initial: L of (H, d_in, d_out), the learned M_0.
+
+    Returns:
+        What each token reads, (B, T, H, D), and weights and momentum after the last one.
+    """
+    weights, momentum = start.weights, start.momentum
+    anchors = initial if rule.anchored else [torch.zeros_like(w) for w in initial]
+    alpha = tokens.alpha if isinstance(tokens.alpha, list) else list(tokens.alpha.split(1, -1))
+    reads = []
+    for t in range(tokens.queries.shape[1]):
+        if t % rule.chunk_size == 0:
+            chunk_start = weights
+        theta, exact_last = tokens.theta[:, t], weights[-1] if rule.exact else None
+        gradients, inputs, loss = inner_gradient(
+            network, chunk_start, tokens.keys[:, t], tokens.values[:, t], exact_last
+        )
+        if rule.exact:
+            theta = held_steps(theta, tokens.eta[:, t], gradients, inputs, loss, rule.chunk_size)
+        new_weights, new_momentum = [], []
+        for layer, gradient in enumerate(gradients):
+            kept = 1.0 - alpha[layer][:, t].unsqueeze(-1)  # (B, H, d_in or 1, 1)
+            surprise = (
+                tokens.eta[:, t, :, layer, None, None] * momentum[layer] - theta[..., layer, None, None] * gradient
+            )
+            new_weights.append(anchors[layer] + kept * (weights[layer] - anchors[layer]) + surprise)
+            new_momentum.append(surprise)
+        weights, momentum = new_weights, new_momentum
+        reads.append(apply(network, weights, tokens.queries[:, t])[0])
+        if (t + 1) % rule.chunk_size == 0:
+            weights, momentum = ([rule.into_shell(x, WHOLE) for x in xs] for xs in (weights, momentum))
+    return torch.stack(reads, 1), Matrices(weights, momentum)
+
+
+def apply(network: Network, weights: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """M(x) for x (B, H, D), and the input of each matrix."""
+    inputs, h = [], x
+    for weight in weights:
+        inputs.append(h)
+        z = (h.unsqueeze(-2) @ weight).squeeze(-2)
+        h = F.gelu(z)
+    if not network.residual_norm:
+        return z, inputs
+    normed = F.layer_norm(z, z.shape[-1:], eps=LAYER_NORM_EPS)
+    if network.norm_weight is not None:
+        normed = normed * network.norm_weight
+    if network.norm_bias is not None:
+        normed = normed + network.norm_bias
+    return x + normed, inputs
+
+
+def inner_gradient(
+    network: Network, weights: list[Tensor], key: Tensor, value: Tensor, exact_last: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Gradients of |M(key) - value|^2 by matrix, the inputs of the matrices, and the loss (B, H).
+
+    Differentiable itself when the caller's gradients are on.
+
+    Args:
+        network: The memory network.
+        weights: At which they are taken.
+        key: (B, H, D), like value.
+        value: What is to be answered.
+        exact_last: The last matrix with which M(key) is worked out instead; None for the one of `weights`.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Through aliases of the weights: the key may depend on the same weights (MAC recalls them), and that path is
+        # no part of the inner gradient.
+        weights = [w.view_as(w) if differentiable and w.requires_grad else w.detach().requires_grad_() for w in weights]
+        answer, inputs = apply(network, weights, key)
+        given = answer if exact_last is None else (inputs[-1].unsqueeze(-2) @ exact_last).squeeze(-2)
+        error = given - value
+        loss = error.square().sum(-1)
+        gradients = torch.autograd.grad(answer, weights, 2.0 * error, create_graph=differentiable)
+    if not differentiable:
+        inputs, loss = [x.detach() for x in inputs], loss.detach()
+    return list(gradients), inputs, loss
+
+
+def held_steps(
+    theta: Tensor, eta: Tensor, gradients: list[Tensor], inputs: list[Tensor], loss: Tensor, chunk_size: int
+) -> Tensor:
+    """theta (B, H, L) as an exact rule takes it."""
+    mass = step_mass(theta, eta)
+    last = theta[..., -1] * last_step_share(mass[..., -1], inputs[-1].square().sum(-1))
+    pull = sum(mass[..., i] * g.square().sum((-1, -2)) for i, g in enumerate(gradients[:-1]))
+    if isinstance(pull, Tensor):
+        lower = theta[..., :-1] * lower_step_share(loss, pull, chunk_size).unsqueeze(-1)
+        return torch.cat([lower, last.unsqueeze(-1)], -1)
+    return last.unsqueeze(-1)

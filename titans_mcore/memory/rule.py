@@ -1,0 +1,92 @@
+"""What keeps the memory stable: the rule of an update beyond the paper's equations. Measured in STABILITY.md.
+
+`literal` is the paper's rule in chunks and nothing else. `stable`, the default, differs in three things:
+
+- Forgetting leads back to the learned M_0 instead of to zero: M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t.
+- The *state shell*: after a chunk's last token a matrix, or its momentum, whose root mean square is above a limit is
+  scaled back to it. To a LayerNorm the size of a matrix is no information: what is stored stays, and what comes can
+  still replace it.
+- A plain network has no LayerNorm that bounds its answer, and its chunk rule diverges. Its last matrix is linear in
+  what it learns, so there each gradient is taken at the token's own weights, as the paper writes it (b = 1; the delta
+  rule where there is no momentum), by one triangular solve a chunk. No step removes more than the whole of its token's
+  error; and the steps of the matrices below, which are taken at the chunk's start, remove at most 1 / b of it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .network import LOSS_SLOPE, WholeMatrices
+
+RULES = ("stable", "literal")
+_SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a memory is updated.
+
+    Attributes:
+        anchored: Forgetting leads to M_0, not to zero.
+        exact: The last matrix' gradients are those at each token's own weights, and steps are held.
+        rms_limit: Largest root mean square of a matrix and of its momentum behind a chunk; infinite for none.
+        chunk_size: Tokens b of a whole chunk.
+    """
+
+    anchored: bool
+    exact: bool
+    rms_limit: float
+    chunk_size: int
+
+    @classmethod
+    def of(cls, name: str, chunk_size: int, *, residual_norm: bool, forgets: bool = True) -> "Rule":
+        """The rule of one of RULES; without forgetting there is nothing that leads anywhere."""
+        if name == "literal":
+            return cls(anchored=False, exact=False, rms_limit=math.inf, chunk_size=chunk_size)
+        limit = 3.0 if residual_norm else 16.0
+        return cls(anchored=forgets, exact=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
+
+    def beyond(self, mean_square: Tensor) -> Tensor:
+        """Where the state shell acts, for mean squares of matrices."""
+        return mean_square > self.rms_limit**2
+
+    def into_shell(self, matrix: Tensor, shard: WholeMatrices) -> Tensor:
+        """(..., d_in, d_out) scaled back to rms_limit where its root mean square is larger."""
+        if math.isinf(self.rms_limit):
+            return matrix
+        mean_square = shard.mean(matrix.square().mean((-1, -2), keepdim=True))
+        beyond = self.beyond(mean_square)
+        return torch.where(beyond, matrix * (self.rms_limit * mean_square.masked_fill(~beyond, 1.0).rsqrt()), matrix)
+
+
+def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:
+    """Factor on theta of an exact matrix, so that a step removes at most all of its token's error; any shape.
+
+    Args:
+        mass: step_mass of the token; with all its momentum the step moves the answer by 2 mass |h|^2 of the error.
+        input_square: |h|^2.
+    """
+    return (LOSS_SLOPE * mass * input_square).clamp_min(1.0).reciprocal()
+
+
+def lower_step_share(loss: Tensor, pull: Tensor, chunk_size: int) -> Tensor:
+    """Factor on theta of the matrices below an exact one, the same for all of them; any shape.
+
+    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error, all of it at twice Polyak's step
+    size loss / |gradient|^2. Here it is 1 / b at most, since the steps of a whole chunk may pull the same way.
+
+    Args:
+        loss: |M(k) - v|^2.
+        pull: Sum over the matrices of theta / (1 - eta) |gradient|^2.
+        chunk_size: Tokens b.
+    """
+    allowed, asked = 2.0 * loss, chunk_size * pull
+    held = asked > allowed
+    return torch.where(held, allowed / asked.masked_fill(~held, 1.0), 1.0)
+
+
+def step_mass(theta: Tensor, eta: Tensor) -> Tensor:
+    """All of a step that momentum will ever make of it, theta / (1 - eta); any shape."""
+    return theta / (1.0 - eta).clamp_min(_SMALLEST_DECAY)
