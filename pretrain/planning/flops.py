@@ -115,8 +115,9 @@ def memory_flops_per_token(model: TitansConfig) -> int:
     total, last = 0, model.memory_depth - 1
     for layer, (m, n) in enumerate(itertools.pairwise(model.memory_widths)):
         total += ((12 if layer else 10) + anchor) * m * n + 2 * model.chunk_size * (m + n)
-        if stable and plain and layer == last:  # each key meets the weights before it, and the errors in front of it
-            total += (4 + anchor) * m * n + 2 * model.chunk_size * (m + n)
+        if stable and plain and layer == last:
+            # Each key meets weights, momentum and M_0 instead of the chunk's first weights, and the errors before it.
+            total += (2 + anchor) * m * n + 2 * model.chunk_size * (m + n)
     return model.memory_shape.heads * total
 
 
