@@ -10,7 +10,7 @@ from titans_mcore.memory import PackedRows, Probe, Probed, memory_scan
 from titans_mcore.memory.inputs import Matrices, Tokens
 from titans_mcore.memory.naive import held_steps, inner_gradient, naive_scan
 from titans_mcore.memory.network import Network
-from titans_mcore.memory.rule import Rule
+from titans_mcore.memory.rule import Memory, Rule
 
 HEADS, WIDTH, CHUNK = 2, 6, 4
 MEMORIES = [("residual_norm", 1), ("residual_norm", 2), ("plain", 1), ("plain", 3)]
@@ -47,7 +47,8 @@ def by_the_oracle(network: str, tokens: list[Tensor], initial: list[Tensor], beg
     def after(count: int) -> Matrices:
         weights = [w.expand(len(tokens[0]), *w.shape) for w in initial]
         start = Matrices(weights, [torch.zeros_like(w) for w in weights])
-        return naive_scan(net, rule, Tokens(*(x[:, :count] for x in tokens)), start, initial)[1] if count else start
+        piece = Tokens(*(x[:, :count] for x in tokens))
+        return naive_scan(Memory(net, rule, initial), piece, start)[1] if count else start
 
     first, surprise, written, held = after(begin).weights, [], [], []
     ends = range(begin, min(end, length))

@@ -17,10 +17,10 @@ from titans_mcore.attention.attend import visible
 from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.memory import memory_read, memory_scan
 from titans_mcore.memory.chunk import coefficients
-from titans_mcore.memory.general import Memories, work_out
+from titans_mcore.memory.general import work_out
 from titans_mcore.memory.inputs import Matrices, Tokens
 from titans_mcore.memory.network import Network, WrittenOutNormed, answer, back_propagate, forward, normalise
-from titans_mcore.memory.rule import Rule
+from titans_mcore.memory.rule import Memory, Rule
 from titans_mcore.mixers import attention, mac, neural_memory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import transformer_config
@@ -36,7 +36,7 @@ def exact_form(
     network: Network, tokens: list[Tensor], weights: list[Tensor], chunk: int, *, anchored: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """The same of the stable rule of plain networks, from the parts that the general chunk form is made of."""
-    memories = Memories(network, Rule.of("stable", chunk, residual_norm=False, forgets=anchored), weights)
+    memories = Memory(network, Rule.of("stable", chunk, residual_norm=False, forgets=anchored), weights)
     state, reads = Matrices(weights, [torch.zeros_like(w).requires_grad_() for w in weights]), []
     for c in range(0, tokens[0].shape[1], chunk):
         part = Tokens(*tokens).span(c, c + chunk)

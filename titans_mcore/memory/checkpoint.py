@@ -25,33 +25,27 @@ from .chunk_backward import group_gradient
 from .inputs import Matrices, MemoryState, Tokens
 from .layout import Chunks, group_size
 from .network import Network, WholeMatrices, answer
-from .rule import Rule
+from .rule import Memory, Rule
 
 
 def chunk_scan(
-    network: Network,
-    rule: Rule,
-    tokens: Tokens,
-    start: Matrices,
-    initial: list[Tensor],
-    chunks: Chunks,
-    fresh: Matrices | None,
+    memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
 ) -> tuple[Tensor, Matrices]:
     """Run chunks. The result can be differentiated once.
 
     Args:
-        network: The memory network. With shards, start, initial and fresh are the process's parts, and so are the
-            gradients at them; all else is equal on all processes.
-        rule: The rule; not an exact one, and alpha not by channel: see general.py for those.
+        memory: The memory; its rule not an exact one, and alpha not by channel: see general.py for those. With shards,
+            start, M_0 and fresh are the process's parts, and so are the gradients at them; all else is equal on all
+            processes.
         tokens: In the slots of the chunks, (B, C b, ...); zeros where a slot is empty.
         start: Weights and momentum before the first token.
-        initial: L of (H, d_in, d_out), the learned M_0.
         chunks: Where the slots are empty and where documents begin.
         fresh: Weights and momentum in which a document begins; None if none begins.
 
     Returns:
         What each token reads, (B, C b, H, D), and the weights and momentum after the last one.
     """
+    network, rule, initial = memory.network, memory.rule, memory.initial
     batch, _, heads = tokens.keys.shape[:3]
     rows = network.for_memories(batch)
     layout = _Layout(network.residual_norm, network.shard, rule, chunks, batch, heads)
@@ -258,10 +252,10 @@ def keeping_scans() -> tuple[AbstractContextManager[None], AbstractContextManage
     return scans.during("first"), scans.during("again")
 
 
-def kept(scan: Callable[..., Scanned], *arguments: Any) -> Scanned:
+def kept(scan: Callable[..., Scanned], *arguments: Any, **named: Any) -> Scanned:
     """scan(...), or what it gave in the first pass where a block is recomputed around it."""
     scans = _CURRENT.get()
-    return scan(*arguments) if scans is None else scans.run(scan, *arguments)
+    return scan(*arguments, **named) if scans is None else scans.run(scan, *arguments, **named)
 
 
 class _Scans:
@@ -280,11 +274,11 @@ class _Scans:
         finally:
             _CURRENT.reset(before)
 
-    def run(self, scan: Callable[..., Scanned], *arguments: Any) -> Scanned:
+    def run(self, scan: Callable[..., Scanned], *arguments: Any, **named: Any) -> Scanned:
         if self.passing == "first":
             # What the scan saves for its backward pass is not the surrounding checkpoint's to drop.
             with saved_tensors_hooks(_same, _same):
-                result = scan(*arguments)
+                result = scan(*arguments, **named)
             self.results.append((result[0].detach(), result[1].detach()))
             return result
         reads, state = self.results[self.next]

@@ -11,39 +11,31 @@ from torch.nn import functional as F
 from .chunk import gates_of
 from .inputs import Matrices, Tokens
 from .layout import Chunks
-from .network import Network
-from .rule import Rule
+from .rule import Memory
 
 # By name: this file travels with an exported model, which uses the kernels where the package is installed.
 _KERNELS = "titans_mcore.kernels"
 _SMALLEST_BLOCK = 16  # tokens that a matrix product in a kernel takes at least
 
 
-def why_not_fused(
-    queries: Tensor, weights: list[Tensor], chunk_size: int, rule: Rule, *, channelwise: bool, sharded: bool
-) -> str:
+def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded: bool) -> str:
     """Why the fused kernels cannot run for these arguments, in a sentence; empty if they can."""
     if sharded:
         return "the fused memory kernels compute whole memories, not parts of them; use memory backend 'chunked'"
     if channelwise:
         return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
-    if rule.exact:
+    if memory.rule.exact:
         return "the fused memory kernels lack the stable rule of plain networks; use memory backend 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
         return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
-    return importlib.import_module(_KERNELS).fused_fits(queries, weights, chunk_size)
+    return importlib.import_module(_KERNELS).fused_fits(queries, memory.initial, memory.rule.chunk_size)
 
 
 def fused_scan(
-    network: Network,
-    rule: Rule,
-    tokens: Tokens,
-    start: Matrices,
-    initial: list[Tensor],
-    chunks: Chunks,
-    fresh: Matrices | None,
+    memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
 ) -> tuple[Tensor, Matrices]:
     """The same as checkpoint.chunk_scan; queries, keys and values in half precision are multiplied as such."""
+    network, rule = memory.network, memory.rule
     batch, length, heads = tokens.keys.shape[:3]
     device, size, block = tokens.keys.device, chunks.size, _block(chunks.size)
     if block != size:
@@ -54,7 +46,7 @@ def fused_scan(
     theta, eta, alpha = map(chunks.split_gate, (tokens.theta, tokens.eta, tokens.alpha))
     closed: bool | Tensor = chunks.closed
     if chunks.closed and chunks.counts is not None:
-        closed = (chunks.counts == block).to(device)
+        closed = (chunks.counts == size).to(device)
     first: dict[str, Any] = {}
     if chunks.restarts is not None:
         assert fresh is not None
@@ -64,7 +56,9 @@ def fused_scan(
             "fresh_momentum": [s.flatten(0, 1) for s in fresh.momentum],
         }
     kernels = importlib.import_module(_KERNELS)
-    borders = kernels.Borders(closed, anchors=initial if rule.anchored else [], rms_limit=rule.rms_limit, **first)
+    borders = kernels.Borders(
+        closed, anchors=memory.initial if rule.anchored else [], rms_limit=rule.rms_limit, **first
+    )
     reads, weights, momentum = kernels.fused_scan(
         tokens.queries,
         tokens.keys,

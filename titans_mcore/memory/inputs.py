@@ -148,22 +148,37 @@ class Matrices(TensorTree):
 
 
 @dataclass
+class Writes(TensorTree):
+    """What tokens of a chunk write, worked out once; no token behind them changes it.
+
+    Attributes:
+        inputs: For each matrix the inputs of the keys' pass, (B, H, t, d_in), or (N, t, d_in) for N = B H memories.
+        deltas: For each matrix the errors at its output, (B, H, t, d_out) or (N, t, d_out).
+        steps: theta as the rule takes it, (B, H, t, L) or (N, t, L).
+    """
+
+    inputs: list[Tensor]
+    deltas: list[Tensor]
+    steps: Tensor
+
+    def behind(self, earlier: "Writes") -> "Writes":
+        """These behind earlier ones."""
+        return earlier.joined(self, lambda old, new: torch.cat([old, new], -2))
+
+
+@dataclass
 class OpenChunk(TensorTree):
     """A chunk that the sequence has not filled yet: its tokens so far, fewer than the chunk size.
 
     Attributes:
         tokens: The tokens; rows that have begun their chunks at different places hold theirs at the front.
-        inputs: What has been worked out of them, so that the next token costs the same wherever it stands: for each
-            matrix the inputs of the keys' pass, (B, H, t, d_in). None where rows hold different numbers of tokens.
-        deltas: The errors at the outputs, (B, H, t, d_out), likewise.
-        steps: theta as the rule takes it, (B, t, H, L), likewise.
+        writes: What they write, so that the next token costs the same wherever it stands; None where rows hold
+            different numbers of tokens.
         real: Which of the tokens are there, (B, t) bool; None if all are.
     """
 
     tokens: Tokens
-    inputs: list[Tensor] | None = None
-    deltas: list[Tensor] | None = None
-    steps: Tensor | None = None
+    writes: Writes | None = None
     real: Tensor | None = None
 
 

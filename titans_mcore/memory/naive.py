@@ -11,24 +11,21 @@ from torch.nn import functional as F
 
 from .inputs import Matrices, Tokens
 from .network import LAYER_NORM_EPS, WHOLE, Network
-from .rule import Rule, last_step_share, lower_step_share, step_mass
+from .rule import Memory, last_step_share, lower_step_share, step_mass
 
 
-def naive_scan(
-    network: Network, rule: Rule, tokens: Tokens, start: Matrices, initial: list[Tensor]
-) -> tuple[Tensor, Matrices]:
+def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor, Matrices]:
     """Update and read the memory token by token, beginning at the start of a chunk.
 
     Args:
-        network: The memory network, its matrices whole.
-        rule: The rule.
+        memory: The memory, its matrices whole.
         tokens: The tokens.
         start: Weights and momentum before the first token.
-        initial: L of (H, d_in, d_out), the learned M_0.
 
     Returns:
         What each token reads, (B, T, H, D), and weights and momentum after the last one.
     """
+    network, rule, initial = memory.network, memory.rule, memory.initial
     weights, momentum = start.weights, start.momentum
     anchors = initial if rule.anchored else [torch.zeros_like(w) for w in initial]
     alpha = tokens.alpha if isinstance(tokens.alpha, list) else list(tokens.alpha.split(1, -1))

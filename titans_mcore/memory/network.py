@@ -234,12 +234,17 @@ def answer_error(network: Network, keys: Tensor, values: Tensor, normed: Tensor)
 def back_propagate(network: Network, weights: list[Tensor], trace: Trace, error: Tensor) -> Errors:
     """Errors at the output of each matrix for the error (N, b, D) of M(x); scale is (N, 1, D)."""
     delta = trace.normed.gradient(scaled(network, error)) if network.residual_norm else error
+    return propagate_down(network, weights, trace.hidden, delta)
+
+
+def propagate_down(network: Network, weights: list[Tensor], hidden: list[Tensor], delta: Tensor) -> Errors:
+    """Errors at the output of each matrix for the one at the last's, (N, b, D); hidden is Trace.hidden."""
     shard, depth = network.shard, len(weights)
     arriving, deltas = [], [delta]
     for layer in reversed(range(1, depth)):
         delta = shard.into_output(layer, depth, deltas[-1])
         arriving.append(shard.sum_at_input(layer, depth, torch.bmm(delta, weights[layer].transpose(1, 2))))
-        deltas.append(gelu_gradient(arriving[-1], trace.hidden[layer - 1]))
+        deltas.append(gelu_gradient(arriving[-1], hidden[layer - 1]))
     return Errors(arriving[::-1], deltas[::-1])
 
 

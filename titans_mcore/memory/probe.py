@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .general import Memories, flat, work_out
-from .inputs import Matrices, Tokens
+from .general import flat, work_out
+from .inputs import Matrices, MemoryState, Tokens
 from .layout import Chunks
-from .network import Network
-from .rule import Rule
-
-Scan = Callable[..., tuple[Tensor, Matrices]]
+from .pieces import Backend
+from .rule import Memory
 
 
 @dataclass(frozen=True)
@@ -56,60 +54,60 @@ class Probe:
         return list(range(step - 1, chunks, step)) or [chunks - 1]
 
 
-def scan_and_probe(
-    probe: Probe,
-    scan: Scan,
-    network: Network,
-    rule: Rule,
-    tokens: Tokens,
-    start: Matrices,
-    initial: list[Tensor],
-    chunks: Chunks,
-    fresh: Matrices | None,
-) -> tuple[Tensor, Matrices]:
-    """The scan, from one look to the next; see pieces.Memory.scan.
+@dataclass(frozen=True)
+class Probing:
+    """A backend that goes from one look to the next."""
 
-    A chunk that is still open is not looked at: its tokens will come again, in front of those that fill it.
-    """
-    if not chunks.closed:
-        return scan(network, rule, tokens, start, initial, chunks, fresh)
-    size, count = chunks.size, tokens.keys.shape[1] // chunks.size
-    reads, state, done = [], start, 0
-    for chunk in [*probe.chosen(count, size), count]:
-        if chunk > done:
-            piece, here = tokens.span(done * size, chunk * size), chunks.group(slice(done, chunk))
-            read, state = scan(network, rule, piece, state, initial, here, fresh)
-            reads.append(read)
-            done = chunk
-        if chunk < count:
-            here = chunks.group(slice(chunk, chunk + 1))
-            met = _begun(state, here, fresh)
-            probe.tell(probe_chunk(network, rule, tokens.span(chunk * size, (chunk + 1) * size), met, initial, here))
-    return torch.cat(reads, 1), state
+    probe: Probe
+    backend: Backend
+
+    def scan(
+        self, memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
+    ) -> tuple[Tensor, Matrices]:
+        """Backend.scan; a chunk that is still open is not looked at: its tokens come again with those that fill it."""
+        if not chunks.closed:
+            return self.backend.scan(memory, tokens, start, chunks, fresh)
+        size, count = chunks.size, tokens.keys.shape[1] // chunks.size
+        reads, state, done = [], start, 0
+        for chunk in [*self.probe.chosen(count, size), count]:
+            if chunk > done:
+                piece, here = tokens.span(done * size, chunk * size), chunks.group(slice(done, chunk))
+                read, state = self.backend.scan(memory, piece, state, here, fresh)
+                reads.append(read)
+                done = chunk
+            if chunk < count:
+                here = chunks.group(slice(chunk, chunk + 1))
+                met = _begun(state, here, fresh)
+                self.probe.tell(probe_chunk(memory, tokens.span(chunk * size, (chunk + 1) * size), met, here))
+        return torch.cat(reads, 1), state
+
+    def go_on(self, memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
+        """Backend.go_on; a chunk is looked at once it is full."""
+        reads, after = self.backend.go_on(memory, tokens, state, ends=ends)
+        together = tokens if state.open_chunk is None else tokens.behind(state.open_chunk.tokens)
+        if together.keys.shape[1] == memory.rule.chunk_size:
+            self.probe.tell(probe_chunk(memory, together, state.matrices, Chunks(memory.rule.chunk_size)))
+        return reads, after
 
 
 @torch.no_grad()
-def probe_chunk(
-    network: Network, rule: Rule, tokens: Tokens, start: Matrices, initial: list[Tensor], chunk: Chunks
-) -> Probed:
+def probe_chunk(memory: Memory, tokens: Tokens, start: Matrices, chunk: Chunks) -> Probed:
     """What the tokens of one chunk meet.
 
     Args:
-        network: The memory network.
-        rule: The rule.
+        memory: The memory.
         tokens: The chunk's tokens, (B, b, ...).
         start: Weights and momentum at the chunk's start.
-        initial: The learned M_0, L of (H, d_in, d_out).
         chunk: Which of its slots are filled.
     """
     batch, _, heads = tokens.keys.shape[:3]
-    memories, state = Memories.of(network, rule, initial, batch), flat(start)
-    dtype, shard, depth = start.weights[0].dtype, network.shard, len(initial)
+    state, rule, shard = flat(start), memory.rule, memory.network.shard
+    dtype, depth = start.weights[0].dtype, len(memory.initial)
     real = chunk.real(heads, tokens.keys.device)
     here = tokens.map(lambda x: chunk.split(x.to(dtype))[0])
-    work = work_out(memories, here, state, None if real is None else real[0])
+    work = work_out(memory.flat(batch), here, state, None if real is None else real[0])
     squares = []
-    for layer, (h, delta) in enumerate(zip(work.inputs, work.deltas, strict=True)):
+    for layer, (h, delta) in enumerate(zip(work.writes.inputs, work.writes.deltas, strict=True)):
         inputs = shard.sum_of_inputs(layer, depth, h.square().sum(-1))
         squares.append(inputs * shard.sum_of_outputs(layer, depth, delta.square().sum(-1)))
     by_matrix = torch.stack(squares, -1)
@@ -120,11 +118,11 @@ def probe_chunk(
     if full is not None:
         scaled_back &= full[0]
     moved = torch.stack(
-        [(w - first).square().mean((-1, -2)).flatten() for w, first in zip(start.weights, initial, strict=True)]
+        [(w - first).square().mean((-1, -2)).flatten() for w, first in zip(start.weights, memory.initial, strict=True)]
     )
     return Probed(
         surprise=by_matrix.sum(-1).sqrt(),
-        written=(by_matrix * work.steps.square()).sum(-1).sqrt(),
+        written=(by_matrix * work.writes.steps.square()).sum(-1).sqrt(),
         held=held | scaled_back.unsqueeze(-1),
         drift=shard.mean(moved).sqrt(),
         real=torch.ones_like(held) if real is None else real[0],

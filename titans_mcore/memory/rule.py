@@ -13,12 +13,12 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .network import LOSS_SLOPE, WholeMatrices
+from .network import LOSS_SLOPE, Network, WholeMatrices
 
 RULES = ("stable", "literal")
 _SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
@@ -59,6 +59,26 @@ class Rule:
         mean_square = shard.mean(matrix.square().mean((-1, -2), keepdim=True))
         beyond = self.beyond(mean_square)
         return torch.where(beyond, matrix * (self.rms_limit * mean_square.masked_fill(~beyond, 1.0).rsqrt()), matrix)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A memory as a function: what does not change along a sequence.
+
+    Attributes:
+        network: The memory network, and what the process holds of its matrices.
+        rule: The rule of its updates.
+        initial: The learned M_0, L of (H, d_in, d_out); see `flat`.
+    """
+
+    network: Network
+    rule: Rule
+    initial: list[Tensor]
+
+    def flat(self, batch: int) -> "Memory":
+        """N = B H memories in one axis, M_0 (N, d_in, d_out), for autograd."""
+        network = replace(self.network.for_memories(batch), shard=self.network.shard.differentiable())
+        return Memory(network, self.rule, [x.expand(batch, *x.shape).flatten(0, 1) for x in self.initial])
 
 
 def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:

@@ -7,16 +7,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .fused import why_not_fused
-from .inputs import Matrices, MemoryState, Tokens
-from .layout import PackedRows
+from .checkpoint import chunk_scan
+from .fused import fused_scan, why_not_fused
+from .general import general_scan, go_on
+from .inputs import Matrices, MemoryState, OpenChunk, Tokens
+from .layout import Chunks, PackedRows
+from .naive import naive_scan
 from .network import WHOLE, Network, WholeMatrices, answer, forward
-from .pieces import Memory, scan_packed, scan_rows_apart, scan_whole
-from .probe import Probe
-from .rule import RULES, Rule
+from .pieces import Backend, scan_packed, scan_rows_apart, scan_whole
+from .probe import Probe, Probing
+from .rule import RULES, Memory, Rule
 
 NETWORKS = ("residual_norm", "plain")
-BACKENDS = ("auto", "chunked", "fused", "oracle")
 
 
 def memory_scan(
@@ -90,9 +92,9 @@ def memory_scan(
     residual_norm = network == "residual_norm"
     net = Network(residual_norm, _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard)
     weights = [w.to(dtype) for w in weights]
-    kind = Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets)
-    backend = _chosen(backend, queries, weights, chunk_size, kind, shard, channelwise=not isinstance(alpha, Tensor))
-    memory = Memory(net, kind, weights, chunk_size, backend, probe)
+    memory = Memory(net, Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets), weights)
+    backend = _chosen(backend, memory, queries, channelwise=not isinstance(alpha, Tensor))
+    run = _BACKENDS[backend] if probe is None else Probing(probe, _BACKENDS[backend])
     wide = queries.dtype if backend == "fused" else dtype
     tokens = Tokens(
         queries.to(wide),
@@ -107,11 +109,11 @@ def memory_scan(
         state = MemoryState(first.weights, first.momentum)
     packed = rows is not None or (state.open_chunk is not None and state.open_chunk.real is not None)
     if not packed:
-        reads, end = scan_whole(memory, tokens, state, close=close)
+        reads, end = scan_whole(memory, run, tokens, state, close=close)
     elif backend == "oracle":
-        reads, end = scan_rows_apart(memory, tokens, state, first, rows)
+        reads, end = scan_rows_apart(memory, run, tokens, state, first, rows)
     else:
-        reads, end = scan_packed(memory, tokens, state, first, rows)
+        reads, end = scan_packed(memory, run, tokens, state, first, rows)
     return reads.to(queries.dtype), end
 
 
@@ -146,23 +148,61 @@ def memory_read(
     return reads.unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
 
 
-def _chosen(
-    backend: str,
-    queries: Tensor,
-    weights: list[Tensor],
-    chunk_size: int,
-    rule: Rule,
-    shard: WholeMatrices,
-    *,
-    channelwise: bool,
-) -> str:
+class _Chunked:
+    """The dual form in torch's operations."""
+
+    @staticmethod
+    def scan(
+        memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
+    ) -> tuple[Tensor, Matrices]:
+        """Backend.scan."""
+        scan = general_scan if memory.rule.exact or isinstance(tokens.alpha, list) else chunk_scan
+        return scan(memory, tokens, start, chunks, fresh)
+
+    go_on = staticmethod(go_on)
+
+
+class _Fused:
+    """The same in Triton kernels."""
+
+    scan = staticmethod(fused_scan)
+    go_on = staticmethod(go_on)
+
+
+class _Oracle:
+    """The literal loop, which goes over an open chunk again with every piece; documents come apart."""
+
+    @staticmethod
+    def scan(
+        memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
+    ) -> tuple[Tensor, Matrices]:
+        """Backend.scan."""
+        return naive_scan(memory, tokens, start)
+
+    @staticmethod
+    def go_on(memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
+        """Backend.go_on."""
+        together = tokens if state.open_chunk is None else tokens.behind(state.open_chunk.tokens)
+        reads, after = naive_scan(memory, together, state.matrices)
+        if ends or together.keys.shape[1] == memory.rule.chunk_size:
+            state = MemoryState(after.weights, after.momentum)
+        else:
+            state = MemoryState(state.weights, state.momentum, OpenChunk(together))
+        return reads[:, -tokens.keys.shape[1] :], state
+
+
+_BACKENDS: dict[str, Backend] = {"chunked": _Chunked(), "fused": _Fused(), "oracle": _Oracle()}
+BACKENDS = ("auto", *_BACKENDS)
+
+
+def _chosen(backend: str, memory: Memory, queries: Tensor, *, channelwise: bool) -> str:
     """The backend that "auto" means here."""
-    sharded = shard.parts > 1
+    sharded = memory.network.shard.parts > 1
     if backend == "oracle" and sharded:
         raise ValueError("the oracle computes whole memories, not parts of them; use backend 'chunked' with a shard")
     if backend in ("chunked", "oracle") or (backend == "auto" and not queries.is_cuda):
         return "chunked" if backend == "auto" else backend
-    reason = why_not_fused(queries, weights, chunk_size, rule, channelwise=channelwise, sharded=sharded)
+    reason = why_not_fused(memory, queries, channelwise=channelwise, sharded=sharded)
     if reason and backend == "fused":
         raise ValueError(f"backend is 'fused'; {reason}")
     if reason:

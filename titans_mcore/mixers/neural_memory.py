@@ -104,7 +104,8 @@ class NeuralMemory(nn.Module):
         first = None if start is None else start.query_tail
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
-        reads, memory = kept(self._scan, [queries, keys, values, gates], state, start, rows, close)
+        tokens = queries, keys, values, *self._gates(gates), list(self.initial_weights)
+        reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
     def probe(
@@ -127,37 +128,24 @@ class NeuralMemory(nn.Module):
         """
         state = _begun(state, start, len(x))
         keys, values, gates, _ = self._keys_values_gates(x, state, rows, start)
-        self._scan([keys, keys, values, gates], state, start, rows, probe=probe)
+        tokens = keys, keys, values, *self._gates(gates), list(self.initial_weights)
+        memory_scan(*tokens, **self._scan_settings(state, start, rows), probe=probe)
         return self._gates(gates)
 
-    def _scan(
-        self,
-        tokens: list[Tensor],
-        state: NeuralMemoryState | None,
-        start: NeuralMemoryState | None,
-        rows: PackedRows | None,
-        close: bool = False,
-        probe: Probe | None = None,
-    ) -> tuple[Tensor, MemoryState]:
-        """memory_scan over queries, keys, values and gates."""
-        queries, keys, values, gates = tokens
-        return memory_scan(
-            queries,
-            keys,
-            values,
-            *self._gates(gates),
-            list(self.initial_weights),
+    def _scan_settings(
+        self, state: NeuralMemoryState | None, start: NeuralMemoryState | None, rows: PackedRows | None
+    ) -> dict[str, Any]:
+        """Of memory_scan."""
+        return {
             **self._network(),
-            rule=self.config.memory_rule,
-            forgets=self.config.memory_forgetting,
-            chunk_size=self.config.chunk_size,
-            state=None if state is None else state.memory,
-            start=None if start is None else start.memory,
-            rows=rows,
-            close=close,
-            backend=self.config.memory_backend,
-            probe=probe,
-        )
+            "rule": self.config.memory_rule,
+            "forgets": self.config.memory_forgetting,
+            "chunk_size": self.config.chunk_size,
+            "state": None if state is None else state.memory,
+            "start": None if start is None else start.memory,
+            "rows": rows,
+            "backend": self.config.memory_backend,
+        }
 
     def _recalled(self, query: Tensor, recall: "Recall", rows: PackedRows | None) -> tuple[Tensor, "Recall"]:
         weights = recall.weights
