@@ -105,7 +105,7 @@ def scan_rows_apart(
             read, now = scan_whole(memory, backend, here, now, close=False)
             reads = reads.index_put((torch.tensor(row), places), read[0])
         ends.append(now)
-    return reads, _in_one(ends)
+    return reads, _rows_in_one(ends)
 
 
 def _all(tokens: Tokens) -> Tensor:
@@ -125,7 +125,7 @@ def _row(state: MemoryState, row: int) -> MemoryState:
     return MemoryState(one.weights, one.momentum, OpenChunk(tokens))
 
 
-def _in_one(rows: list[MemoryState]) -> MemoryState:
+def _rows_in_one(rows: list[MemoryState]) -> MemoryState:
     """States of one row each as one state."""
 
     def stack(matrices: list[list[Tensor]]) -> list[Tensor]:
