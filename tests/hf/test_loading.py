@@ -64,7 +64,7 @@ def test_a_damaged_index_is_named(folder: Path) -> None:
 
 def test_missing_code_is_named(folder: Path, tmp_path: Path) -> None:
     """In a process of its own: where a folder has been loaded once, its code is there."""
-    (folder / "titans_memory_scan.py").unlink()
+    (folder / "titans_memory.py").unlink()
     script = (
         "import sys; from transformers import AutoModelForCausalLM as A;"
         "A.from_pretrained(sys.argv[1], trust_remote_code=True)"
@@ -73,7 +73,7 @@ def test_missing_code_is_named(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(folder)]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode
-    assert "titans_memory_scan.py" in result.stderr.splitlines()[-1]
+    assert "titans_memory.py" in result.stderr.splitlines()[-1]
 
 
 def test_an_unknown_variant_is_named(folder: Path) -> None:

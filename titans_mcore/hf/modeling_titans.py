@@ -1,7 +1,7 @@
 """Titans for transformers: one process, whole parameters, the same mixers and memory as in training.
 
-In the package this file imports the mathematics from its neighbours; an exported folder carries those very files
-beside it.
+In the package this file imports the mathematics from its neighbours; an exported folder carries the same lines in the
+files beside it.
 """
 
 import math
