@@ -82,12 +82,10 @@ def compare(settings: RuleSettings) -> str:
             if found is None:
                 model = _COMMON | CASES[name] | {"memory-rule": rule}
                 flags = [word for key, value in model.items() for word in (f"--model.{key}", value)]
-                config = ROOT / "pretrain" / "configs" / "recall_mag.toml"
                 train = ["--train.steps", settings.steps, "--evaluate.heldout-sequences", 48]
                 every = ["--checkpoint.every-steps", settings.steps, "--logging.every-steps", 1]
-                _run(
-                    "pretrain.train", "--config", config, "--run-dir", run, "--data.path", lists, *flags, *train, *every
-                )
+                named = ["--config", "recall_mag", "--run-dir", run, "--data.path", lists]
+                _run("pretrain.train", *named, *flags, *train, *every)
                 found = _finished(run, settings.steps)
             rows.append({"model": name, "rule": rule} | (found or {}))
     (output / "memory_rule.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -71,7 +71,7 @@ def describe(run: Path, summary: dict[str, Any]) -> str:
   {run}/summary.json             this block as JSON
 
 What next?
-  Train longer:       bash launch/torchrun.sh --config pretrain/configs/quickstart.toml --run-dir runs/longer \\
+  Train longer:       bash launch/torchrun.sh --config quickstart --run-dir runs/longer \\
                           --data.path {run}/shards --train.steps 3000
   Another variant:    bash launch/quickstart.sh --variant mag
   Use the export:     .venv/bin/python -c "from transformers import pipeline; \\

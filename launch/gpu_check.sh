@@ -128,8 +128,8 @@ step kernels "$PYTHON" -m pytest -q tests/kernels
 step memory "$PYTHON" -m evals.efficiency memory --device cuda --output "$output/memory"
 prepare_data
 # One width and one harness for both, so that their tokens a second can be compared.
-train train-titans pretrain/configs/mag_340m.toml
-train train-transformer pretrain/configs/transformer_340m.toml
+train train-titans mag_340m
+train train-transformer transformer_340m
 
 if [[ -n $dry_run ]]; then exit 0; fi
 "$PYTHON" - "$output" <<'PYTHON'

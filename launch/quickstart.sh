@@ -136,7 +136,7 @@ step shards "2/6 Shards: text to token files, train and held-out" \
 layout=()
 if has_cuda && (($(nvidia-smi -L | wc -l) < 2)); then layout=(--nproc 1 --parallel.tensor 1); elif has_cuda; then layout=(--nproc 2); fi
 step pretrain "3/6 Pretrain: Titans $variant, tensor parallel, DeepSpeed ZeRO 1" \
-    bash launch/torchrun.sh --config pretrain/configs/quickstart.toml --run-dir "$run" --data.path "$run/shards" \
+    bash launch/torchrun.sh --config quickstart --run-dir "$run" --data.path "$run/shards" \
     --variant "$variant" ${steps:+--train.steps "$steps"} ${layout[@]+"${layout[@]}"}
 
 if is_current "$run/eval/position_perplexity.json"; then

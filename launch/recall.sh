@@ -105,7 +105,7 @@ train() {
     local from=()
     if [[ -n $before ]]; then from=(--train.weights-from "$run/$before"); fi
     step "Pretrain $variant, stage $1: $4 steps of $3 rows of $2 tokens" \
-        bash launch/torchrun.sh --config "pretrain/configs/recall_$variant.toml" --run-dir "$run/$1" \
+        bash launch/torchrun.sh --config "recall_$variant" --run-dir "$run/$1" \
         --data.path "$data/$1" --train.sequence-length "$2" --train.global-batch "$3" --train.micro-batch "$3" \
         --train.steps "$4" --optimizer.lr "$5" ${from[@]+"${from[@]}"} --nproc 1 ${settings[@]+"${settings[@]}"}
     before=$1

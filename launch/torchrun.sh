@@ -4,12 +4,12 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/torchrun.sh --config FILE --run-dir DIR [--nproc N] [--SECTION.SETTING VALUE ...]
+usage: bash launch/torchrun.sh --config NAME --run-dir DIR [--nproc N] [--SECTION.SETTING VALUE ...]
 
 Starts `python -m pretrain.train` under torchrun. A run folder that holds checkpoints is continued. SIGTERM, SIGINT
 (Ctrl-C) and SIGUSR1 finish the step, save, and end with status 0.
 
-  --config FILE     settings, for example pretrain/configs/quickstart.toml
+  --config NAME     settings: a preset such as quickstart or mac_760m, or a TOML file
   --run-dir DIR     takes everything that the run writes
   --nproc N         processes on this host; default: its GPUs, or tensor x context without CUDA
   --variant X       mac, mag, mal, lmm or transformer

@@ -1,25 +1,28 @@
-"""The command line of a run: `--config FILE --run-dir DIR` and a flag for every setting, `--train.steps 300`."""
+"""The command line of a run: `--config NAME --run-dir DIR` and a flag for every setting, `--train.steps 300`."""
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 import tyro
 
 from pretrain.config import RunConfig
-from pretrain.config_files import build, read_toml, setting_names, unknown_setting
+from pretrain.config_files import build, setting_names, unknown_setting
+from pretrain.presets import read_config
 from pretrain.settings import TEXTS
 from titans_mcore.config import TitansConfig
 
-_FLAGS = ("--config", "--run-dir", "--variant", "--verify-resume")
-_SWITCH = "--verify-resume"
-_USAGE = "python -m pretrain.train --config FILE --run-dir DIR [--SECTION.SETTING VALUE ...]"
-_DESCRIPTION = """Trains a model: --config FILE is a TOML file, --run-dir DIR takes everything that the run writes, and
-each flag below overrides one setting of the file. --variant X is short for --model.variant X. A run folder that holds
-checkpoints is continued; --verify-resume has it compute the loss of a sample first, which must be the one that was
-noted when the checkpoint was saved."""
+_FLAGS = ("--config", "--run-dir", "--variant")
+_SWITCHES = ("--verify-resume", "--print")
+_USAGE = "python -m pretrain.train --config NAME --run-dir DIR [--SECTION.SETTING VALUE ...]"
+_DESCRIPTION = """Trains a model: --config NAME is a preset such as mac_760m or a TOML file, --run-dir DIR takes
+everything that the run writes, and each flag below overrides one setting of the preset. --variant X is short for
+--model.variant X. --print shows all settings as TOML and trains nothing. A run folder that holds checkpoints is
+continued; --verify-resume has it compute the loss of a sample first, which must be the one that was noted when the
+checkpoint was saved."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,29 @@ def parse(arguments: Sequence[str]) -> CommandLine:
 
     Raises:
         ValueError: Something is unknown, missing or illegal; the message says what and what to do.
-        SystemExit: After `--help` (0), or a value of the wrong type (2).
+        SystemExit: After `--help` or `--print` (0), or a value of the wrong type (2).
     """
     if "--help" in arguments or "-h" in arguments:
         tyro.cli(tyro.conf.FlagConversionOff[RunConfig], args=["--help"], prog=_USAGE, description=_DESCRIPTION)
     named, overrides = _split(arguments)
     for flag in ("--config", "--run-dir"):
-        if flag not in named:
+        if flag not in named and not (flag == "--run-dir" and "--print" in named):
             raise ValueError(f"{flag} is missing; usage: {_USAGE}")
     if "--variant" in named:
         overrides["model.variant"] = named["--variant"]
-    file = Path(named["--config"])
-    tree = read_toml(file)
-    base = build(tree, str(file))
-    config = _override(base, overrides)
+    tree, source = read_config(named["--config"])
+    config = _override(build(tree, source), overrides)
     # RUN/config.toml is read back in another working directory perhaps.
     config = replace(config, data=config.data.absolute())
     if "vocab_size" not in tree.get("model", {}) and "model.vocab_size" not in overrides:
-        config = replace(config, model=_with_vocabulary_of_data(config))
-    return CommandLine(config, Path(named["--run-dir"]), _SWITCH in named)
+        if config.data.folders or "--print" not in named:
+            config = replace(config, model=_with_vocabulary_of_data(config))
+        else:
+            print("# without data.path, model.vocab_size is the default")
+    if "--print" in named:
+        print(tomli_w.dumps(asdict(config)), end="")
+        raise SystemExit(0)
+    return CommandLine(config, Path(named["--run-dir"]), "--verify-resume" in named)
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -72,9 +79,9 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
         name = flag.removeprefix("--").replace("-", "_")
         if not word.startswith("--"):
             raise ValueError(f"unexpected {word!r} on the command line; settings are written --section.setting value")
-        if flag not in _FLAGS and name not in known:
-            raise ValueError(unknown_setting(flag, "the command line", [*_FLAGS, *map(_flag, known)]))
-        if word == _SWITCH:
+        if flag not in (*_FLAGS, *_SWITCHES) and name not in known:
+            raise ValueError(unknown_setting(flag, "the command line", [*_FLAGS, *_SWITCHES, *map(_flag, known)]))
+        if word in _SWITCHES:
             named[word] = ""
             continue
         if not equals:

@@ -1,4 +1,4 @@
-"""Says what a run will need before there is a GPU: `python -m pretrain.plan --config FILE --gpus N`.
+"""Says what a run will need before there is a GPU: `python -m pretrain.plan --config NAME --gpus N`.
 
 It takes the command line of a run (`--run-dir` may stay away) and four flags of its own. A layout that a run would
 refuse is refused in the run's words, with exit code 2. Nothing is allocated and nothing is started.
@@ -9,13 +9,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.command_line import parse
 from pretrain.config import RunConfig
-from pretrain.config_files import read_toml
 from pretrain.exit_status import EXIT_MISTAKE
+from pretrain.presets import read_config
 from pretrain.schedule import tokens_after
 from titans_mcore.config import TitansConfig
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from pretrain.planning.step_time import StepTime
 
 _USAGE = (
-    "python -m pretrain.plan --config FILE --gpus N [--utilisation 0.4] [--gpu h100] [--json] [--SETTING VALUE ...]"
+    "python -m pretrain.plan --config NAME --gpus N [--utilisation 0.4] [--gpu h100] [--json] [--SETTING VALUE ...]"
 )
 
 
@@ -181,7 +180,7 @@ def _checkpoints(config: RunConfig) -> int:
 
 
 def _lacks_vocabulary(words: Sequence[str]) -> bool:
-    """Whether neither the file nor the flags say how large the vocabulary is, or where the data is."""
+    """Whether neither the preset nor the flags say how large the vocabulary is, or where the data is."""
     flags = [word.partition("=")[0].replace("_", "-") for word in words]
     if "--config" not in flags or {"--model.vocab-size", "--data.path", "--data.blend"} & set(flags):
         return False
@@ -189,7 +188,7 @@ def _lacks_vocabulary(words: Sequence[str]) -> bool:
     file = words[at].partition("=")[2] or (words[at + 1] if at + 1 < len(words) else "")
     if not file:
         return False  # parse() says so
-    tree = read_toml(Path(file))
+    tree, _ = read_config(file)
     sections = [tree.get(name, {}) for name in ("model", "data")]
     if not all(isinstance(section, dict) for section in sections):
         return False  # parse() says what is wrong with it

@@ -1,4 +1,4 @@
-"""Trains a model: `python -m pretrain.train --config FILE --run-dir DIR`, alone or under launch/torchrun.sh."""
+"""Trains a model: `python -m pretrain.train --config NAME --run-dir DIR`, alone or under launch/torchrun.sh."""
 
 import sys
 import time

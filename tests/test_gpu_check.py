@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.presets import preset_names
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,9 +19,9 @@ def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_names_what_is_there() -> None:
     planned = gpu_check("--dry-run").stdout
-    for file in ("pretrain/configs/mag_340m.toml", "pretrain/configs/transformer_340m.toml", "launch/torchrun.sh"):
-        assert file in planned
-        assert (ROOT / file).is_file()
+    for preset in ("mag_340m", "transformer_340m"):
+        assert f"launch/torchrun.sh --config {preset} " in planned
+        assert preset in preset_names()
     assert "evals.efficiency memory --device cuda" in planned
 
 

@@ -168,8 +168,8 @@ class WavefrontSettings:
 
     output: Path
     """Folder for the report."""
-    config: Path = Path(__file__).parents[2] / "pretrain" / "configs" / "mag_760m.toml"
-    """Settings of the run that is planned; rows, batch and layout come from the options below."""
+    config: str = "mag_760m"
+    """The run that is planned, a preset or a TOML file; rows, batch and layout come from the options below."""
     tokens: int = 2_097_152
     """Tokens of the row that the ranks share."""
     ranks: tuple[int, ...] = (1, 8, 16, 32, 64, 128, 256, 512)

@@ -148,7 +148,7 @@ def _config(settings: WavefrontSettings, ranks: int) -> RunConfig:
         "model.vocab-size": TitansConfig.vocab_size,
     }
     flags = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-    return for_gpus(parse(["--config", str(settings.config), *flags]).config)
+    return for_gpus(parse(["--config", settings.config, *flags]).config)
 
 
 def _planned(config: RunConfig, ranks: int, parameters: list[Parameter]) -> Row:
@@ -213,7 +213,7 @@ def _markdown(settings: WavefrontSettings, model: TitansConfig, seconds: dict[st
     )
     return f"""# Context parallelism as a wavefront
 
-One row of {settings.tokens:,} tokens of {settings.config.stem}, {model.num_layers} layers, over C ranks that share it.
+One row of {settings.tokens:,} tokens of {settings.config}, {model.num_layers} layers, over C ranks that share it.
 
 ```text
 {table(_HEADER, lines)}

@@ -21,7 +21,6 @@ from pretrain.preflight import (
     facts_of_this_host,
 )
 from pretrain.rendezvous import Hosts, interface_of, listening_store, open_store, own_address
-from tests.pretrain.jobs import ROOT
 from titans_mcore.config import TitansConfig
 
 PRESETS = ("quickstart", "mac_170m", "mal_340m", "transformer_400m", "lmm_760m", "mag_1.3b")
@@ -169,7 +168,7 @@ def test_facts_tell_code_packages_data_and_settings(facts, shards, tmp_path):
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path):
-    large = ["--config", str(ROOT / "pretrain/configs/mag_1.3b.toml"), "--model.dim", "1048576"]
+    large = ["--config", "mag_1.3b", "--model.dim", "1048576"]
     config = request_of([*large, "--gpus", "1"]).config
     with pytest.raises(ValueError, match=r"GB free, and 6 more checkpoints of [\d.]+ GB are to be written there; make"):
         check_room(config, tmp_path / "not" / "yet", large)
@@ -177,7 +176,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path):
 
 def test_the_quick_bound_of_a_checkpoint_is_above_the_count():
     for preset in PRESETS:
-        request = request_of(["--config", str(ROOT / "pretrain" / "configs" / f"{preset}.toml"), "--gpus", "2"])
+        request = request_of(["--config", preset, "--gpus", "2"])
         count = plan_of(request)["checkpoint"]["bytes"]
         assert count < checkpoint_bytes_at_most(request.config.model) < 20 * count
 

@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from pretrain.presets import preset_names
 from tests.pretrain.jobs import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"])
@@ -143,7 +144,7 @@ def test_the_parts_of_the_manifest_fit_each_other(manifest):
     assert int(environment["MASTER_PORT"]) == service["spec"]["ports"][0]["port"]
     assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["volumes"]}
     assert (ROOT / container["command"][1]).is_file()
-    assert (ROOT / container["args"][0].removeprefix("--config=")).is_file()
+    assert container["args"][0].removeprefix("--config=") in preset_names()
 
 
 def test_a_preempted_pod_has_time_to_save_and_what_it_stopped_comes_again(manifest):

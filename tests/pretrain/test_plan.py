@@ -18,22 +18,22 @@ from pretrain.planning.flops import dense_flops, mean_visible_keys, memory_flops
 from pretrain.planning.layout import Layout, for_gpus, layout_of
 from pretrain.planning.parameters import count_by_part, parameters_of
 from pretrain.planning.rank_bytes import bucket_numbers
+from pretrain.presets import preset_names
 from pretrain.settings import DataConfig, TrainConfig
 from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.mixers.neural_memory import NeuralMemory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import groups, transformer_config
 
-from .jobs import ROOT, Job
+from .jobs import Job
 
-PRESETS = sorted((ROOT / "pretrain" / "configs").glob("*.toml"))
 SIZES = ("170m", "340m", "400m", "760m", "1.3b")
 RECALL = ("mag", "mac", "transformer")
 SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
 MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48}
 LENGTH = 256
 HIDDEN = ("--parallel.memory-parallel", "hidden")
-PRESET = str(ROOT / "pretrain" / "configs" / "mac_170m.toml")
+PRESET = "mac_170m"
 
 
 def config_of(variant: str) -> TitansConfig:
@@ -77,7 +77,7 @@ def test_the_parameters_are_those_of_the_built_model(model):
 @pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
 def test_a_preset_is_planned_in_seconds(variant, size):
     began = time.perf_counter()
-    found = planned("--config", str(ROOT / "pretrain" / "configs" / f"{variant}_{size}.toml"), "--gpus", "8")
+    found = planned("--config", f"{variant}_{size}", "--gpus", "8")
     assert time.perf_counter() - began < 20
     label = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert found["parameters"]["total"] == pytest.approx(label, rel=0.03)
@@ -90,16 +90,16 @@ def test_a_preset_is_planned_in_seconds(variant, size):
 def test_every_preset_is_planned():
     names = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
     long = {f"{variant}_{size}_long" for variant, size in product(VARIANTS, SIZES)}
-    others = {file.stem for file in PRESETS} - names - long
+    others = set(preset_names()) - names - long
     assert others == {"quickstart", *(f"recall_{variant}" for variant in RECALL)}
     for name in others:
         gpus = "2" if name == "quickstart" else "1"
-        assert planned("--config", str(ROOT / "pretrain" / "configs" / f"{name}.toml"), "--gpus", gpus)
+        assert planned("--config", name, "--gpus", gpus)
 
 
 @pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
 def test_a_long_context_stage_is_planned_and_fits_the_gpus_of_one_host(variant, size):
-    found = planned("--config", str(ROOT / "pretrain" / "configs" / f"{variant}_{size}_long.toml"), "--gpus", "8")
+    found = planned("--config", f"{variant}_{size}_long", "--gpus", "8")
     assert not [note for note in found["notes"] if "do not fit" in note]
     assert found["step"]["tokens"] == 2**19
 
@@ -185,7 +185,7 @@ def test_what_is_recomputed_takes_time_and_is_no_work():
 
 
 def test_ranks_that_share_a_row_wait_as_the_wavefront_says():
-    arguments = ("--config", str(ROOT / "pretrain" / "configs" / "mag_760m.toml"), "--train.sequence-length", "131072")
+    arguments = ("--config", "mag_760m", "--train.sequence-length", "131072")
     alone = planned(*arguments, "--gpus", "1", "--train.global-batch", "4")
     shared = planned(*arguments, "--gpus", "8", "--train.global-batch", "4", "--parallel.context", "8")
     efficiency = shared["time"]["wavefront_efficiency"]
@@ -275,7 +275,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch, capsys, argumen
 
 @pytest.mark.parametrize("name", ["mac_170m", "lmm_1.3b"])
 def test_buckets_are_the_engines(name):
-    request = plan.request_of(["--config", str(ROOT / "pretrain" / "configs" / f"{name}.toml"), "--gpus", "2"])
+    request = plan.request_of(["--config", name, "--gpus", "2"])
     config = for_gpus(request.config)
     layout, parameters = layout_of(config, 2), parameters_of(config.model)
     with torch.device("meta"):

@@ -1,18 +1,19 @@
 """The configurations of the paper's sizes: legal, and as large as their names say."""
 
+import tomllib
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.config_files import build, read_toml
+from pretrain.command_line import parse
+from pretrain.config_files import build
+from pretrain.presets import preset_names, read_config
 from titans_mcore.config import VARIANTS
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
 
-FOLDER = Path(__file__).resolve().parents[2] / "pretrain" / "configs"
 SIZES = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 100e9}
 
@@ -21,8 +22,7 @@ RECALL = ("mag", "mac", "transformer")
 
 @pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
 def test_a_preset_has_the_parameters_and_tokens_of_its_name(variant: str, size: str) -> None:
-    file = FOLDER / f"{variant}_{size}.toml"
-    config = build(read_toml(file), file.name)
+    config = build(*read_config(f"{variant}_{size}"))
     with torch.device("meta"):  # shapes alone: nothing is allocated
         model = TitansForCausalLM(TitansHFConfig.from_titans(config.model))
     assert config.model.variant == variant
@@ -33,8 +33,7 @@ def test_a_preset_has_the_parameters_and_tokens_of_its_name(variant: str, size: 
 
 @pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
 def test_a_long_context_stage_is_the_same_model_on_longer_rows(variant: str, size: str) -> None:
-    names = (f"{variant}_{size}.toml", f"{variant}_{size}_long.toml")
-    first, long = (build(read_toml(FOLDER / name), name) for name in names)
+    first, long = (build(*read_config(name)) for name in (f"{variant}_{size}", f"{variant}_{size}_long"))
     assert long.model == first.model
     assert long.train.sequence_length == 8 * first.train.sequence_length
     assert long.train.tokens_per_step == first.train.tokens_per_step
@@ -43,8 +42,7 @@ def test_a_long_context_stage_is_the_same_model_on_longer_rows(variant: str, siz
 
 
 def test_models_that_recall_differ_in_their_mixer_alone() -> None:
-    files = [FOLDER / f"recall_{variant}.toml" for variant in RECALL]
-    mag, mac, transformer = (build(read_toml(file), file.name) for file in files)
+    mag, mac, transformer = (build(*read_config(f"recall_{variant}")) for variant in RECALL)
     assert [config.model.variant for config in (mag, mac, transformer)] == list(RECALL)
     for config in (mac, transformer):  # the same budget, rows and optimizer
         assert replace(config, model=mag.model) == mag
@@ -54,7 +52,30 @@ def test_models_that_recall_differ_in_their_mixer_alone() -> None:
 
 
 def test_no_configuration_is_without_a_test() -> None:
-    tested = {f"{variant}_{size}.toml" for variant, size in product(VARIANTS, SIZES)}
-    long = {f"{variant}_{size}_long.toml" for variant, size in product(VARIANTS, SIZES)}
-    recall = {f"recall_{variant}.toml" for variant in RECALL}
-    assert {file.name for file in FOLDER.iterdir()} == {*tested, *long, *recall, "quickstart.toml"}
+    tested = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
+    long = {f"{name}_long" for name in tested}
+    recall = {f"recall_{variant}" for variant in RECALL}
+    assert set(preset_names()) == {*tested, *long, *recall, "quickstart"}
+
+
+def test_what_a_name_means_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--config", "mac_760m", "--print", "--train.steps", "3"])
+    shown = build(tomllib.loads(capsys.readouterr().out), "shown")
+    expected = build(*read_config("mac_760m"))
+    assert end.value.code == 0
+    assert shown == replace(expected, train=replace(expected.train, steps=3))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("mac_760", "--config mac_760 is neither a file nor a preset; did you mean mac_760m or "),
+        ("quick", "--config quick is neither a file nor a preset; did you mean quickstart?"),
+        ("x", "--config x is neither a file nor a preset; .*sizes.toml and the files beside it have them"),
+        ("configs/mac_760m.toml", "no configuration at configs/mac_760m.toml: .* did you mean --config mac_760m?"),
+    ],
+)
+def test_a_wrong_name_gets_the_nearest_ones(text: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_config(text)

@@ -7,6 +7,7 @@ import pytest
 from pretrain.command_line import parse
 from pretrain.config import RunConfig
 from pretrain.config_files import build, load_run_config, read_toml, setting_names, write_run_config
+from pretrain.presets import read_config
 from pretrain.settings import TrainConfig
 
 
@@ -160,8 +161,6 @@ def test_the_batch_must_be_shared_out_evenly():
 
 
 def test_the_quickstart_configuration_is_legal():
-    from .jobs import ROOT
-
-    config = build(read_toml(ROOT / "pretrain" / "configs" / "quickstart.toml"), "quickstart")
+    config = build(*read_config("quickstart"))
     assert config.parallel.tensor == 2
     assert dataclasses.replace(config.model, variant="lmm").variant == "lmm"
