@@ -8,5 +8,5 @@ units, workers              one unit at a time, on many processes and hosts
 assemble, duplicates,       from units to shards and manifest
 split, shards, manifest
 encode                      the command over all of it
-verify, trace, throughput   whether shards are whole, where a token comes from, how fast it was
+verify, trace               whether shards are whole, where a token comes from
 """

@@ -4,26 +4,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
-from evals.efficiency.settings import (
-    ContextSettings,
-    DataSettings,
-    LayoutsSettings,
-    MemorySettings,
-    TokenizationSettings,
-    WavefrontSettings,
-)
+from evals.efficiency.settings import ContextSettings, MemorySettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
 
 Measures in one run, side by side, against other implementations.
 
 commands:
-  memory        the neural memory: tokens/s, peak memory, growth with length
-  tokenization  encoding text to shards, against sentencepiece alone
-  layouts       what ways to divide a model send and hold, counted on gloo processes
-  data          shards to batches: index, start, resume, memory, reading, on a billion synthetic tokens
-  context       reading, decoding and memory of trained models, up to millions of tokens
-  wavefront     context parallelism: how long ranks that share a row wait, and what memory each takes
+  memory   the neural memory: tokens/s, peak memory, growth with length
+  context  reading, decoding and memory of trained models, up to millions of tokens
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -41,39 +30,6 @@ def _memory(words: Sequence[str]) -> None:
         print(path, file=sys.stderr)
 
 
-def _tokenization(words: Sequence[str]) -> None:
-    settings = parse_settings(TokenizationSettings, "python -m evals.efficiency tokenization", words)
-    from evals.efficiency.tokenization import measure
-
-    print(measure(settings))
-    print(settings.output / "tokenization.json", file=sys.stderr)
-
-
-def _layouts(words: Sequence[str]) -> None:
-    settings = parse_settings(LayoutsSettings, "python -m evals.efficiency layouts", words)
-    from evals.efficiency.layouts import measure
-
-    print(measure(settings))
-    print(settings.output / "layouts.json", file=sys.stderr)
-
-
-def _data(words: Sequence[str]) -> None:
-    settings = parse_settings(DataSettings, "python -m evals.efficiency data", words)
-    from evals.efficiency.data import measure
-
-    print(measure(settings))
-    print(settings.output / "data.json", file=sys.stderr)
-
-
-def _wavefront(words: Sequence[str]) -> None:
-    settings = parse_settings(WavefrontSettings, "python -m evals.efficiency wavefront", words)
-    from evals.efficiency.wavefront import measure
-
-    print(measure(settings))
-    for suffix in ("json", "md", "png"):
-        print(settings.output / f"wavefront.{suffix}", file=sys.stderr)
-
-
 def _context(words: Sequence[str]) -> None:
     settings = parse_settings(ContextSettings, "python -m evals.efficiency context", words)
     from evals.efficiency.context import measure
@@ -84,10 +40,6 @@ def _context(words: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "memory": _memory,
-    "tokenization": _tokenization,
-    "layouts": _layouts,
-    "data": _data,
-    "wavefront": _wavefront,
     "context": _context,
 }
 

@@ -171,7 +171,7 @@ def test_each_fault_is_one_sentence(
         return lines[0]
 
     here = ("memory", "--output", tmp_path / "out")
-    commands = "memory, tokenization, layouts, data, wavefront, context"
+    commands = "memory, context"
     assert says("speed") == f"error: there is no command 'speed'; give one of {commands}"
     assert "--lengths is (0,)" in says(*here, "--lengths", 0)
     assert "--repeats is 0" in says(*here, "--repeats", 0)
@@ -198,23 +198,3 @@ def test_help_is_quick_and_documents_every_setting() -> None:
 def test_settings_refuse_an_empty_list_of_lengths() -> None:
     with pytest.raises(EvaluationError, match="--growth-lengths is empty"):
         MemorySettings(Path(), growth_lengths=())
-
-
-def test_the_wavefront_is_reported_for_every_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = ("--tokens", 4096, "--ranks", 1, 8, 32, "--piece", 32, "--repeats", 1)
-    assert command(monkeypatch, "wavefront", "--output", tmp_path, *row, "--threads", 1) == 0
-    report = json.loads((tmp_path / "wavefront.json").read_text())
-    assert [found["ranks"] for found in report["rows"]] == [1, 8, 32]
-    for found in report["rows"]:
-        assert found["equal_efficiency"] == pytest.approx(24 / (24 + found["ranks"] - 1))
-        assert found["equal_efficiency"] <= found["efficiency"] <= 1 + 1e-12  # the head hides in the waiting
-        assert found["relative_time"] == pytest.approx(1 / found["ranks"] / found["efficiency"])
-        assert found["bytes"]["block"] <= found["bytes"]["except_memory"] <= found["bytes"]["none"]
-    assert {file.name for file in tmp_path.iterdir()} == {"wavefront.json", "wavefront.md", "wavefront.png"}
-
-
-def test_a_row_that_ranks_cannot_share_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(monkeypatch, "wavefront", "--output", tmp_path, "--tokens", 4096, "--ranks", 7) == 2
-    assert "train.sequence_length 4096 cannot be divided into 7 equal parts" in capsys.readouterr().err

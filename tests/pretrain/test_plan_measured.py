@@ -9,18 +9,19 @@ trains some layouts one after the other and writes, for each rank and layout, wh
 all wrote.
 """
 
+import gc
 import json
 import resource
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from evals.efficiency.layouts_worker import communication_buffers, storages
 from pretrain import plan
 from pretrain.command_line import parse
 from pretrain.data import MicroBatch
@@ -119,6 +120,26 @@ def measure(config, groups, folder: Path) -> dict:
     written = save(engine, config, "of no data", folder, 1)
     weight = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     return {"bytes": max(held), **sent, "kept": kept, "peak_growth": growth, "checkpoint": weight}
+
+
+def communication_buffers(engine: Any) -> set[int]:
+    """Storages of DeepSpeed's buckets, and of the parameters that ZeRO 3 has gathered for a while."""
+    buckets = getattr(engine.optimizer, "ipg_buckets", {}).values()
+    buffers = [x for bucket in buckets for x in (bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer])]
+    gathered = [p.data for p in engine.module.parameters()] if engine.zero_optimization_stage() == 3 else []
+    return {_place(x) for x in [*buffers, *gathered] if x is not None}
+
+
+def storages() -> dict[int, tuple[int, torch.Tensor]]:
+    """Bytes of every storage on the CPU that a tensor lies in, by address, and the tensor, which keeps it alive."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu"]
+    tensors += [x.grad for x in tensors if type(x) is torch.nn.Parameter and x.grad is not None]
+    return {_place(x): (x.untyped_storage().nbytes(), x.detach()) for x in tensors}
+
+
+def _place(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def kept_bytes(model: torch.nn.Module, micro_batch: MicroBatch) -> int:
