@@ -1,6 +1,5 @@
 """An exported Hugging Face folder as a model under evaluation: the folder's own code, weights and tokenizer."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from evals.command_line import EvaluationError
-from evals.models import EvalModel, Tokenizer, hash_files, start_processes
+from evals.models import EvalModel, Tokenizer, start_processes
+from tokenization.io import hash_files, sha256_of
 
 
 class ExportedNetwork(nn.Module):
@@ -89,7 +89,7 @@ def load_exported(folder: Path, tokenizer: Tokenizer | None) -> EvalModel:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         if tokenizer is None:
             own = ExportedTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
-            tokenizer = Tokenizer(own, hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest())
+            tokenizer = Tokenizer(own, sha256_of(folder / "tokenizer.json"))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EvaluationError(f"--checkpoint {folder}: cannot be loaded ({reason}); export the run again") from error

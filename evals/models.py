@@ -3,7 +3,6 @@
 import hashlib
 import os
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from evals.command_line import EvaluationError
 from titans_mcore.config import TitansConfig
+from tokenization.io import hash_files
 
 _LONGEST_WAIT_SECONDS = 14 * 24 * 3600.0
 
@@ -162,15 +162,6 @@ def start_processes() -> None:
 
     if not torch.distributed.is_initialized():
         parallel.start(1, seed=0, timeout_seconds=_LONGEST_WAIT_SECONDS)
-
-
-def hash_files(files: Iterable[Path]) -> str:
-    """sha256 over the names and contents of files, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        with file.open("rb") as stream:
-            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _trained_length(run: Path) -> int | None:

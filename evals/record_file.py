@@ -1,6 +1,5 @@
 """Raw results: one JSON line a sample, appended as batches finish, read back when a run goes on."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from evals.command_line import EvaluationError
+from tokenization.io import try_lock
 
 Record = TypeVar("Record")
 
@@ -34,13 +34,9 @@ class RecordFile(Generic[Record]):
             raise EvaluationError(
                 f"--output {path.parent}: cannot write {path.name} there ({error.strerror}); give another folder"
             ) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_lock(self._file.fileno()):
             self._file.close()
-            raise EvaluationError(
-                f"{path}: another evaluation is writing it; wait for it or give another --output"
-            ) from None
+            raise EvaluationError(f"{path}: another evaluation is writing it; wait for it or give another --output")
         self._drop_torn_line()
         self._file.seek(0)
         self.records = [self._parse(line, number) for number, line in enumerate(self._file, 1)]

@@ -4,11 +4,11 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tokenization.io import write_file_atomically as write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,21 +52,6 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that a crash at any moment leaves the old one or the new one; makes missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

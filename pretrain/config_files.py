@@ -26,7 +26,7 @@ from pretrain.settings import (
     TrainConfig,
 )
 from titans_mcore.config import TitansConfig, with_memory_heads
-from tokenization.files import write_file_atomically
+from tokenization.io import write_file_atomically
 
 CONFIG_FILE = "config.toml"
 SECTIONS: dict[str, Any] = {

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from pretrain.checkpoint import checkpoint_folder
 from pretrain.exit_status import EXIT_FAILED, EXIT_GIVEN_UP, EXIT_MISTAKE, REQUEUE_FILE
 from titans_mcore.parallel import stop
-from tokenization.files import write_file_atomically
+from tokenization.io import write_file_atomically
 
 _WAIT_FOR_RANK_0_SECONDS = 20
 _STOP_AFTER = 1_000  # no signal has this number

@@ -9,7 +9,7 @@ from pretrain.blend import Blend
 from pretrain.config import RunConfig
 from pretrain.data import NumberedSamples, Samples
 from titans_mcore.weights import file_sha256
-from tokenization.files import write_file_atomically
+from tokenization.io import write_file_atomically
 from tokenization.manifest import TOKENIZER_NAME, Manifest
 from tokenization.tokenizer import TokenizerInfo
 

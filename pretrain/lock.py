@@ -1,8 +1,9 @@
 """One run at a time in a run folder."""
 
-import fcntl
 import os
 from pathlib import Path
+
+from tokenization.io import try_lock
 
 
 def lock_run_folder(run_dir: Path) -> int:
@@ -16,9 +17,7 @@ def lock_run_folder(run_dir: Path) -> int:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(descriptor):
         os.close(descriptor)
-        raise ValueError(f"another process is training in {run_dir}; wait for it or use another --run-dir") from None
+        raise ValueError(f"another process is training in {run_dir}; wait for it or use another --run-dir")
     return descriptor

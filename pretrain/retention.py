@@ -14,7 +14,7 @@ from pretrain.checkpoint import read_record
 from pretrain.health import Health
 from pretrain.settings import CheckpointConfig
 from titans_mcore.weights import MARKER, checkpoints_newest_first
-from tokenization.files import write_file_atomically
+from tokenization.io import write_file_atomically
 
 HEALTHY_FILE = "healthy.json"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenization.files import write_file_atomically
+from tokenization.io import write_file_atomically
 
 REWINDS_FILE = "rewinds.jsonl"
 

@@ -46,7 +46,7 @@ from titans_mcore.weights import (
     write_description,
     write_shard,
 )
-from tokenization.files import sync
+from tokenization.io import sync
 
 RANDOM_STREAM = "stream."
 """What the names of Megatron's random streams begin with in a file of random states."""

@@ -17,7 +17,7 @@ import numpy
 
 from tokenization.duplicates import find_duplicates
 from tokenization.errors import TokenizationError
-from tokenization.files import PartialFile, exclusive, write_file_atomically
+from tokenization.io import PartialFile, exclusive, sha256_of, write_file_atomically
 from tokenization.manifest import (
     FORMAT_VERSION,
     HELDOUT,
@@ -45,7 +45,6 @@ from tokenization.shards import (
     plan_shards,
 )
 from tokenization.skipped import broken_files, rejected_documents
-from tokenization.sources import sha256_of
 from tokenization.split import choose_threshold
 from tokenization.units import UnitResult, load_result, part_path
 from tokenization.workers import run_tasks, worthwhile_workers

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tokenization.assemble import assemble, remove_work
 from tokenization.errors import TokenizationError, run_command
-from tokenization.files import exclusive, sweep_partial_files, write_file_atomically
+from tokenization.io import exclusive, sha256_of, sweep_partial_files, write_file_atomically
 from tokenization.manifest import HELDOUT, TOKENIZER_NAME, TRAIN, Manifest
 from tokenization.output import claim_output
 from tokenization.plan import Plan
@@ -20,7 +20,6 @@ from tokenization.progress import Progress
 from tokenization.settings import EncodingSettings
 from tokenization.shards import UINT16_BELOW, import_indexed_dataset
 from tokenization.source_options import SourceOptions
-from tokenization.sources import sha256_of
 from tokenization.tokenizer import describe_tokenizer
 from tokenization.units import UnitEncoder, load_result, units_folder
 from tokenization.workers import run_tasks

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tokenization.errors import TokenizationError
+from tokenization.io import sha256_of
 from tokenization.json_records import from_json
 from tokenization.settings import EncodingSettings
-from tokenization.sources import sha256_of
 from tokenization.tokenizer import TokenizerInfo
 
 FORMAT_VERSION = 1

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenization.errors import TokenizationError
-from tokenization.files import exclusive
+from tokenization.io import exclusive, sha256_of
 from tokenization.manifest import HELDOUT, MANIFEST_NAME, REJECTED_NAME, TOKENIZER_NAME, TRAIN, Manifest
 from tokenization.plan import PLAN_NAME, PLAN_VERSION, Plan, plan_units
 from tokenization.settings import EncodingSettings
 from tokenization.skipped import Rejected, Skipped
 from tokenization.source_options import SourceOptions
-from tokenization.sources import Source, sha256_of
+from tokenization.sources import Source
 from tokenization.tokenizer import TokenizerInfo
 
 # What --overwrite may delete; `cache` is where Megatron-core keeps its sample indices beside the shards.

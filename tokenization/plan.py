@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.errors import TokenizationError
-from tokenization.files import write_file_once
+from tokenization.io import write_file_once
 from tokenization.json_records import from_json
 from tokenization.parquet import row_groups
 from tokenization.records import BrokenFile, Span

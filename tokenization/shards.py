@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy
 
-from tokenization.files import commit_file, write_file_atomically
+from tokenization.io import commit_file, sha256_of, write_file_atomically
 from tokenization.json_records import from_json
 from tokenization.manifest import HELDOUT, ORIGIN, FileInfo, Shard
 from tokenization.plan import Plan
-from tokenization.sources import sha256_of
 from tokenization.units import DOCUMENT, part_path
 from tokenization.workers import Report
 

@@ -1,6 +1,5 @@
 """From the `--input` arguments to the list of files to read, in an order that depends on their names alone."""
 
-import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,6 @@ STDLIB = "stdlib"
 SUFFIXES: tuple[str, ...] = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 STDLIB_SUFFIXES: tuple[str, ...] = (".py", ".txt", ".rst", ".md")
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-_HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,6 @@ def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
             seen.add(real)
             sources.append(source)
     return sources
-
-
-def sha256_of(path: str | Path) -> str:
-    """Returns the SHA-256 of a file's bytes in hexadecimal, read block by block."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def suffix_of(name: str, suffixes: Iterable[str] = SUFFIXES) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.errors import TokenizationError
-from tokenization.sources import sha256_of
+from tokenization.io import sha256_of
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenization.documents import Document, Reader
 from tokenization.errors import TokenizationError, run_command
-from tokenization.files import write_file_atomically
+from tokenization.io import write_file_atomically
 from tokenization.plan import plan_units
 from tokenization.skipped import Skipped
 from tokenization.source_options import SourceOptions

@@ -20,13 +20,13 @@ import numpy
 from tokenization.cutting import CUT_ABOVE_CHARACTERS, Cutter, TextWithoutCut, load_cutter
 from tokenization.documents import Document, Reader
 from tokenization.errors import TokenizationError
-from tokenization.files import PartialFile, write_file_atomically
+from tokenization.io import PartialFile, sha256_of, write_file_atomically
 from tokenization.json_records import from_json
 from tokenization.manifest import TOKENIZER_NAME
 from tokenization.plan import Plan, PlannedSpan
 from tokenization.remote import is_remote
 from tokenization.skipped import Rejected, Skipped
-from tokenization.sources import Source, sha256_of
+from tokenization.sources import Source
 from tokenization.split import hash_position
 from tokenization.tokenizer import load_tokenizer
 from tokenization.workers import Report

@@ -12,10 +12,10 @@ from tyro.conf import Positional
 
 from tokenization.assemble import entropy_of
 from tokenization.errors import TokenizationError, run_command
+from tokenization.io import sha256_of
 from tokenization.manifest import HELDOUT, ORIGIN, TOKENIZER_NAME, TRAIN, FileInfo, Manifest, ManifestError, Shard
 from tokenization.progress import Progress
 from tokenization.shards import import_indexed_dataset
-from tokenization.sources import sha256_of
 from tokenization.tokenizer import describe_tokenizer
 from tokenization.workers import Report, run_tasks, worthwhile_workers
 

@@ -1,6 +1,5 @@
 """The evaluation: a model, the tasks with their data, lm-eval, and the report."""
 
-import hashlib
 import os
 import re
 import tempfile
@@ -13,6 +12,7 @@ from evals.command_line import EvaluationError
 from evals.harness.settings import HarnessSettings
 from evals.harness.summary import summarise, write_report
 from evals.harness.tasks import check_local_data, write_task_files
+from tokenization.io import hash_files
 
 _ROLLING = "wikitext"  # its windows bring their own start token
 
@@ -136,19 +136,11 @@ def _exported_model(settings: HarnessSettings, exported: bool) -> tuple[dict[str
     identity = {
         "backend": "hf",
         "checkpoint": folder,
-        "checkpoint_sha256": _hash([*settings.checkpoint.glob("*.safetensors")]),
-        "tokenizer_sha256": _hash([settings.checkpoint / "tokenizer.json"]),
+        "checkpoint_sha256": hash_files(settings.checkpoint.glob("*.safetensors")),
+        "tokenizer_sha256": hash_files([settings.checkpoint / "tokenizer.json"]),
         "trained_length": None,
         "model": {
             name: value for name, value in model.config.to_dict().items() if isinstance(value, str | int | float | bool)
         },
     }
     return identity, model
-
-
-def _hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        with path.open("rb") as stream:
-            digest.update(path.name.encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

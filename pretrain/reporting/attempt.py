@@ -11,7 +11,7 @@ import torch
 
 from evals.efficiency.circumstances import source_commit
 from pretrain.config import RunConfig
-from tokenization.files import write_file_atomically
+from tokenization.io import write_file_atomically
 
 RUN_ID_FILE = "run_id"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import tokenization.files
+import tokenization.io
 from tokenization.encode import encode
 from tokenization.errors import TokenizationError
-from tokenization.files import PartialFile, exclusive, sweep_partial_files, write_file_once
+from tokenization.io import PartialFile, exclusive, sweep_partial_files, write_file_once
 
 from .conftest import encode_settings, hashes, make_texts, start, write_jsonl
 

@@ -9,10 +9,10 @@ import numpy
 import pytest
 
 from tokenization.encode import encode
+from tokenization.io import sha256_of
 from tokenization.json_records import from_json
 from tokenization.manifest import FileInfo, Manifest, ManifestError, fingerprint_of
 from tokenization.shards import import_indexed_dataset
-from tokenization.sources import sha256_of
 from tokenization.train import TrainSettings, train
 from tokenization.verify import verify
 

@@ -1,10 +1,14 @@
-"""Files that appear whole or not at all (a temporary name beside the target, fsync, rename), and locks."""
+"""Files that appear whole or not at all (a temporary name beside the target, fsync, rename), locks, and hashes.
+
+The other rooms write, lock and hash with these, too.
+"""
 
 import fcntl
+import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,8 +66,7 @@ class PartialFile:
         self.final = path
         descriptor, name = tempfile.mkstemp(prefix=_prefix(path.name), dir=path.parent)
         self.path = Path(name)
-        with suppress(OSError):  # a file system without locks: then nothing is ever swept either
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(descriptor)  # on a file system without locks nothing is ever swept either
         self.file = os.fdopen(descriptor, "wb")
         self._open = True
 
@@ -129,15 +132,39 @@ def exclusive(path: Path, refusal: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TokenizationError(refusal) from None
-        except OSError:
-            pass  # a file system without locks: renames still keep every file whole
+        if not try_lock(descriptor):
+            raise TokenizationError(refusal)
         yield
     finally:
         os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool:
+    """Takes the lock of an open file, which ends with this process; False when another one holds it.
+
+    On a file system without locks everybody gets it: renames still keep every file whole.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and contents of files, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:
