@@ -11,7 +11,7 @@ from pretrain.config_files import load_run_config
 from pretrain.data import NumberedSamples
 from pretrain.folders import RunData, open_data, open_samples
 from pretrain.schedule import Portion, portion_of
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.trace import origin_of
 
 

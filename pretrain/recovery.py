@@ -19,7 +19,7 @@ from pretrain.rewinds import Rewind, Rewinds
 from pretrain.run import Run
 from pretrain.schedule import portion_of
 from titans_mcore.weights import checkpoints_newest_first
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 
 
 def recover(run: Run, step: int, verdict: Verdict) -> int:

@@ -4,7 +4,7 @@ The order of the samples is the training's business, so the work is done there; 
 tokenization.trace, which goes on from a document to its text.
 """
 
-from tokenization.errors import run_command
+from tokenization.command_line import run_command
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tokenization.assemble import assemble, remove_work
-from tokenization.errors import TokenizationError, run_command
+from tokenization.command_line import TokenizationError, parse_settings, run_command
 from tokenization.io import exclusive, sha256_of, sweep_partial_files, write_file_atomically
 from tokenization.manifest import HELDOUT, TOKENIZER_NAME, TRAIN, Manifest
 from tokenization.output import claim_output
@@ -204,13 +204,7 @@ def parse_share(value: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
-    import tyro
-
-    encode(
-        tyro.cli(
-            EncodeSettings, args=arguments, prog="python -m tokenization.encode", config=(tyro.conf.FlagCreatePairsOff,)
-        )
-    )
+    encode(parse_settings(EncodeSettings, "python -m tokenization.encode", arguments))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 
 
 @dataclass(frozen=True)

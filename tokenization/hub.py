@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.remote import is_remote, open_source, with_retries
 from tokenization.sources import SUFFIXES, Source, suffix_of
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:

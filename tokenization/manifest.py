@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.io import sha256_of
 from tokenization.json_records import from_json
 from tokenization.settings import EncodingSettings

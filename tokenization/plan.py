@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.io import write_file_once
 from tokenization.json_records import from_json
 from tokenization.parquet import row_groups

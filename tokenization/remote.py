@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 
 ATTEMPTS = 10
 LONGEST_WAIT_SECONDS = 60.0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.filters import Filters
 from tokenization.hub import HubDataset, find_hub_sources
 from tokenization.skipped import Skipped

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.skipped import Skipped
 
 STDLIB = "stdlib"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 
 
 def hash_position(text: str, seed: int) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.io import sha256_of
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy
 
+from tokenization.command_line import TokenizationError, parse_settings, run_command
 from tokenization.cutting import load_cutter
 from tokenization.documents import text_or_kind
-from tokenization.errors import TokenizationError, run_command
 from tokenization.lines import LINE_SUFFIXES, read_line
 from tokenization.manifest import ORIGIN, TOKENIZER_NAME, Manifest
 from tokenization.parquet import read_rows, row_groups
@@ -128,9 +128,7 @@ class TraceSettings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
-    import tyro
-
-    settings = tyro.cli(TraceSettings, args=arguments, prog="python -m tokenization.trace")
+    settings = parse_settings(TraceSettings, "python -m tokenization.trace", arguments)
     found = trace(settings.shard, settings.token)
     print(f"source: {found.source}")
     print(f"row: {found.row}")

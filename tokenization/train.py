@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenization.command_line import TokenizationError, parse_settings, run_command
 from tokenization.documents import Document, Reader
-from tokenization.errors import TokenizationError, run_command
 from tokenization.io import write_file_atomically
 from tokenization.plan import plan_units
 from tokenization.skipped import Skipped
@@ -145,13 +145,7 @@ def _explain(fault: str, vocab_size: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
-    import tyro
-
-    train(
-        tyro.cli(
-            TrainSettings, args=arguments, prog="python -m tokenization.train", config=(tyro.conf.FlagCreatePairsOff,)
-        )
-    )
+    train(parse_settings(TrainSettings, "python -m tokenization.train", arguments))
 
 
 if __name__ == "__main__":

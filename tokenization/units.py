@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy
 
+from tokenization.command_line import TokenizationError
 from tokenization.cutting import CUT_ABOVE_CHARACTERS, Cutter, TextWithoutCut, load_cutter
 from tokenization.documents import Document, Reader
-from tokenization.errors import TokenizationError
 from tokenization.io import PartialFile, sha256_of, write_file_atomically
 from tokenization.json_records import from_json
 from tokenization.manifest import TOKENIZER_NAME

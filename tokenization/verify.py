@@ -11,7 +11,7 @@ import numpy
 from tyro.conf import Positional
 
 from tokenization.assemble import entropy_of
-from tokenization.errors import TokenizationError, run_command
+from tokenization.command_line import TokenizationError, parse_settings, run_command
 from tokenization.io import sha256_of
 from tokenization.manifest import HELDOUT, ORIGIN, TOKENIZER_NAME, TRAIN, FileInfo, Manifest, ManifestError, Shard
 from tokenization.progress import Progress
@@ -180,9 +180,7 @@ class VerifySettings:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
-    import tyro
-
-    settings = tyro.cli(VerifySettings, args=arguments, prog="python -m tokenization.verify")
+    settings = parse_settings(VerifySettings, "python -m tokenization.verify", arguments)
     manifest = verify(settings.folder, settings.workers)
     counted = ", ".join(f"{manifest.splits[name].tokens:,} {name} tokens" for name in (TRAIN, HELDOUT))
     print(f"{settings.folder}: ok, {counted}, fingerprint {manifest.fingerprint[:12]}")

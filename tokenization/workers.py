@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 
 _Task = TypeVar("_Task")
 Report = Callable[[int, int], None]

@@ -15,8 +15,8 @@ import pytest
 import sentencepiece
 import zstandard
 
+from tokenization.command_line import TokenizationError
 from tokenization.encode import encode, token_type
-from tokenization.errors import TokenizationError
 from tokenization.manifest import Manifest, ManifestError
 from tokenization.shards import import_indexed_dataset
 from tokenization.split import hash_position

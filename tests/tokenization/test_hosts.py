@@ -2,8 +2,8 @@
 
 import pytest
 
+from tokenization.command_line import TokenizationError
 from tokenization.encode import encode
-from tokenization.errors import TokenizationError
 
 from .conftest import encode_settings, hashes, make_texts, write_jsonl
 

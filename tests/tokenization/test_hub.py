@@ -15,8 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 import tokenization.hub
 import tokenization.remote
+from tokenization.command_line import TokenizationError
 from tokenization.encode import encode
-from tokenization.errors import TokenizationError
 from tokenization.manifest import Manifest
 from tokenization.remote import open_source, with_retries
 from tokenization.trace import trace

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tokenization.command_line import TokenizationError
 from tokenization.encode import encode
-from tokenization.errors import TokenizationError
 from tokenization.manifest import Manifest
 from tokenization.trace import trace
 from tokenization.verify import verify

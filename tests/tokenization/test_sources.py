@@ -12,8 +12,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenization.command_line import TokenizationError
 from tokenization.documents import Reader, read_documents
-from tokenization.errors import TokenizationError
 from tokenization.lines import split_lines
 from tokenization.records import Span
 from tokenization.skipped import Skipped

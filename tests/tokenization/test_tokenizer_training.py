@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenization.train
-from tokenization.errors import TokenizationError
+from tokenization.command_line import TokenizationError
 from tokenization.skipped import Skipped
 from tokenization.sources import find_sources
 from tokenization.tokenizer import load_tokenizer

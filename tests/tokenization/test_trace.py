@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tokenization.command_line import TokenizationError
 from tokenization.encode import encode
-from tokenization.errors import TokenizationError
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import load_tokenizer
 from tokenization.trace import trace
