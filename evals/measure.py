@@ -1,7 +1,9 @@
-"""Peak memory of a stretch of work, and the size of what a model carries through time."""
+"""The memory of an evaluation: its peak, what a model carries through time, and an allocator that gives back."""
 
+import ctypes
 import re
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,3 +43,20 @@ class PeakMemory:
 def state_bytes(states: Any) -> int:
     """Bytes of the states that `stream` returns, one TensorTree a block; 0 for a model that keeps none."""
     return sum(state.bytes() for state in states if hasattr(state, "bytes")) if isinstance(states, list) else 0
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_BLOCK_BYTES = 4 * 2**20
+
+
+def return_large_blocks() -> None:
+    """Has large tensors mapped each on its own and given back when they are freed; without glibc nothing happens.
+
+    By default glibc raises the size from which it maps blocks, up to 32 MB, as soon as one of that size is freed.
+    Logits of a piece are that large: they then lie in the heap between smaller blocks, which keep their places from
+    being joined, and the peak goes on growing by one of them now and then, for tens of thousands of tokens.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from evals.command_line import EvaluationError, parse_settings, run_command
 
 if TYPE_CHECKING:
-    from evals.disk_tokens import DiskTokens
     from evals.models import EvalModel
+    from evals.tokens import DiskTokens
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(PositionPerplexitySettings, "python -m evals.position_perplexity")
-    from evals.heap import return_large_blocks
+    from evals.measure import return_large_blocks
     from evals.models import load_model
 
     return_large_blocks()

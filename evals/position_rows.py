@@ -11,9 +11,8 @@ from typing import IO, Any
 import numpy as np
 
 from evals.command_line import EvaluationError
-from evals.disk_tokens import DiskTokens
 from evals.models import EvalModel
-from evals.splicing import encoder
+from evals.tokens import DiskTokens, encoder
 
 _BLOCK = 1 << 20  # characters, or tokens, looked at at a time
 

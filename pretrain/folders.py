@@ -1,6 +1,7 @@
-"""What a run reads: its folders of shards, checked, what identifies them together, and their samples."""
+"""A run's folders: its own, which one process holds, and those of its shards, checked and identified together."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,9 +10,26 @@ from pretrain.blend import Blend
 from pretrain.config import RunConfig
 from pretrain.data import NumberedSamples, Samples
 from titans_mcore.weights import file_sha256
-from tokenization.io import write_file_atomically
+from tokenization.io import try_lock, write_file_atomically
 from tokenization.manifest import TOKENIZER_NAME, Manifest
 from tokenization.tokenizer import TokenizerInfo
+
+
+def lock_run_folder(run_dir: Path) -> int:
+    """Makes the folder and holds its lock until this process ends, however it ends.
+
+    Returns:
+        The descriptor of the lock file, which stays open.
+
+    Raises:
+        ValueError: Another process holds it: two runs would write over each other's checkpoints.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    if not try_lock(descriptor):
+        os.close(descriptor)
+        raise ValueError(f"another process is training in {run_dir}; wait for it or use another --run-dir")
+    return descriptor
 
 
 class Folder(NamedTuple):

@@ -1,14 +1,20 @@
 """What a run reports: records for programs, a line a step for people, wandb and TensorBoard. Rank 0 alone writes."""
 
+import os
+import re
+import secrets
+import socket
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from evals.efficiency.circumstances import source_commit
 from pretrain.config import RunConfig
-from pretrain.reporting.attempt import attempt_values, run_id
 from pretrain.reporting.records import METRICS_FILE, count_attempts, make_record, read_metrics, read_records
-from pretrain.reporting.redaction import without_secrets
 from pretrain.reporting.sinks import Sink, check_sinks, open_sinks
 from pretrain.reporting.step_line import Eta, clock, step_line
+from tokenization.io import write_file_atomically
 
 __all__ = ["METRICS_FILE", "Metrics", "check_sinks", "clock", "read_metrics", "read_records"]
 
@@ -124,3 +130,55 @@ class Metrics:
 def _told(error: Exception) -> str:
     """An error in one line, without anything secret."""
     return without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+RUN_ID_FILE = "run_id"
+
+
+def run_id(run_dir: Path) -> str:
+    """The id in RUN/run_id, made when there is none: the key of the run's records, and the run's id at wandb.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    file = run_dir / RUN_ID_FILE
+    if not file.exists():
+        write_file_atomically(file, f"{secrets.token_hex(4)}\n".encode())
+    found = file.read_text().strip()
+    if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", found):
+        raise ValueError(f"{file} holds {found!r}, which is no id of a run; remove it to begin a new one")
+    return found
+
+
+def attempt_values(config: RunConfig, resumed_step: int, layout: str) -> dict[str, Any]:
+    """What an attempt's record says.
+
+    Args:
+        config: Of the run.
+        resumed_step: Steps done before it.
+        layout: How the run is laid out, in words.
+    """
+    return {
+        "resumed_step": resumed_step,
+        "steps": config.train.steps,
+        "variant": config.model.variant,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "layout": layout,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "commit": source_commit(),
+    }
+
+
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # user:password@host
+_SHORTEST = 8  # a shorter value is a word, not a secret
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for the values of variables like WANDB_API_KEY or HF_TOKEN, and for passwords in addresses."""
+    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST]
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return _IN_ADDRESS.sub("***", text)

@@ -24,12 +24,11 @@ from pretrain.ending import (
     withdraw_requeue,
 )
 from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
-from pretrain.folders import keep_tokenizer, open_data, open_samples
+from pretrain.folders import keep_tokenizer, lock_run_folder, open_data, open_samples
 from pretrain.hangs import is_communication, record_flights, say_stalled, write_flights
 from pretrain.health import Health
 from pretrain.inloop.evaluations import Evaluations
 from pretrain.launcher import follow_launcher, record_success
-from pretrain.lock import lock_run_folder
 from pretrain.metrics import Metrics, check_sinks
 from pretrain.recovery import recover
 from pretrain.resume import begin_with, certificate, check_loss, find_resume_point, restore

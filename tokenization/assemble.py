@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy
 
 from tokenization.command_line import TokenizationError
-from tokenization.duplicates import find_duplicates
 from tokenization.io import PartialFile, exclusive, sha256_of, write_file_atomically
 from tokenization.manifest import (
     FORMAT_VERSION,
@@ -34,6 +33,7 @@ from tokenization.manifest import (
 )
 from tokenization.plan import PLAN_NAME, Plan
 from tokenization.progress import Progress
+from tokenization.selection import choose_threshold, find_duplicates
 from tokenization.shards import (
     Selection,
     ShardResult,
@@ -45,7 +45,6 @@ from tokenization.shards import (
     plan_shards,
 )
 from tokenization.skipped import broken_files, rejected_documents
-from tokenization.split import choose_threshold
 from tokenization.units import UnitResult, load_result, part_path
 from tokenization.workers import run_tasks, worthwhile_workers
 

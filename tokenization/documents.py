@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenization.filters import Filters
 from tokenization.lines import LINE_SUFFIXES, read_lines
 from tokenization.parquet import read_rows
 from tokenization.records import BrokenFile, Kind, Record, Span
 from tokenization.remote import open_source
+from tokenization.settings import Filters
 from tokenization.skipped import Skipped
 from tokenization.sources import Source
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from tokenization.command_line import TokenizationError
-from tokenization.filters import Filters
 from tokenization.hub import HubDataset, find_hub_sources
+from tokenization.settings import Filters
 from tokenization.skipped import Skipped
 from tokenization.sources import Source, find_sources
 

@@ -25,9 +25,9 @@ from tokenization.json_records import from_json
 from tokenization.manifest import TOKENIZER_NAME
 from tokenization.plan import Plan, PlannedSpan
 from tokenization.remote import is_remote
+from tokenization.selection import hash_position
 from tokenization.skipped import Rejected, Skipped
 from tokenization.sources import Source
-from tokenization.split import hash_position
 from tokenization.tokenizer import load_tokenizer
 from tokenization.workers import Report
 

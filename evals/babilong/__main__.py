@@ -9,7 +9,7 @@ def main() -> None:
     settings = parse_settings(BabilongSettings, "python -m evals.babilong")
     from evals.babilong.run import evaluate
     from evals.babilong.summary import describe, report_table
-    from evals.heap import return_large_blocks
+    from evals.measure import return_large_blocks
     from evals.models import load_model
 
     return_large_blocks()

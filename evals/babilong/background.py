@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from evals.command_line import EvaluationError
-from evals.disk_tokens import DiskTokens
-from evals.splicing import Encode
+from evals.tokens import DiskTokens, Encode
 
 LEAST_SENTENCE = 10
 """Tokens; BABILong leaves out what is shorter."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from evals.babilong.records import Record
 from evals.babilong.samples import Sample, SampleKey
-from evals.babilong.scores import correct
 from evals.babilong.settings import BabilongSettings
 from evals.babilong.summary import write_report
+from evals.babilong.tasks import correct
 from evals.babilong.texts import Texts, read_texts
 from evals.measure import PeakMemory, state_bytes
 from evals.models import EvalModel

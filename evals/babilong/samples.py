@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from evals.babilong.background import Background
-from evals.babilong.prompts import Prompt, closing
 from evals.babilong.stories import Story
+from evals.babilong.tasks import Prompt, closing
 from evals.command_line import EvaluationError
-from evals.disk_tokens import DiskTokens
-from evals.splicing import encoder
+from evals.tokens import DiskTokens, encoder
 
 PROMPT_ROOM = 300
 """Tokens that BABILong takes off a length for the prompt around the context."""

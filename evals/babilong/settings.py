@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.babilong.prompts import load_prompts
 from evals.babilong.simulator import SIMULATED_TASKS
+from evals.babilong.tasks import load_prompts
 from evals.command_line import EvaluationError
 
 PAPER_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.babilong.background import Background, Count, book_sentences, simulated_sentences
-from evals.babilong.prompts import Prompt, load_prompts
 from evals.babilong.records import Identity
 from evals.babilong.samples import SampleBuilder
 from evals.babilong.settings import BabilongSettings
 from evals.babilong.simulator import simulate
 from evals.babilong.stories import StorySet, parse_stories, read_stories
+from evals.babilong.tasks import Prompt, load_prompts
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
-from evals.splicing import encoder
+from evals.tokens import encoder
 
 SIMULATED_QUESTIONS = 1_000  # as many as bAbI's test split has
 

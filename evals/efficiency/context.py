@@ -11,8 +11,7 @@ import torch
 
 from evals.efficiency.circumstances import circumstances
 from evals.efficiency.settings import ContextSettings
-from evals.heap import return_large_blocks
-from evals.measure import PeakMemory, state_bytes
+from evals.measure import PeakMemory, return_large_blocks, state_bytes
 from evals.models import EvalModel, load_model
 from evals.progress import Pace, StatusLine
 from evals.report import bytes_text, table, write_json

@@ -7,7 +7,7 @@ from evals.niah.settings import NiahSettings
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(NiahSettings, "python -m evals.niah")
-    from evals.heap import return_large_blocks
+    from evals.measure import return_large_blocks
     from evals.models import load_model
     from evals.niah.files import FILES
     from evals.niah.run import evaluate

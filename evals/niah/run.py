@@ -4,7 +4,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from evals.command_line import EXIT_FAULT, EvaluationError
 from evals.models import EvalModel
@@ -17,10 +19,38 @@ from evals.niah.records import Identity, RecordFile
 from evals.niah.runner import Runner, say
 from evals.niah.samples import MAIN, SampleBuilder, SampleKey
 from evals.niah.settings import NiahSettings
-from evals.niah.team import Team
 from evals.niah.templates import BY_NAME, TASKS
 
 _FILE, _FILE_OF_RANK = "niah.jsonl", "niah.rank-{}.jsonl"
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among those of torchrun; alone without it."""
+
+    rank: int = 0
+    """From 0; 0 plans and reports."""
+    size: int = 1
+    """Processes."""
+
+    @classmethod
+    def here(cls) -> "Team":
+        """The processes that torch.distributed runs with."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
+
+    def told(self, value: Value | None) -> Value:
+        """What process 0 says; the others' values do not count."""
+        said = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(said, src=0)
+        assert said[0] is not None
+        return said[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.all_gather_object([None] * self.size, self.rank)
 
 
 def evaluate(model: EvalModel, settings: NiahSettings) -> dict[str, Any] | None:

@@ -10,8 +10,7 @@ from deepspeed import DeepSpeedEngine
 from pretrain.config import RunConfig
 from pretrain.data import NumberedSamples
 from pretrain.folders import RunData
-from pretrain.inloop.heldout import heldout_losses
-from pretrain.inloop.long_rows import open_long_rows, position_losses
+from pretrain.inloop.losses import heldout_losses, open_long_rows, position_losses
 from pretrain.inloop.probe import Probe
 from pretrain.schedule import tokens_after
 from tokenization.manifest import TOKENIZER_NAME

@@ -16,7 +16,7 @@ from evals.niah.samples import Sample, SampleBuilder, SampleKey
 from evals.niah.scores import score
 from evals.niah.templates import TASK
 from pretrain.config import RunConfig
-from pretrain.inloop.passes import evaluating, piece_of, reading_place, turns
+from pretrain.inloop.losses import evaluating, piece_of, reading_place, turns
 from titans_mcore.parallel import DeepSpeedGroups, device
 from titans_mcore.parallel.alone import tokens_unshared
 

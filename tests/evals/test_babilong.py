@@ -17,16 +17,15 @@ from torch import Tensor
 
 from evals.babilong import texts
 from evals.babilong.background import Background, book_sentences, simulated_sentences
-from evals.babilong.prompts import load_prompts
 from evals.babilong.run import evaluate
 from evals.babilong.samples import PROMPT_ROOM, SampleBuilder, SampleKey
-from evals.babilong.scores import correct
 from evals.babilong.settings import BabilongSettings
 from evals.babilong.simulator import SIMULATED_TASKS, simulate
 from evals.babilong.stories import Story, parse_stories, read_stories
+from evals.babilong.tasks import correct, load_prompts
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
-from evals.splicing import encoder
+from evals.tokens import encoder
 
 from .planted import plant
 

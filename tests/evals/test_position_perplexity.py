@@ -144,7 +144,7 @@ def test_shards_that_do_not_fit_are_named(shards: Path, tmp_path: Path, model: E
 LEFT = """
 import re, torch
 from pathlib import Path
-from evals.heap import return_large_blocks
+from evals.measure import return_large_blocks
 return_large_blocks()
 
 def held():

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from evals.heap import return_large_blocks
+from evals.measure import return_large_blocks
 from titans_mcore.config import VARIANTS, TitansConfig
 from titans_mcore.hf.cache_names_titans import CACHE_NAMES
 from titans_mcore.hf.cache_titans import TitansCache

@@ -15,7 +15,7 @@ from pretrain.command_line import parse
 from pretrain.data import Batches
 from pretrain.engine import build_engine, build_model, train_step
 from pretrain.folders import open_data, open_samples
-from pretrain.inloop.heldout import heldout_losses
+from pretrain.inloop.losses import heldout_losses
 from pretrain.schedule import rate_of
 from titans_mcore.parallel import sample_place, start, stop
 

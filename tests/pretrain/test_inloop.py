@@ -17,10 +17,7 @@ from pretrain.data import MicroBatch
 from pretrain.engine import build_engine, build_model
 from pretrain.folders import keep_tokenizer, open_data, open_samples
 from pretrain.inloop.evaluations import Evaluations, evaluations_by
-from pretrain.inloop.heldout import heldout_losses, tokens_read
-from pretrain.inloop.long_rows import open_long_rows, position_losses
-from pretrain.inloop.losses import LossByTokensRead
-from pretrain.inloop.passes import turns
+from pretrain.inloop.losses import LossByTokensRead, heldout_losses, open_long_rows, position_losses, tokens_read, turns
 from pretrain.inloop.probe import ANSWER_TOKENS, Probe
 from titans_mcore.config import VARIANTS
 from titans_mcore.parallel import Place

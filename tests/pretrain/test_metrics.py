@@ -320,7 +320,7 @@ def test_lists_become_numbers_with_names_of_their_own():
 
 
 def test_the_id_of_a_run_is_kept_and_what_is_none_is_refused(tmp_path):
-    from pretrain.reporting.attempt import run_id
+    from pretrain.metrics import run_id
 
     assert run_id(tmp_path) == run_id(tmp_path)
     (tmp_path / "run_id").write_text("../elsewhere\n")

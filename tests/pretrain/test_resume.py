@@ -10,7 +10,7 @@ import time
 import pytest
 
 from pretrain.config_files import load_run_config
-from pretrain.lock import lock_run_folder
+from pretrain.folders import lock_run_folder
 from pretrain.metrics import read_metrics
 from pretrain.resume import find_resume_point
 from titans_mcore.weights import find_checkpoint, load_full, load_into
@@ -122,7 +122,7 @@ def test_a_time_limit_ends_the_run_like_a_signal_and_the_next_attempt_finishes_i
 
 def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(finished_run, one_process):
     from pretrain.folders import open_data, open_samples
-    from pretrain.inloop.heldout import heldout_losses
+    from pretrain.inloop.losses import heldout_losses
     from titans_mcore.model import TitansModel
     from titans_mcore.parallel import transformer_config
 

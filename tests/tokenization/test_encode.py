@@ -18,8 +18,8 @@ import zstandard
 from tokenization.command_line import TokenizationError
 from tokenization.encode import encode, token_type
 from tokenization.manifest import Manifest, ManifestError
+from tokenization.selection import hash_position
 from tokenization.shards import import_indexed_dataset
-from tokenization.split import hash_position
 from tokenization.tokenizer import llama_settings, load_tokenizer
 from tokenization.verify import verify
 

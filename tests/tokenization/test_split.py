@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenization.command_line import TokenizationError
-from tokenization.split import choose_threshold, hash_position
+from tokenization.selection import choose_threshold, hash_position
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), min_size=2, max_size=30, unique=True)
 FRACTIONS = st.floats(1e-6, 1 - 1e-6)

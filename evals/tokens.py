@@ -1,10 +1,13 @@
-"""Token ids that lie in a file: texts of millions of tokens are read a piece at a time, and nothing of them is kept."""
+"""Token ids of long texts: they lie in a file and are read a piece at a time, or are put together from pieces' ids."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
+
+from evals.command_line import EvaluationError
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,30 @@ class DiskTokens:
                 raise ValueError(f"{self.file.name}: ends before token {self.stop:,}; it was cut while it was read")
             filled += read
         return np.frombuffer(data, self.dtype).astype(dtype or self.dtype, copy=False)
+
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+def encoder(processor: Any, before: str) -> Encode:
+    """Encodes texts as they stand behind `before`, whose ids are left out but for a blank at its end.
+
+    Alone a text would begin with sentencepiece's dummy prefix, whatever stands before it.
+
+    Args:
+        processor: The `sentencepiece.SentencePieceProcessor`.
+        before: Such as ". ", between sentences.
+
+    Raises:
+        EvaluationError: When it is called, if the tokenizer joins a text with what stands before it.
+    """
+    head = before.rstrip(" ")
+    ids = processor.encode(head)
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        both = [processor.encode(before + text) for text in texts]
+        if any(whole[: len(ids)] != ids for whole in both):
+            raise EvaluationError("the tokenizer joins the end of a text with the next one; they cannot be spliced")
+        return [whole[len(ids) :] for whole in both]
+
+    return encode
