@@ -1,4 +1,4 @@
-"""What can be said of launch/ without a cluster: scripts parse and are clean, the manifest is what Kubernetes takes."""
+"""What can be said of launch/ without a cluster: scripts parse and are clean, the parts of the manifest fit."""
 
 import re
 import shutil
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 import yaml
 
@@ -14,93 +13,6 @@ from pretrain.presets import preset_names
 from tests.pretrain.jobs import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"])
-TEXT, COUNT = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 1}
-
-
-def fields(required: dict, **optional: dict) -> dict:
-    """An object of these fields and no other: a misspelled one is ignored by nobody."""
-    known = {"type": "object", "additionalProperties": False, "required": list(required)}
-    return known | {"properties": {**required, **optional}}
-
-
-def many(item: dict) -> dict:
-    return {"type": "array", "items": item, "minItems": 1}
-
-
-NAMED = fields({"name": TEXT}, labels={"type": "object"})
-VALUE_FROM = fields({"fieldRef": fields({"fieldPath": TEXT})})
-ENVIRONMENT = {"oneOf": [fields({"name": TEXT, "value": TEXT}), fields({"name": TEXT, "valueFrom": VALUE_FROM})]}
-CONTAINER = fields(
-    {
-        "name": TEXT,
-        "image": TEXT,
-        "workingDir": TEXT,
-        "command": many(TEXT),
-        "args": many(TEXT),
-        "env": many(ENVIRONMENT),
-        "resources": fields({"limits": {"type": "object", "additionalProperties": COUNT}}),
-        "volumeMounts": many(fields({"name": TEXT, "mountPath": TEXT}, readOnly={"type": "boolean"})),
-    }
-)
-CLAIM = fields({"claimName": TEXT}, readOnly={"type": "boolean"})
-VOLUME = {
-    "oneOf": [
-        fields({"name": TEXT, "emptyDir": fields({"medium": {"const": "Memory"}})}),
-        fields({"name": TEXT, "persistentVolumeClaim": CLAIM}),
-    ]
-}
-POD = fields(
-    {
-        "subdomain": TEXT,
-        "restartPolicy": {"const": "Never"},  # what a podFailurePolicy needs
-        "terminationGracePeriodSeconds": COUNT,
-        "affinity": {"type": "object"},
-        "containers": many(CONTAINER),
-        "volumes": many(VOLUME),
-    }
-)
-EXIT_CODES = fields({"containerName": TEXT, "operator": {"enum": ["In", "NotIn"]}, "values": many(COUNT)})
-CONDITION = fields({"type": {"const": "DisruptionTarget"}, "status": {"const": "True"}})
-ACTION = {"enum": ["FailJob", "Ignore", "Count", "FailIndex"]}
-RULE = {
-    "oneOf": [
-        fields({"action": ACTION, "onExitCodes": EXIT_CODES}),
-        fields({"action": ACTION, "onPodConditions": many(CONDITION)}),
-    ]
-}
-JOB = fields(
-    {
-        "apiVersion": {"const": "batch/v1"},
-        "kind": {"const": "Job"},
-        "metadata": NAMED,
-        "spec": fields(
-            {
-                "completionMode": {"const": "Indexed"},
-                "parallelism": COUNT,
-                "completions": COUNT,
-                "backoffLimit": COUNT,
-                "podReplacementPolicy": {"const": "Failed"},
-                "podFailurePolicy": fields({"rules": many(RULE)}),
-                "template": fields({"metadata": fields({"labels": {"type": "object"}}), "spec": POD}),
-            }
-        ),
-    }
-)
-SERVICE = fields(
-    {
-        "apiVersion": {"const": "v1"},
-        "kind": {"const": "Service"},
-        "metadata": NAMED,
-        "spec": fields(
-            {
-                "clusterIP": {"const": "None"},
-                "publishNotReadyAddresses": {"const": True},
-                "selector": {"type": "object"},
-                "ports": many(fields({"name": TEXT, "port": COUNT})),
-            }
-        ),
-    }
-)
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +33,11 @@ def test_a_script_is_clean(script):
 
 
 def test_the_manifest_is_a_headless_service_and_an_indexed_job(manifest):
-    for document, schema in zip(manifest, (SERVICE, JOB), strict=True):
-        jsonschema.Draft202012Validator.check_schema(schema)
-        jsonschema.validate(document, schema)
-
-
-def test_the_schema_refuses_a_field_that_kubernetes_does_not_know(manifest):
-    job = manifest[1] | {"spec": manifest[1]["spec"] | {"completionsMode": "Indexed"}}
-    with pytest.raises(jsonschema.ValidationError, match="completionsMode"):
-        jsonschema.validate(job, JOB)
+    service, job = manifest
+    assert [(one["apiVersion"], one["kind"]) for one in manifest] == [("v1", "Service"), ("batch/v1", "Job")]
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    assert (job["spec"]["completionMode"], job["spec"]["podReplacementPolicy"]) == ("Indexed", "Failed")
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy needs
 
 
 def test_the_parts_of_the_manifest_fit_each_other(manifest):
