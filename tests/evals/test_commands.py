@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +21,11 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("module", ["evals.niah", "evals.position_perplexity"])
-def test_help_is_quick_and_documents_every_setting(module: str) -> None:
-    started = time.monotonic()
+def test_help_documents_every_setting_without_torch(module: str) -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert result.returncode == 0
-    assert time.monotonic() - started < 20
     assert "--checkpoint" in result.stdout
     assert "tokenizer.model" in result.stdout
     assert "import time:" in result.stderr

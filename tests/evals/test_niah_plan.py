@@ -1,6 +1,5 @@
 """The plan: every sample once, processes that end together, and a grid that fits a budget."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +7,9 @@ import pytest
 
 from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
+from evals.niah import run
 from evals.niah.forecast import Forecast
 from evals.niah.plan import Planner
-from evals.niah.run import evaluate
 from evals.niah.samples import SampleBuilder, SampleKey
 from evals.niah.settings import NiahSettings
 
@@ -90,18 +89,17 @@ def test_finished_samples_cost_nothing_of_a_budget(planner: Planner) -> None:
     assert len([name for name in chosen if name.length == 4000]) == 10
 
 
-def test_the_budget_of_a_run_is_in_its_report(tokenizer: Path, tmp_path: Path) -> None:
+def test_the_budget_of_a_run_is_in_its_report(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "measure", lambda *_: Forecast(one=1e-5, more=0.0, step=0.0))
     settings = NiahSettings(
         Path(), tmp_path, lengths=(700, 8_000_000), depths=3, samples=2, max_new_tokens=ROOM, budget=0.2
     )
     model = plant(tokenizer, lambda value: value)
-    stream = model.network.stream
-    model.network.stream = lambda tokens, *rest: time.sleep(1e-5 * tokens.shape[1]) or stream(tokens, *rest)  # type: ignore[method-assign]
-    report = evaluate(model, settings)
+    report = run.evaluate(model, settings)
     assert report is not None
     assert report["budget_grid"]["700"] == {"depths": 3, "samples": 2}
     assert report["budget_grid"]["8000000"] == {"depths": 0, "samples": 0}
     assert "not run, the budget was too small: 8,000,000" in (tmp_path / "niah.md").read_text()
     assert report["by_length"][0]["n"] == 6
     with pytest.raises(EvaluationError, match=r"--budget 1e-06: not one sample of 700 tokens fits into it"):
-        evaluate(model, replace(settings, output=tmp_path / "other", budget=1e-6))
+        run.evaluate(model, replace(settings, output=tmp_path / "other", budget=1e-6))

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from evals.measure import PeakMemory, state_bytes
+from evals import measure
 from evals.report import heat_map, table, wilson_interval, write_bytes, write_figure, write_json
 from titans_mcore.memory import MemoryState
-
-from ..resident import fresh_memory
 
 
 @pytest.mark.parametrize(
@@ -61,19 +59,19 @@ def test_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_peak_memory_counts_from_its_reset() -> None:
-    block = fresh_memory(64 * 2**20)
-    del block
-    peak = PeakMemory(torch.device("cpu"))
-    before = peak.bytes()
-    held = fresh_memory(96 * 2**20)
-    assert peak.bytes() - before > 80 * 2**20
-    del held
-    peak.reset()
-    assert peak.bytes() - before < 40 * 2**20
+def test_peak_memory_is_the_systems_record_which_a_reset_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, clear = tmp_path / "status", tmp_path / "clear_refs"
+    monkeypatch.setattr(measure, "_STATUS", status)
+    monkeypatch.setattr(measure, "_CLEAR", clear)
+    status.write_text("VmPeak:\t  900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\n")
+    peak = measure.PeakMemory(torch.device("cpu"))
+    assert clear.read_text() == "5"  # proc(5): resets the peak resident set size
+    assert peak.bytes() == 300 * 1024
 
 
 def test_state_bytes_sums_blocks() -> None:
     block = MemoryState([torch.zeros(2, 3, 4, 5)], [torch.zeros(2, 3, 4, 5)])
-    assert state_bytes([block, block]) == 2 * 2 * 120 * 4
-    assert state_bytes(None) == 0
+    assert measure.state_bytes([block, block]) == 2 * 2 * 120 * 4
+    assert measure.state_bytes(None) == 0

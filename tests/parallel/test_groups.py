@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -61,10 +60,9 @@ def test_a_layout_that_does_not_divide_is_refused_before_talking_to_anyone(
 ):
     for name, value in (LAUNCHER | {"WORLD_SIZE": world_size}).items():
         monkeypatch.setenv(name, value)
-    began = time.monotonic()
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it talks to the others"))
     with pytest.raises(ValueError, match=message):
-        start(tensor_parallel, seed=0)  # nobody listens at this address: talking would wait
-    assert time.monotonic() - began < 5
+        start(tensor_parallel, seed=0)
     assert not dist.is_initialized()
 
 
