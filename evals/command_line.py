@@ -6,11 +6,28 @@ from collections.abc import Callable
 import tokenization.command_line
 from tokenization.command_line import EXIT_FAULT, EXIT_INTERRUPTED, CommandError, parse_settings
 
-__all__ = ["EXIT_FAULT", "EXIT_INTERRUPTED", "EvaluationError", "parse_settings", "run_command"]
+__all__ = ["EXIT_FAULT", "EXIT_INTERRUPTED", "EvaluationError", "check_at_least", "parse_settings", "run_command"]
 
 
 class EvaluationError(CommandError):
     """Of a model, its data or what is asked of both."""
+
+
+def check_at_least(least: int, settings: object, *names: str) -> None:
+    """Refuses settings that are smaller.
+
+    Args:
+        least: What each has to be; of a list the smallest number counts, and None is nothing that was asked for.
+        settings: A dataclass.
+        names: Of its fields.
+
+    Raises:
+        EvaluationError: Names the first one.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and (min(value, default=least) if isinstance(value, tuple) else value) < least:
+            raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
 
 
 def run_command(main: Callable[[], None]) -> None:

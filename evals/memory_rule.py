@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError, parse_settings, run_command
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "evals" / "results" / "recall" / "tokenizer.model"
@@ -61,8 +61,7 @@ class RuleSettings:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.cases) - set(CASES)):
             raise EvaluationError(f"--cases names {', '.join(unknown)}; choose among: {'; '.join(CASES)}")
-        if self.steps < 1:
-            raise EvaluationError(f"--steps is {self.steps}; give at least 1")
+        check_at_least(1, self, "steps")
 
 
 def compare(settings: RuleSettings) -> str:

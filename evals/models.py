@@ -1,6 +1,5 @@
 """A trained model ready to be evaluated: weights, tokenizer, and what identifies both."""
 
-import hashlib
 import os
 import tomllib
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from evals.command_line import EvaluationError
 from titans_mcore.config import TitansConfig
-from tokenization.io import hash_files
+from tokenization.command_line import TokenizationError
+from tokenization.io import hash_files, sha256_of
 
 _LONGEST_WAIT_SECONDS = 14 * 24 * 3600.0
 
@@ -109,22 +109,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         EvaluationError: No such file, not a sentencepiece model, no start or end token.
     """
-    import sentencepiece
+    from tokenization.tokenizer import load_tokenizer as load_processor
 
-    if not path.is_file():
-        raise EvaluationError(f"tokenizer {path}: no such file; give the run's tokenizer.model with --tokenizer")
-    data = path.read_bytes()
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=data) if data else None
-    except RuntimeError:
-        processor = None
-    if processor is None or not processor.vocab_size():
-        raise EvaluationError(f"tokenizer {path}: not a sentencepiece model; give a .model file with --tokenizer")
-    if processor.bos_id() < 0 or processor.eos_id() < 0:
-        raise EvaluationError(
-            f"tokenizer {path}: it has no start or no end token; give the one the model was trained with"
-        )
-    return Tokenizer(processor, hashlib.sha256(data).hexdigest())
+        processor = load_processor(path)
+    except TokenizationError as fault:
+        raise EvaluationError(f"{fault}; --tokenizer takes the one that the model was trained with") from None
+    return Tokenizer(processor, sha256_of(path))
 
 
 def _build(checkpoint: Path, config: TitansConfig) -> tuple[StreamingModel, torch.device]:

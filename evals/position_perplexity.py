@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evals.command_line import EvaluationError, parse_settings, run_command
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
 
 if TYPE_CHECKING:
     from evals.models import EvalModel
@@ -45,9 +45,7 @@ class PositionPerplexitySettings:
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.text):
             raise EvaluationError("give either --data, a folder of shards, or --text, files or folders of long texts")
-        for name in ("tokens", "length", "batch", "piece"):
-            if getattr(self, name) < 1:
-                raise EvaluationError(f"--{name} is {getattr(self, name)}; give at least 1")
+        check_at_least(1, self, "tokens", "length", "batch", "piece")
 
 
 def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[str, Any]:

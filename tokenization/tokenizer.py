@@ -39,7 +39,7 @@ def load_tokenizer(path: Path) -> Any:
     import sentencepiece
 
     if not path.is_file():
-        raise TokenizationError(f"tokenizer {path}: no such file; train one with `python -m tokenization.train`")
+        raise TokenizationError(f"tokenizer {path}: no such file; `python -m tokenization.train` writes one")
     data = path.read_bytes()
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data) if data else None

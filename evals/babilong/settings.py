@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evals.babilong.simulator import SIMULATED_TASKS
 from evals.babilong.tasks import load_prompts
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, check_at_least
 
 PAPER_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 
@@ -56,6 +56,4 @@ class BabilongSettings:
             raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give {which}")
         if not self.lengths or min(self.lengths) < 0:
             raise EvaluationError(f"--lengths {self.lengths}; give at least one, 0 or more")
-        for name in ("samples", "max_new_tokens", "piece", "batch"):
-            if getattr(self, name) < 1:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
+        check_at_least(1, self, "samples", "max_new_tokens", "piece", "batch")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, check_at_least
 from evals.harness.tasks import TASKS
 
 
@@ -41,7 +41,4 @@ class HarnessSettings:
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give some of {' '.join(TASKS)}")
-        for name in ("limit", "max_length", "batch", "piece"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        check_at_least(1, self, "limit", "max_length", "batch", "piece")

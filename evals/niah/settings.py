@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, check_at_least
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ class NiahSettings:
         for name in ("tasks", "lengths"):
             if not getattr(self, name):
                 raise EvaluationError(f"--{name} is empty; give at least one")
-        for name in ("depths", "samples", "max_new_tokens", "piece", "batch", "lengths"):
-            value = getattr(self, name)
-            if (min(value) if isinstance(value, tuple) else value) < 1:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        check_at_least(1, self, "depths", "samples", "max_new_tokens", "piece", "batch", "lengths")
         if self.budget is not None and not self.budget > 0:
             raise EvaluationError(f"--budget is {self.budget}; give minutes above 0")
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError, parse_settings, run_command
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
 from evals.niah import templates
 
 Noise = Callable[[list[str]], list[str] | None]
@@ -52,10 +52,8 @@ class TrainingDataSettings:
     """Decides the documents."""
 
     def __post_init__(self) -> None:
-        limits = {"documents": 1, "needles": 1, "questions": 1, "repeats": 1, "most_lines": 0, "tokens": 0}
-        for name, limit in limits.items():
-            if (value := getattr(self, name)) < limit:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least {limit}")
+        check_at_least(1, self, "documents", "needles", "questions", "repeats")
+        check_at_least(0, self, "most_lines", "tokens")
         if bool(self.tokens) != (self.tokenizer is not None):
             raise EvaluationError(
                 f"--tokens is {self.tokens} and --tokenizer {self.tokenizer}; documents of one length need both, "
