@@ -53,6 +53,16 @@ class EvalModel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where it computes."""
 
+    def facts(self) -> dict[str, Any]:
+        """What every report says about its model."""
+        return {
+            "trained_length": self.trained_length,
+            "checkpoint": self.checkpoint,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "model": self.config.to_dict(),
+        }
+
     def stream(self, tokens: Tensor, states: Any, last: int | None = None) -> tuple[Tensor, Any]:
         """The next piece of sequences that go on; see TitansModel.stream. Tokens may lie on any device."""
         return self.network.stream(tokens.to(self.device, torch.int64), states, last)

@@ -1,7 +1,7 @@
 """Loss by position: `python -m evals.position_perplexity --checkpoint RUN --data SHARDS --output DIR`."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +59,7 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
     """
     from evals.measure import PeakMemory
     from evals.position_loss import loss_sums, stretch_ends, summarise
-    from evals.report import loss_plot, write_csv, write_figure, write_json
+    from evals.report import loss_plot, settings_of, write_csv, write_figure, write_json
 
     rows = open_rows(model, settings)
     ends = stretch_ends(settings.length, model.trained_length)
@@ -72,12 +72,8 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
         "length": settings.length,
         "source": "text" if settings.text else settings.rows,
         "peak_bytes": peak.bytes(),
-        "trained_length": model.trained_length,
-        "checkpoint": model.checkpoint,
-        "checkpoint_sha256": model.checkpoint_sha256,
-        "tokenizer_sha256": model.tokenizer.sha256,
-        "model": model.config.to_dict(),
-        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+        **model.facts(),
+        "settings": settings_of(settings),
     }
     write_json(settings.output / "position_perplexity.json", report)
     write_csv(settings.output / "position_perplexity.csv", summary["buckets"])
@@ -119,12 +115,6 @@ def report_table(report: dict[str, Any]) -> str:
 
 def _number(perplexity: float | None) -> str:
     return "" if perplexity is None else f"{perplexity:.2f}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def main() -> None:

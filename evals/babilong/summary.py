@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.babilong.records import Record
@@ -12,6 +11,7 @@ from evals.models import EvalModel
 from evals.report import (
     bytes_text,
     markdown_table,
+    settings_of,
     table,
     wilson_interval,
     write_bytes,
@@ -68,7 +68,7 @@ def write_report(
         "checkpoint": model.checkpoint,
         "model": model.config.to_dict(),
         "device": model.device.type,
-        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+        "settings": settings_of(settings),
     }
     write_json(settings.output / "babilong.json", report)
     write_bytes(settings.output / "babilong.md", _markdown(report).encode())
@@ -150,7 +150,3 @@ def _costs(records: Sequence[Record]) -> dict[str, Any]:
         "peak_bytes": max(record.peak_bytes for record in records),
         "state_bytes_per_sample": max(record.state_bytes_per_sample for record in records),
     }
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value

@@ -100,15 +100,7 @@ def _language_model(settings: HarnessSettings) -> tuple[dict[str, Any], Any]:
     from evals.models import load_model
 
     model = load_model(settings.checkpoint, settings.tokenizer)
-    identity = {
-        "backend": "native",
-        "checkpoint": model.checkpoint,
-        "checkpoint_sha256": model.checkpoint_sha256,
-        "tokenizer_sha256": model.tokenizer.sha256,
-        "trained_length": model.trained_length,
-        "model": model.config.to_dict(),
-    }
-    return identity, NativeLM(model, settings.max_length, settings.batch, settings.piece)
+    return {"backend": "native", **model.facts()}, NativeLM(model, settings.max_length, settings.batch, settings.piece)
 
 
 def _exported_model(settings: HarnessSettings, exported: bool) -> tuple[dict[str, Any], Any]:

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evals.harness.settings import HarnessSettings
 from evals.harness.tasks import COLUMNS, Column
-from evals.report import markdown_table, table, write_bytes, write_csv, write_json
+from evals.report import markdown_table, settings_of, table, write_bytes, write_csv, write_json
 
 
 def summarise(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -72,9 +71,7 @@ def write_report(report: dict[str, Any], settings: HarnessSettings, versions: Ma
         "data": "hub" if settings.data is None else "local",
         "task_versions": dict(versions),
         "lm_eval": version("lm_eval"),
-        "settings": {
-            name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
-        },
+        "settings": settings_of(settings),
     }
     write_json(settings.output / "harness.json", report)
     cells = _cells(report)

@@ -1,7 +1,6 @@
 """The report's files: niah.json, niah.csv, niah.md, niah.png (heat maps) and niah_by_length.png."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from evals.report import (
     accuracy_plot,
     heat_maps,
     markdown_table,
+    settings_of,
     write_bytes,
     write_csv,
     write_figure,
@@ -53,13 +53,9 @@ def write_report(
         "budget_grid": None
         if grid is None
         else {str(length): {"depths": depths, "samples": n} for length, (depths, n) in grid.items()},
-        "trained_length": model.trained_length,
-        "checkpoint": model.checkpoint,
-        "checkpoint_sha256": model.checkpoint_sha256,
-        "tokenizer_sha256": model.tokenizer.sha256,
-        "model": model.config.to_dict(),
+        **model.facts(),
         "device": model.device.type,
-        "settings": {name: _plain(value) for name, value in asdict(settings).items()},
+        "settings": settings_of(settings),
     }
     write_json(settings.output / "niah.json", report)
     write_bytes(settings.output / "niah.md", markdown(report).encode())
@@ -90,10 +86,6 @@ def markdown(report: Mapping[str, Any]) -> str:
         "wrong value: it is another one; nats/token: cross-entropy of the value fed as it stands; prompt: mean tokens."
     )
     return f"# S-NIAH\n\n{lines}\n\n{markdown_table(HEADER, table_rows(report))}\n\n{legend}\n"
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _write_plots(output: Path, report: Mapping[str, Any]) -> None:
