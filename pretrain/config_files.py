@@ -13,34 +13,13 @@ from typing import Any
 import tomli_w
 
 from pretrain.config import RunConfig
-from pretrain.settings import (
-    TEXTS,
-    CheckpointConfig,
-    DataConfig,
-    EvaluateConfig,
-    HealthConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
-from titans_mcore.config import TitansConfig, with_memory_heads
+from pretrain.settings import TEXTS
+from titans_mcore.config import with_memory_heads
 from tokenization.io import write_file_atomically
 
 CONFIG_FILE = "config.toml"
-SECTIONS: dict[str, Any] = {
-    "model": TitansConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "parallel": ParallelConfig,
-    "checkpoint": CheckpointConfig,
-    "evaluate": EvaluateConfig,
-    "health": HealthConfig,
-    "logging": LoggingConfig,
-}
+SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(RunConfig)}
+"""The dataclass of each section, which is also what makes its default."""
 
 
 def write_run_config(config: RunConfig, run_dir: Path) -> None:
