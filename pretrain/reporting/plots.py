@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.reporting.history import History, Series, means, thinned
 from pretrain.reporting.records import Record
+from tokenization.io import PartialFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,10 +22,9 @@ Panel = tuple[str, Callable[["Axes"], None]]
 
 def write_plot(history: History, file: Path) -> None:
     """Writes the picture as PNG: the old one or the new one is there at any moment."""
-    figure = plot(history)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
-    partial.replace(file)
+    with PartialFile(file) as partial:
+        plot(history).savefig(partial.file, format="png", dpi=110, bbox_inches="tight")
+        partial.commit()
 
 
 def plot(history: History) -> "Figure":
