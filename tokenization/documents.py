@@ -98,11 +98,6 @@ class Reader:
         return _whole_file(self._source, self._max_bytes)
 
 
-def read_documents(source: Source, skipped: Skipped) -> Iterator[Document]:
-    """Yields the usable documents of a whole source in order; `skipped` receives the others."""
-    return iter(Reader(source, skipped=skipped))
-
-
 def text_or_kind(value: Any, max_bytes: int) -> str | Kind:
     """Returns the text in a field, or why there is none that can be used."""
     if isinstance(value, Kind):

@@ -198,19 +198,6 @@ class Manifest:
         """Returns the paths of the train split's datasets in order, without suffix, as Megatron-core takes them."""
         return [str(Path(folder, shard.prefix)) for shard in self.splits[TRAIN].datasets]
 
-    def train_prefix(self, folder: str | Path) -> str:
-        """Returns the path of the only train dataset without suffix.
-
-        Raises:
-            ManifestError: There are several.
-        """
-        prefixes = self.train_prefixes(folder)
-        if len(prefixes) > 1:
-            raise ManifestError(
-                f"{folder}: holds {len(prefixes)} train shards where one is read; encode with larger --shard-tokens"
-            )
-        return prefixes[0]
-
     def heldout_prefix(self, folder: str | Path) -> str:
         """Returns the path of the held-out dataset without suffix, as Megatron-core takes it."""
         return str(Path(folder, self.splits[HELDOUT].prefix))

@@ -17,7 +17,7 @@ import zstandard
 
 from tokenization.command_line import TokenizationError
 from tokenization.encode import encode, token_type
-from tokenization.manifest import Manifest, ManifestError
+from tokenization.manifest import Manifest
 from tokenization.selection import hash_position
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import llama_settings, load_tokenizer
@@ -44,7 +44,7 @@ def test_megatron_reads_back_start_pieces_end_of_every_document_in_order(shards,
     expected = {False: [], True: []}
     for text in texts:
         expected[hash_position(text, 0) < 0.2].append([1, *processor.encode(text), 2])
-    assert documents(manifest.train_prefix(shards)) == expected[False]
+    assert documents(*manifest.train_prefixes(shards)) == expected[False]
     assert documents(manifest.heldout_prefix(shards)) == expected[True]
     assert min(map(len, expected.values())) > 3
     assert len(manifest.units) > 3
@@ -52,7 +52,7 @@ def test_megatron_reads_back_start_pieces_end_of_every_document_in_order(shards,
 
 def test_the_manifest_counts_what_is_there(shards, texts, corpus):
     manifest = Manifest.load(shards)
-    train = documents(manifest.train_prefix(shards))
+    train = documents(*manifest.train_prefixes(shards))
     assert (manifest.splits["train"].documents, manifest.splits["train"].tokens) == (len(train), sum(map(len, train)))
     (source,) = manifest.sources
     assert (source.path, source.documents, source.bytes) == (str(corpus), len(texts), corpus.stat().st_size)
@@ -77,8 +77,6 @@ def test_shards_of_a_chosen_size_hold_the_same_documents(tmp_path, corpus, token
     assert max(sizes) < 2_000 + longest
     assert max(sizes) - min(sizes) <= 2 * longest  # no tiny last one
     assert [shard.prefix for shard in manifest.splits["train"].shards][:2] == ["train-00000", "train-00001"]
-    with pytest.raises(ManifestError, match="train shards where one is read"):
-        manifest.train_prefix(tmp_path / "out")
     verify(tmp_path / "out")
 
 
@@ -136,7 +134,7 @@ def test_two_documents_and_a_tiny_fraction_still_give_both_splits(tmp_path, text
 
 def test_forced_int32_holds_the_same_tokens(tmp_path, corpus, tokenizer, shards):
     manifest = encode(encode_settings(corpus, tokenizer, tmp_path / "out", dtype="int32"))
-    assert documents(manifest.train_prefix(tmp_path / "out")) == documents(str(shards / "train"))
+    assert documents(*manifest.train_prefixes(tmp_path / "out")) == documents(str(shards / "train"))
     assert (tmp_path / "out" / "train.bin").stat().st_size == 2 * (shards / "train.bin").stat().st_size
 
 

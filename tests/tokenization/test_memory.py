@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from tokenization.documents import read_documents
+from tokenization.documents import Reader
 from tokenization.manifest import Manifest
 from tokenization.shards import import_indexed_dataset
 from tokenization.skipped import Skipped
@@ -111,7 +111,7 @@ def test_a_small_file_that_decompresses_to_a_gigabyte_comes_in_small_blocks(tmp_
     tracemalloc.start()
     skipped = Skipped()
     (source,) = find_sources([str(path)], skipped)
-    assert list(read_documents(source, skipped)) == []
+    assert list(Reader(source, skipped=skipped)) == []
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert skipped.counts == {"document_too_large": 1}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenization.command_line import TokenizationError
-from tokenization.documents import Reader, read_documents
+from tokenization.documents import Reader
 from tokenization.lines import split_lines
 from tokenization.records import Span
 from tokenization.skipped import Skipped
@@ -23,7 +23,7 @@ from tokenization.sources import Source, find_sources
 def read(*inputs: Path | str) -> tuple[list[str], dict[str, int]]:
     skipped = Skipped()
     sources = find_sources([str(item) for item in inputs], skipped)
-    return [document.text for source in sources for document in read_documents(source, skipped)], dict(skipped.counts)
+    return [document.text for source in sources for document in Reader(source, skipped=skipped)], dict(skipped.counts)
 
 
 def jsonl(texts: list[str]) -> bytes:
@@ -48,7 +48,7 @@ def test_rows_count_the_lines_of_the_file_so_that_a_document_can_be_found_again(
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\nnot json\n{"text": "three"}\n')
     (source,) = find_sources([str(path)], Skipped())
-    assert [document.row for document in read_documents(source, Skipped())] == [0, 2]
+    assert [document.row for document in Reader(source, skipped=Skipped())] == [0, 2]
 
 
 @settings(max_examples=50, deadline=None)
@@ -123,7 +123,7 @@ def test_a_damaged_row_group_costs_itself_alone(tmp_path):
     listed = []
     skipped = Skipped(list_rejected=listed.append)
     (source,) = find_sources([str(path)], skipped)
-    assert [document.text for document in read_documents(source, skipped)] == texts[:10] + texts[20:]
+    assert [document.text for document in Reader(source, skipped=skipped)] == texts[:10] + texts[20:]
     assert skipped.counts == {"broken_rows": 10}
     assert (listed[0].row, listed[0].rows, listed[0].source) == (10, 10, str(path))
 
@@ -211,7 +211,7 @@ def test_links_are_followed_once_and_dead_ones_counted(tmp_path):
 
 def test_a_file_that_vanishes_while_reading_is_counted(tmp_path):
     skipped = Skipped()
-    assert list(read_documents(Source(str(tmp_path / "gone.txt"), ".txt", 1), skipped)) == []
+    assert list(Reader(Source(str(tmp_path / "gone.txt"), ".txt", 1), skipped=skipped)) == []
     assert skipped.counts == {"unreadable_file": 1}
 
 
