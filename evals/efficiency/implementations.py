@@ -52,8 +52,8 @@ def build(case: Case) -> Subject:
 def _our_layer(case: Case) -> Subject:
     """Pre-norm, projections, convolution, memory, output norm and gate, output projection; no persistent tokens."""
     from titans_mcore.config import TitansConfig
+    from titans_mcore.mixers.lmm import LmmMixer
     from titans_mcore.mixers.parts import PlainParts
-    from titans_mcore.mixers.simple import LmmMixer
 
     dim = case.heads * case.width
     config = TitansConfig(

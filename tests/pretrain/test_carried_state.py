@@ -15,7 +15,7 @@ from pretrain.folders import open_data, open_samples
 from pretrain.resume import find_resume_point, restore
 from titans_mcore.config import VARIANTS
 from titans_mcore.mixers.attention import AttentionState
-from titans_mcore.mixers.simple import BranchesState
+from titans_mcore.mixers.branches import BranchesState
 
 from .curves_worker import curve
 from .jobs import ROOT, Job

@@ -20,10 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..config import TitansConfig
 from ..memory import PackedRows
 from ..mixers import MIXERS, make_mixer
+from ..mixers.branches import PersistentTokens
 from ..mixers.mac import MacMixer
 from ..mixers.neural_memory import NeuralMemory
 from ..mixers.parts import PlainParts, ResidualLinear, rms_norm
-from ..mixers.simple import PersistentTokens
 from .cache_names_titans import CACHE_NAMES, CacheByBothNames, cache_field, given_cache
 from .cache_titans import TitansCache
 from .configuration_titans import TitansHFConfig

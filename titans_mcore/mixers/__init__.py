@@ -5,10 +5,14 @@ from torch import nn
 from ..config import TitansConfig
 from ..memory import TensorTree
 from .attention import AttentionState
+from .branches import BranchesState
+from .lmm import LmmMixer
 from .mac import MacMixer, MacState
+from .mag import MagMixer
+from .mal import MalMixer
 from .neural_memory import NeuralMemoryState
 from .parts import Parts
-from .simple import BranchesState, LmmMixer, MagMixer, MalMixer, TransformerMixer
+from .transformer import TransformerMixer
 
 MIXERS: dict[str, type[nn.Module]] = {
     "mac": MacMixer,

@@ -10,11 +10,11 @@ from ..attention import attend, rotate
 from ..attention.attend import Prefix
 from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
+from .branches import PersistentTokens, combine
 from .kept import Kept, take
 from .neural_memory import NeuralMemory, NeuralMemoryState, Recall
 from .parts import Parts, copy_rows, heads_of, linear, rms_norm
 from .segments import Segment, segments_of
-from .simple import PersistentTokens, combine
 
 
 @dataclass
