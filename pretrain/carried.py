@@ -10,23 +10,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from titans_mcore.config import TitansConfig
 from titans_mcore.memory import TensorTree
-from titans_mcore.mixers import STATES
 from titans_mcore.tensor_files import read_tensors
 
 
 class CarriedState:
     """The states behind the last step's rows; nothing before the first step."""
 
-    def __init__(self, variant: str) -> None:
-        self._kind = STATES[variant]
+    def __init__(self, config: TitansConfig) -> None:
+        self._kinds = [mixer.state for mixer in config.blocks]
         self.states: dict[int, list[TensorTree]] = {}
         """One state a block, detached, by the micro-batch's place among this rank's of a step."""
 
     def frozen(self) -> "CarriedState":
         """The states as they are now; a step makes new ones and changes none."""
         copy = CarriedState.__new__(CarriedState)
-        copy._kind, copy.states = self._kind, dict(self.states)
+        copy._kinds, copy.states = self._kinds, dict(self.states)
         return copy
 
     def save(self, file: Path) -> None:
@@ -52,8 +52,8 @@ class CarriedState:
             found.setdefault(int(place), {}).setdefault(int(block), {})[name] = tensor
         self.states = {
             place: [
-                self._kind.from_state_dict(blocks[block]).map(lambda x: x.clone().to(device))
-                for block in sorted(blocks)
+                kind.from_state_dict(blocks[block]).map(lambda x: x.clone().to(device))
+                for block, kind in enumerate(self._kinds)
             ]
             for place, blocks in found.items()
         }

@@ -92,17 +92,13 @@ class RunConfig:
         """A row must fall into equal parts for the ranks that share its tokens."""
         model, length, context = self.model, self.train.shortest_row, self.parallel.context
         if context > 1:
-            unit, name = 1, ""
-            if model.variant == "mac":
-                unit, name = model.segment_length, "segments of model.segment_length"
-            elif model.variant != "transformer":
-                unit, name = model.chunk_size, "chunks of model.chunk_size"
-            if length % (context * unit):
-                parts = f" of whole {name} {unit}" if name else ""
-                raise ValueError(
-                    f"train.{self._row_setting} {length} cannot be divided into {context} equal parts{parts} for "
-                    f"parallel.context {context}; make it a multiple of {context * unit}"
-                )
+            for unit, name in (mixer.unit(model) for mixer in model.mixers):
+                if length % (context * unit):
+                    parts = f" of whole {name} {unit}" if name else ""
+                    raise ValueError(
+                        f"train.{self._row_setting} {length} cannot be divided into {context} equal parts{parts} for "
+                        f"parallel.context {context}; make it a multiple of {context * unit}"
+                    )
             if self._keeps_every_key:
                 raise ValueError(
                     f"parallel.context {context} hands on the keys that later tokens see, and model.window 0 keeps all "
@@ -116,7 +112,7 @@ class RunConfig:
 
     @property
     def _keeps_every_key(self) -> bool:
-        return self.model.window == 0 and self.model.variant in ("mag", "mal", "transformer")
+        return any(mixer.reach(self.model) is None for mixer in self.model.mixers)
 
     @property
     def _row_setting(self) -> str:

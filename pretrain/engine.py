@@ -20,7 +20,6 @@ from pretrain.config import RunConfig
 from pretrain.data import MicroBatch
 from pretrain.gate import UpdateGate
 from pretrain.settings import OptimizerConfig
-from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import (
     DeepSpeedGroups,
     context_place,
@@ -120,7 +119,7 @@ def build_engine(model: nn.Module, config: RunConfig, data_parallel: int) -> Dee
     if config.parallel.zero_stage == 3:
         # How often a mixer calls its parts depends on the documents in its rows, so on the rank. ZeRO 3 gathers in the
         # order of calls, which must be the same everywhere: a mixer's parameters come together.
-        set_z3_leaf_modules(model, list(MIXERS.values()))
+        set_z3_leaf_modules(model, [mixer.module for mixer in config.model.mixers])
     os.environ.setdefault("LOCAL_RANK", "0")
     with without_chatter():
         engine, *_ = deepspeed.initialize(

@@ -149,7 +149,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     if config.train.weights_from and not point:
         say(f"beginning with the weights of {begin_with(model, config)}")
     engine = build_engine(model, config, data_parallel)
-    carried = CarriedState(config.model.variant) if config.data.carry_state else None
+    carried = CarriedState(config.model) if config.data.carry_state else None
     health, saver = Health(config.health), Saver(engine, config, data.fingerprint, run_dir)
     if point:
         restore(engine, config, point, carried)
@@ -201,7 +201,7 @@ def layout(config: RunConfig, data_parallel: int) -> str:
     extras = [f"ZeRO {parallel.zero_stage}"]
     if parallel.offload_optimizer:
         extras.append("optimizer on the host")
-    if parallel.tensor > 1 and config.model.variant != "transformer":
+    if parallel.tensor > 1 and any(mixer.memory for mixer in config.model.mixers):
         extras.append(f"memory by {memory_split(config.model, parallel.memory_parallel, parallel.tensor)}")
     if parallel.sequence:
         extras.append("sequence parallel")

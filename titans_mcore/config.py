@@ -1,15 +1,16 @@
 """The settings of a Titans model: one frozen value that training, evaluation and export all read.
 
-It imports nothing of ours and nothing of Megatron-core, so that the exported Hugging Face folder can carry it.
+It imports nothing of Megatron-core, so that the exported Hugging Face folder can carry it.
 Letters used for shapes in the whole project: B batch, T time, C chunk, S segment, H heads, D head width, E model
 width, L memory layers, N persistent tokens, W window, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-Variant = Literal["mac", "mag", "mal", "lmm", "transformer"]
-VARIANTS: tuple[str, ...] = ("mac", "mag", "mal", "lmm", "transformer")
+if TYPE_CHECKING:
+    from .mixers.spec import MixerSpec
+
 NETWORKS: tuple[str, ...] = ("residual_norm", "plain")
 _KERNELS_WIDTH = 64  # of a memory head, where nothing is said: what the fused kernels do best
 
@@ -40,7 +41,7 @@ class TitansConfig:
             what to change.
     """
 
-    variant: Variant = "mac"
+    variant: str = "mac"
     """Token mixer of every block: memory as context (mac), as gate (mag), as layer (mal), the memory alone (lmm), or
     the attention baseline Transformer++ (transformer)."""
     vocab_size: int = 32_000
@@ -114,7 +115,9 @@ class TitansConfig:
     """How attention is computed; same results, different speed. dense is the masked softmax written out."""
 
     def __post_init__(self) -> None:
-        _choice("variant", self.variant, VARIANTS)
+        from .mixers import MIXERS  # at use: their files read this one
+
+        _choice("variant", self.variant, tuple(MIXERS))
         _choice("memory_network", self.memory_network, NETWORKS)
         _choice("memory_rule", self.memory_rule, ("stable", "literal"))
         _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
@@ -133,17 +136,12 @@ class TitansConfig:
         for name in ("persistent_tokens", "window", "memory_heads", "memory_head_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.variant != "lmm":
-            if self.dim % self.num_heads:
-                raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them")
-            if self.head_dim % 2:
-                raise ValueError(f"dim / num_heads is {self.head_dim}; rotary positions need an even head width")
         self._check_memory_shape()
         if not 1 <= self.memory_depth <= 4:
             raise ValueError(f"memory_depth is {self.memory_depth}; it must be 1, 2, 3 or 4")
         if not 1 <= self.chunk_size <= 512:
             raise ValueError(f"chunk_size is {self.chunk_size}; it must be between 1 and 512")
-        if self.memory_init == "next_token" and self.conv_kernel < 2 and self.variant != "transformer":
+        if self.memory_init == "next_token" and self.conv_kernel < 2 and any(m.memory for m in self.mixers):
             raise ValueError(
                 f"memory_init 'next_token' finds the token before by the convolution, and conv_kernel is "
                 f"{self.conv_kernel}; make it 2 or more, or memory_init random"
@@ -153,24 +151,28 @@ class TitansConfig:
                 "memory_alpha 'channel' makes forget rates for the inputs of each matrix; "
                 "it goes with memory_gates 'matrix' and memory_forgetting only"
             )
-        if self.variant == "mac" and (self.segment_length < 1 or self.segment_length % self.chunk_size):
-            raise ValueError(
-                f"segment_length {self.segment_length} is not a multiple of chunk_size {self.chunk_size}; "
-                "memory chunks may not cross a segment"
-            )
+        for mixer in self.mixers:
+            mixer.check(self)
 
     def _check_memory_shape(self) -> None:
-        heads, width, channels = *self.memory_shape, self.memory_shape.channels
+        channels = self.memory_shape.channels
         one, other = ("memory_heads", "memory_head_dim") if self.memory_heads else ("memory_head_dim", "memory_heads")
         if channels != self.dim and not getattr(self, other):
             raise ValueError(
                 f"dim {self.dim} is not divisible by {one} {getattr(self, one)}; change one of them, or set {other} too"
             )
-        if channels != self.dim and self.variant == "mag":
-            raise ValueError(
-                f"memory_heads {heads} of memory_head_dim {width} are {channels} channels, and mag multiplies them "
-                f"with the dim {self.dim} of the attention; leave one of the two out, or change dim"
-            )
+
+    @property
+    def mixers(self) -> "tuple[MixerSpec, ...]":
+        """The token mixers that take turns over the blocks."""
+        from .mixers import MIXERS
+
+        return (MIXERS[self.variant],)
+
+    @property
+    def blocks(self) -> "tuple[MixerSpec, ...]":
+        """The token mixer of each block."""
+        return (self.mixers * self.num_layers)[: self.num_layers]
 
     @property
     def head_dim(self) -> int:
@@ -218,7 +220,10 @@ class TitansConfig:
 
 def with_memory_heads(settings: dict[str, Any]) -> dict[str, Any]:
     """A saved model's settings; before memory_heads was one of them, the memory had the attention's heads."""
-    if "memory_heads" in settings or settings.get("variant") == "transformer":
+    from .mixers import MIXERS
+
+    mixer = MIXERS.get(settings.get("variant", TitansConfig.variant))
+    if "memory_heads" in settings or mixer is None or not mixer.memory:
         return settings
     return {**settings, "memory_heads": settings.get("num_heads", TitansConfig.num_heads)}
 

@@ -36,7 +36,7 @@ def memory_split(config: TitansConfig, memory_parallel: str, tensor_parallel: in
     """What tensor-parallel ranks share of the memory, "heads" or "hidden"; "auto" takes heads where they divide."""
     if memory_parallel != "auto":
         return memory_parallel
-    if config.variant == "transformer" or tensor_parallel < 1:
+    if tensor_parallel < 1 or not any(mixer.memory for mixer in config.mixers):
         return "heads"
     return "hidden" if config.memory_shape.heads % tensor_parallel else "heads"
 
@@ -51,12 +51,11 @@ def check_divisible(config: TitansConfig, tensor_parallel: int, memory_parallel:
     if tensor_parallel < 1:
         raise ValueError(f"tensor parallel size is {tensor_parallel}; it must be at least 1")
     padded = padded_vocab_size(config.vocab_size)
-    divided = [("ffn_dim", config.ffn_dim), (f"vocab_size {config.vocab_size}, padded", padded)]
-    if config.variant != "transformer" and memory == "heads":
-        divided.insert(0, ("memory_heads", config.memory_shape.heads))
-    if config.variant != "lmm":
-        divided.insert(0, ("num_heads", config.num_heads))
-    if config.variant != "transformer" and memory == "hidden" and tensor_parallel > 1:
+    heads = {part: shape for mixer in config.mixers for part, shape in mixer.heads(config).items()}
+    shared = "memory" in heads and memory == "hidden"
+    divided = [(shape.setting, shape.number) for part, shape in heads.items() if part != "memory" or not shared]
+    divided += [("ffn_dim", config.ffn_dim), (f"vocab_size {config.vocab_size}, padded", padded)]
+    if shared and tensor_parallel > 1:
         divided += _memory_widths(config)
     for name, number in divided:
         if number % tensor_parallel:

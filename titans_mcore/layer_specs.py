@@ -9,16 +9,17 @@ from .layers import MixerSubmodules, TitansLayer, TitansLayerSubmodules
 from .layers.norm import RMSNorm
 
 
-def titans_layer_spec(config: TitansConfig, memory_parallel: str = "heads") -> ModuleSpec:
-    """Spec of one block of config.variant; build it with Megatron's configuration and process groups.
+def titans_layer_spec(config: TitansConfig, block: int = 0, memory_parallel: str = "heads") -> ModuleSpec:
+    """Spec of one block; build it with Megatron's configuration and process groups.
 
     Args:
         config: The model's settings.
+        block: Which one, from 0.
         memory_parallel: What tensor-parallel ranks share of the memory, "heads" or "hidden".
     """
     return ModuleSpec(
         module=TitansLayer,
-        params={"titans_config": config, "memory_parallel": memory_parallel},
+        params={"titans_config": config, "block": block, "memory_parallel": memory_parallel},
         submodules=TitansLayerSubmodules(
             input_norm=RMSNorm,
             mixer=MixerSubmodules(column=ColumnParallelLinear, row=RowParallelLinear),

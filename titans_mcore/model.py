@@ -18,7 +18,6 @@ from .layer_specs import titans_layer_spec
 from .layers.norm import RMSNorm
 from .memory import PackedRows
 from .memory.checkpoint import keeping_scans
-from .mixers import STATES
 from .parallel import padded_vocab_size
 from .parallel.context import ContextRelay, with_gradients
 
@@ -57,9 +56,9 @@ class TitansModel(MegatronModule):
             reduce_scatter_embeddings=transformer_config.sequence_parallel,
             tp_group=groups.tp,
         )
-        spec = titans_layer_spec(config, memory_parallel)
+        specs = [titans_layer_spec(config, block, memory_parallel) for block in range(config.num_layers)]
         self.layers = nn.ModuleList(
-            build_module(spec, config=transformer_config, pg_collection=groups) for _ in range(config.num_layers)
+            build_module(spec, config=transformer_config, pg_collection=groups) for spec in specs
         )
         self.final_norm = RMSNorm(transformer_config, config.dim, config.norm_eps)
         self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -116,8 +115,8 @@ class TitansModel(MegatronModule):
             starts: (B, T) bool, tokens that begin a document, as for forward.
 
         Returns:
-            Logits (B, last or T, V), and the states, of constant size whatever has been read (for
-            variant "transformer", where the window is not 0).
+            Logits (B, last or T, V), and the states, of constant size whatever has been read (where
+            a mixer's attention has a window that is not 0).
 
         Raises:
             ValueError: Sequence- or context-parallel ranks share the tokens.
@@ -135,12 +134,12 @@ class TitansModel(MegatronModule):
         if not self.config.sequence_parallel:  # else Megatron has made it its layout, (T / TP, B, E)
             hidden = hidden.transpose(0, 1)
         after = []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, mixer) in enumerate(zip(self.layers, self.titans_config.blocks, strict=True)):
             state = states[index] if states else None
             if self.relay is not None or states is not None:
-                hidden = with_gradients(hidden, layer)
+                hidden = with_gradients(hidden, layer, mixer.beginnings)
             if self.relay is not None:
-                state = self.relay.receive(STATES[self.titans_config.variant], hidden)
+                state = self.relay.receive(mixer.state, hidden)
             hidden, state = self._block(layer, hidden, state, rows)
             if self.relay is not None:
                 hidden = self.relay.pass_on(state, hidden)

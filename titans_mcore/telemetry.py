@@ -6,7 +6,7 @@ the side and without gradients. So the pass computes what it computes without, w
 kernels are fused; outside of `watching` nothing is there. Gates and retention are those of every token of the row,
 the rest is that of one chunk in about every 256 tokens.
 
-By block, means over tokens, heads and matrices:
+By block, means over tokens, heads and matrices; None for a block without a memory:
 
 surprise      norm of the inner gradient over a memory's matrices, before theta
 theta, eta, alpha   inner learning rate, momentum decay, forget rate, before the rule holds any step
@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titans_mcore.memory import PackedRows, Probe, Probed
+from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.neural_memory import NeuralMemory
 
 DISTANCES = (1, 16, 256, 4096)
@@ -49,7 +50,11 @@ class MemoryTelemetry:
     """
 
     def __init__(self, model: nn.Module, every_tokens: int = _EVERY_TOKENS) -> None:
-        self._memories = [module for module in model.modules() if isinstance(module, NeuralMemory)]
+        kinds = tuple(mixer.module for mixer in MIXERS.values())
+        mixers = [module for module in model.modules() if isinstance(module, kinds)]
+        self._blocks = len(mixers)
+        of_blocks = [(block, getattr(mixer, "memory", None)) for block, mixer in enumerate(mixers)]
+        self._memories = {block: memory for block, memory in of_blocks if isinstance(memory, NeuralMemory)}
         self._every_tokens = every_tokens
         self._totals: Tensor | None = None
 
@@ -57,7 +62,7 @@ class MemoryTelemetry:
     def watching(self) -> Iterator[None]:
         """Around a forward pass; its backward pass stands behind, so that nothing is seen twice where it recomputes."""
         with ExitStack() as stack:
-            for block, memory in enumerate(self._memories):
+            for block, memory in self._memories.items():
                 watcher = _Watcher(self._every_tokens, partial(self._add, block))
                 stack.enter_context(memory.register_forward_pre_hook(watcher, with_kwargs=True))
             yield
@@ -69,7 +74,7 @@ class MemoryTelemetry:
         """
         if not self._memories:
             return {}
-        totals = torch.zeros(len(self._memories), len(QUANTITIES), 2, dtype=torch.float64)
+        totals = torch.zeros(self._blocks, len(QUANTITIES), 2, dtype=torch.float64)
         if self._totals is not None:
             totals += self._totals.cpu()
         self._totals = None
@@ -89,7 +94,7 @@ class MemoryTelemetry:
         # What does not count is chosen away: what an empty slot holds need not be a number, and NaN x 0 is NaN.
         total = (values.double() * weight).masked_fill(weight == 0, 0.0).sum()
         if self._totals is None:
-            shape = len(self._memories), len(QUANTITIES), 2
+            shape = self._blocks, len(QUANTITIES), 2
             self._totals = torch.zeros(shape, dtype=torch.float64, device=values.device)
         self._totals[block, QUANTITIES.index(quantity)] += torch.stack([total, weight.sum()])
 

@@ -24,17 +24,16 @@ def check_controls(controls: tuple[str, ...], config: TitansConfig) -> None:
         EvaluationError: It has not.
     """
     for control in controls:
-        if control in _OF_MEMORIES and config.variant == "transformer":
-            raise EvaluationError(f"--controls {control}: variant transformer has no memory; leave this one out")
+        if control in _OF_MEMORIES and not any(mixer.memory for mixer in config.mixers):
+            raise EvaluationError(f"--controls {control}: variant {config.variant} has no memory; leave this one out")
         if control == "window_only" and window_of(config) is None:
             raise EvaluationError("--controls window_only: this model's window is the whole text; leave this one out")
 
 
 def window_of(config: TitansConfig) -> int | None:
     """Tokens that attention sees, 0 without attention, None for all: what is left without a memory."""
-    if config.variant == "lmm":
-        return 0
-    return config.segment_length if config.variant == "mac" else config.window or None
+    reaches = [mixer.reach(config) for mixer in config.mixers]
+    return None if None in reaches else max(filter(None, reaches), default=0)
 
 
 @contextmanager
@@ -71,19 +70,6 @@ def _close_gates(memory: nn.Module) -> None:
     alpha.fill_(-torch.inf)
 
 
-def without_memory(states: list[Any]) -> list[Any]:
-    """States whose memories are as they were before the first token; what attention keeps stays.
-
-    In MAC the open segment stays, with what its tokens have recalled; LMM keeps nothing.
-    """
-    return [_reset(state) for state in states]
-
-
-def _reset(state: Any) -> Any:
-    # By their fields: an exported folder brings classes of its own.
-    if hasattr(state, "attention"):
-        attention = type(state.attention)(state.attention.kept, None, None)
-        return type(state)(None, attention)  # the mixer reads the persistent tokens again, into a new memory
-    if hasattr(state, "written"):
-        return type(state)(None, type(state.recall)(), state.kept)
-    return None
+def without_memory(states: list[Any], config: TitansConfig) -> list[Any]:
+    """States whose memories are as they were before the first token; what attention keeps stays."""
+    return [mixer.without_memory(state) for mixer, state in zip(config.blocks, states, strict=True)]

@@ -76,7 +76,7 @@ class Runner:
         if samples[0].name.control == "memory_reset":
             cut = samples[0].question_at
             _, states = read(model.stream, self._pieces(samples, at, cut), watch.on_piece, states)
-            at, states = cut, without_memory(states)
+            at, states = cut, without_memory(states, model.config)
         logits, states = read(model.stream, self._pieces(samples, at, stop), watch.on_piece, states)
         carried = state_bytes(states)
         losses = value_losses(model.stream, logits, states, [sample.value_ids for sample in samples])

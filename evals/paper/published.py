@@ -3,10 +3,6 @@
 Percent and perplexities. BABILong, efficiency and the effect of depth are figures there, without numbers.
 """
 
-VARIANTS = {"transformer": "Transformer++", "lmm": "Titans LMM", "mac": "Titans MAC", "mag": "Titans MAG"}
-VARIANTS["mal"] = "Titans MAL"
-"""The paper's names of this project's variants."""
-
 LANGUAGE_AT = "760M parameters, 30B tokens"
 LANGUAGE = {
     "Transformer++": (25.21, 27.64, 35.78, 66.92, 42.19, 51.95, 60.38, 32.46, 39.51, 60.37, 48.69),

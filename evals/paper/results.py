@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.command_line import EvaluationError
-from evals.paper.published import VARIANTS
+from titans_mcore.mixers import MIXERS, MixerSpec
 
 KINDS = {
     "harness": "columns",
@@ -36,7 +36,12 @@ class ModelResults:
     @property
     def variant(self) -> str:
         """The paper's name of the variant; empty when unknown."""
-        return VARIANTS.get(self.config.get("variant", ""), "")
+        return "" if self.mixer is None else self.mixer.paper
+
+    @property
+    def mixer(self) -> MixerSpec | None:
+        """The token mixer of every block; None when unknown, or where blocks differ."""
+        return MIXERS.get(self.config.get("variant", ""))
 
 
 def places(name: str, folder: Path, output: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from evals.harness.tasks import COLUMNS
 from evals.paper import published
 from evals.paper.results import ModelResults
 from evals.paper.table import OURS, Number, Row, Table, interleave, paper_rows
+from titans_mcore.mixers.lmm import Lmm
 
 Models = Sequence[ModelResults]
 FIGURE = "The paper shows this as a figure, without numbers."
@@ -127,7 +128,7 @@ def ablation(models: Models) -> Table:
 
 def ablated(config: Mapping[str, Any]) -> str | None:
     """Which line of the ablation a model is; None for one that is none of them."""
-    if config.get("variant") != "lmm":
+    if config.get("variant") != Lmm.name:
         return None
     left_out = {
         "linear memory": config.get("memory_depth") == 1,
@@ -189,7 +190,7 @@ def efficiency_points(models: Models) -> dict[str, dict[str, dict[int, Number]]]
 def depth(models: Models) -> Table:
     """Perplexity by position for memories of different depth."""
     chosen = sorted(
-        (model for model in models if model.config.get("variant") not in (None, "transformer")),
+        (model for model in models if model.mixer is not None and model.mixer.memory),
         key=lambda model: (model.config["variant"], model.config.get("memory_depth", 0)),
     )
     curves = {model.name: perplexity_by_position(model) for model in chosen}

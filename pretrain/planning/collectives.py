@@ -9,25 +9,23 @@ pass:
 
     embedding       h forward                       head            h backward
     cross-entropy   3 x T B float32 forward         SwiGLU          h forward, h backward
-    transformer     h forward, h backward           lmm, mag        h forward, h backward, p backward
-    mal             2 h forward, 2 h backward, p forward, 2 p backward
-    mac             h backward for the block, then by segment: 3 forward, 2 backward of the segment's share of h;
-                    p backward
+    a mixer         h forward, h backward at its border; p backward where it has persistent tokens; and what its spec
+                    says beside (titans_mcore/mixers)
 
 Under sequence parallelism the all-reduces at a block's border become all-gathers (ag) and reduce-scatters (rs); what is
 all-reduced inside a mixer stays. Megatron gathers the input of a column map once more for its weight's gradient:
 
     embedding       rs forward, ag backward         head            ag forward, ag and rs backward
     SwiGLU          ag and rs forward, 2 ag and rs backward
-    a mixer         ag and rs forward, ag and rs backward; mac leaves by keeping its share: no rs forward
+    a mixer         ag and rs forward, ag and rs backward; no rs forward where it leaves by keeping its share
     norms           all-reduce of the gradients, 2 L + 1 of E numbers
 
 Ranks that share the memory's matrices ("hidden") gather the gradient of what its heads answer, as many bytes as h where
-they have E channels in all, for each pass over the tokens (mac: two; mal: those of p besides), and sum inside it
-(hidden_sums.py).
+they have E channels in all, for each pass over the tokens, and sum inside it.
 
 Context group, for each micro-batch and layer: the state to the next rank behind a header that says what it is, its
-gradients to the rank before (context_messages.py). Calls and bytes are what a rank sends that has both neighbours.
+gradients to the rank before. Calls and bytes are what a rank sends that has both neighbours; bytes are the most, where
+the window is wider than a rank's tokens. Documents inside rows add masks and the chunk that a document has opened.
 
 Data group, data x context ranks, with N numbers on a tensor-parallel rank, w bytes each as the backward pass makes
 them, n micro-batches:
@@ -47,9 +45,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config import RunConfig
-from pretrain.planning.context_messages import HEADER_BYTES, state_bytes
-from pretrain.planning.hidden_sums import memory_sums
-from pretrain.planning.layout import Layout
+from pretrain.planning.layout import Layout, workload_of
 from pretrain.planning.parameters import Parameter
 from pretrain.planning.rank_bytes import (
     ZERO3_REUSE_NUMBERS,
@@ -58,8 +54,9 @@ from pretrain.planning.rank_bytes import (
     numbers_kept_whole,
     numbers_on_rank,
 )
+from titans_mcore.mixers.costs import FLOAT32, total_sums
 
-_FLOAT32 = 4
+HEADER_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -118,9 +115,9 @@ def _tensor_group(config: RunConfig, layout: Layout) -> list[Collective]:
             _Part("feed-forward", (layers * 2, layers * 2 * hidden)),
             _Part("embedding and head", (2, 2 * hidden)),
         ]
-    parts = [_mixers(config, layout, hidden), *parts, _Part("cross-entropy", (3, 3 * tokens * _FLOAT32))]
-    if layout.hidden and model.variant != "transformer":
-        parts.append(_hidden_memories(config, layout, tokens))
+    parts = [_mixers(config, layout), *parts, _Part("cross-entropy", (3, 3 * tokens * FLOAT32))]
+    if layout.hidden and any(mixer.memory for mixer in model.mixers):
+        parts.append(_hidden_memories(config, layout))
     return [
         Collective("tensor", operation, part.purpose, n * calls, n * size)
         for part in parts
@@ -129,46 +126,32 @@ def _tensor_group(config: RunConfig, layout: Layout) -> list[Collective]:
     ]
 
 
-def _mixers(config: RunConfig, layout: Layout, hidden: int) -> _Part:
-    """Of all blocks: at their border, inside, and persistent tokens."""
-    model, layers = config.model, config.model.num_layers
-    some = int(model.persistent_tokens > 0)
-    persistent = some * model.persistent_tokens * model.dim * layout.bytes_per_weight
-    calls, whole, of_persistent = 0, 0, some  # inside
-    border = 2
-    if model.variant == "transformer":
-        of_persistent = 0
-    elif model.variant == "mac":
-        length = config.train.sequence_length // layout.context
-        calls, whole, border = 5 * math.ceil(length / model.segment_length), 5, 1
-    elif model.variant == "mal":
-        calls, whole, of_persistent = 2, 2, 3 * some
-    inside = layers * (calls + of_persistent), layers * (whole * hidden + of_persistent * persistent)
+def _mixers(config: RunConfig, layout: Layout) -> _Part:
+    """Of all blocks: at their border and inside."""
+    work, mixers = workload_of(config, layout), config.model.blocks
+    hidden, crossings = work.activation, sum(mixer.border for mixer in mixers)
+    inside = total_sums([mixer.reductions(work) for mixer in mixers])
+    border = crossings, crossings * hidden
     if not layout.sequence:
-        return _Part("mixers", (inside[0] + layers * border, inside[1] + layers * border * hidden))
-    return _Part("mixers", inside, (layers * 2, layers * 2 * hidden), (layers * border, layers * border * hidden))
+        return _Part("mixers", total_sums([inside, border]))
+    return _Part("mixers", inside, (len(mixers) * 2, len(mixers) * 2 * hidden), border)
 
 
-def _hidden_memories(config: RunConfig, layout: Layout, tokens: int) -> _Part:
+def _hidden_memories(config: RunConfig, layout: Layout) -> _Part:
     """Of all blocks: sums inside the memories, and the gradients of their answers, gathered."""
-    model = config.model
-    calls, size = memory_sums(config, layout)
-    passes, answers = 1, tokens
-    if model.variant == "mac":
-        length = config.train.sequence_length // layout.context
-        passes, answers = 2 * math.ceil(length / model.segment_length), 2 * tokens
-    elif model.variant == "mal" and model.persistent_tokens:
-        passes, answers = 2, tokens + model.persistent_tokens
-    layers, whole = model.num_layers, answers * model.memory_shape.channels * layout.bytes_per_weight
-    return _Part("memories", (layers * calls, layers * size), (layers * passes, layers * whole))
+    work, mixers = workload_of(config, layout), [mixer for mixer in config.model.blocks if mixer.memory]
+    passes, answers = total_sums([mixer.hidden_answers(work) for mixer in mixers])
+    gathered = answers * config.model.memory_shape.channels * layout.bytes_per_weight
+    return _Part("memories", total_sums([mixer.hidden_sums(work) for mixer in mixers]), (passes, gathered))
 
 
 def _context_group(config: RunConfig, layout: Layout) -> list[Collective]:
-    calls, size = layout.micro_batches * config.model.num_layers, state_bytes(config, layout)
+    n, work, mixers = layout.micro_batches, workload_of(config, layout), config.model.blocks
+    calls, size = n * len(mixers), n * sum(mixer.message(work) for mixer in mixers)
     return [
         Collective("context", "send", "headers, to the next rank", calls, calls * HEADER_BYTES),
-        Collective("context", "send", "states, to the next rank", calls, calls * size),
-        Collective("context", "send", "gradients of states, to the rank before", calls, calls * size),
+        Collective("context", "send", "states, to the next rank", calls, size),
+        Collective("context", "send", "gradients of states, to the rank before", calls, size),
     ]
 
 

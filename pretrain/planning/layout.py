@@ -6,6 +6,7 @@ import torch
 
 from pretrain.config import RunConfig
 from pretrain.engine import megatron_config
+from titans_mcore.mixers.costs import Workload
 from titans_mcore.parallel import check_world, memory_split
 
 
@@ -99,4 +100,19 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
         memory_parallel=memory_split(config.model, parallel.memory_parallel, parallel.tensor),
         offload_optimizer=parallel.offload_optimizer,
         recompute=config.train.recompute,
+    )
+
+
+def workload_of(config: RunConfig, layout: Layout) -> Workload:
+    """A micro-batch as each rank computes it."""
+    length = config.train.sequence_length // layout.context
+    return Workload(
+        config.model,
+        rows=config.train.micro_batch,
+        length=length,
+        before=length * (layout.context - 1),
+        ranks=layout.tensor,
+        hidden=layout.hidden,
+        w=layout.bytes_per_weight,
+        documents=config.data.reset_documents,
     )

@@ -14,15 +14,6 @@ from titans_mcore.parallel import transformer_config
 from titans_mcore.weights import split_of
 
 PARTS = ("memory", "attention", "feed_forward", "embedding", "rest")
-# Matrices of a block into and out of attention; what carries the memory's answers out is of the rest.
-_AROUND = ("mixer.attention.", "mixer.output.")
-_ATTENTION: dict[str, tuple[str, ...]] = {
-    "mac": ("mixer.query.", "mixer.key_value.", "mixer.attention_output."),
-    "mag": _AROUND,
-    "mal": _AROUND,
-    "lmm": (),
-    "transformer": _AROUND,
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ def parameters_of(config: TitansConfig, tensor: int = 1, memory_parallel: str = 
     return [
         Parameter(
             name=name,
-            part=_part(name, config.variant),
+            part=_part(name, config),
             shape=tuple(p.shape),
             on_rank=p.numel() // tensor if name in divided else p.numel(),
             decayed=p.ndim >= 2 and not getattr(p, "no_weight_decay", False),
@@ -100,12 +91,25 @@ def count_by_part(parameters: list[Parameter]) -> dict[str, int]:
     return {"total": sum(parts.values()), **parts}
 
 
-def _part(name: str, variant: str) -> str:
-    """What a parameter is for: the memory is everything in the NeuralMemory module."""
-    if ".mixer.memory." in name:
-        return "memory"
-    if name.startswith(("embedding.", "output_layer.")):
-        return "embedding"
-    if ".mlp." in name:
+def inside_block(name: str) -> tuple[int, str] | None:
+    """Which block a parameter belongs to, and its name in there; None outside of blocks."""
+    if not name.startswith("layers."):
+        return None
+    _, block, inside = name.split(".", 2)
+    return int(block), inside
+
+
+def _part(name: str, config: TitansConfig) -> str:
+    """What a parameter is for: the memory is everything in the NeuralMemory module.
+
+    Attention's are the matrices into it and out of it; what carries the memory's answers out is of the rest.
+    """
+    place = inside_block(name)
+    if place is None:
+        return "embedding" if name.startswith(("embedding.", "output_layer.")) else "rest"
+    (block, inside), mixers = place, config.blocks
+    if inside.startswith("mlp."):
         return "feed_forward"
-    return "attention" if name.split(".", 2)[-1].startswith(_ATTENTION[variant]) else "rest"
+    if mixers[block].memory and inside.startswith("mixer.memory."):
+        return "memory"
+    return "attention" if inside.removeprefix("mixer.").startswith(mixers[block].attention) else "rest"

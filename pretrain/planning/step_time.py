@@ -9,10 +9,9 @@ recomputed; the head all of its own. Messages go at the network's speed; other c
 from dataclasses import dataclass
 
 from pretrain.config import RunConfig
-from pretrain.planning.context_messages import state_bytes
 from pretrain.planning.flops import head_flops, recomputed_flops, step_flops
 from pretrain.planning.hardware import Gpu
-from pretrain.planning.layout import Layout
+from pretrain.planning.layout import Layout, workload_of
 from pretrain.planning.parameters import Parameter
 from pretrain.planning.wavefront import Link, Work, simulate
 
@@ -53,7 +52,8 @@ def step_time(config: RunConfig, layout: Layout, parameters: list[Parameter], gp
     work = Work([forward] * layers, [backward] * layers, head=head / rate)
     efficiency = 1.0
     if layout.context > 1:
-        size = state_bytes(config, layout)
+        # Of a layer, on average.
+        size = sum(mixer.message(workload_of(config, layout)) for mixer in config.model.blocks) // layers
         link = Link(size, size, gpu.network_bytes, _LATENCY_SECONDS)
         efficiency = simulate([[work] * layout.context], link).efficiency
     return StepTime(layout.micro_batches * work.seconds / efficiency, again, efficiency)

@@ -8,6 +8,7 @@ import pytest
 from evals.command_line import EvaluationError
 from evals.efficiency.context import compare, measure, names_of
 from evals.efficiency.settings import ContextSettings
+from titans_mcore.mixers import MIXERS
 
 LENGTHS = (128, 512, 2_048)
 
@@ -18,7 +19,7 @@ def asked(tmp_path, *runs, **more):
     )
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mac", "mag", "mal", "transformer"])
+@pytest.mark.parametrize("variant", MIXERS)
 def test_the_state_of_a_model_does_not_grow_with_what_it_has_read(make_run, tmp_path, variant):
     run = make_run(variant)
     shown = measure(asked(tmp_path, run))

@@ -13,11 +13,12 @@ from evals.niah.run import evaluate
 from evals.niah.samples import SampleBuilder, SampleKey
 from evals.niah.settings import NiahSettings
 from titans_mcore.config import TitansConfig
+from titans_mcore.mixers import MIXERS
 
 from .conftest import MakeRun
 from .planted import plant
 
-VARIANTS = ["mac", "mag", "mal", "lmm"]
+WITH_MEMORY = [name for name, mixer in MIXERS.items() if mixer.memory]
 ALL = ("needle_absent", "memory_reset", "memory_off", "window_only", "random_init")
 
 
@@ -34,7 +35,7 @@ def tokens(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 360, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITH_MEMORY)
 @torch.inference_mode()
 def test_a_reset_memory_is_that_of_a_new_sequence_and_attention_keeps_its_window(
     make_run: MakeRun, variant: str
@@ -42,11 +43,11 @@ def test_a_reset_memory_is_that_of_a_new_sequence_and_attention_keeps_its_window
     model = load_model(make_run(variant))
     question = tokens(7, seed=1)
     _, long = model.stream(tokens(16 * 11), None, 1)
-    reset, states = model.stream(question, without_memory(long), 1)
+    reset, states = model.stream(question, without_memory(long, model.config), 1)
     fresh, fresh_states = model.stream(question, None, 1)
     unreset, _ = model.stream(question, long, 1)
     assert not torch.allclose(reset, unreset, atol=1e-4)
-    if variant == "lmm":  # nothing but the memory
+    if not MIXERS[variant].attention:  # nothing but the memory
         assert torch.equal(reset, fresh)
     else:
         assert not torch.allclose(reset, fresh, atol=1e-4)
@@ -58,7 +59,7 @@ def test_a_reset_memory_is_that_of_a_new_sequence_and_attention_keeps_its_window
             torch.testing.assert_close(weight, other)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITH_MEMORY)
 @torch.inference_mode()
 def test_a_memory_that_is_off_stays_at_its_beginning_and_comes_back(make_run: MakeRun, variant: str) -> None:
     model = load_model(make_run(variant))
@@ -85,7 +86,7 @@ def test_random_weights_are_not_the_trained_ones_and_always_the_same(make_run: M
 
 @torch.inference_mode()
 def test_a_repeated_state_goes_on_like_the_one_it_came_from(make_run: MakeRun) -> None:
-    for variant in (*VARIANTS, "transformer"):
+    for variant in MIXERS:
         model = load_model(make_run(variant))
         _, states = model.stream(tokens(77), None, 1)
         alone, _ = model.stream(tokens(9, seed=1), states)
@@ -128,7 +129,7 @@ def test_controls_are_run_and_reported_apart(tokenizer: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", WITH_MEMORY)
 def test_every_control_runs_on_every_variant(make_run: MakeRun, tmp_path: Path, variant: str) -> None:
     settings = NiahSettings(Path(), tmp_path, ("pk", "w"), (700,), depths=2, controls=ALL, max_new_tokens=6)
     report = evaluate(load_model(make_run(variant)), settings)
@@ -147,5 +148,5 @@ def test_a_control_that_means_nothing_here_is_refused() -> None:
     with pytest.raises(EvaluationError, match="window is the whole text"):
         check_controls(("window_only",), transformer)
     check_controls(ALL, TitansConfig(variant="lmm"))
-    windows = {v: window_of(TitansConfig(variant=v, segment_length=64, window=128)) for v in (*VARIANTS, "transformer")}  # type: ignore[arg-type]
+    windows = {v: window_of(TitansConfig(variant=v, segment_length=64, window=128)) for v in MIXERS}  # type: ignore[arg-type]
     assert windows == {"mac": 64, "mag": 128, "mal": 128, "lmm": 0, "transformer": 128}

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.config import TitansConfig
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.mapping import rules, to_exported, to_native
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
+from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
 from titans_mcore.weights import model_tensors, split_of
 
 from .hf_runs import tiny
 
-SETTINGS: list[dict[str, Any]] = [{"variant": variant} for variant in VARIANTS]
+SETTINGS: list[dict[str, Any]] = [{"variant": variant} for variant in MIXERS]
 SETTINGS += [
     {"tie_embeddings": False},
     {"memory_depth": 4},

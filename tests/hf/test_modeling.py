@@ -13,11 +13,12 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from evals.measure import return_large_blocks
-from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.config import TitansConfig
 from titans_mcore.hf.cache_names_titans import CACHE_NAMES
 from titans_mcore.hf.cache_titans import TitansCache
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import CACHE_FIELD, TitansForCausalLM, TitansModel
+from titans_mcore.mixers import MIXERS
 
 from .hf_runs import tiny
 from .models import make
@@ -30,7 +31,7 @@ def tokens() -> Tensor:
     return torch.randint(3, 330, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @pytest.mark.parametrize(
     "how",
     [{"do_sample": False}, {"do_sample": True, "temperature": 0.9}, {"do_sample": False, "num_beams": 3}],
@@ -47,7 +48,7 @@ def test_generate_with_cache_equals_without(variant: str, how: dict[str, Any], t
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(("variant", "piece"), [*((variant, 5) for variant in VARIANTS), ("mac", 1), ("mac", 8)])
+@pytest.mark.parametrize(("variant", "piece"), [*((variant, 5) for variant in MIXERS), ("mac", 1), ("mac", 8)])
 @torch.no_grad()
 def test_prefill_in_pieces_gives_the_same_tokens(variant: str, piece: int, tokens: Tensor) -> None:
     model = make(variant)
@@ -55,7 +56,7 @@ def test_prefill_in_pieces_gives_the_same_tokens(variant: str, piece: int, token
     assert torch.equal(model.generate(tokens, max_new_tokens=6, do_sample=False, prefill_chunk_size=piece), whole)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @torch.no_grad()
 def test_several_tokens_continue_from_a_cache(variant: str, tokens: Tensor) -> None:
     model = make(variant)
@@ -128,7 +129,7 @@ def test_a_cache_is_selected_expanded_and_reset(tokens: Tensor) -> None:
         cache.crop(3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @torch.no_grad()
 def test_a_saved_cache_goes_on_as_if_it_had_not_been(variant: str, tokens: Tensor, tmp_path: Path) -> None:
     model = make(variant)
@@ -168,7 +169,7 @@ def test_a_streamer_gets_the_tokens_that_are_generated(tokens: Tensor) -> None:
     assert streamer.tokens == [*generated[0].tolist(), -1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @torch.no_grad()
 def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> None:
     model, cache, sizes = make(variant), TitansCache(2), []
@@ -183,7 +184,7 @@ def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @torch.no_grad()
 def test_a_million_tokens_leave_a_state_and_a_process_as_large_as_before(variant: str) -> None:
     return_large_blocks()  # without, glibc's heap creeps by some tens of megabytes
@@ -221,7 +222,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token(tokens: Tensor) -> None:
     torch.testing.assert_close(summed, expected * (LENGTH - 1) * 2 / 10)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_gradient_checkpointing_changes_no_gradient(variant: str, tokens: Tensor) -> None:
     model, gradients = make(variant).train(), []
     for checkpointed in (False, True):
@@ -231,7 +232,7 @@ def test_gradient_checkpointing_changes_no_gradient(variant: str, tokens: Tensor
     assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_gradients_reach_every_parameter_through_the_memory(variant: str, tokens: Tensor) -> None:
     model = make(variant).train()
     output = model(tokens, labels=tokens)
@@ -294,7 +295,7 @@ def test_initial_weights_are_the_mixers_own_and_complete() -> None:
 
 
 def test_the_model_has_no_buffers_that_loading_would_lose() -> None:
-    for variant in VARIANTS:
+    for variant in MIXERS:
         assert not list(make(variant).named_buffers())
 
 

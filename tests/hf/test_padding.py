@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_mcore.config import VARIANTS
 from titans_mcore.hf.padding_titans import padding_of
+from titans_mcore.mixers import MIXERS
 
 from .models import make
 
@@ -34,7 +34,7 @@ def padded(rows: list[Tensor], side: str, padding: int = PAD) -> tuple[Tensor, T
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @torch.no_grad()
 def test_logits_of_a_padded_batch_are_those_of_the_rows_alone(variant: str, side: str) -> None:
     model, rows = make(variant), prompts()
@@ -47,7 +47,7 @@ def test_logits_of_a_padded_batch_are_those_of_the_rows_alone(variant: str, side
         assert torch.equal(logits[row, here], others[row, here])  # what stands in the padding makes no difference
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "pieces"])
 @torch.no_grad()
 def test_a_left_padded_batch_generates_what_its_rows_generate_alone(variant: str, how: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def test_a_left_padded_batch_generates_what_its_rows_generate_alone(variant: str
 
 
 @pytest.mark.parametrize("cut", [3, 8])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @torch.no_grad()
 def test_a_padded_batch_in_pieces_is_one_pass(variant: str, cut: int) -> None:
     """Some pieces are padding in one row, some in all rows but one."""
@@ -78,7 +78,7 @@ def test_a_padded_batch_in_pieces_is_one_pass(variant: str, cut: int) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_gradients_of_a_padded_batch_are_the_sum_of_the_rows(variant: str) -> None:
     model, rows = make(variant).double(), prompts()
     ids, mask = padded(rows, "left")

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from titans_mcore.config import VARIANTS
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.mapping import to_exported
 from titans_mcore.hf.proof import native_logits
 from titans_mcore.hf.to_native import import_run, main
+from titans_mcore.mixers import MIXERS
 from titans_mcore.weights import damage, find_checkpoint, load_full
 
 from .hf_runs import VOCABULARY, save_run, tiny
@@ -32,7 +32,7 @@ def weights(folder: Path) -> bytes:
 def whole(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Path]:
     """A run of each variant with four heads of attention and eight of memory, saved by one process."""
     folder = tmp_path_factory.mktemp("whole")
-    return {v: save_run(folder / v, tiny(variant=v, memory_heads=8), tokenizer, seed=3) for v in VARIANTS}
+    return {v: save_run(folder / v, tiny(variant=v, memory_heads=8), tokenizer, seed=3) for v in MIXERS}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_every_tensor_parallel_size_exports_the_same_bytes(
     size: int, split: str, whole: dict[str, Path], exported: dict[str, Path], tokenizer: Path, tmp_path: Path
 ) -> None:
     saved_by(size, split, list(whole.values()), tmp_path / "runs")
-    for variant in VARIANTS:
+    for variant in MIXERS:
         run = tmp_path / "runs" / variant
         assert len(list(run.rglob("tp-*.safetensors"))) == size
         output = export(run, tmp_path / variant, tokenizer=tokenizer, skip_proof=True).output
@@ -84,7 +84,7 @@ def test_ranks_that_disagree_about_what_all_of_them_hold_are_refused(
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_native_exported_native_exported_are_the_same_bits(
     variant: str, whole: dict[str, Path], exported: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.config import TitansConfig
 from titans_mcore.memory import TensorTree
-from titans_mcore.mixers import make_mixer
+from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.parts import PlainParts
 
 LENGTH = 75
+WITH_MEMORY = [name for name, mixer in MIXERS.items() if mixer.memory]
 
 
 def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: object) -> torch.nn.Module:
@@ -27,7 +28,7 @@ def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: objec
             **settings,
         }
     )
-    return make_mixer(config, PlainParts(config)).to(dtype)
+    return config.blocks[0].module(config, PlainParts(config)).to(dtype)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -35,7 +36,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("position", [0, 7, 8, 15, 16, 40, LENGTH - 1])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_nothing_before_a_changed_token_moves(variant: str, position: int) -> None:
     mixer, x = mixer_of(variant), inputs()
     changed = x.clone()
@@ -47,7 +48,7 @@ def test_nothing_before_a_changed_token_moves(variant: str, position: int) -> No
 
 
 @pytest.mark.parametrize("position", [0, 8, 15, 16, 40])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_no_gradient_reaches_a_later_token(variant: str, position: int) -> None:
     mixer, x = mixer_of(variant), inputs().requires_grad_()
     (gradient,) = torch.autograd.grad(mixer(x, None)[0][:, position].square().sum(), x)
@@ -56,7 +57,7 @@ def test_no_gradient_reaches_a_later_token(variant: str, position: int) -> None:
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 4 + [11], [5, 1, 30, 2, 37], [74, 1]])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_pieces_of_any_length_give_one_pass(variant: str, pieces: list[int]) -> None:
     mixer, x = mixer_of(variant), inputs()
     state, outputs = None, []
@@ -68,7 +69,7 @@ def test_pieces_of_any_length_give_one_pass(variant: str, pieces: list[int]) -> 
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_gradients_cross_pieces_through_the_state(variant: str) -> None:
     mixer, x = mixer_of(variant, torch.float64), inputs(torch.float64)
     parameters = list(mixer.parameters())
@@ -80,7 +81,7 @@ def test_gradients_cross_pieces_through_the_state(variant: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_every_parameter_learns(variant: str) -> None:
     mixer = mixer_of(variant)
     mixer(inputs(), None)[0].square().sum().backward()
@@ -89,7 +90,7 @@ def test_every_parameter_learns(variant: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["oracle", "chunked"])
-@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
+@pytest.mark.parametrize("variant", WITH_MEMORY)
 def test_backends_compute_the_same_function(variant: str, backend: str) -> None:
     x = inputs(torch.float64)
     ours = mixer_of(variant, torch.float64, memory_backend=backend, attention_backend="dense")(x, None)[0]
@@ -97,7 +98,7 @@ def test_backends_compute_the_same_function(variant: str, backend: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_state_is_constant_size(variant: str) -> None:
     mixer, x = mixer_of(variant), inputs()
     sizes = []
@@ -137,7 +138,7 @@ ABLATIONS = [
 
 
 @pytest.mark.parametrize("settings", ABLATIONS, ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()))
-@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm"])
+@pytest.mark.parametrize("variant", WITH_MEMORY)
 def test_ablations_run_and_stay_causal_in_pieces(variant: str, settings: dict[str, object]) -> None:
     mixer, x = mixer_of(variant, **settings), inputs()
     mixer(x, None)[0].square().sum().backward()

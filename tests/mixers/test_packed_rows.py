@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from titans_mcore.config import VARIANTS
 from titans_mcore.memory import PackedRows
+from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.segments import segments_of
 
 from .test_mixers import LENGTH, inputs, mixer_of
@@ -32,7 +32,7 @@ def documents() -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_a_document_in_a_packed_row_is_the_document_alone(variant: str, settings: dict[str, object]) -> None:
     mixer, x = mixer_of(variant, torch.float64, **settings), inputs(torch.float64).requires_grad_()
     output, _ = mixer(x, None, packed())
@@ -45,7 +45,7 @@ def test_a_document_in_a_packed_row_is_the_document_alone(variant: str, settings
         torch.testing.assert_close(gradient[row : row + 1, start:stop], of_alone, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_parameters_gradients_of_packed_rows_are_those_of_the_documents(variant: str) -> None:
     mixer, x = mixer_of(variant, torch.float64), inputs(torch.float64)
     parameters = list(mixer.parameters())
@@ -56,7 +56,7 @@ def test_parameters_gradients_of_packed_rows_are_those_of_the_documents(variant:
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 4 + [11], [5, 1, 30, 2, 37]])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_packed_rows_in_pieces_give_one_pass(variant: str, pieces: list[int]) -> None:
     mixer, x, rows = mixer_of(variant, torch.float64), inputs(torch.float64), packed()
     assert rows.starts is not None
@@ -70,7 +70,7 @@ def test_packed_rows_in_pieces_give_one_pass(variant: str, pieces: list[int]) ->
 
 
 @pytest.mark.parametrize("lengths", [(LENGTH, 40), (3, 33), (1, LENGTH), (16, 32)])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_padded_rows_go_on_as_rows_alone(variant: str, lengths: tuple[int, int]) -> None:
     """Two prompts of different length, then more tokens of both."""
     mixer, x = mixer_of(variant, torch.float64), inputs(torch.float64)
@@ -88,7 +88,7 @@ def test_padded_rows_go_on_as_rows_alone(variant: str, lengths: tuple[int, int])
             torch.testing.assert_close(joined, alone, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_every_mixers_state_can_be_saved(variant: str) -> None:
     mixer, x = mixer_of(variant), inputs()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_every_mixers_state_can_be_saved(variant: str) -> None:
         assert torch.equal(mixer(x[:, 50:], loaded)[0], expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_state_of_padded_rows_is_constant_size(variant: str) -> None:
     mixer, x = mixer_of(variant), inputs()
     real = torch.arange(LENGTH) < torch.tensor([[LENGTH], [50]])

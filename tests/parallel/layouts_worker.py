@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.config import TitansConfig
+from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import reduce_shared_gradients, start, stop, transformer_config
 from titans_mcore.weights import split_of
@@ -51,7 +52,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
 
 def models() -> dict[str, TitansConfig]:
     """Every variant, LMM with other memories, MAC that begins by recalling, and memories with heads of their own."""
-    found = {variant: TitansConfig(variant=variant, **SETTINGS) for variant in VARIANTS}  # type: ignore[arg-type]
+    found = {variant: TitansConfig(variant=variant, **SETTINGS) for variant in MIXERS}  # type: ignore[arg-type]
     found |= {f"lmm-{name}": TitansConfig(variant="lmm", **SETTINGS | more) for name, more in MEMORIES.items()}
     found["mac-next-token"] = TitansConfig(variant="mac", **SETTINGS | MEMORIES["next-token"])
     found |= {
@@ -133,7 +134,7 @@ def main() -> None:
     reference, output, *layouts = sys.argv[1:]
     start(1, seed=0)
     cases = [(name, config, documents) for name, config in models().items() for documents in (False, True)]
-    cases = [(name, config, documents) for name, config, documents in cases if name in VARIANTS or not documents]
+    cases = [(name, config, documents) for name, config, documents in cases if name in MIXERS or not documents]
     if dist.get_world_size() == 1:
         found = {f"{name} {documents}": run(config, Layout(""), documents) for name, config, documents in cases}
         torch.save(found, reference)

@@ -8,19 +8,21 @@ import sys
 import pytest
 import torch
 
+from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel.context import _Layout
 
 from ..pretrain.jobs import ROOT
 
 TWO_RANKS = """
 import json, sys, torch, torch.distributed as dist
-from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.config import TitansConfig
+from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
 from titans_mcore.parallel.traffic import counted_traffic
 
 groups, found = start(1, 2, seed=0), {}
-for variant in VARIANTS:
+for variant in MIXERS:
     config = TitansConfig(variant=variant, vocab_size=64, num_layers=2, dim=16, num_heads=2, ffn_dim=16, window=8,
                           chunk_size=4, memory_expansion=1, persistent_tokens=2, segment_length=8)
     model = TitansModel(config, transformer_config(config), groups)
@@ -44,7 +46,7 @@ def test_what_is_sent_does_not_grow_with_the_rows_and_nothing_is_gathered(tmp_pa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for variant in ("mac", "mag", "mal", "lmm", "transformer"):
+    for variant in MIXERS:
         calls, sent = found[f"{variant} 32"]
         assert found[f"{variant} 128"] == [calls, sent]
         assert calls == {"header send": 2, "context send": 2}  # one state a layer; rank 1 sends the gradients back

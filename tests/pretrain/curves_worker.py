@@ -27,7 +27,7 @@ def curve(config, run_dir, groups):
     samples, heldout = open_samples(config, open_data(config), run_dir)
     batches = Batches(samples, config, *sample_place())
     engine = build_engine(build_model(config, groups), config, sample_place().ranks)
-    carried = CarriedState(config.model.variant) if config.data.carry_state else None
+    carried = CarriedState(config.model) if config.data.carry_state else None
     results = []
     for step in range(1, config.train.steps + 1):
         results.append(train_step(engine, batches.fetch(step - 1), rate_of(step, config), carried))

@@ -32,7 +32,7 @@ def trained(config, run_dir, groups, evaluated):
     evaluations = Evaluations(config, data, run_dir, heldout) if evaluated else None
     batches = Batches(samples, config, *sample_place())
     engine = build_engine(build_model(config, groups), config, sample_place().ranks)
-    carried = CarriedState(config.model.variant) if config.data.carry_state else None
+    carried = CarriedState(config.model) if config.data.carry_state else None
     steps, records = [], {}
     for step in range(1, config.train.steps + 1):
         result = train_step(engine, batches.fetch(step - 1), rate_of(step, config), carried)

@@ -13,7 +13,7 @@ from pretrain.data import Batches, Samples
 from pretrain.engine import build_engine, build_model, train_step
 from pretrain.folders import open_data, open_samples
 from pretrain.resume import find_resume_point, restore
-from titans_mcore.config import VARIANTS
+from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.attention import AttentionState
 from titans_mcore.mixers.branches import BranchesState
 
@@ -54,11 +54,11 @@ def first_steps(batches, steps):
     return [batches.fetch(step)[0] for step in range(steps)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_without_learning_four_steps_lose_what_one_row_of_their_length_loses(configured, reader, one_process, variant):
     config = configured("--variant", variant, "--train.recompute", "block")
     engine = build_engine(build_model(config, one_process), config, 1)
-    steps, carried = first_steps(reader(config), 4), CarriedState(variant)
+    steps, carried = first_steps(reader(config), 4), CarriedState(config.model)
     stepwise = [train_step(engine, [batch], 0.0, carried).loss for batch in steps]
 
     model, states, in_pieces = engine.module, [], []
@@ -87,7 +87,7 @@ def cut(state):
 
 
 @pytest.mark.parametrize("starts", [True, False], ids=["documents", "one text"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_gradients_of_a_step_are_those_of_the_long_row_cut_where_the_step_begins(
     configured, reader, one_process, variant, starts
 ):
@@ -108,7 +108,7 @@ def test_gradients_of_a_step_are_those_of_the_long_row_cut_where_the_step_begins
         torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_a_document_that_begins_with_a_row_knows_nothing_of_the_step_before(configured, one_process, variant):
     model = build_model(configured("--variant", variant), one_process).double()
     tokens = torch.randint(3, 96, (3, 2, 20))
@@ -187,7 +187,7 @@ def stopped(configured, reader, one_process, tmp_path):
     """Runs a configuration for three steps, saves it, and goes on."""
 
     def run(config):
-        batches, carried = reader(config), CarriedState(config.model.variant)
+        batches, carried = reader(config), CarriedState(config.model)
         engine = build_engine(build_model(config, one_process), config, 1)
         results = [train_step(engine, batches.fetch(step), 1e-2, carried) for step in range(3)]
         save(engine, config, "fingerprint", tmp_path, 3, carried)
@@ -198,7 +198,7 @@ def stopped(configured, reader, one_process, tmp_path):
 
 
 @pytest.mark.parametrize("length", ["12", "20"], ids="T{}".format)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_a_run_goes_on_from_its_carried_states_bit_for_bit(
     configured, reader, stopped, one_process, tmp_path, variant, length
 ):
@@ -206,7 +206,7 @@ def test_a_run_goes_on_from_its_carried_states_bit_for_bit(
     results, expected = stopped(config)
     point = find_resume_point(config, "fingerprint", tmp_path)
     assert point.progress.step == 3
-    batches, carried = reader(config), CarriedState(variant)
+    batches, carried = reader(config), CarriedState(config.model)
     engine = build_engine(build_model(config, one_process), config, 1)
     restore(engine, config, point, carried)
     assert [train_step(engine, batches.fetch(step), 1e-2, carried) for step in range(3, 6)] == results[3:]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from titans_mcore.config import VARIANTS
+from titans_mcore.mixers import MIXERS
 
 from .jobs import ROOT, Job
 
@@ -66,7 +66,7 @@ def curves(tiny_toml, tmp_path_factory):
         runs = [
             f"{variant} {name}: --variant {variant} {MODEL} --optimizer.clip-norm 0.3 {settings}"
             for name, (processes, settings) in LAYOUTS.items()
-            for variant in VARIANTS
+            for variant in MIXERS
             if processes == world
         ]
         runs += [
@@ -82,7 +82,7 @@ def curves(tiny_toml, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_the_reference_learns(curves, variant):
     losses = curves[f"{variant} one process"]["loss"]
     assert len(losses) == 20
@@ -91,7 +91,7 @@ def test_the_reference_learns(curves, variant):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_a_layout_trains_like_one_process(curves, variant, layout):
     for quantity, relative in RELATIVE.items():
         right = curves[f"{variant} one process"][quantity]

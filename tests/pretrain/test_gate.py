@@ -91,7 +91,7 @@ def test_a_loss_above_its_limit_leaves_the_update_out_and_is_told(engine, settin
 def test_rows_go_on_from_the_state_before_a_step_that_was_left_out(tiny_toml, one_process):
     settings = ["--data.carry-state", "true", "--train.sequence-length", "12"]
     config = parse(["--config", str(tiny_toml), "--run-dir", "unused", *settings]).config
-    trained, carried = build_engine(build_model(config, one_process), config, 1), CarriedState("mac")
+    trained, carried = build_engine(build_model(config, one_process), config, 1), CarriedState(config.model)
     rows = [MicroBatch(x.tokens[:, :12], x.labels[:, :12], None, begins=False) for x in batch()]
     assert not train_step(trained, rows, 1e-2, carried, loss_limit=0.0).updated
     assert carried.states == {}

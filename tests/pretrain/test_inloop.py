@@ -19,7 +19,7 @@ from pretrain.folders import keep_tokenizer, open_data, open_samples
 from pretrain.inloop.evaluations import Evaluations, evaluations_by
 from pretrain.inloop.losses import LossByTokensRead, heldout_losses, open_long_rows, position_losses, tokens_read, turns
 from pretrain.inloop.probe import ANSWER_TOKENS, Probe
-from titans_mcore.config import VARIANTS
+from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import Place
 
 from .tiny_shards import write_shards
@@ -181,7 +181,7 @@ def test_without_held_out_rows_nothing_is_evaluated(configured, opened):
     assert opened(config).after(None, 20) == opened(config).after(None, 3) == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_long_rows_lose_what_the_report_on_loss_by_position_says(configured, worded_toml, engine_of, tmp_path, variant):
     config = configured("--variant", variant, *LONG)
     engine = engine_of(config)
@@ -196,7 +196,7 @@ def test_long_rows_lose_what_the_report_on_loss_by_position_says(configured, wor
     assert found.curve()["loss"] == pytest.approx([bucket["loss"] for bucket in expected["buckets"]], rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_reading_takes_no_more_memory_the_longer_the_row(configured, engine_of, tmp_path, variant):
     peaks = []
     for length in (100, 708):  # the last piece has 4 tokens in both

@@ -13,13 +13,15 @@ from pretrain import plan
 from pretrain.config import RunConfig
 from pretrain.engine import deepspeed_config
 from pretrain.planning.activations import activation_bytes
-from pretrain.planning.flops import dense_flops, mean_visible_keys, memory_flops_per_token
+from pretrain.planning.flops import dense_flops
 from pretrain.planning.layout import Layout, for_gpus, layout_of
 from pretrain.planning.parameters import count_by_part, parameters_of
 from pretrain.planning.rank_bytes import bucket_numbers
 from pretrain.presets import preset_names
 from pretrain.settings import DataConfig, TrainConfig
-from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.config import TitansConfig
+from titans_mcore.mixers import MIXERS
+from titans_mcore.mixers.costs import memory_flops
 from titans_mcore.mixers.neural_memory import NeuralMemory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import groups, transformer_config
@@ -39,7 +41,7 @@ def config_of(variant: str) -> TitansConfig:
     return TitansConfig(variant=variant, **SETTINGS, **MEMORY)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=MIXERS)
 def model(request, one_process) -> TitansModel:
     config = config_of(request.param)
     return TitansModel(config, transformer_config(config), one_process)
@@ -67,13 +69,14 @@ def test_the_parameters_are_those_of_the_built_model(model):
     assert counts["total"] == sum(p.numel() for p in model.parameters())
     memories = [m for m in model.modules() if isinstance(m, NeuralMemory)]
     assert counts["memory"] == sum(p.numel() for m in memories for p in m.parameters())
-    assert (counts["attention"] == 0) == (model.titans_config.variant == "lmm")
-    assert (counts["memory"] == 0) == (model.titans_config.variant == "transformer")
+    (mixer,) = model.titans_config.mixers
+    assert (counts["attention"] == 0) == (not mixer.attention)
+    assert (counts["memory"] == 0) == (not mixer.memory)
     mlps = [layer.mlp for layer in model.layers]
     assert counts["feed_forward"] == sum(p.numel() for m in mlps for p in m.parameters())
 
 
-@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+@pytest.mark.parametrize(("variant", "size"), list(product(MIXERS, SIZES)))
 def test_a_preset_is_planned_as_large_as_its_name_says(variant, size):
     found = planned("--config", f"{variant}_{size}", "--gpus", "8")
     label = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
@@ -85,8 +88,8 @@ def test_a_preset_is_planned_as_large_as_its_name_says(variant, size):
 
 
 def test_every_preset_is_planned():
-    names = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
-    long = {f"{variant}_{size}_long" for variant, size in product(VARIANTS, SIZES)}
+    names = {f"{variant}_{size}" for variant, size in product(MIXERS, SIZES)}
+    long = {f"{variant}_{size}_long" for variant, size in product(MIXERS, SIZES)}
     others = set(preset_names()) - names - long
     assert others == {"quickstart", *(f"recall_{variant}" for variant in RECALL)}
     for name in others:
@@ -94,7 +97,7 @@ def test_every_preset_is_planned():
         assert planned("--config", name, "--gpus", gpus)
 
 
-@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+@pytest.mark.parametrize(("variant", "size"), list(product(MIXERS, SIZES)))
 def test_a_long_context_stage_is_planned_and_fits_the_gpus_of_one_host(variant, size):
     found = planned("--config", f"{variant}_{size}_long", "--gpus", "8")
     assert not [note for note in found["notes"] if "do not fit" in note]
@@ -212,7 +215,7 @@ def test_an_offloaded_optimizer_is_on_the_host_and_nowhere_else():
     assert away["bytes"] < here["bytes"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 @pytest.mark.parametrize("memory", ["heads", "hidden"])
 def test_a_rank_has_its_share_of_what_is_divided(variant, memory):
     config = config_of(variant)
@@ -338,25 +341,25 @@ def test_the_dense_operations_are_those_that_torch_counts(model):
     assert both == pytest.approx(3 * expected, rel=0.02)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_visible_keys_are_those_of_the_mask(variant):
     config = config_of(variant)
     token = torch.arange(LENGTH)
-    if variant == "mac":
+    if len(MIXERS[variant].pieces(config, LENGTH)) > 1:
         same = token[:, None] // config.segment_length == token // config.segment_length
         seen = 2.0 * (same & (token <= token[:, None])).sum(1)
     else:
         seen = ((token <= token[:, None]) & (token > token[:, None] - config.window)).sum(1).double()
-    prefix = {"transformer": 0, "lmm": 0}.get(variant, config.persistent_tokens)
-    expected = 0.0 if variant == "lmm" else float(seen.mean()) + prefix
-    assert mean_visible_keys(config, LENGTH) == pytest.approx(expected)
+    mixer = MIXERS[variant]
+    expected = float(seen.mean()) + mixer.persistent * config.persistent_tokens if mixer.attention else 0.0
+    assert mixer.keys(config, LENGTH) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_memorys_operations_are_those_of_the_benchmark(depth):
     config = TitansConfig(memory_depth=depth)
     expected = forward_flops_per_token(*config.memory_shape, depth, config.memory_expansion, 16)
-    assert memory_flops_per_token(config) == expected
+    assert memory_flops(config) == expected
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "two-documents"])

@@ -10,9 +10,9 @@ import torch
 from pretrain.command_line import parse
 from pretrain.config_files import build
 from pretrain.presets import preset_names, read_config
-from titans_mcore.config import VARIANTS
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
+from titans_mcore.mixers import MIXERS
 
 SIZES = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 100e9}
@@ -20,7 +20,7 @@ TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 100e9}
 RECALL = ("mag", "mac", "transformer")
 
 
-@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+@pytest.mark.parametrize(("variant", "size"), list(product(MIXERS, SIZES)))
 def test_a_preset_has_the_parameters_and_tokens_of_its_name(variant: str, size: str) -> None:
     config = build(*read_config(f"{variant}_{size}"))
     with torch.device("meta"):  # shapes alone: nothing is allocated
@@ -31,7 +31,7 @@ def test_a_preset_has_the_parameters_and_tokens_of_its_name(variant: str, size: 
     assert config.train.steps * config.train.tokens_per_step == pytest.approx(TOKENS[size], rel=1e-3)
 
 
-@pytest.mark.parametrize(("variant", "size"), list(product(VARIANTS, SIZES)))
+@pytest.mark.parametrize(("variant", "size"), list(product(MIXERS, SIZES)))
 def test_a_long_context_stage_is_the_same_model_on_longer_rows(variant: str, size: str) -> None:
     first, long = (build(*read_config(name)) for name in (f"{variant}_{size}", f"{variant}_{size}_long"))
     assert long.model == first.model
@@ -52,7 +52,7 @@ def test_models_that_recall_differ_in_their_mixer_alone() -> None:
 
 
 def test_no_configuration_is_without_a_test() -> None:
-    tested = {f"{variant}_{size}" for variant, size in product(VARIANTS, SIZES)}
+    tested = {f"{variant}_{size}" for variant, size in product(MIXERS, SIZES)}
     long = {f"{name}_long" for name in tested}
     recall = {f"recall_{variant}" for variant in RECALL}
     assert set(preset_names()) == {*tested, *long, *recall, "quickstart"}

@@ -14,14 +14,14 @@ from pretrain.settings import TrainConfig
 from pretrain.throughput import MfuMeter, flops_of_portion, gpu_named, memory_bytes
 from titans_mcore.attention import attend
 from titans_mcore.attention.attend import visible
-from titans_mcore.config import VARIANTS, TitansConfig
+from titans_mcore.config import TitansConfig
 from titans_mcore.memory import memory_read, memory_scan
 from titans_mcore.memory.chunk import coefficients
 from titans_mcore.memory.general import work_out
 from titans_mcore.memory.inputs import Matrices, Tokens
 from titans_mcore.memory.network import Network, WrittenOutNormed, answer, back_propagate, forward, normalise
 from titans_mcore.memory.rule import Memory, Rule
-from titans_mcore.mixers import attention, mac, neural_memory
+from titans_mcore.mixers import MIXERS, attention, mac, neural_memory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import transformer_config
 
@@ -148,7 +148,7 @@ PLAIN = {"memory_depth": 3, "memory_network": "plain"}
 
 
 @pytest.mark.parametrize("memory", [{}, {"memory_depth": 1}, PLAIN | {"memory_rule": "literal"}, PLAIN])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MIXERS)
 def test_the_operations_of_a_step_are_those_that_torch_counts(variant, memory, one_process, monkeypatch):
     config = TitansConfig(variant=variant, **SETTINGS | memory)
     counted = Counted()

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..memory import TensorTree
-from ..mixers import STATES
+from ..mixers import MIXERS
 
-_KINDS = {kind.__name__: kind for kind in STATES.values()}
+_KINDS = {mixer.state.__name__: mixer.state for mixer in MIXERS.values()}
 
 
 class TitansCacheLayer(CacheLayerMixin):

@@ -8,13 +8,6 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.hf.proof import Proof
 from titans_mcore.weights import BEGINS, MARKER
 
-_NAMES = {
-    "mac": "Titans, memory as context (MAC)",
-    "mag": "Titans, memory as gate (MAG)",
-    "mal": "Titans, memory as layer (MAL)",
-    "lmm": "Titans, the long-term memory alone (LMM)",
-    "transformer": "Transformer++, the attention baseline",
-}
 _ABOUT_THE_REPORT = ("settings", "model", "tokenizer", "checkpoint", "seconds")
 _MOST_ROWS = 24  # of one report
 
@@ -30,12 +23,12 @@ def model_card(config: TitansConfig, parameters: int, checkpoint: Path, proof: P
         caveat: Where the tokenizer may differ from the run's; None when nowhere.
     """
     record = _json(checkpoint / MARKER)
+    heads = {part: shape for mixer in config.mixers for part, shape in mixer.heads(config).items()}
     rows = {
-        "model": _NAMES[config.variant],
+        "model": " + ".join(mixer.title for mixer in config.mixers),
         "parameters": f"{parameters:,}",
         "blocks x width": f"{config.num_layers} x {config.dim}",
-        "heads of the attention": f"{config.num_heads} of {config.head_dim}" if config.variant != "lmm" else None,
-        "heads of the memory": "{} of {}".format(*config.memory_shape) if config.variant != "transformer" else None,
+        **{f"heads of the {part}": f"{shape.number} of {shape.width}" for part, shape in heads.items()},
         "vocabulary": f"{config.vocab_size:,}",
         "made of": record.get(BEGINS),
         "trained on": f"{record['tokens']:,} tokens" if record.get("tokens") else None,

@@ -6,12 +6,16 @@ conventions. Natively the vocabulary is padded; the padding is left out of an ex
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.mixers import MixerSpec
+from titans_mcore.mixers.parts import PlainHeads, PlainParts
 from titans_mcore.weights import Split
 
 OUT, IN, HEADS, ALL = Split(0), Split(1), Split(0), None  # column-parallel, row-parallel, by heads, on every rank
@@ -38,43 +42,56 @@ _BLOCK = {
     "mlp.linear_fc1.weight": ("mlp.gate_up_proj.weight", GATED),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight", IN),
 }
-_MEMORY = {
-    "memory.query_gate.weight": OUT,
-    "memory.key_value.weight": OUT,
-    "memory.query_kernel": HEADS,
-    "memory.key_value_kernel": HEADS,
-    "memory.gate_bias": HEADS,
-    "memory.output_norm": HEADS,
-}
-_MEMORY_NORM = {"memory.norm_weight": HEADS, "memory.norm_bias": HEADS}
-_ATTENTION = {"attention.query_key_value.weight": OUT}
-_PERSISTENT = {"persistent.tokens": ALL}
-_MIXERS: dict[str, dict[str, Split | None]] = {
-    "mac": {
-        **_PERSISTENT,
-        "memory_output.weight": IN,
-        "query.weight": OUT,
-        "key_value.weight": OUT,
-        "attention_output.weight": IN,
-        "attention_norm": ALL,
-        "memory_norm": ALL,
-    },
-    "mag": {**_PERSISTENT, **_ATTENTION, "attention_norm": HEADS, "memory_norm": HEADS, "output.weight": IN},
-    "mal": {**_PERSISTENT, **_ATTENTION, "memory_output.weight": IN, "output.weight": IN},
-    "lmm": {**_PERSISTENT, "output.weight": IN},
-    "transformer": {**_ATTENTION, "output.weight": IN},
-}
+
+
+class _MarkedHeads(PlainHeads):
+    """Writes at every parameter how ranks would share what is asked for."""
+
+    def column(self, *asked: Any) -> nn.Module:
+        """By its output."""
+        return _marked(super().column(*asked), OUT)
+
+    def per_head(self, full: Tensor) -> nn.Parameter:
+        """By heads."""
+        return _marked(super().per_head(full), HEADS)
+
+
+class _MarkedParts(_MarkedHeads, PlainParts):
+    """The same for all of a mixer."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config)
+        self.memory = _MarkedHeads(config.memory_shape.heads)
+
+    def row(self, *asked: Any) -> nn.Module:
+        """By its input."""
+        return _marked(super().row(*asked), IN)
+
+    def replicated(self, full: Tensor) -> nn.Parameter:
+        """On every rank."""
+        return _marked(super().replicated(full), ALL)
+
+
+def _marked(made: Any, split: Split | None) -> Any:
+    parameters: Any = made.parameters() if isinstance(made, nn.Module) else [made]
+    for parameter in parameters:
+        parameter.rule = split
+    return made
+
+
+def _mixer_splits(config: TitansConfig, mixer: MixerSpec) -> dict[str, Split | None]:
+    """How ranks share each parameter of a mixer, by name: it is made once, without memory, and asked."""
+    with FakeTensorMode():
+        made = mixer.module(config, _MarkedParts(config))
+    return {name: parameter.rule for name, parameter in made.named_parameters()}  # type: ignore[attr-defined]
 
 
 def rules(config: TitansConfig) -> list[Rule]:
     """The rule of every parameter of a model."""
-    mixer = dict(_MIXERS[config.variant])
-    if config.variant != "transformer":
-        mixer |= _MEMORY | (_MEMORY_NORM if config.memory_network == "residual_norm" else {})
-        mixer |= {f"memory.initial_weights.{index}": HEADS for index in range(config.memory_depth)}
-    block = _BLOCK | {f"mixer.{name}": (f"mixer.{name}", split) for name, split in mixer.items()}
     table = [Rule("embedding.weight", "model.embedding.weight", OUT, vocabulary=True)]
-    for layer in range(config.num_layers):
+    splits = {mixer.name: _mixer_splits(config, mixer) for mixer in config.mixers}
+    for layer, mixer in enumerate(config.blocks):
+        block = _BLOCK | {f"mixer.{name}": (f"mixer.{name}", split) for name, split in splits[mixer.name].items()}
         table += [
             Rule(f"layers.{layer}.{native}", f"model.layers.{layer}.{exported}", split)
             for native, (exported, split) in block.items()

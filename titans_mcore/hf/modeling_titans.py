@@ -19,11 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from ..mixers import MIXERS, make_mixer
-from ..mixers.branches import PersistentTokens
-from ..mixers.mac import MacMixer
-from ..mixers.neural_memory import NeuralMemory
-from ..mixers.parts import PlainParts, ResidualLinear, rms_norm
+from ..mixers.parts import FromParts, PlainParts, ResidualLinear, rms_norm
 from .cache_names_titans import CACHE_NAMES, CacheByBothNames, cache_field, given_cache
 from .cache_titans import TitansCache
 from .configuration_titans import TitansHFConfig
@@ -61,10 +57,10 @@ class TitansMLP(nn.Module):
 class TitansBlock(nn.Module):
     """x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x))."""
 
-    def __init__(self, config: TitansConfig) -> None:
+    def __init__(self, config: TitansConfig, block: int) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer = _make_mixer(config)
+        self.mixer = _make_mixer(config, block)
         self.pre_mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = TitansMLP(config)
 
@@ -75,13 +71,13 @@ class TitansBlock(nn.Module):
         return hidden + self.mlp(self.pre_mlp_norm(hidden)), state
 
 
-def _make_mixer(config: TitansConfig) -> nn.Module:
-    parts = PlainParts(config)
+def _make_mixer(config: TitansConfig, block: int) -> nn.Module:
+    made, parts = config.blocks[block].module, PlainParts(config)
     if torch.get_default_device().type != "meta":
-        return make_mixer(config, parts)
+        return made(config, parts)
     # While transformers 5 builds on the meta device, it makes some constants on the CPU; a mixer may not mix the two.
     with torch.device("cpu"):
-        return make_mixer(config, parts).to("meta")
+        return made(config, parts).to("meta")
 
 
 @dataclass
@@ -134,21 +130,20 @@ class TitansPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=config.init_std / shrink)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, (NeuralMemory, PersistentTokens, *MIXERS.values())):
+        elif isinstance(module, FromParts):
             self._init_own_parameters(module, config)
 
     @staticmethod
     @torch.no_grad()
-    def _init_own_parameters(module: nn.Module, config: TitansConfig) -> None:
+    def _init_own_parameters(module: FromParts, config: TitansConfig) -> None:
         """A mixer states its initial values in its constructor: they are taken from a new one."""
         fresh = dict(type(module)(config, PlainParts(config)).named_parameters())
+        lists = {name for name, child in module.named_children() if isinstance(child, nn.ParameterList)}
         for name, parameter in module.named_parameters():
-            own = "." not in name or name.startswith("initial_weights.")
+            own = "." not in name or name.partition(".")[0] in lists
             if own and not getattr(parameter, "_is_hf_initialized", False):
                 parameter.copy_(fresh[name])
-        if isinstance(module, NeuralMemory | MacMixer) and not getattr(
-            module.key_value.weight, "_is_hf_initialized", False
-        ):
+        if not any(getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()):
             module.begin_recalling()
 
 
@@ -163,7 +158,7 @@ class TitansModel(TitansPreTrainedModel):
         super().__init__(config)
         titans = config.to_titans()
         self.embedding = nn.Embedding(titans.vocab_size, titans.dim)
-        self.layers = nn.ModuleList([TitansBlock(titans) for _ in range(titans.num_layers)])
+        self.layers = nn.ModuleList([TitansBlock(titans, block) for block in range(titans.num_layers)])
         self.final_norm = RMSNorm(titans.dim, titans.norm_eps)
         self.gradient_checkpointing = False  # transformers sets it, and the function beside it
         self.post_init()

@@ -126,7 +126,7 @@ def prove(
 
 def fixed_prompts(config: TitansConfig, bos_id: int) -> list[list[int]]:
     """Token ids that are the same for every model of these settings: one token, an open chunk, past a segment."""
-    span = max(config.chunk_size, config.segment_length if config.variant == "mac" else config.window)
+    span = max(config.chunk_size, *(mixer.reach(config) or config.window for mixer in config.mixers))
     generator = torch.Generator().manual_seed(0)
     lengths = (1, config.chunk_size + 1, min(2 * span + config.chunk_size + 3, _LONGEST))
     draws = [torch.randint(config.vocab_size, (length - 1,), generator=generator) for length in lengths]

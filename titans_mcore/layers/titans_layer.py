@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from ..mixers import make_mixer
 from .parts import MegatronParts, MixerSubmodules
 
 
@@ -26,7 +25,7 @@ class TitansLayerSubmodules:
 
 
 class TitansLayer(MegatronModule):
-    """A block of any variant, with Megatron's layout outside: hidden states are (T', B, E).
+    """A block, with Megatron's layout outside: hidden states are (T', B, E).
 
     T' are all tokens T, or T / TP of them under sequence parallelism.
 
@@ -35,6 +34,7 @@ class TitansLayer(MegatronModule):
         submodules: Parts of the block.
         titans_config: The model's settings, which choose the mixer.
         pg_collection: Megatron's process groups.
+        block: Which block of the model it is.
         memory_parallel: What tensor-parallel ranks share of the memory, "heads" or "hidden".
     """
 
@@ -44,13 +44,14 @@ class TitansLayer(MegatronModule):
         submodules: TitansLayerSubmodules,
         titans_config: TitansConfig,
         pg_collection: ProcessGroupCollection,
+        block: int = 0,
         memory_parallel: str = "heads",
     ) -> None:
         super().__init__(config=config)
         size, eps = config.hidden_size, config.layernorm_epsilon
         self.input_norm = build_module(submodules.input_norm, config=config, hidden_size=size, eps=eps)
         parts = MegatronParts(config, submodules.mixer, titans_config, pg_collection, memory_parallel)
-        self.mixer = make_mixer(titans_config, parts)
+        self.mixer = titans_config.blocks[block].module(titans_config, parts)
         self.pre_mlp_norm = build_module(submodules.pre_mlp_norm, config=config, hidden_size=size, eps=eps)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
 

@@ -1,40 +1,13 @@
-"""The token mixers of the four variants and of the baseline: torch only, whole or split as Parts decides."""
+"""The token mixers, a file each: torch only, whole or split as Parts decides. A file put here is a mixer more."""
 
-from torch import nn
+from importlib import import_module
+from pkgutil import iter_modules
 
-from ..config import TitansConfig
-from ..memory import TensorTree
-from .attention import AttentionState
-from .branches import BranchesState
-from .lmm import LmmMixer
-from .mac import MacMixer, MacState
-from .mag import MagMixer
-from .mal import MalMixer
-from .neural_memory import NeuralMemoryState
 from .parts import Parts
-from .transformer import TransformerMixer
+from .spec import MIXERS, MixerSpec, register
 
-MIXERS: dict[str, type[nn.Module]] = {
-    "mac": MacMixer,
-    "mag": MagMixer,
-    "mal": MalMixer,
-    "lmm": LmmMixer,
-    "transformer": TransformerMixer,
-}
+# An exported folder has them all in one file, and nothing to find.
+for _file in iter_modules(globals().get("__path__", [])):
+    import_module(f".{_file.name}", __name__)
 
-STATES: dict[str, type[TensorTree]] = {
-    "mac": MacState,
-    "mag": BranchesState,
-    "mal": BranchesState,
-    "lmm": NeuralMemoryState,
-    "transformer": AttentionState,
-}
-"""What each variant's mixer carries through time."""
-
-
-def make_mixer(config: TitansConfig, parts: Parts) -> nn.Module:
-    """The token mixer of config.variant."""
-    return MIXERS[config.variant](config, parts)
-
-
-__all__ = ["MIXERS", "STATES", "Parts", "make_mixer"]
+__all__ = ["MIXERS", "MixerSpec", "Parts", "register"]

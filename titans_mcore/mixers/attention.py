@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import attend, rotate
 from ..attention.attend import Prefix
 from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from .kept import Kept
-from .parts import Parts, heads_of, linear
+from .parts import FromParts, Parts, heads_of, linear
+
+AROUND = ("attention.", "output.")  # the maps into and out of attention, in mixers that call them so
 
 
 @dataclass
@@ -27,7 +29,7 @@ class AttentionState(TensorTree):
     prefix_values: Tensor | None
 
 
-class Attention(nn.Module):
+class Attention(FromParts):
     """Projections to queries, keys and values, and attention over the window.
 
     Args:

@@ -4,16 +4,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from .attention import AttentionState
 from .neural_memory import NeuralMemory, NeuralMemoryState
-from .parts import Parts
+from .parts import FromParts, Parts
+
+# What their specs say of the parts that they share.
+BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")
+MEMORY_USES = {"memory.query_gate": (1, 1), "memory.key_value": (1, 1)}
+ATTENTION_USES = {"attention.query_key_value": (1, 1)}
 
 
-class PersistentTokens(nn.Module):
+class PersistentTokens(FromParts):
     """N learned, input-independent tokens in front of a sequence (paper, section 3.3).
 
     Args:
@@ -61,7 +66,12 @@ def begins(state: Any, rows: PackedRows | None) -> bool:
 
 @dataclass
 class BranchesState(TensorTree):
-    """State of a memory and of an attention beside or behind it."""
+    """State of a memory and of an attention beside or behind it.
+
+    Attributes:
+        memory: The memory's; None where one is to begin anew beside an attention that goes on.
+        attention: The attention's.
+    """
 
     memory: NeuralMemoryState
     attention: AttentionState
@@ -83,3 +93,9 @@ def combine(y: Tensor, m: Tensor) -> Tensor:
     good as random before training: the quickstart's MAG ends at 4.52 nats instead of 3.97.
     """
     return y * torch.sigmoid(m) + m * torch.sigmoid(y)
+
+
+def window_alone(state: Any) -> Any:
+    """A BranchesState without memory: the mixer reads the persistent tokens again, into a new one."""
+    attention = type(state.attention)(state.attention.kept, None, None)
+    return type(state)(None, attention)

@@ -1,15 +1,18 @@
 """The long-term memory alone, without attention (paper, section 4.4)."""
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from .branches import PersistentTokens, begins, read_persistent
+from .branches import BEGINNINGS, MEMORY_USES, PersistentTokens, begins, read_persistent
 from .neural_memory import NeuralMemory, NeuralMemoryState
-from .parts import Parts
+from .parts import FromParts, Parts
+from .spec import MixerSpec, register
 
 
-class LmmMixer(nn.Module):
+class LmmMixer(FromParts):
     """The memory alone: o = M([p || x])."""
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
@@ -27,3 +30,21 @@ class LmmMixer(nn.Module):
         persistent = read_persistent(tokens, self.memory, self.parts)
         reads, state = self.memory(self.parts.open(x), state, start=persistent.start, rows=rows)
         return self.parts.finish(self.output, self.parts.memory.leave(reads)), state
+
+
+@register
+class Lmm(MixerSpec):
+    """A memory without attention."""
+
+    name = "lmm"
+    title = "Titans, the long-term memory alone (LMM)"
+    paper = "Titans LMM"
+    module = LmmMixer
+    state = NeuralMemoryState
+    memory = persistent = True
+    beginnings = BEGINNINGS
+    uses = MEMORY_USES
+
+    def without_memory(self, state: Any) -> Any:
+        """Nothing is left of it."""
+        return None

@@ -2,19 +2,34 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import attend, rotate
 from ..attention.attend import Prefix
 from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
-from .branches import PersistentTokens, combine
+from .branches import BEGINNINGS, PersistentTokens, combine
+from .costs import (
+    FLOAT32,
+    Sums,
+    Workload,
+    memory_kept,
+    memory_message,
+    memory_numbers,
+    memory_states,
+    scan_sums,
+    tail_message,
+    total_sums,
+    weights_message,
+)
 from .kept import Kept, take
 from .neural_memory import NeuralMemory, NeuralMemoryState, Recall
-from .parts import Parts, copy_rows, heads_of, linear, rms_norm
+from .parts import FromParts, Parts, copy_rows, heads_of, linear, rms_norm
 from .segments import Segment, segments_of
+from .spec import MixerSpec, register
 
 
 @dataclass
@@ -33,7 +48,7 @@ class MacState(TensorTree):
     kept: Kept
 
 
-class MacMixer(nn.Module):
+class MacMixer(FromParts):
     """For each segment S of C tokens, with M the memory after the segment before:
 
     h = M(q), a read; y = Attn([p || h || S]), causal; M is updated with y, token by token; o = y (x) M(y).
@@ -192,3 +207,91 @@ def _without(kept: Kept, restarts: Tensor) -> Kept:
     """Without the keys of rows that begin a document."""
     real = kept.keys.new_ones(kept.keys.shape[:2], dtype=torch.bool) if kept.real is None else kept.real
     return Kept(kept.keys, kept.values, real & ~restarts.unsqueeze(1))
+
+
+# The memory reads before the attention and once more behind it.
+_USES = {"memory.query_gate": (2, 0), "memory_output": (2, 0), "key_value": (2, 1)}
+
+
+@register
+class Mac(MixerSpec):
+    """Attention within segments, over what a memory recalls."""
+
+    name = "mac"
+    title = "Titans, memory as context (MAC)"
+    paper = "Titans MAC"
+    module = MacMixer
+    state = MacState
+    attention = ("query.", "key_value.", "attention_output.")
+    memory = persistent = True
+    beginnings = BEGINNINGS
+    uses = _USES
+    border = 1  # the block keeps its share of what every rank has
+
+    def check(self, config: TitansConfig) -> None:
+        """A segment is whole chunks."""
+        super().check(config)
+        if config.segment_length < 1 or config.segment_length % config.chunk_size:
+            raise ValueError(
+                f"segment_length {config.segment_length} is not a multiple of chunk_size {config.chunk_size}; "
+                "memory chunks may not cross a segment"
+            )
+
+    def unit(self, config: TitansConfig) -> tuple[int, str]:
+        """Segments."""
+        return config.segment_length, "segments of model.segment_length"
+
+    def reach(self, config: TitansConfig) -> int:
+        """The segment."""
+        return config.segment_length
+
+    def without_memory(self, state: Any) -> Any:
+        """The open segment stays, with what its tokens have recalled."""
+        return type(state)(None, type(state.recall)(), state.kept)
+
+    def pieces(self, config: TitansConfig, length: int) -> list[int]:
+        """The segments of a row of one document."""
+        whole, rest = divmod(length, config.segment_length)
+        return [config.segment_length] * whole + ([rest] if rest else [])
+
+    def keys(self, config: TitansConfig, length: int) -> float:
+        """Two at each token of a segment: its own and its recalled memory's."""
+        seen = sum(size * (size + 1) for size in self.pieces(config, length))
+        return seen / length + config.persistent_tokens
+
+    def flops(self, config: TitansConfig, length: int, tokens: int, persistent: int) -> dict[str, int]:
+        """The recall reads once more; the memory does not read persistent tokens."""
+        flops = super().flops(config, length, tokens, 0)
+        return flops | {"memory": flops["memory"] + tokens * 2 * memory_numbers(config)}
+
+    def kept(self, work: Workload) -> float:
+        """Two keys a token, memory and recall with its network, y and h, y (x) m."""
+        config, w = work.config, work.w
+        keys = 2 * min(config.segment_length, work.length) + config.persistent_tokens
+        network = 8 * config.memory_expansion * (config.memory_depth - 1) * config.memory_shape.channels / work.ranks
+        documents = (config.conv_kernel + 3) * w if work.documents else 0
+        recall = (10 * w + 12 + documents) * work.m + network
+        return 11 * w * work.e + (1 + w) * keys + memory_kept(work) + recall + (6 * w + 8) * config.dim
+
+    def states_kept(self, work: Workload) -> float:
+        """A first state for every segment, and, with documents, what is recalled there."""
+        return memory_states(work, self.pieces(work.config, work.length), 1 + work.documents)
+
+    def message(self, work: Workload) -> int:
+        """Memory and tails, and those of the recall; segments are whole, so no keys."""
+        return memory_message(work) + weights_message(work) + tail_message(work)
+
+    def reductions(self, work: Workload) -> Sums:
+        """By segment three forward and two backward of its hidden states; of persistent tokens one back."""
+        calls, size = super().reductions(work)
+        return 5 * len(self.pieces(work.config, work.length)) + calls, 5 * work.activation + size
+
+    def hidden_sums(self, work: Workload) -> Sums:
+        """A scan for every segment, and its recall's reads once forward and once backward."""
+        pieces, channels = self.pieces(work.config, work.length), work.config.memory_shape.channels
+        scans = [scan_sums(work.config, work.rows, piece) for piece in pieces]
+        return total_sums([*scans, (2 * len(pieces), 2 * FLOAT32 * work.tokens * channels)])
+
+    def hidden_answers(self, work: Workload) -> tuple[int, int]:
+        """Recalled and read, by segment."""
+        return 2 * len(self.pieces(work.config, work.length)), 2 * work.tokens

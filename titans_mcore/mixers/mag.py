@@ -1,17 +1,32 @@
 """Memory as gate (paper, section 4.2): attention and memory side by side, each gating the other."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from .attention import Attention
-from .branches import BranchesState, PersistentTokens, begins, combine, lacks_persistent, read_persistent
+from .attention import AROUND, Attention
+from .branches import (
+    ATTENTION_USES,
+    BEGINNINGS,
+    MEMORY_USES,
+    BranchesState,
+    PersistentTokens,
+    begins,
+    combine,
+    lacks_persistent,
+    read_persistent,
+    window_alone,
+)
+from .costs import FLOAT32, Workload
 from .neural_memory import NeuralMemory
-from .parts import Parts, rms_norm
+from .parts import FromParts, Parts, rms_norm
+from .spec import MixerSpec, register
 
 
-class MagMixer(nn.Module):
+class MagMixer(FromParts):
     """Memory as gate: y = window attention, o = y (x) M([p || x]), each side normalised by heads of its own."""
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
@@ -42,3 +57,36 @@ class MagMixer(nn.Module):
         memory = self.parts.memory.leave(rms_norm(memory, self.memory_norm, self.eps))
         mixed = combine(rms_norm(attention, self.attention_norm, self.eps).flatten(2), memory)
         return self.parts.finish(self.output, mixed), BranchesState(memory_state, attended)
+
+
+@register
+class Mag(MixerSpec):
+    """A memory beside attention."""
+
+    name = "mag"
+    title = "Titans, memory as gate (MAG)"
+    paper = "Titans MAG"
+    module = MagMixer
+    state = BranchesState
+    attention = AROUND
+    memory = persistent = True
+    beginnings = BEGINNINGS
+    uses = MEMORY_USES | ATTENTION_USES
+
+    def check(self, config: TitansConfig) -> None:
+        """The memory's answer and the attention's are multiplied."""
+        super().check(config)
+        heads, width = config.memory_shape
+        if heads * width != config.dim:
+            raise ValueError(
+                f"memory_heads {heads} of memory_head_dim {width} are {heads * width} channels, and mag multiplies "
+                f"them with the dim {config.dim} of the attention; leave one of the two out, or change dim"
+            )
+
+    def without_memory(self, state: Any) -> Any:
+        """The window stays."""
+        return window_alone(state)
+
+    def kept(self, work: Workload) -> float:
+        """Beside both branches y (x) m."""
+        return super().kept(work) + (2 * work.w + FLOAT32) * (work.e + work.m)

@@ -1,16 +1,30 @@
 """Memory as layer (paper, section 4.3): attention over what the memory answers."""
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from .attention import Attention
-from .branches import BranchesState, PersistentTokens, begins, lacks_persistent, read_persistent
+from .attention import AROUND, Attention
+from .branches import (
+    ATTENTION_USES,
+    BEGINNINGS,
+    MEMORY_USES,
+    BranchesState,
+    PersistentTokens,
+    begins,
+    lacks_persistent,
+    read_persistent,
+    window_alone,
+)
+from .costs import Sums, Workload
 from .neural_memory import NeuralMemory
-from .parts import Parts, linear
+from .parts import FromParts, Parts, linear
+from .spec import MixerSpec, register
 
 
-class MalMixer(nn.Module):
+class MalMixer(FromParts):
     """Memory as layer: y = M([p || x]), o = window attention over y."""
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
@@ -42,3 +56,36 @@ class MalMixer(nn.Module):
     def _answer(self, reads: Tensor) -> Tensor:
         """y, as input of the attention's maps."""
         return self.parts.enter(linear(self.memory_output, self.parts.memory.leave(reads)))
+
+
+@register
+class Mal(MixerSpec):
+    """Attention behind a memory."""
+
+    name = "mal"
+    title = "Titans, memory as layer (MAL)"
+    paper = "Titans MAL"
+    module = MalMixer
+    state = BranchesState
+    attention = AROUND
+    memory = persistent = True
+    beginnings = BEGINNINGS
+    uses = MEMORY_USES | ATTENTION_USES | {"memory_output": (1, 1)}
+
+    def without_memory(self, state: Any) -> Any:
+        """The window stays."""
+        return window_alone(state)
+
+    def kept(self, work: Workload) -> float:
+        """Beside both parts y, what attention reads."""
+        return super().kept(work) + work.w * work.config.dim
+
+    def reductions(self, work: Workload) -> Sums:
+        """y is summed on its way forward and its gradient on its way back; that of persistent tokens likewise."""
+        some = int(work.config.persistent_tokens > 0)
+        return 2 + 3 * some, 2 * work.activation + 3 * work.persistent
+
+    def hidden_answers(self, work: Workload) -> tuple[int, int]:
+        """Attention reads what the memory answers to persistent tokens, too."""
+        persistent = work.config.persistent_tokens
+        return (2 if persistent else 1), work.tokens + persistent

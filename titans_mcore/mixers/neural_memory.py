@@ -13,7 +13,7 @@ from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, me
 from ..memory.checkpoint import kept
 from ..memory.network import initial_weights
 from .kept import causal_conv
-from .parts import Parts, copy_rows, heads_of, linear, rms_norm, unit_norm
+from .parts import FromParts, Parts, copy_rows, heads_of, linear, rms_norm, unit_norm
 
 
 @dataclass
@@ -31,7 +31,7 @@ class NeuralMemoryState(TensorTree):
     key_value_tail: Tensor
 
 
-class NeuralMemory(nn.Module):
+class NeuralMemory(FromParts):
     """Long-term memory of H heads (paper, sections 3.1 and 4.4), each a network of its own.
 
     q, k and v are projected, convolved and passed through SiLU, q and k normalised. The gates are functions of the

@@ -149,6 +149,16 @@ class PlainParts(PlainHeads):
         return self.per_head(full)
 
 
+class FromParts(nn.Module):
+    """A mixer, or a module inside one, that is made by (config, parts) and has parameters of its own.
+
+    Its constructor gives them their initial values. Those of linear maps are the makers'.
+    """
+
+    def begin_recalling(self) -> None:
+        """Changes the initial linear maps where config.memory_init says so; the constructor calls it, too."""
+
+
 class ResidualLinear(nn.Linear):
     """A linear map that writes to the residual stream; it starts smaller."""
 

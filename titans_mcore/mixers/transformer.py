@@ -1,14 +1,15 @@
 """The baseline Transformer++: attention alone."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from .attention import Attention, AttentionState
-from .parts import Parts
+from .attention import AROUND, Attention, AttentionState
+from .parts import FromParts, Parts
+from .spec import MixerSpec, register
 
 
-class TransformerMixer(nn.Module):
+class TransformerMixer(FromParts):
     """The baseline Transformer++: attention alone."""
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
@@ -24,3 +25,15 @@ class TransformerMixer(nn.Module):
         state = self.attention.begin(len(x)) if state is None else state
         attention, state = self.attention(self.parts.open(x), state, rows)
         return self.parts.finish(self.output, attention.flatten(2)), state
+
+
+@register
+class Transformer(MixerSpec):
+    """Attention without a memory."""
+
+    name = "transformer"
+    title = "Transformer++, the attention baseline"
+    paper = "Transformer++"
+    module = TransformerMixer
+    state = AttentionState
+    attention = AROUND

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from titans_mcore.memory import TensorTree
 
 _HEADER_BYTES = 8192
-_OF_BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")  # parameters that only a sequence's beginning reads
 Tree = TypeVar("Tree", bound=TensorTree)
 # What is on its way. A message that is freed before it has arrived is lost, also with the model that sent it.
 _SENT: list[tuple[dist.Work, Tensor]] = []
@@ -175,7 +174,7 @@ class _PassOn(torch.autograd.Function):
         return None, None, gradient, *of_parts
 
 
-def with_gradients(hidden: Tensor, layer: nn.Module) -> Tensor:
+def with_gradients(hidden: Tensor, layer: nn.Module, of_beginnings: tuple[str, ...]) -> Tensor:
     """hidden as it is, in front of a layer whose parameters all get gradients, at its end and in the same order.
 
     What a sequence begins with (persistent tokens, initial memories) is read where a first token is: on the first rank
@@ -186,11 +185,12 @@ def with_gradients(hidden: Tensor, layer: nn.Module) -> Tensor:
     Args:
         hidden: Input of the layer.
         layer: The layer. Where ZeRO 3 has divided its parameters, DeepSpeed sees to both.
+        of_beginnings: Parts of the names of parameters that only a sequence's beginning reads.
     """
     if not torch.is_grad_enabled():
         return hidden
     whole = {name: p for name, p in layer.named_parameters() if not hasattr(p, "ds_tensor")}
-    beginnings = [p for name, p in whole.items() if any(part in name for part in _OF_BEGINNINGS)]
+    beginnings = [p for name, p in whole.items() if any(part in name for part in of_beginnings)]
     others = [p for p in whole.values() if all(p is not beginning for beginning in beginnings)]
     return _WithGradients.apply(hidden, beginnings, *beginnings, *others) if beginnings else hidden
 
