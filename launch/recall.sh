@@ -56,13 +56,6 @@ while (($#)); do
         ;;
     esac
 done
-case $variant in
-mag | mac | transformer) ;;
-*)
-    printf "error: --variant is '%s'; it must be mag, mac or transformer\n" "$variant" >&2
-    exit 2
-    ;;
-esac
 if [[ ! $samples =~ ^[1-9][0-9]*$ ]]; then
     printf "error: --samples is '%s'; it must be a whole number above 0\n" "$samples" >&2
     exit 2
@@ -74,6 +67,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment ""
 cd "$root"
 PYTHON=.venv/bin/python
+if [[ ! -f pretrain/configs/recall_$variant.toml ]]; then
+    fail "--variant is '$variant'; there is no pretrain/configs/recall_$variant.toml"
+fi
 data=runs/recall/data run=runs/recall/$variant
 mkdir -p "$data"
 
@@ -124,7 +120,9 @@ train 3-long 1024 4 300 2e-3
 train 4-longer 4096 2 300 1.5e-3
 
 controls=()
-if [[ $variant != transformer ]]; then controls=(--controls memory_reset); fi
+if "$PYTHON" -c 'import sys; from titans_mcore.mixers import MIXERS; sys.exit(not MIXERS[sys.argv[1]].memory)' "$variant"; then
+    controls=(--controls memory_reset)
+fi
 step "S-NIAH, noise haystack" \
     "$PYTHON" -m evals.niah --checkpoint "$run/$before" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
     --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}

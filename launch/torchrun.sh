@@ -12,7 +12,7 @@ Starts `python -m pretrain.train` under torchrun. A run folder that holds checkp
   --config NAME     settings: a preset such as quickstart or mac_760m, or a TOML file
   --run-dir DIR     takes everything that the run writes
   --nproc N         processes on this host; default: its GPUs, or tensor x context without CUDA
-  --variant X       mac, mag, mal, lmm or transformer
+  --variant X       token mixer, a name in titans_mcore/mixers, or several joined by +
   --train.steps N   overrides one setting; `python -m pretrain.train --help` lists all of them
   --help            shows this
 
