@@ -42,8 +42,9 @@ class TitansConfig:
     """
 
     variant: str = "mac"
-    """Token mixer of every block: memory as context (mac), as gate (mag), as layer (mal), the memory alone (lmm), or
-    the attention baseline Transformer++ (transformer)."""
+    """Token mixer of every block, a name in mixers/: memory as context (mac), as gate (mag), as layer (mal), the memory
+    alone (lmm), the attention baseline Transformer++ (transformer); or several, joined by +, that take turns over the
+    blocks, as in lmm+transformer."""
     vocab_size: int = 32_000
     """Pieces of the tokenizer, before padding."""
     num_layers: int = 12
@@ -115,9 +116,7 @@ class TitansConfig:
     """How attention is computed; same results, different speed. dense is the masked softmax written out."""
 
     def __post_init__(self) -> None:
-        from .mixers import MIXERS  # at use: their files read this one
-
-        _choice("variant", self.variant, tuple(MIXERS))
+        self._check_variant()
         _choice("memory_network", self.memory_network, NETWORKS)
         _choice("memory_rule", self.memory_rule, ("stable", "literal"))
         _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
@@ -154,6 +153,20 @@ class TitansConfig:
         for mixer in self.mixers:
             mixer.check(self)
 
+    def _check_variant(self) -> None:
+        from .mixers import MIXERS  # at use: their files read this one
+
+        names = self.variant.split("+")
+        if not set(names) <= set(MIXERS):
+            raise ValueError(
+                f"variant is {self.variant!r}; it must be one of {', '.join(MIXERS)}, or several of them joined by +"
+            )
+        if len(names) > self.num_layers > 0:
+            raise ValueError(
+                f"variant {self.variant} has {len(names)} mixers that take turns over num_layers {self.num_layers}; "
+                "leave some out, or add layers"
+            )
+
     def _check_memory_shape(self) -> None:
         channels = self.memory_shape.channels
         one, other = ("memory_heads", "memory_head_dim") if self.memory_heads else ("memory_head_dim", "memory_heads")
@@ -167,12 +180,13 @@ class TitansConfig:
         """The token mixers that take turns over the blocks."""
         from .mixers import MIXERS
 
-        return (MIXERS[self.variant],)
+        return tuple(MIXERS[name] for name in self.variant.split("+"))
 
     @property
     def blocks(self) -> "tuple[MixerSpec, ...]":
         """The token mixer of each block."""
-        return (self.mixers * self.num_layers)[: self.num_layers]
+        mixers = self.mixers
+        return tuple(mixers[block % len(mixers)] for block in range(self.num_layers))
 
     @property
     def head_dim(self) -> int:
@@ -222,8 +236,8 @@ def with_memory_heads(settings: dict[str, Any]) -> dict[str, Any]:
     """A saved model's settings; before memory_heads was one of them, the memory had the attention's heads."""
     from .mixers import MIXERS
 
-    mixer = MIXERS.get(settings.get("variant", TitansConfig.variant))
-    if "memory_heads" in settings or mixer is None or not mixer.memory:
+    names = settings.get("variant", TitansConfig.variant).split("+")
+    if "memory_heads" in settings or not any(MIXERS[name].memory for name in names if name in MIXERS):
         return settings
     return {**settings, "memory_heads": settings.get("num_heads", TitansConfig.num_heads)}
 

@@ -24,6 +24,7 @@ SETTINGS += [
     {"memory_depth": 1, "memory_network": "plain"},
     {"variant": "mag", "vocab_size": 256},
     {"variant": "mal", "memory_heads": 3, "memory_head_dim": 8},
+    {"variant": "lmm+transformer"},
 ]
 
 
