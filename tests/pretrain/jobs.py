@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Job:
-    """A command in a process group of its own."""
+    """A command in a process group of its own, with the project's code or that of another root."""
 
-    def __init__(self, command: list[str], cwd: Path) -> None:
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    def __init__(self, command: list[str], cwd: Path, root: Path = ROOT) -> None:
+        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": path}
         # Threads that spin while they wait slow a shared machine down tenfold.
         environment["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -67,6 +67,10 @@ class _MarkedParts(_MarkedHeads, PlainParts):
         """By its input."""
         return _marked(super().row(*asked), IN)
 
+    def whole(self, *asked: Any) -> nn.Module:
+        """On every rank."""
+        return _marked(super().whole(*asked), ALL)
+
     def replicated(self, full: Tensor) -> nn.Parameter:
         """On every rank."""
         return _marked(super().replicated(full), ALL)

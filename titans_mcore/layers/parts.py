@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -107,6 +107,16 @@ class MegatronParts(OwnedHeads):
             self.memory = HiddenParts(config, heads, pg_collection)
         else:
             self.memory = OwnedHeads(config, submodules, heads, pg_collection)
+
+    def with_heads(self, heads: int) -> Self:
+        """See mixers.parts.Parts."""
+        parts = copy.copy(self)
+        parts.all_heads, parts.heads = heads, heads // self.ranks
+        return parts
+
+    def whole(self, d_in: int, d_out: int) -> nn.Module:
+        """See mixers.parts.Parts."""
+        return WholeLinear(self.config, d_in, d_out, self.ranks)
 
     def row(self, d_in: int, d_out: int) -> nn.Module:
         """See mixers.parts.Parts."""

@@ -4,7 +4,8 @@ A mixer knows heads and widths; how a matrix is stored, split over ranks or init
 Inputs and outputs are (B, T, E); B, T, H, D, L and N as in config.py.
 """
 
-from typing import Protocol
+import copy
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,9 @@ class Parts(Protocol):
     heads: int
     memory: MemoryParts
 
+    def with_heads(self, heads: int) -> Self:
+        """The same for a mixer that has so many heads of its own, over all ranks."""
+
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
 
@@ -60,6 +64,12 @@ class Parts(Protocol):
 
     def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """The same as a mixer's last map, to be applied by finish()."""
+
+    def whole(self, d_in: int, d_out: int) -> nn.Module:
+        """Linear map (..., d_in) to (..., d_out) that every rank holds whole; its input has passed open() or enter().
+
+        What of its output goes to the rank's own heads passes enter(), so that its gradient is that of all heads.
+        """
 
     def open(self, x: Tensor) -> Tensor:
         """x (B, T', E) as the block holds it, as input of column maps, (B, T, E)."""
@@ -120,6 +130,12 @@ class PlainParts(PlainHeads):
         super().__init__(config.num_heads)
         self.memory: MemoryParts = PlainHeads(config.memory_shape.heads)
 
+    def with_heads(self, heads: int) -> Self:
+        """See Parts."""
+        parts = copy.copy(self)
+        parts.heads = heads
+        return parts
+
     def row(self, d_in: int, d_out: int) -> nn.Module:
         """See Parts."""
         return ResidualLinear(d_in, d_out, bias=False)
@@ -127,6 +143,10 @@ class PlainParts(PlainHeads):
     def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """See Parts."""
         return self.row(d_in, d_out)
+
+    def whole(self, d_in: int, d_out: int) -> nn.Module:
+        """See Parts."""
+        return nn.Linear(d_in, d_out, bias=False)
 
     def open(self, x: Tensor) -> Tensor:
         """See Parts."""
