@@ -63,5 +63,7 @@ ensure_environment() {
     # deepspeed would compile its operators at install; those that a run needs are compiled when they are first used.
     DS_BUILD_OPS=0 "$PYTHON" -m pip install --disable-pip-version-check -q ${constraints[@]+"${constraints[@]}"} \
         -e "$root${extra:+[$extra]}" || fail "the packages could not be installed; the lines above say why"
+    # Its one line says what it has made, or why nothing; the memory computes without it, too, but slower.
+    (cd "$root" && "$PYTHON" -m titans_mcore.native) || true
     echo "$wanted" >"$marker"
 }

@@ -36,6 +36,7 @@ from pretrain.rewinds import Rewinds
 from pretrain.run import Run
 from pretrain.saving import Saver, sweep
 from pretrain.schedule import tokens_after
+from titans_mcore.memory.native import why_not_native
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
 
 
@@ -183,12 +184,24 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
         f"{layout(config, data_parallel)}, "
         f"{torch.get_num_threads()} threads | {config.train.tokens_per_step:,} tokens a step"
     )
+    if any(mixer.memory for mixer in config.model.mixers) and device().type == "cpu":
+        say(f"memory: {memory_on_cpu(config)}")
     if config.schedule.warmup_steps >= config.train.steps:
         say(f"note: the warm-up of {config.schedule.warmup_steps} steps is as long as the run")
     tokens = tokens_after(config.train.steps - 1, config.train)
     for name in ("batch_warmup_tokens", "sequence_warmup_tokens"):
         if tokens < (needed := getattr(config.train, name)):
             say(f"note: train.{name} is {needed:,}, but the last step begins after {tokens:,} tokens")
+
+
+def memory_on_cpu(config: RunConfig) -> str:
+    """How the memory is computed, and why not faster. Compiles the native operation where that was never done."""
+    model, tensor = config.model, config.parallel.tensor
+    sharded = tensor > 1 and memory_split(model, config.parallel.memory_parallel, tensor) == "hidden"
+    if model.memory_backend != "auto":
+        return model.memory_backend
+    reason = why_not_native(torch.device("cpu"), channelwise=model.memory_alpha == "channel", sharded=sharded)
+    return f"chunked, which is slower; {reason}" if reason else "native"
 
 
 def layout(config: RunConfig, data_parallel: int) -> str:

@@ -109,9 +109,10 @@ class TitansConfig:
     rope_base: float = 10_000.0
     """Base of the rotary position embedding."""
 
-    memory_backend: Literal["auto", "chunked", "fused", "oracle"] = "auto"
-    """How the memory is computed; same results, different speed. fused: Triton kernels (CUDA, up to two matrices,
-    forgetting by head), which auto takes where they fit; oracle: the literal per-token loop."""
+    memory_backend: Literal["auto", "chunked", "native", "fused", "oracle"] = "auto"
+    """How the memory is computed; same results, different speed. native: one operation in C++ (CPU, forgetting
+    by head), compiled at first use; fused: Triton kernels (CUDA, up to two matrices, forgetting by head); auto takes
+    these where they fit, else chunked, torch operations; oracle: the literal per-token loop."""
     attention_backend: Literal["auto", "sdpa", "flash", "dense"] = "auto"
     """How attention is computed; same results, different speed. dense is the masked softmax written out."""
 
@@ -122,7 +123,7 @@ class TitansConfig:
         _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
         _choice("memory_init", self.memory_init, ("random", "next_token"))
         _choice("memory_alpha", self.memory_alpha, ("head", "channel"))
-        _choice("memory_backend", self.memory_backend, ("auto", "chunked", "fused", "oracle"))
+        _choice("memory_backend", self.memory_backend, ("auto", "chunked", "native", "fused", "oracle"))
         _choice("attention_backend", self.attention_backend, ("auto", "sdpa", "flash", "dense"))
         for name in ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "memory_expansion", "conv_kernel"):
             if getattr(self, name) < 1:

@@ -67,7 +67,7 @@ def check_divisible(config: TitansConfig, tensor_parallel: int, memory_parallel:
 
 def _memory_widths(config: TitansConfig) -> list[tuple[str, int]]:
     """The widths of the memory network that are cut when ranks share it by "hidden"."""
-    if config.memory_backend in ("fused", "oracle"):
+    if config.memory_backend in ("native", "fused", "oracle"):
         raise ValueError(
             f"model.memory_backend '{config.memory_backend}' computes whole memories; "
             "use 'auto' or 'chunked' with parallel.memory_parallel 'hidden'"

@@ -131,6 +131,9 @@ def _side_by_side(base: Case, length: int) -> Iterator[Case]:
         yield replace(case, part="scan", setting="auto")
         yield replace(case, part="scan", setting="auto", steps=GENTLE)
         yield replace(case, part="scan", setting="chunked")
+        if base.device == "cpu":
+            yield replace(case, setting="chunked")
+            yield replace(case, part="scan", setting="native")
         if length <= _ORACLE_LENGTH:
             yield replace(case, part="scan", setting="oracle")
         theirs = replace(case, implementation=TITANS_PYTORCH)

@@ -130,9 +130,16 @@ class Tokens(TensorTree):
     eta: Tensor
     alpha: Tensor | list[Tensor]
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """As for every tree, without looking for the fields: a decoded token costs little more than such calls."""
+        by_head = (self.queries, self.keys, self.values, self.theta, self.eta)
+        queries, keys, values, theta, eta = [function(x) for x in by_head]
+        alpha = function(self.alpha) if isinstance(self.alpha, Tensor) else [function(x) for x in self.alpha]
+        return Tokens(queries, keys, values, theta, eta, alpha)
+
     def span(self, begin: int, end: int) -> "Tokens":
         """Some of them."""
-        return self.map(lambda x: x[:, begin:end])
+        return self if (begin, end) == (0, self.keys.shape[1]) else self.map(lambda x: x[:, begin:end])
 
     def behind(self, earlier: "Tokens") -> "Tokens":
         """These behind earlier ones, in the dtype of these."""

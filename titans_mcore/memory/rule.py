@@ -21,7 +21,7 @@ from torch import Tensor
 from .network import LOSS_SLOPE, Network, WholeMatrices
 
 RULES = ("stable", "literal")
-_SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
+SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
 
 
 @dataclass(frozen=True)
@@ -109,4 +109,4 @@ def lower_step_share(loss: Tensor, pull: Tensor, chunk_size: int) -> Tensor:
 
 def step_mass(theta: Tensor, eta: Tensor) -> Tensor:
     """All of a step that momentum will ever make of it, theta / (1 - eta); any shape."""
-    return theta / (1.0 - eta).clamp_min(_SMALLEST_DECAY)
+    return theta / (1.0 - eta).clamp_min(SMALLEST_DECAY)

@@ -13,6 +13,7 @@ from .general import general_scan, go_on
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens
 from .layout import Chunks, PackedRows
 from .naive import naive_scan
+from .native import native_go_on, native_scan, why_not_native
 from .network import WHOLE, Network, WholeMatrices, answer, forward
 from .pieces import Backend, scan_packed, scan_rows_apart, scan_whole
 from .probe import Probe, Probing
@@ -69,8 +70,9 @@ def memory_scan(
         start: State in which a document begins, for B rows or 1, without an open chunk; None is M_0 without momentum.
         rows: Which tokens begin documents and which are padding; None if the rows hold one sequence each.
         close: End the chunk that the last token stands in, so that the next token begins another. Not with rows.
-        backend: "chunked" is the dual form, "fused" the same in Triton kernels, "oracle" the literal loop, "auto" the
-            fastest that fits: on a GPU fused, where fused.why_not_fused has no reason against it, else chunked.
+        backend: "chunked" is the dual form, "native" the same as one operation in C++ for the CPU, "fused" the same in
+            Triton kernels, "oracle" the literal loop, "auto" the fastest that fits: on a CPU native and on a GPU fused,
+            where native.why_not_native and fused.why_not_fused have no reason against it, else chunked.
         shard: The process's part of memories that several hold together: weights and states are its parts, and so are
             their gradients; the rest, and every other gradient, is whole and equal on all. Chunked only; every process
             makes the same calls.
@@ -104,10 +106,12 @@ def memory_scan(
         eta.to(dtype),
         alpha.to(dtype) if isinstance(alpha, Tensor) else [x.to(dtype) for x in alpha],
     )
-    first = _first_state(weights if start is None else start, queries.shape[0], dtype)
-    if state is None:
-        state = MemoryState(first.weights, first.momentum)
-    packed = rows is not None or (state.open_chunk is not None and state.open_chunk.real is not None)
+    packed = rows is not None or (
+        state is not None and state.open_chunk is not None and state.open_chunk.real is not None
+    )
+    if packed or state is None:
+        first = _first_state(weights if start is None else start, queries.shape[0], dtype)
+        state = MemoryState(first.weights, first.momentum) if state is None else state
     if not packed:
         reads, end = scan_whole(memory, run, tokens, state, close=close)
     elif backend == "oracle":
@@ -162,6 +166,13 @@ class _Chunked:
     go_on = staticmethod(go_on)
 
 
+class _Native:
+    """The same as one operation on the CPU."""
+
+    scan = staticmethod(native_scan)
+    go_on = staticmethod(native_go_on)
+
+
 class _Fused:
     """The same in Triton kernels."""
 
@@ -191,7 +202,12 @@ class _Oracle:
         return reads[:, -tokens.keys.shape[1] :], state
 
 
-_BACKENDS: dict[str, Backend] = {"chunked": _Chunked(), "fused": _Fused(), "oracle": _Oracle()}
+_BACKENDS: dict[str, Backend] = {
+    "chunked": _Chunked(),
+    "native": _Native(),
+    "fused": _Fused(),
+    "oracle": _Oracle(),
+}
 BACKENDS = ("auto", *_BACKENDS)
 
 
@@ -200,8 +216,13 @@ def _chosen(backend: str, memory: Memory, queries: Tensor, *, channelwise: bool)
     sharded = memory.network.shard.parts > 1
     if backend == "oracle" and sharded:
         raise ValueError("the oracle computes whole memories, not parts of them; use backend 'chunked' with a shard")
-    if backend in ("chunked", "oracle") or (backend == "auto" and not queries.is_cuda):
-        return "chunked" if backend == "auto" else backend
+    if backend in ("chunked", "oracle"):
+        return backend
+    if backend == "native" or (backend == "auto" and not queries.is_cuda):
+        reason = why_not_native(queries.device, channelwise=channelwise, sharded=sharded)
+        if reason and backend == "native":
+            raise ValueError(f"backend is 'native'; {reason}")
+        return "chunked" if reason else "native"
     reason = why_not_fused(memory, queries, channelwise=channelwise, sharded=sharded)
     if reason and backend == "fused":
         raise ValueError(f"backend is 'fused'; {reason}")
