@@ -36,13 +36,15 @@ SMALL = {
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
     "evals.memory_rule": " --steps 2 --cases lmm",
 }
-# Minutes each, and nothing that follows reads what they write: the whole chain again for another variant and another
-# text, training in stages, two models for each rule of the memory.
+# The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
+# in stages, two models for each rule of the memory, a process for each case of the benchmark, the export's proof again.
 SLOW = (
     "bash launch/quickstart.sh --variant",
     "bash launch/quickstart.sh --input",
     "bash launch/recall.sh",
     "python -m evals.memory_rule",
+    "python -m evals.efficiency memory",
+    "python -m titans_mcore.hf.verify",
 )
 # What runs this test, what needs a network, what needs a GPU.
 NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "evals.harness", "launch/gpu_check.sh")
