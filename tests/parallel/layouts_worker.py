@@ -57,7 +57,8 @@ def models() -> dict[str, TitansConfig]:
     found["mac-next-token"] = TitansConfig(variant="mac", **SETTINGS | MEMORIES["next-token"])
     found |= {
         f"{variant}-two-heads": TitansConfig(variant=variant, **SETTINGS | {"memory_heads": 2})  # type: ignore[arg-type]
-        for variant in ("mac", "mag", "mal")
+        for variant, mixer in MIXERS.items()
+        if mixer.memory and mixer.attention
     }
     return found
 

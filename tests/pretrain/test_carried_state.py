@@ -150,7 +150,7 @@ CURVE = "--train.steps 9 --train.sequence-length 60 --optimizer.clip-norm 0.3"
 @pytest.mark.slow
 def test_any_layout_carries_states_like_one_process(configured, one_process, tiny_toml, tmp_path):
     output = tmp_path / "curves.json"
-    variants = ("mac", "mag", "mal", "lmm")
+    variants = [name for name, mixer in MIXERS.items() if mixer.memory]
     runs = [
         f"{variant} {name}: {' '.join(SETTINGS)} --variant {variant} {CURVE} {settings}"
         for variant in variants

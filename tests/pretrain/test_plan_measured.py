@@ -25,6 +25,7 @@ from pretrain import plan
 from pretrain.command_line import parse
 from pretrain.data import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
+from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import context_place, sample_place, start, stop
 from titans_mcore.parallel.traffic import counted_traffic
 
@@ -54,17 +55,18 @@ global_batch = 4
 micro_batch = 1
 precision = "fp32"
 """
-VARIANTS = ("mac", "mal", "mag", "transformer")
+ATTENTION = [name for name, mixer in MIXERS.items() if mixer.attention]
+MEMORY = [name for name, mixer in MIXERS.items() if mixer.memory]
 TENSOR = [
-    *(f"--parallel.tensor 2 --model.variant {variant}" for variant in VARIANTS[:3]),
-    *(f"--parallel.tensor 2 --parallel.sequence true --model.variant {variant}" for variant in VARIANTS),
+    *(f"--parallel.tensor 2 --model.variant {variant}" for variant in ATTENTION if variant in MEMORY),
+    *(f"--parallel.tensor 2 --parallel.sequence true --model.variant {variant}" for variant in ATTENTION),
 ]
 HIDDEN = [
     f"--parallel.tensor 2 --parallel.memory-parallel hidden --model.theta-max 0.001 --model.variant {variant}"
-    for variant in ("mac", "mal", "mag", "lmm")
+    for variant in MEMORY
 ]
 CONTEXT = [
-    *(f"--parallel.context 2 --model.variant {variant}" for variant in VARIANTS),
+    *(f"--parallel.context 2 --model.variant {variant}" for variant in ATTENTION),
     "--parallel.context 2 --model.variant lmm --train.precision bf16",
 ]
 DATA = [
