@@ -10,7 +10,7 @@ Trains a tiny Titans on two processes, evaluates it and exports it to Hugging Fa
 cores after installation. Run it again and it goes on where it stopped; finished steps are skipped.
 
   --variant X       token mixer, a name in titans_mcore/mixers (default mac), or several joined by +
-  --steps N         training steps; default: those of pretrain/configs/quickstart.toml
+  --steps N         training steps; default: those of pretrain/config/presets/quickstart.toml
   --input PATH ...  .txt, .md, .jsonl(.gz|.zst) or .parquet files, or folders of them; default: the sources and
                     documentation of this machine's Python standard library
   --tokenizer FILE  an existing sentencepiece tokenizer.model (Llama-2's, for example); default: one is trained

@@ -10,7 +10,7 @@ Generates documents of S-NIAH with their answers, trains a small model on them i
 long documents, and looks for needles far beyond the longest of them. Run it again and it goes on where it stopped.
 evals/results/recall/README.md says what it finds.
 
-  --variant X             mag (default), mac or transformer: pretrain/configs/recall_X.toml
+  --variant X             mag (default), mac or transformer: pretrain/config/presets/recall_X.toml
   --lengths N ...         tokens of the samples; default: 256 4096 16384 65536
   --samples N             samples of each length and depth; default: 8
   --SECTION.SETTING VALUE overrides one setting of all stages of training, such as --optimizer.lr 2e-3
@@ -67,8 +67,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment ""
 cd "$root"
 PYTHON=.venv/bin/python
-if [[ ! -f pretrain/configs/recall_$variant.toml ]]; then
-    fail "--variant is '$variant'; there is no pretrain/configs/recall_$variant.toml"
+if [[ ! -f pretrain/config/presets/recall_$variant.toml ]]; then
+    fail "--variant is '$variant'; there is no pretrain/config/presets/recall_$variant.toml"
 fi
 data=runs/recall/data run=runs/recall/$variant
 mkdir -p "$data"

@@ -73,5 +73,5 @@ done
 
 # A warning of torch's at length otherwise; each process takes its share of the cores later.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PYTHON" -m pretrain.launcher ${hosts[@]+"${hosts[@]}"} --max-restarts "$MAX_RESTARTS" \
+exec "$PYTHON" -m pretrain.launch ${hosts[@]+"${hosts[@]}"} --max-restarts "$MAX_RESTARTS" \
     --shutdown-timeout "$SHUTDOWN_SECONDS" --requeue-status "$REQUEUE_STATUS" -- "$@"

@@ -15,16 +15,16 @@ import torch.distributed as dist
 import tyro
 from torch import nn
 
-from pretrain.autopsy import AUTOPSY_FILE, CHECKPOINT, NonfiniteWatch
-from pretrain.checkpoint import read_record
-from pretrain.config import RunConfig
-from pretrain.config_files import load_run_config
-from pretrain.data import MicroBatch, NumberedSamples
-from pretrain.ending import mistakes_as_sentences
+from pretrain.checkpoint.format import read_record
+from pretrain.config.files import load_run_config
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import ParallelConfig
+from pretrain.data.batches import MicroBatch, NumberedSamples
+from pretrain.data.folders import open_data, open_samples
 from pretrain.engine import build_model
-from pretrain.folders import open_data, open_samples
+from pretrain.recovery.autopsy import AUTOPSY_FILE, CHECKPOINT, NonfiniteWatch
+from pretrain.recovery.ending import mistakes_as_sentences
 from pretrain.schedule import portion_of
-from pretrain.settings import ParallelConfig
 from titans_mcore.parallel import device, start, stop
 from titans_mcore.weights import damage, load_full, load_into
 

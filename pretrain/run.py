@@ -9,20 +9,20 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from pretrain.carried import CarriedState
-from pretrain.config import RunConfig
-from pretrain.data import Batches, MicroBatch, NumberedSamples
+from pretrain.checkpoint.carried import CarriedState
+from pretrain.checkpoint.retention import Probation, delete_others
+from pretrain.checkpoint.save import Saved, Saver
+from pretrain.config.run_config import RunConfig
+from pretrain.data.batches import Batches, MicroBatch, NumberedSamples
+from pretrain.data.folders import RunData
 from pretrain.engine import first_rank_loss, train_step
-from pretrain.folders import RunData
-from pretrain.hangs import RankComparison, RollCall
-from pretrain.health import Health, Verdict
-from pretrain.inloop.evaluations import Evaluations
-from pretrain.metrics import Metrics
-from pretrain.retention import Probation, delete_others
-from pretrain.rewinds import Rewinds
-from pretrain.saving import Saved, Saver
+from pretrain.evaluate.evaluations import Evaluations
+from pretrain.recovery.hangs import RankComparison, RollCall
+from pretrain.recovery.health import Health, Verdict
+from pretrain.recovery.rewinds import Rewinds
+from pretrain.report.metrics import Metrics
+from pretrain.report.throughput import MfuMeter, memory_bytes
 from pretrain.schedule import portion_of, rate_of, tokens_after
-from pretrain.throughput import MfuMeter, memory_bytes
 from titans_mcore.telemetry import MemoryTelemetry
 from titans_mcore.weights import checkpoints_newest_first
 

@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
-from pretrain.config import RunConfig
-from pretrain.settings import TrainConfig
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import TrainConfig
 
 
 class Portion(NamedTuple):

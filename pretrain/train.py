@@ -9,13 +9,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.carried import CarriedState
-from pretrain.checkpoint import FailedOnRank0, Progress, checkpoint_folder, on_rank_0
-from pretrain.command_line import parse
-from pretrain.config import RunConfig
-from pretrain.config_files import write_run_config
-from pretrain.data import Batches
-from pretrain.ending import (
+from pretrain.checkpoint.carried import CarriedState
+from pretrain.checkpoint.format import FailedOnRank0, Progress, checkpoint_folder, on_rank_0
+from pretrain.checkpoint.resume import begin_with, certificate, check_loss, find_resume_point, restore
+from pretrain.checkpoint.save import Saver, sweep
+from pretrain.config.command_line import parse
+from pretrain.config.files import write_run_config
+from pretrain.config.run_config import RunConfig
+from pretrain.data.batches import Batches
+from pretrain.data.folders import keep_tokenizer, lock_run_folder, open_data, open_samples
+from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
+from pretrain.evaluate.evaluations import Evaluations
+from pretrain.launch.__main__ import follow_launcher, record_success
+from pretrain.recovery.ending import (
     StopRequest,
     TrainingFailed,
     ask_for_requeue,
@@ -23,18 +29,12 @@ from pretrain.ending import (
     mistakes_as_sentences,
     withdraw_requeue,
 )
-from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
-from pretrain.folders import keep_tokenizer, lock_run_folder, open_data, open_samples
-from pretrain.hangs import is_communication, record_flights, say_stalled, write_flights
-from pretrain.health import Health
-from pretrain.inloop.evaluations import Evaluations
-from pretrain.launcher import follow_launcher, record_success
-from pretrain.metrics import Metrics, check_sinks
-from pretrain.recovery import recover
-from pretrain.resume import begin_with, certificate, check_loss, find_resume_point, restore
-from pretrain.rewinds import Rewinds
+from pretrain.recovery.hangs import is_communication, record_flights, say_stalled, write_flights
+from pretrain.recovery.health import Health
+from pretrain.recovery.recover import recover
+from pretrain.recovery.rewinds import Rewinds
+from pretrain.report.metrics import Metrics, check_sinks
 from pretrain.run import Run
-from pretrain.saving import Saver, sweep
 from pretrain.schedule import tokens_after
 from titans_mcore.memory.native import why_not_native
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts

@@ -11,11 +11,11 @@ import tyro
 from rich.console import Console
 from rich.live import Live
 
-from pretrain.exit_status import EXIT_MISTAKE
-from pretrain.reporting.history import History
-from pretrain.reporting.panel import panel_of
-from pretrain.reporting.plots import write_plot
-from pretrain.reporting.records import METRICS_FILE, Follower
+from pretrain.launch.exit_status import EXIT_MISTAKE
+from pretrain.report.history import History
+from pretrain.report.panel import panel_of
+from pretrain.report.plots import write_plot
+from pretrain.report.records import METRICS_FILE, Follower
 
 _PNG_SECONDS = 30.0
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.command_line import parse
-from pretrain.data import MicroBatch
+from pretrain.config.command_line import parse
+from pretrain.data.batches import MicroBatch
 from pretrain.engine import build_engine, build_model
 from titans_mcore.config import TitansConfig
 from titans_mcore.model import TitansModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.carried import CarriedState
+from pretrain.checkpoint.carried import CarriedState
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel

@@ -9,7 +9,7 @@ from tokenization.command_line import run_command
 
 def main() -> None:
     """Runs the command line; see `--help`."""
-    from pretrain.batch_documents import main as print_documents
+    from pretrain.data.batch_documents import main as print_documents
 
     print_documents()
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import RunConfig
-from pretrain.launcher import check_sizes
-from pretrain.plan import plan_of, request_of
-from pretrain.preflight import (
+from pretrain.config.run_config import RunConfig
+from pretrain.launch.__main__ import check_sizes
+from pretrain.launch.preflight import (
     check_hosts,
     check_room,
     checkpoint_bytes_at_most,
@@ -20,7 +19,8 @@ from pretrain.preflight import (
     difference,
     facts_of_this_host,
 )
-from pretrain.rendezvous import Hosts, interface_of, listening_store, open_store, own_address
+from pretrain.launch.rendezvous import Hosts, interface_of, listening_store, open_store, own_address
+from pretrain.plan.__main__ import plan_of, request_of
 from titans_mcore.config import TitansConfig
 
 PRESETS = ("quickstart", "mac_170m", "mal_340m", "transformer_400m", "lmm_760m", "mag_1.3b")

@@ -116,7 +116,7 @@ def test_every_host_gets_its_number_the_first_ones_name_and_a_log(submit):
     submit(seconds=0).wait(60)
     for number in (0, 1):
         started = (submit.notes / f"started-{number}").read_text()
-        assert started.startswith(f"{number} 4711.2 -m pretrain.launcher --nnodes 2 --node-rank {number} ")
+        assert started.startswith(f"{number} 4711.2 -m pretrain.launch --nnodes 2 --node-rank {number} ")
         assert "--rdzv-id 4711.2 --rdzv-endpoint node7:24711 " in started
         assert "--max-restarts 3 " in started
         assert started.endswith(f"-- --config a.toml --run-dir {submit.run} --train.steps 9\n")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pretrain.config_files import load_run_config
-from pretrain.metrics import read_metrics
+from pretrain.config.files import load_run_config
+from pretrain.report.metrics import read_metrics
 from tests.pretrain.jobs import ROOT, Job
 
 SCRIPT = ROOT / "launch" / "torchrun.sh"

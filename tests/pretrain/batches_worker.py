@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.command_line import parse
-from pretrain.data import Batches
-from pretrain.folders import open_data, open_samples
+from pretrain.config.command_line import parse
+from pretrain.data.batches import Batches
+from pretrain.data.folders import open_data, open_samples
 from tests.parallel.regroup import groups_of
 from titans_mcore.parallel import context_place, start, stop
 

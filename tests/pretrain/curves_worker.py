@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pretrain.carried import CarriedState
-from pretrain.command_line import parse
-from pretrain.data import Batches
+from pretrain.checkpoint.carried import CarriedState
+from pretrain.config.command_line import parse
+from pretrain.data.batches import Batches
+from pretrain.data.folders import open_data, open_samples
 from pretrain.engine import build_engine, build_model, train_step
-from pretrain.folders import open_data, open_samples
-from pretrain.inloop.losses import heldout_losses
+from pretrain.evaluate.losses import heldout_losses
 from pretrain.schedule import rate_of
 from titans_mcore.parallel import sample_place, start, stop
 

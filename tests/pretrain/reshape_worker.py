@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from pretrain import reshape, train
+from pretrain import train
+from pretrain.checkpoint import reshape
 from titans_mcore.parallel import start, stop
 
 

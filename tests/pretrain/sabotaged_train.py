@@ -14,7 +14,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from pretrain import data, run, saving, train
+from pretrain import run, train
+from pretrain.checkpoint import save
+from pretrain.data import batches
 
 done: set[int] = set()
 
@@ -48,23 +50,23 @@ def sabotage(what, numbers):
 
     run.train_step, run.Run.step = broken, noting
     if what == "stall":
-        data.STALL_SECONDS = 0.3
-        read = data.Batches._read
+        batches.STALL_SECONDS = 0.3
+        read = batches.Batches._read
 
         def slowly(self, portion):
             if portion.first == 4 * (int(numbers[0]) - 1):
                 time.sleep(float(numbers[1]))
             return read(self, portion)
 
-        data.Batches._read = slowly
+        batches.Batches._read = slowly
     if what == "save":
-        write = saving._write
+        write = save._write
 
         def late(*arguments):
             time.sleep(float(numbers[0]))
             return write(*arguments)
 
-        saving._write = late
+        save._write = late
 
 
 def in_first(output, change):

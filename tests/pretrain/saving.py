@@ -1,6 +1,6 @@
 """A checkpoint in one go."""
 
-from pretrain.saving import Saver
+from pretrain.checkpoint.save import Saver
 
 
 def save(engine, config, fingerprint, run_dir, step, carried=None, **facts):

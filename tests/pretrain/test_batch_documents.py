@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import RunConfig
-from pretrain.config_files import load_run_config, write_run_config
-from pretrain.settings import DataConfig, TrainConfig
+from pretrain.config.files import load_run_config, write_run_config
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import DataConfig, TrainConfig
 from titans_mcore.config import TitansConfig
 from tokenization.manifest import Manifest
 from tokenization.trace import trace

@@ -9,10 +9,10 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from pretrain.config import RunConfig
-from pretrain.data import Batches, Samples
-from pretrain.folders import keep_tokenizer, open_data
-from pretrain.settings import DataConfig, TrainConfig
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import DataConfig, TrainConfig
+from pretrain.data.batches import Batches, Samples
+from pretrain.data.folders import keep_tokenizer, open_data
 from titans_mcore.config import TitansConfig
 
 from .tiny_shards import BOS, EOS, write_shards

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from pretrain import blend
-from pretrain.blend import Blend
-from pretrain.command_line import parse
-from pretrain.config import RunConfig
-from pretrain.config_files import build, load_run_config, write_run_config
-from pretrain.data import Samples
-from pretrain.folders import open_data, open_samples
-from pretrain.settings import DataConfig, TrainConfig
+from pretrain.config.command_line import parse
+from pretrain.config.files import build, load_run_config, write_run_config
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import DataConfig, TrainConfig
+from pretrain.data import blend
+from pretrain.data.batches import Samples
+from pretrain.data.blend import Blend
+from pretrain.data.folders import open_data, open_samples
 from titans_mcore.config import TitansConfig
 from tokenization.manifest import Manifest
 

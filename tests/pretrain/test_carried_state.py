@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from pretrain.carried import CarriedState
-from pretrain.command_line import parse
-from pretrain.data import Batches, Samples
+from pretrain.checkpoint.carried import CarriedState
+from pretrain.checkpoint.resume import find_resume_point, restore
+from pretrain.config.command_line import parse
+from pretrain.data.batches import Batches, Samples
+from pretrain.data.folders import open_data, open_samples
 from pretrain.engine import build_engine, build_model, train_step
-from pretrain.folders import open_data, open_samples
-from pretrain.resume import find_resume_point, restore
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.attention import AttentionState
 from titans_mcore.mixers.branches import BranchesState

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pretrain.carried import CarriedState
-from pretrain.command_line import parse
-from pretrain.data import MicroBatch
+from pretrain.checkpoint.carried import CarriedState
+from pretrain.config.command_line import parse
+from pretrain.data.batches import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
 
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from pretrain.health import Health
-from pretrain.rewinds import Rewind, Rewinds
-from pretrain.settings import HealthConfig
+from pretrain.config.settings import HealthConfig
+from pretrain.recovery.health import Health
+from pretrain.recovery.rewinds import Rewind, Rewinds
 
 
 def well(steps, **settings):

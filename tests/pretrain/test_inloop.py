@@ -12,13 +12,20 @@ from evals.models import EvalModel, load_tokenizer
 from evals.niah.generate import answer, read, value_losses
 from evals.niah.scores import score
 from evals.position_loss import loss_sums, stretch_ends, summarise
-from pretrain.command_line import parse
-from pretrain.data import MicroBatch
+from pretrain.config.command_line import parse
+from pretrain.data.batches import MicroBatch
+from pretrain.data.folders import keep_tokenizer, open_data, open_samples
 from pretrain.engine import build_engine, build_model
-from pretrain.folders import keep_tokenizer, open_data, open_samples
-from pretrain.inloop.evaluations import Evaluations, evaluations_by
-from pretrain.inloop.losses import LossByTokensRead, heldout_losses, open_long_rows, position_losses, tokens_read, turns
-from pretrain.inloop.probe import ANSWER_TOKENS, Probe
+from pretrain.evaluate.evaluations import Evaluations, evaluations_by
+from pretrain.evaluate.losses import (
+    LossByTokensRead,
+    heldout_losses,
+    open_long_rows,
+    position_losses,
+    tokens_read,
+    turns,
+)
+from pretrain.evaluate.probe import ANSWER_TOKENS, Probe
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import Place
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from pretrain.reporting.history import History
-from pretrain.reporting.plots import panels_of
-from pretrain.reporting.records import read_records
+from pretrain.report.history import History
+from pretrain.report.plots import panels_of
+from pretrain.report.records import read_records
 
 from .jobs import ROOT, Job
 from .test_resume import numbers, tensor_files

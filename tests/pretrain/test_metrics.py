@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import RunConfig
-from pretrain.metrics import Metrics, check_sinks, clock, read_metrics, read_records
-from pretrain.reporting.step_line import Eta
-from pretrain.settings import LoggingConfig, TrainConfig
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import LoggingConfig, TrainConfig
+from pretrain.report.metrics import Metrics, check_sinks, clock, read_metrics, read_records
+from pretrain.report.step_line import Eta
 
 from .jobs import ROOT, Job
 
@@ -249,7 +249,7 @@ def test_a_sink_that_cannot_open_is_left_out_with_a_note(tmp_path, capsys, monke
     def refuse(*_):
         raise RuntimeError("no service")
 
-    monkeypatch.setattr("pretrain.reporting.sinks.Wandb", refuse)
+    monkeypatch.setattr("pretrain.report.sinks.Wandb", refuse)
     report(tmp_path, [1], wandb="online")
     assert "left out: RuntimeError: no service" in capsys.readouterr().out
     assert steps_of(tmp_path) == [1]
@@ -260,7 +260,7 @@ def test_a_full_disk_is_said_once_and_lines_come_again_when_there_is_room(tmp_pa
     script = f"""{REPORTS}
 import resource, signal
 from tests.pretrain.test_metrics import VALUES, config
-from pretrain.metrics import Metrics
+from pretrain.report.metrics import Metrics
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 metrics = Metrics(config(), run, resumed_step=0, rank=0)
 metrics.step(1, VALUES)
@@ -298,7 +298,7 @@ def test_tensorboard_that_is_not_installed_is_asked_for_by_its_extra(monkeypatch
 
 
 def test_lists_become_numbers_with_names_of_their_own():
-    from pretrain.reporting.sinks import _numbers
+    from pretrain.report.sinks import _numbers
 
     memory = {"kind": "memory", "step": 3, "surprise": [1.0, None]}
     assert dict(_numbers(memory)) == {"memory/surprise/layer_00": 1.0}
@@ -320,7 +320,7 @@ def test_lists_become_numbers_with_names_of_their_own():
 
 
 def test_the_id_of_a_run_is_kept_and_what_is_none_is_refused(tmp_path):
-    from pretrain.metrics import run_id
+    from pretrain.report.metrics import run_id
 
     assert run_id(tmp_path) == run_id(tmp_path)
     (tmp_path / "run_id").write_text("../elsewhere\n")

@@ -9,16 +9,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evals.efficiency.flops import forward_flops_per_token
-from pretrain import plan
-from pretrain.config import RunConfig
+from pretrain.config.presets import preset_names
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import DataConfig, TrainConfig
 from pretrain.engine import deepspeed_config
-from pretrain.planning.activations import activation_bytes
-from pretrain.planning.flops import dense_flops
-from pretrain.planning.layout import Layout, for_gpus, layout_of
-from pretrain.planning.parameters import count_by_part, parameters_of
-from pretrain.planning.rank_bytes import bucket_numbers
-from pretrain.presets import preset_names
-from pretrain.settings import DataConfig, TrainConfig
+from pretrain.plan import __main__ as plan
+from pretrain.plan.activations import activation_bytes
+from pretrain.plan.flops import dense_flops
+from pretrain.plan.layout import Layout, for_gpus, layout_of
+from pretrain.plan.parameters import count_by_part, parameters_of
+from pretrain.plan.rank_bytes import bucket_numbers
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.costs import memory_flops

@@ -21,10 +21,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import plan
-from pretrain.command_line import parse
-from pretrain.data import MicroBatch
+from pretrain.config.command_line import parse
+from pretrain.data.batches import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
+from pretrain.plan import __main__ as plan
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import context_place, sample_place, start, stop
 from titans_mcore.parallel.traffic import counted_traffic

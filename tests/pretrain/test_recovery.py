@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.exit_status import EXIT_GIVEN_UP
-from pretrain.metrics import read_metrics, read_records
-from pretrain.rewinds import Rewinds
+from pretrain.launch.exit_status import EXIT_GIVEN_UP
+from pretrain.recovery.rewinds import Rewinds
+from pretrain.report.metrics import read_metrics, read_records
 from titans_mcore.weights import find_checkpoint
 
 from .jobs import Job, descendants

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from pretrain.config_files import load_run_config
-from pretrain.folders import open_data
-from pretrain.metrics import read_metrics
-from pretrain.resume import find_resume_point
+from pretrain.checkpoint.resume import find_resume_point
+from pretrain.config.files import load_run_config
+from pretrain.data.folders import open_data
+from pretrain.report.metrics import read_metrics
 
 from .jobs import Job
 from .test_resume import numbers, tensor_files

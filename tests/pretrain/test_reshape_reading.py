@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pretrain.reshape import Division, Fragment, Part, SavedTensors, Wanted, runs_in
+from pretrain.checkpoint.reshape import Division, Fragment, Part, SavedTensors, Wanted, runs_in
 from titans_mcore.tensor_files import read_tensors, write_tensors
 from titans_mcore.weights import Split
 

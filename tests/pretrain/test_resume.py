@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from pretrain.config_files import load_run_config
-from pretrain.folders import lock_run_folder
-from pretrain.metrics import read_metrics
-from pretrain.resume import find_resume_point
+from pretrain.checkpoint.resume import find_resume_point
+from pretrain.config.files import load_run_config
+from pretrain.data.folders import lock_run_folder
+from pretrain.report.metrics import read_metrics
 from titans_mcore.weights import find_checkpoint, load_full, load_into
 from tokenization.manifest import Manifest
 
@@ -121,8 +121,8 @@ def test_a_time_limit_ends_the_run_like_a_signal_and_the_next_attempt_finishes_i
 
 
 def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(finished_run, one_process):
-    from pretrain.folders import open_data, open_samples
-    from pretrain.inloop.losses import heldout_losses
+    from pretrain.data.folders import open_data, open_samples
+    from pretrain.evaluate.losses import heldout_losses
     from titans_mcore.model import TitansModel
     from titans_mcore.parallel import transformer_config
 

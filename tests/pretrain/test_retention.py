@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from pretrain.health import Health
-from pretrain.retention import Probation, delete_others, to_keep, whole_checkpoints
-from pretrain.settings import CheckpointConfig, HealthConfig
+from pretrain.checkpoint.retention import Probation, delete_others, to_keep, whole_checkpoints
+from pretrain.config.settings import CheckpointConfig, HealthConfig
+from pretrain.recovery.health import Health
 
 
 @pytest.fixture

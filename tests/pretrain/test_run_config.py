@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from pretrain.command_line import parse
-from pretrain.config import RunConfig
-from pretrain.config_files import build, load_run_config, read_toml, setting_names, write_run_config
-from pretrain.presets import read_config
-from pretrain.settings import TrainConfig
+from pretrain.config.command_line import parse
+from pretrain.config.files import build, load_run_config, read_toml, setting_names, write_run_config
+from pretrain.config.presets import read_config
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import TrainConfig
 
 
 def arguments(tiny_toml, tmp_path, *more):

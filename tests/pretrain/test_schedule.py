@@ -2,9 +2,9 @@
 
 import pytest
 
-from pretrain.config import RunConfig
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import TrainConfig
 from pretrain.schedule import Portion, learning_rate, portion_of, tokens_after
-from pretrain.settings import TrainConfig
 
 
 def rate(step, warmup_steps=10, total_steps=110):

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import RunConfig
-from pretrain.planning.flops import step_flops
-from pretrain.planning.hardware import GPUS
-from pretrain.planning.parameters import parameters_of
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import TrainConfig
+from pretrain.plan.flops import step_flops
+from pretrain.plan.hardware import GPUS
+from pretrain.plan.parameters import parameters_of
+from pretrain.report.throughput import MfuMeter, flops_of_portion, gpu_named, memory_bytes
 from pretrain.schedule import Portion
-from pretrain.settings import TrainConfig
-from pretrain.throughput import MfuMeter, flops_of_portion, gpu_named, memory_bytes
 from titans_mcore.attention import attend
 from titans_mcore.attention.attend import visible
 from titans_mcore.config import TitansConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.command_line import parse
+from pretrain.config.command_line import parse
 
 from .batches_worker import hashes
 from .jobs import Job
@@ -91,7 +91,7 @@ def test_a_layout_and_a_restart_with_another_one_see_the_global_batches_of_one_p
 
 
 def test_the_steps_pass_the_end_of_an_epoch_and_restarts_come_in_the_middle_of_one(flags, tiny, one_process, tmp_path):
-    from pretrain.folders import open_data, open_samples
+    from pretrain.data.folders import open_data, open_samples
 
     config = parse(["--config", str(tiny), "--run-dir", str(tmp_path), *flags["folder"].split()]).config
     samples, _ = open_samples(config, open_data(config), tmp_path)

@@ -9,13 +9,13 @@ import time
 import pytest
 from rich.console import Console
 
-from pretrain.config import RunConfig
-from pretrain.metrics import Metrics, read_metrics
-from pretrain.reporting.history import History, Series, sparkline, thinned
-from pretrain.reporting.panel import panel_of
-from pretrain.reporting.plots import panels_of
-from pretrain.reporting.records import Follower, read_records
-from pretrain.settings import LoggingConfig, TrainConfig
+from pretrain.config.run_config import RunConfig
+from pretrain.config.settings import LoggingConfig, TrainConfig
+from pretrain.report.history import History, Series, sparkline, thinned
+from pretrain.report.metrics import Metrics, read_metrics
+from pretrain.report.panel import panel_of
+from pretrain.report.plots import panels_of
+from pretrain.report.records import Follower, read_records
 
 from .jobs import ROOT, Job
 from .test_metrics import VALUES

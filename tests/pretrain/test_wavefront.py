@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.planning.wavefront import BACKWARD, FORWARD, Link, Work, equal_efficiency, simulate
+from pretrain.plan.wavefront import BACKWARD, FORWARD, Link, Work, equal_efficiency, simulate
 
 SECONDS = st.integers(10, 10_000).map(lambda milliseconds: milliseconds / 1000)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.planning.wavefront import BACKWARD, FORWARD, Task, Work, simulate
+from pretrain.plan.wavefront import BACKWARD, FORWARD, Task, Work, simulate
 
 from .jobs import Job
 

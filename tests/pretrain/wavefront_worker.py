@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.command_line import parse
-from pretrain.data import MicroBatch
+from pretrain.config.command_line import parse
+from pretrain.data.batches import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
 from titans_mcore.parallel import sample_place, start, stop
 from titans_mcore.parallel.context import ContextRelay

@@ -1,0 +1,120 @@
+"""What follows from a bad step that a run cannot go on from: it goes back, or it stops and leaves an autopsy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.checkpoint.format import FailedOnRank0, on_rank_0, read_record
+from pretrain.checkpoint.resume import ResumePoint, restore
+from pretrain.checkpoint.retention import delete, whole_checkpoints
+from pretrain.data.batch_documents import documents_of
+from pretrain.engine import token_losses
+from pretrain.recovery.autopsy import CHECKPOINT, autopsy_folder, first_nonfinite, write_autopsy
+from pretrain.recovery.ending import TrainingGivenUp
+from pretrain.recovery.health import Verdict
+from pretrain.recovery.rewinds import Rewind, Rewinds
+from pretrain.run import Run
+from pretrain.schedule import portion_of
+from titans_mcore.weights import checkpoints_newest_first
+from tokenization.command_line import TokenizationError
+
+
+def recover(run: Run, step: int, verdict: Verdict) -> int:
+    """Goes back to the newest healthy checkpoint from before the bad step, or stops. Collective.
+
+    Returns:
+        The step of the checkpoint; from there on the bad steps are passed over.
+
+    Raises:
+        TrainingGivenUp: The verdict is to stop, there is no healthy checkpoint, or the run has gone back to it often
+            enough.
+    """
+    if run.saver.pending:
+        run.finish_save()
+    if verdict.action == "stop":
+        _stop(run, step, verdict.reason)
+    first_bad, allowed = run.health.first_bad, run.config.health.rewinds
+    found = on_rank_0(lambda: _newest_healthy(run.run_dir, first_bad))
+    if found is None:
+        _stop(run, step, f"{verdict.reason}; there is no healthy checkpoint to go back to")
+    point = ResumePoint(*found)
+    to_step = point.progress.step
+    if run.rewinds.to(to_step) >= allowed:
+        _stop(run, step, f"{verdict.reason}; the run went back to step {to_step} {allowed} times already")
+    run.rewinds = run.rewinds.with_another(Rewind(to_step, first_bad, step, verdict.reason))
+    on_rank_0(lambda: _note(run.rewinds, run.run_dir, to_step))
+    restore(run.engine, run.config, point, run.carried)
+    run.health.load_state_dict(point.record["health"])
+    passed = f"step {step}" if first_bad == step else f"steps {first_bad} to {step}"
+    message = f"{verdict.reason} at step {step}: going back to {point.folder.name}, and passing over {passed}"
+    run.metrics.event(step, "rewind", message, resumed_step=to_step, first=first_bad, last=step)
+    return to_step
+
+
+def _stop(run: Run, step: int, reason: str) -> NoReturn:
+    folder = autopsy_folder(run.run_dir, step)
+    try:
+        command, places = _leave_autopsy(run, step, reason, folder)
+        left = f"{folder} has the batch and the weights before it: {command} does the step again"
+    except FailedOnRank0 as error:
+        places, left = {}, f"{folder} could not be written: {error}"
+    newest = next((f"; the newest checkpoint is {one}" for one in checkpoints_newest_first(run.run_dir)), "")
+    where = places.get("forward") or places.get("backward")
+    message = f"{reason}, at step {step}{newest}. {f'Not finite first in {where}. ' if where else ''}{left}"
+    run.metrics.record("event", step, {"name": "stopped", "message": message})
+    raise TrainingGivenUp(message)
+
+
+def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> tuple[str, dict[str, str]]:
+    """The command that replays the step, and the first places that were not finite."""
+    run.saver.begin(step - 1, run.carried, folder=folder / CHECKPOINT, health=run.health.state_dict())
+    saved = run.saver.finish()
+    places = first_nonfinite(run.engine, _losses_again(run, step))
+    portion = portion_of(step, run.config.train)
+    command = f"python -m pretrain.replay {folder}"
+    facts: dict[str, Any] = {
+        "step": step,
+        "reason": reason,
+        "samples": [portion.first, portion.first + portion.samples - 1],
+        "first_nonfinite": places,
+        "memory": run.telemetry.collect(),
+        "health": run.health.state_dict(),
+        "documents": _documents(run, step) if dist.get_rank() == 0 else [],
+        "command": command,
+    }
+    if saved.error:
+        facts["no_checkpoint"] = saved.error
+    on_rank_0(lambda: write_autopsy(folder, facts))
+    return command, places
+
+
+def _losses_again(run: Run, step: int) -> Iterator[Tensor]:
+    for place, micro_batch in enumerate(run.batches.fetch(step - 1, ahead=0), 1):
+        with run.telemetry.watching():
+            loss = token_losses(run.engine, micro_batch, place, run.carried).mean()
+        yield loss
+
+
+def _documents(run: Run, step: int) -> list[str]:
+    try:
+        return documents_of(run.samples, run.data, portion_of(step, run.config.train))
+    except (TokenizationError, ValueError, OSError) as error:  # shards of elsewhere may say nothing of documents
+        return [f"not known: {error}"]
+
+
+def _newest_healthy(run_dir: Path, before: int) -> tuple[Path, dict[str, Any]] | None:
+    for one in whole_checkpoints(run_dir):
+        if one.healthy and one.step < before:
+            return one.folder, read_record(one.folder)
+    return None
+
+
+def _note(rewinds: Rewinds, run_dir: Path, to_step: int) -> None:
+    rewinds.write(run_dir)
+    # What was saved since may hold what the bad batches did, and a run started again would go on from there.
+    for one in whole_checkpoints(run_dir):
+        if one.step > to_step:
+            delete(one.folder)
