@@ -19,7 +19,7 @@ from pretrain.checkpoint.carried import CarriedState
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import OptimizerConfig
 from pretrain.data.batches import MicroBatch
-from pretrain.recovery.gate import UpdateGate
+from pretrain.recovery.health import UpdateGate
 from titans_mcore.parallel import (
     DeepSpeedGroups,
     context_place,
@@ -151,7 +151,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=True,  # the form that can leave an update out without asking the host: recovery/gate.py
+        fused=True,  # the form that can leave an update out without asking the host: UpdateGate
     )
 
 

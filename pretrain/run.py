@@ -25,6 +25,7 @@ from pretrain.report.throughput import MfuMeter, memory_bytes
 from pretrain.schedule import portion_of, rate_of, tokens_after
 from titans_mcore.telemetry import MemoryTelemetry
 from titans_mcore.weights import checkpoints_newest_first
+from tokenization.io import try_lock
 
 
 @dataclass
@@ -180,3 +181,20 @@ class Run:
             f"the run goes on, its newest checkpoint is {newest}; make room below {self.run_dir}"
         )
         self.metrics.event(saved.record["step"], "save_failed", message)
+
+
+def lock_run_folder(run_dir: Path) -> int:
+    """Makes the folder and holds its lock until this process ends, however it ends.
+
+    Returns:
+        The descriptor of the lock file, which stays open.
+
+    Raises:
+        ValueError: Another process holds it: two runs would write over each other's checkpoints.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    if not try_lock(descriptor):
+        os.close(descriptor)
+        raise ValueError(f"another process is training in {run_dir}; wait for it or use another --run-dir")
+    return descriptor

@@ -17,10 +17,10 @@ from pretrain.config.command_line import parse
 from pretrain.config.files import write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import Batches
-from pretrain.data.folders import keep_tokenizer, lock_run_folder, open_data, open_samples
+from pretrain.data.folders import keep_tokenizer, open_data, open_samples
 from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
 from pretrain.evaluate.evaluations import Evaluations
-from pretrain.launch.__main__ import follow_launcher, record_success
+from pretrain.launch.status import follow_launcher, record_success
 from pretrain.recovery.ending import (
     StopRequest,
     TrainingFailed,
@@ -34,7 +34,7 @@ from pretrain.recovery.health import Health
 from pretrain.recovery.recover import recover
 from pretrain.recovery.rewinds import Rewinds
 from pretrain.report.metrics import Metrics, check_sinks
-from pretrain.run import Run
+from pretrain.run import Run, lock_run_folder
 from pretrain.schedule import tokens_after
 from titans_mcore.memory.native import why_not_native
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.live import Live
 
-from pretrain.launch.exit_status import EXIT_MISTAKE
+from pretrain.launch.status import EXIT_MISTAKE
 from pretrain.report.history import History
 from pretrain.report.panel import panel_of
 from pretrain.report.plots import write_plot

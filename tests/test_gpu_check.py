@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config.presets import preset_names
+from pretrain.config.files import preset_names
 
 ROOT = Path(__file__).parents[1]
 

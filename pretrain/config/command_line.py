@@ -9,8 +9,7 @@ from typing import Any
 import tomli_w
 import tyro
 
-from pretrain.config.files import build, setting_names, unknown_setting
-from pretrain.config.presets import read_config
+from pretrain.config.files import build, read_config, setting_names, unknown_setting
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import TEXTS
 from titans_mcore.config import TitansConfig

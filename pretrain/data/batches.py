@@ -4,7 +4,7 @@ The samples of a run are numbered 0, 1, 2, ... Sample i is a function of the dat
 alone: every epoch is Megatron's GPTDataset over one pass of the documents, shuffled by (seed, epoch), so that neither
 the length of the run nor the number of ranks moves a sample. A step learns from consecutive samples, and how many is a
 function of the step (pretrain.schedule); its micro-batches go round the data ranks, and all tensor-parallel ranks of
-one data rank read the same. Several folders are one such row of samples, too: blend.py.
+one data rank read the same. Several folders are one such row of samples, too: folders.py.
 
 Where rows go on from step to step (data.carry_state), an epoch is cut into as many strands as a step has samples, each
 a run of the text as the shuffled documents follow one upon the other, and sample i is the next one of strand i mod S.

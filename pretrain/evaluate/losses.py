@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import MicroBatch, NumberedSamples, Samples
-from pretrain.data.blend import Blend
-from pretrain.data.folders import RunData
+from pretrain.data.folders import Blend, RunData
 from titans_mcore.parallel import DeepSpeedGroups, Place, context_place, device, sample_place
 from titans_mcore.parallel.alone import tokens_unshared
 from tokenization.manifest import HELDOUT

@@ -7,7 +7,6 @@ and after a signal with 0 when all workers of this host ended well.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -17,26 +16,11 @@ from typing import TYPE_CHECKING
 
 from pretrain.config.command_line import parse
 from pretrain.config.run_config import RunConfig
-from pretrain.launch.exit_status import EXIT_MISTAKE, REQUEUE_FILE
+from pretrain.launch.status import EXIT_MISTAKE, REQUEUE_FILE, STATUS_DIR
 from titans_mcore.division import check_divisible, check_world
 
 if TYPE_CHECKING:
     from pretrain.launch.rendezvous import Hosts
-
-_STATUS_DIR = "TITANS_STATUS_DIR"
-_PR_SET_PDEATHSIG = 1
-
-
-def follow_launcher() -> None:
-    """Called by a worker at its start: it is to save and end when the launcher is killed, not to train on alone."""
-    if os.environ.get(_STATUS_DIR) and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-
-def record_success() -> None:
-    """Called by a worker at the end of its work: tells the launcher on this host, if there is one."""
-    if folder := os.environ.get(_STATUS_DIR):
-        Path(folder, f"ended-{os.environ.get('LOCAL_RANK', '0')}").touch()
 
 
 def main() -> None:
@@ -99,7 +83,7 @@ def _start(own: argparse.Namespace, config: RunConfig, run_dir: Path, processes:
     if not hosts.alone:
         check_hosts(store, hosts, facts_of_this_host(config, run_dir, processes, words), run_dir)
     with tempfile.TemporaryDirectory(prefix="titans-") as folder:
-        os.environ[_STATUS_DIR] = folder
+        os.environ[STATUS_DIR] = folder
         worker = ["-m", "pretrain.train", *words]
         workers = Workers(worker, processes, own.max_restarts, own.shutdown_timeout, Path(folder))
         run_agent(workers, Rendezvous.over(store, hosts), hosts)

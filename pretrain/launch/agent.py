@@ -18,8 +18,8 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
-from pretrain.launch.exit_status import EXIT_FAILED, FINAL
 from pretrain.launch.rendezvous import Hosts
+from pretrain.launch.status import EXIT_FAILED, FINAL
 
 _HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGUSR1"
 _LEFT_BEHIND_SECONDS = 30

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.command_line import parse
-from pretrain.config.presets import read_config
+from pretrain.config.files import read_config
 from pretrain.config.run_config import RunConfig
-from pretrain.launch.exit_status import EXIT_MISTAKE
+from pretrain.launch.status import EXIT_MISTAKE
 from pretrain.schedule import tokens_after
 from titans_mcore.config import TitansConfig
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint.format import checkpoint_folder
-from pretrain.launch.exit_status import EXIT_FAILED, EXIT_GIVEN_UP, EXIT_MISTAKE, REQUEUE_FILE
+from pretrain.launch.status import EXIT_FAILED, EXIT_GIVEN_UP, EXIT_MISTAKE, REQUEUE_FILE
 from titans_mcore.parallel import stop
 from tokenization.io import write_file_atomically
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config.presets import preset_names
+from pretrain.config.files import preset_names
 from tests.pretrain.jobs import ROOT
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), ROOT / "launch" / "slurm.sbatch"])

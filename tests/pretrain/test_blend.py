@@ -11,10 +11,8 @@ from pretrain.config.command_line import parse
 from pretrain.config.files import build, load_run_config, write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
-from pretrain.data import blend
 from pretrain.data.batches import Samples
-from pretrain.data.blend import Blend
-from pretrain.data.folders import open_data, open_samples
+from pretrain.data.folders import Blend, open_data, open_samples
 from titans_mcore.config import TitansConfig
 from tokenization.manifest import Manifest
 
@@ -78,7 +76,7 @@ def test_a_folder_gives_its_own_samples_in_its_own_order_epoch_after_epoch(folde
 
 
 def test_the_numbers_go_on_where_the_pattern_of_folders_repeats(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(blend, "_BLOCK", 16)
+    monkeypatch.setattr("pretrain.data.folders._BLOCK", 16)
     samples = Blend([alone(folder, tmp_path) for folder in folders], SHARES)
     found = [samples._locate(index) for index in range(160)]
     for part, share in enumerate(SHARES):

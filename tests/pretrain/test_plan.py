@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from evals.efficiency.flops import forward_flops_per_token
-from pretrain.config.presets import preset_names
+from pretrain.config.files import preset_names
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
 from pretrain.engine import deepspeed_config

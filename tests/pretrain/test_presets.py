@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pretrain.config.command_line import parse
-from pretrain.config.files import build
-from pretrain.config.presets import preset_names, read_config
+from pretrain.config.files import build, preset_names, read_config
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
 from titans_mcore.mixers import MIXERS

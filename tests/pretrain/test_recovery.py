@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.launch.exit_status import EXIT_GIVEN_UP
+from pretrain.launch.status import EXIT_GIVEN_UP
 from pretrain.recovery.rewinds import Rewinds
 from pretrain.report.metrics import read_metrics, read_records
 from titans_mcore.weights import find_checkpoint

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from pretrain.config.command_line import parse
-from pretrain.config.files import build, load_run_config, read_toml, setting_names, write_run_config
-from pretrain.config.presets import read_config
+from pretrain.config.files import build, load_run_config, read_config, read_toml, setting_names, write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import TrainConfig
 
