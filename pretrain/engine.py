@@ -43,7 +43,7 @@ from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 # DeepSpeed's collectives, which work; torch names successors that older versions lack.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
-_LARGEST_BUCKET = 500_000_000
+LARGEST_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def deepspeed_config(model: nn.Module, config: RunConfig, data_parallel: int) ->
     bucket = held + held % 2  # DeepSpeed takes an even number
     if config.parallel.context == 1:
         # Context ranks may not wait for each other's gradients before the last state's gradient has come: one bucket.
-        bucket = min(_LARGEST_BUCKET, bucket)
+        bucket = min(LARGEST_BUCKET, bucket)
     zero: dict[str, object] = {
         "stage": config.parallel.zero_stage,
         "reduce_bucket_size": bucket,

@@ -81,13 +81,11 @@ def plan_of(request: Request) -> dict[str, Any]:
         ValueError: A run with these settings would not start.
     """
     # The model's and the engine's packages take seconds to import, which --help and a mistyped flag need not wait for.
-    from pretrain.plan.checkpoint_size import checkpoint_bytes
+    from pretrain.plan.bytes import checkpoint_bytes, ranks_of
     from pretrain.plan.collectives import collectives_of
-    from pretrain.plan.flops import step_flops
     from pretrain.plan.layout import for_gpus, layout_of
     from pretrain.plan.parameters import count_by_part, parameters_of
-    from pretrain.plan.rank_bytes import ranks_of
-    from pretrain.plan.step_time import step_time
+    from pretrain.plan.step_time import step_flops, step_time
 
     config = for_gpus(request.config)
     layout = layout_of(config, request.gpus)

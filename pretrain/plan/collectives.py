@@ -35,7 +35,7 @@ them, n micro-batches:
     ZeRO 2          all-reduce n w N (every micro-batch; DeepSpeed reduces a bucket for all owners at once),
                     all-gather w N
     ZeRO 3          reduce-scatter n w N, all-gather of the weights that are kept divided, n w N_divided, and once of
-                    those that are kept whole between updates, w N_whole (rank_bytes.py)
+                    those that are kept whole between updates, w N_whole (bytes.py)
 
 How many calls DeepSpeed makes of it depends on how parameters fall into its buckets; the number given is the fewest.
 """
@@ -45,15 +45,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config.run_config import RunConfig
-from pretrain.plan.layout import Layout, workload_of
-from pretrain.plan.parameters import Parameter
-from pretrain.plan.rank_bytes import (
+from pretrain.plan.bytes import (
     ZERO3_REUSE_NUMBERS,
     bucket_numbers,
     group_numbers,
     numbers_kept_whole,
     numbers_on_rank,
 )
+from pretrain.plan.layout import Layout, workload_of
+from pretrain.plan.parameters import Parameter
 from titans_mcore.mixers.costs import FLOAT32, total_sums
 
 HEADER_BYTES = 8192

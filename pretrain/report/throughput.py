@@ -2,7 +2,7 @@
 
     MFU = operations of the step's forward and backward pass / (seconds x processes x peak)
 
-Operations are those of `plan.flops.step_flops`, of the step's own batch and rows: matrix products, attention over
+Operations are those of `plan.step_time.step_flops`, of the step's own batch and rows: matrix products, attention over
 the keys that the mask lets be seen in a row of one document, and the memory's products; what recomputation does a
 second time is no work of the model's. The peak is the dense bf16 one of `plan.hardware.GPUS`, whatever the
 precision. `tests/pretrain/test_throughput.py` holds the operations against torch's counter. On a CPU, or a GPU that is
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from pretrain.config.run_config import RunConfig
-from pretrain.plan.flops import step_flops
 from pretrain.plan.hardware import GPUS, Gpu
 from pretrain.plan.parameters import Parameter, parameters_of
+from pretrain.plan.step_time import step_flops
 from pretrain.schedule import Portion, portion_of
 
 _PAGE_FILE = Path("/proc/self/statm")

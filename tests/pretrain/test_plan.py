@@ -14,11 +14,10 @@ from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
 from pretrain.engine import deepspeed_config
 from pretrain.plan import __main__ as plan
-from pretrain.plan.activations import activation_bytes
-from pretrain.plan.flops import dense_flops
+from pretrain.plan.bytes import activation_bytes, bucket_numbers
 from pretrain.plan.layout import Layout, for_gpus, layout_of
 from pretrain.plan.parameters import count_by_part, parameters_of
-from pretrain.plan.rank_bytes import bucket_numbers
+from pretrain.plan.step_time import dense_flops
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.costs import memory_flops

@@ -1,7 +1,7 @@
-"""Bytes on each rank while a step's last gradients are there, by part; all ranks hold equally much.
+"""Bytes on each rank while a step's last gradients are there, by part, and bytes of a checkpoint.
 
-With N numbers on a tensor-parallel rank, w bytes of a weight, d data x context ranks, n micro-batches, c the numbers of
-a bucket:
+All ranks hold equally much. With N numbers on a tensor-parallel rank, w bytes of a weight, d data x context ranks, n
+micro-batches, c the numbers of a bucket:
 
                  weights        gradients                  optimizer              communication
     ZeRO 0       w N            4 N                        8 N                    4 c
@@ -12,12 +12,38 @@ a bucket:
 
 4 are the fp32 masters and 8 the two moments. k is 2 on a GPU, where reducing overlaps with the backward pass. These are
 what DeepSpeed 0.19 allocates, found in its source and by walking the tensors of running engines. DeepSpeed pads the
-decayed and the undecayed parameters each to a multiple of 2 d. Activations have a file of their own.
+decayed and the undecayed parameters each to a multiple of 2 d.
 
 An offloaded optimizer is on the host: masters and moments 12 N / d, fp32 gradients 4 N / d, and beside them, at ZeRO 1
 and 2, w N / d for the new weights and w for each number of the largest parameter, which the device has a copy of; at
 ZeRO 2, where n > 1, and at ZeRO 3 gradients take 4 N / d more. On the device gradients stay at ZeRO 1 alone, where they
 are whole until the last micro-batch.
+
+Activations are what the forward pass keeps for the backward pass, and the largest working set behind it. They are an
+estimate: it counts the tensors that autograd and the memory's own backward pass keep, as the modules' code makes them.
+For one token of the T / CP that a rank has of a row, E the width, f = F / TP what it owns of the feed-forward, w bytes
+of an activation, 4 of what is computed in float32, t the ranks of sequence parallelism:
+
+    two norms        (3 w + 8) E / t + w E             input in float32, normalised, scaled; what all read is whole
+    feed-forward     4 w f                             gate and value, SiLU of the gate, product
+    mixer            what each mixer says of its own   titans_mcore/mixers/costs.py, and beside it in a mixer's file
+    head             (2 w + 4) E / t and 4 V / TP + w V / TP   final norm; float32 probabilities, logits
+
+A mixer's largest working set is there in one block at a time. Rows are taken to hold two documents where documents are
+kept apart; segments are those of rows of one document.
+
+With train.recompute every block keeps its input, w E / t, and the block with most of it at a time has all of the above;
+states are those of one block, and one of every block that has received one. except_memory keeps every block's scan: its
+states and one more, and queries, keys, values and reads.
+
+A checkpoint, all ranks' files together, has with t tensor-parallel ranks, whatever the data ranks, the ZeRO stage and
+the precision:
+
+    weights/       4 t N       float32
+    optimizer/     8 t N       two moments in float32
+
+Names, shapes and random states come on top, a few hundred bytes for each parameter in a file and some 15 KB for each
+rank: nothing at the sizes of the paper.
 """
 
 from collections.abc import Callable
@@ -25,14 +51,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pretrain.config.run_config import RunConfig
-from pretrain.plan.activations import activation_bytes
-from pretrain.plan.layout import Layout
+from pretrain.engine import LARGEST_BUCKET
+from pretrain.plan.layout import Layout, workload_of
 from pretrain.plan.parameters import Parameter
+from titans_mcore.mixers.costs import FLOAT32
+from titans_mcore.parallel import padded_vocab_size
 
-LARGEST_BUCKET = 500_000_000
 ZERO3_REUSE_NUMBERS = 1_000_000_000
 _ZERO3_KEPT_WHOLE = 100_000
-_MASTER, _MOMENTS, _FLOAT32 = 4, 8, 4
+_MASTER, _MOMENTS = 4, 8
 _OVERLAPPED_BUCKETS = 2
 
 
@@ -100,10 +127,10 @@ def _weights(held: Held) -> int:
 def _gradients(held: Held) -> int:
     stage, w = held.layout.zero_stage, held.layout.bytes_per_weight
     if stage == 1 and held.layout.precision == "bf16":
-        return (w + _FLOAT32) * held.whole + held.passing
+        return (w + FLOAT32) * held.whole + held.passing
     if stage == 0 or (stage == 1 and held.layout.micro_batches > 1):
         return w * held.whole + held.passing
-    return held.passing if held.layout.offload_optimizer else _FLOAT32 * held.share
+    return held.passing if held.layout.offload_optimizer else FLOAT32 * held.share
 
 
 def _optimizer(held: Held) -> int:
@@ -130,11 +157,11 @@ def _host_optimizer(held: Held) -> int:
     if not layout.offload_optimizer:
         return 0
     accumulated = layout.zero_stage == 3 or (layout.zero_stage == 2 and layout.micro_batches > 1)
-    beside = (0 if layout.zero_stage == 3 else w) + (_FLOAT32 if accumulated else 0)
-    return (_MASTER + _MOMENTS + _FLOAT32 + beside) * held.share + held.passing
+    beside = (0 if layout.zero_stage == 3 else w) + (FLOAT32 if accumulated else 0)
+    return (_MASTER + _MOMENTS + FLOAT32 + beside) * held.share + held.passing
 
 
-# What does not depend on the batch; activations.PARTS is what does.
+# What does not depend on the batch; `activation_bytes` does.
 PARTS: dict[str, Callable[[Held], int]] = {
     "weights": _weights,
     "gradients": _gradients,
@@ -180,3 +207,40 @@ def bucket_numbers(parameters: list[Parameter], layout: Layout) -> int:
 def numbers_kept_whole(parameters: list[Parameter], layout: Layout) -> int:
     """ZeRO 3: numbers in parameters too small for DeepSpeed to divide between two uses."""
     return sum(p.on_rank for p in parameters if p.on_rank <= _ZERO3_KEPT_WHOLE)
+
+
+def activation_bytes(config: RunConfig, layout: Layout) -> dict[str, int]:
+    """Bytes on a rank, by part."""
+    work, model, w = workload_of(config, layout), config.model, layout.bytes_per_weight
+    norms = ((3 * w + 2 * FLOAT32) / layout.token_ranks + w) * model.dim
+    around = norms + 4 * w * model.ffn_dim / layout.tensor
+    blocks, states = _kept_by_blocks(config, layout, around)
+    final_norm = (2 * w + FLOAT32) * model.dim / layout.token_ranks
+    parts = {
+        "activations": work.tokens * (blocks + final_norm),
+        "memory_states": states,
+        "memory_group_at_work": max(mixer.at_work(work) for mixer in model.mixers),
+        "logits": work.tokens * padded_vocab_size(model.vocab_size) / layout.tensor * (FLOAT32 + w),
+    }
+    return {name: int(size) for name, size in parts.items()}
+
+
+def _kept_by_blocks(config: RunConfig, layout: Layout, around: float) -> tuple[float, float]:
+    """Bytes of all blocks: of a token, `around` in each beside its mixer; of the states."""
+    work, mixers, recompute = workload_of(config, layout), config.model.blocks, layout.recompute
+    by_token = [around + mixer.kept(work) for mixer in mixers]
+    states = [mixer.states_kept(work) for mixer in mixers]
+    one_more = sum(mixer.state_bytes(work) for mixer in mixers)
+    if recompute == "none":
+        return sum(by_token), sum(states)
+    inputs = len(mixers) * (layout.bytes_per_weight * config.model.dim / layout.token_ranks)
+    if recompute == "block":
+        return max(by_token) + inputs, max(states) + (one_more if layout.context > 1 else 0.0)
+    return max(by_token) + inputs + sum(mixer.scan_kept(work) for mixer in mixers), sum(states) + one_more
+
+
+def checkpoint_bytes(layout: Layout, parameters: list[Parameter]) -> dict[str, int]:
+    """Bytes of the files of one checkpoint: `total` and by kind."""
+    numbers = layout.tensor * numbers_on_rank(parameters, layout)
+    parts = {"weights": FLOAT32 * numbers, "optimizer": _MOMENTS * numbers}
+    return {"total": sum(parts.values()), **parts}
