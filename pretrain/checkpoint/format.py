@@ -13,6 +13,9 @@ A checkpoint is written under a hidden name and renamed when it is on the disk (
 is whole unless something damaged it later, which sizes and checksums show before anything is loaded (resume.py).
 Nothing in it is a pickle, and a run goes on from it at any number of tensor-parallel and data-parallel ranks and at any
 ZeRO stage; one that carries states, at any ZeRO stage.
+
+This file alone names steps' folders and writes and reads the record. titans_mcore.weights finds the folders by their
+names, too, for evaluation and export, which know nothing of pretraining.
 """
 
 import json
@@ -62,9 +65,24 @@ class Progress:
         return cls(step, portion_of(step + 1, config.train).first, tokens_after(step, config.train))
 
 
+def step_name(step: int) -> str:
+    """What a folder of a step is called: a checkpoint, or an autopsy."""
+    return f"step-{step:08d}"
+
+
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps lies."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return run_dir / "checkpoints" / step_name(step)
+
+
+def partial_folder(final: Path) -> Path:
+    """Where a checkpoint is written before it has its final name."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def partial_folders(run_dir: Path) -> list[Path]:
+    """Those of a run's checkpoints, written now or left behind."""
+    return list(run_dir.glob("checkpoints/.step-*.partial"))
 
 
 def make_record(config: RunConfig, fingerprint: str, step: int) -> dict[str, Any]:
@@ -75,6 +93,13 @@ def make_record(config: RunConfig, fingerprint: str, step: int) -> dict[str, Any
         "layout": layout_of(config),
         "settings": json.loads(json.dumps(asdict(config))),  # as it will be read back: lists for tuples
     }
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Writes the record, which makes a checkpoint of the folder; returns its file."""
+    file = folder / MARKER
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return file
 
 
 def read_record(folder: Path) -> dict[str, Any]:

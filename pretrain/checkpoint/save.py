@@ -6,7 +6,6 @@ together, rank 0 writes the record and renames the folder. A copy that cannot be
 and earlier checkpoints are as they were.
 """
 
-import json
 import shutil
 import socket
 import time
@@ -30,6 +29,9 @@ from pretrain.checkpoint.format import (
     checkpoint_folder,
     make_record,
     on_rank_0,
+    partial_folder,
+    partial_folders,
+    write_record,
 )
 from pretrain.checkpoint.optimizer import file_of_this_rank, moments_of
 from pretrain.checkpoint.retention import delete
@@ -38,7 +40,6 @@ from pretrain.engine import DeepSpeedEngine, full_precision_values
 from titans_mcore.parallel import DeepSpeedGroups
 from titans_mcore.weights import (
     DESCRIPTION,
-    MARKER,
     WEIGHTS_FOLDER,
     ShardHeader,
     file_sha256,
@@ -114,7 +115,7 @@ class Saver:
         final = folder or checkpoint_folder(self._run_dir, step)
         record = {**make_record(self._config, self._fingerprint, step), **facts}
         self._next = Saved(final, record, 0.0, "")
-        partial = _partial(final)
+        partial = partial_folder(final)
         try:
             on_rank_0(lambda: _make_empty(partial))
         except FailedOnRank0 as error:
@@ -199,20 +200,14 @@ def _random_states() -> dict[str, Tensor]:
     return state
 
 
-def _partial(final: Path) -> Path:
-    return final.with_name(f".{final.name}.partial")
-
-
 def _make_empty(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
 def _publish(final: Path, record: dict[str, Any]) -> None:
-    partial = _partial(final)
-    marker = partial / MARKER
-    marker.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for path in (marker, partial):
+    partial = partial_folder(final)
+    for path in (write_record(partial, record), partial):
         sync(path)
     if final.exists():
         delete(final)  # a damaged one, or one that the run went back behind
@@ -222,9 +217,9 @@ def _publish(final: Path, record: dict[str, Any]) -> None:
 
 def sweep(run_dir: Path) -> None:
     """Deletes what earlier processes did not finish."""
-    for partial in run_dir.glob("checkpoints/.step-*.partial"):
+    for partial in partial_folders(run_dir):
         shutil.rmtree(partial)
 
 
 def _give_up(final: Path) -> None:
-    shutil.rmtree(_partial(final), ignore_errors=True)
+    shutil.rmtree(partial_folder(final), ignore_errors=True)

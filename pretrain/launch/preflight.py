@@ -29,6 +29,7 @@ from torch.distributed import Store
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.rendezvous import Hosts, own_address
 from titans_mcore.config import TitansConfig
+from titans_mcore.weights import checkpoints_newest_first
 
 _PACKAGES = ("titans_mcore", "pretrain", "tokenization")
 _VERSIONS = ("torch", "deepspeed", "megatron-core")
@@ -137,7 +138,7 @@ def check_room(config: RunConfig, run_dir: Path, words: Sequence[str]) -> None:
     """
     folder = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
     free, every = shutil.disk_usage(folder).free, config.checkpoint.every_steps
-    there = len(list((run_dir / "checkpoints").glob("step-*")))
+    there = len(list(checkpoints_newest_first(run_dir)))
     # The newest, the best, the newest healthy one, and the one that is being written.
     wanted = config.checkpoint.keep + config.checkpoint.keep_best + 2
     missing = max(1, min(wanted, -(-config.train.steps // every) if every else 1) - there)

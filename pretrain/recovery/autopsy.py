@@ -17,13 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.checkpoint.format import step_name
+
 AUTOPSY_FILE = "autopsy.json"
 CHECKPOINT = "checkpoint"
 
 
 def autopsy_folder(run_dir: Path, step: int) -> Path:
     """Where the autopsy of a step lies."""
-    return run_dir / "autopsy" / f"step-{step:08d}"
+    return run_dir / "autopsy" / step_name(step)
 
 
 class NonfiniteWatch:
