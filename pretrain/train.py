@@ -33,7 +33,8 @@ from pretrain.recovery.hangs import is_communication, record_flights, say_stalle
 from pretrain.recovery.health import Health
 from pretrain.recovery.recover import recover
 from pretrain.recovery.rewinds import Rewinds
-from pretrain.report.metrics import Metrics, check_sinks
+from pretrain.report.metrics import Metrics
+from pretrain.report.sinks import check_sinks
 from pretrain.run import Run, lock_run_folder
 from pretrain.schedule import tokens_after
 from titans_mcore.memory.native import why_not_native

@@ -11,12 +11,10 @@ import torch
 
 from evals.efficiency.circumstances import source_commit
 from pretrain.config.run_config import RunConfig
-from pretrain.report.records import METRICS_FILE, count_attempts, make_record, read_metrics, read_records
-from pretrain.report.sinks import Sink, check_sinks, open_sinks
-from pretrain.report.step_line import Eta, clock, step_line
+from pretrain.report.records import count_attempts, make_record
+from pretrain.report.sinks import Sink, open_sinks
+from pretrain.report.step_line import Eta, step_line
 from tokenization.io import write_file_atomically
-
-__all__ = ["METRICS_FILE", "Metrics", "check_sinks", "clock", "read_metrics", "read_records"]
 
 
 class Metrics:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report.metrics import read_metrics
+from pretrain.report.records import read_metrics
 from tests.pretrain.jobs import ROOT, Job
 from titans_mcore.weights import find_checkpoint
 

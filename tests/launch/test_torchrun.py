@@ -3,7 +3,7 @@
 import pytest
 
 from pretrain.config.files import load_run_config
-from pretrain.report.metrics import read_metrics
+from pretrain.report.records import read_metrics
 from tests.pretrain.jobs import ROOT, Job
 
 SCRIPT = ROOT / "launch" / "torchrun.sh"

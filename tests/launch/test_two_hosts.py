@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report.metrics import read_metrics
+from pretrain.report.records import read_metrics
 from tests.pretrain.jobs import ROOT, Job
 from tests.pretrain.tiny_shards import write_shards
 

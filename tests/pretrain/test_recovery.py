@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.launch.status import EXIT_GIVEN_UP
 from pretrain.recovery.rewinds import Rewinds
-from pretrain.report.metrics import read_metrics, read_records
+from pretrain.report.records import read_metrics, read_records
 from titans_mcore.weights import find_checkpoint
 
 from .jobs import Job, descendants

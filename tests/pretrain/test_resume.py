@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.checkpoint.resume import find_resume_point
 from pretrain.config.files import load_run_config
-from pretrain.report.metrics import read_metrics
+from pretrain.report.records import read_metrics
 from pretrain.run import lock_run_folder
 from titans_mcore.weights import find_checkpoint, load_full, load_into
 from tokenization.manifest import Manifest

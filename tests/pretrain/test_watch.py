@@ -12,10 +12,10 @@ from rich.console import Console
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
 from pretrain.report.history import History, Series, sparkline, thinned
-from pretrain.report.metrics import Metrics, read_metrics
+from pretrain.report.metrics import Metrics
 from pretrain.report.panel import panel_of
 from pretrain.report.plots import panels_of
-from pretrain.report.records import Follower, read_records
+from pretrain.report.records import Follower, read_metrics, read_records
 
 from .jobs import ROOT, Job
 from .test_metrics import VALUES
