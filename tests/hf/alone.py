@@ -19,7 +19,7 @@ def examine(folder: Path, output: Path) -> dict:
     def load(path: Path, **kwargs):
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **kwargs).eval()
 
-    model, tokenizer = load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     tokens = torch.tensor(json.loads((output / "tokens.json").read_text()))
     with torch.no_grad():
         logits = model(tokens).logits

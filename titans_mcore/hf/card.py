@@ -53,7 +53,7 @@ _USE = """The code in this folder needs torch and transformers (4.57 or later) a
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder", trust_remote_code=True)
 tokens = tokenizer(["The", "A longer prompt"], return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**tokens, max_new_tokens=50), skip_special_tokens=True))
 ```

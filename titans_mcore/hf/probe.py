@@ -43,7 +43,7 @@ def main(folder: str, request_file: str, answers_file: str) -> None:
         request = json.load(file)
     device = request["device"]
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     answers, generated = {}, []
     with torch.inference_mode():
         for index, (prompt, followers) in enumerate(zip(request["prompts"], request["followers"], strict=True)):
