@@ -1,4 +1,4 @@
-"""Pretraining: data, engine, checkpoints and the loop that uses them."""
+"""Pretraining: train.py is the run from top to bottom, then run.py, engine.py and schedule.py; the rest are rooms."""
 
 import warnings
 
