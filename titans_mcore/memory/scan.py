@@ -96,7 +96,10 @@ def memory_scan(
     weights = [w.to(dtype) for w in weights]
     memory = Memory(net, Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets), weights)
     backend = _chosen(backend, memory, queries, channelwise=not isinstance(alpha, Tensor))
-    run = _BACKENDS[backend] if probe is None else Probing(probe, _BACKENDS[backend])
+    general = backend == "chunked" and (memory.rule.exact or not isinstance(alpha, Tensor))
+    run: Backend = _General() if general else _BACKENDS[backend]
+    if probe is not None:
+        run = Probing(probe, run)
     wide = queries.dtype if backend == "fused" else dtype
     tokens = Tokens(
         queries.to(wide),
@@ -153,16 +156,16 @@ def memory_read(
 
 
 class _Chunked:
-    """The dual form in torch's operations."""
+    """The dual form in torch's operations, its backward pass by hand."""
 
-    @staticmethod
-    def scan(
-        memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
-    ) -> tuple[Tensor, Matrices]:
-        """Backend.scan."""
-        scan = general_scan if memory.rule.exact or isinstance(tokens.alpha, list) else chunk_scan
-        return scan(memory, tokens, start, chunks, fresh)
+    scan = staticmethod(chunk_scan)
+    go_on = staticmethod(go_on)
 
+
+class _General:
+    """The dual form for what that one leaves out, by autograd."""
+
+    scan = staticmethod(general_scan)
     go_on = staticmethod(go_on)
 
 
