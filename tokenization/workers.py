@@ -67,7 +67,7 @@ def run_tasks(
 def _start(make_work: Callable[..., Work], arguments: Sequence[Any], count: int) -> tuple[list[Any], list[Connection]]:
     context = multiprocessing.get_context("spawn")
     processes, connections = [], []
-    with _interrupts_ignored():  # the workers inherit it: Ctrl-C is the parent's to handle
+    with _interrupts_held_back():  # the workers inherit it: Ctrl-C is the parent's to handle
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, make_work, arguments), daemon=True)
@@ -148,12 +148,10 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held_back() -> Iterator[None]:
+    """A Ctrl-C that comes meanwhile arrives at the end; were it ignored, it would be lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

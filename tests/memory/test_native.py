@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.config import RunConfig
+from pretrain.config.run_config import RunConfig
 from pretrain.train import memory_on_cpu
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import MemoryState, memory_scan

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.memory import memory_scan
+from titans_mcore.mixers import neural_memory
 from titans_mcore.mixers.mac import MacMixer
 from titans_mcore.mixers.neural_memory import NeuralMemory, initial_gate_bias
 from titans_mcore.mixers.parts import PlainParts, heads_of
@@ -40,13 +42,13 @@ def recalled(memory_init: str) -> float:
     memory.output_norm.data.fill_(1.0)
     captured = {}
 
-    def scanned(tokens: list[torch.Tensor], *rest: object) -> tuple[torch.Tensor, object]:
-        captured["reads"], state = scan(tokens, *rest)
-        captured["values"] = tokens[2]
+    def scanned(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest, **named):
+        captured["values"] = values
+        captured["reads"], state = memory_scan(queries, keys, values, *rest, **named)
         return captured["reads"], state
 
-    scan, memory._scan = memory._scan, scanned  # type: ignore[method-assign]
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neural_memory, "memory_scan", scanned)
         memory(heard)
     reads, values = captured["reads"][0, 12:23], captured["values"][0, :12]
     # What all words have in common, behind a SiLU, says nothing of any of them.

@@ -245,7 +245,7 @@ def test_the_held_out_loss_is_the_mean_over_its_rows_documents_apart(configured,
 
 @pytest.mark.parametrize("variant", ["mac", "mal"])
 def test_haystacks_are_answered_as_the_evaluation_of_a_checkpoint_answers(configured, engine_of, probe_of, variant):
-    config = configured("--variant", variant, "--model.init-std", "0.3", *PROBED)
+    config = configured("--variant", variant, "--model.init-std", "0.2", *PROBED)
     engine, probe = engine_of(config), probe_of(config)
     samples = [probe.builder.build(probe._name(320, number)) for number in range(3)]
     with torch.no_grad():
