@@ -187,10 +187,6 @@ def main() -> None:
     print(f"{settings.output}: {settings.documents:,} documents")
 
 
-if __name__ == "__main__":
-    run_command(main)
-
-
 class Lists:
     """Makes documents of one length, each a random list of the vocabulary's pieces and its repetitions.
 
@@ -216,3 +212,7 @@ class Lists:
         ids = self._processor.encode(" ".join([said] * (self._tokens // count + 2)))[: self._tokens]
         text = self._processor.decode(ids)
         return text if self._processor.encode(text) == ids and len(ids) == self._tokens else None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -118,6 +119,12 @@ def test_nearly_all_of_a_list_has_been_said_before(tokenizer: Path) -> None:
         ids = encode(text)
         period = next(p for p in range(20, 130) if ids[p + 1 :] == ids[1:-p])
         assert len(set(ids[:period])) > period / 3
+
+
+def test_the_command_writes_lists(tokenizer: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "evals.niah.training_data", "--lists", "--documents", "3", "--tokens", "240"]
+    subprocess.run([*command, "--tokenizer", str(tokenizer), "--output", str(tmp_path / FILE)], check=True)
+    assert len((tmp_path / FILE).read_text().splitlines()) == 3
 
 
 def test_length_too_short_for_the_words_is_one_sentence(tokenizer: Path) -> None:
