@@ -1,6 +1,7 @@
 """Pieces of sequences: go on inside the open chunk, run the chunks that end, begin a new open chunk with the rest."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,18 +11,16 @@ from .layout import Chunks, PackedRows
 from .rule import Memory
 
 
-class Backend(Protocol):
-    """One way to compute the memory."""
+class Backend(NamedTuple):
+    """One way to compute the memory.
 
-    def scan(
-        self, memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
-    ) -> tuple[Tensor, Matrices]:
-        """Run chunks; see checkpoint.chunk_scan."""
-        ...
+    Attributes:
+        scan: Runs chunks; see checkpoint.chunk_scan.
+        go_on: Runs tokens that stay inside the open chunk; see general.go_on.
+    """
 
-    def go_on(self, memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
-        """Run tokens that stay inside the open chunk; see general.go_on."""
-        ...
+    scan: Callable[..., tuple[Tensor, Matrices]]
+    go_on: Callable[..., tuple[Tensor, MemoryState]]
 
 
 def scan_whole(

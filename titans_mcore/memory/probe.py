@@ -55,7 +55,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Probing:
+class _Probing:
     """A backend that goes from one look to the next."""
 
     probe: Probe
@@ -88,6 +88,12 @@ class Probing:
         if together.keys.shape[1] == memory.rule.chunk_size:
             self.probe.tell(probe_chunk(memory, together, state.matrices, Chunks(memory.rule.chunk_size)))
         return reads, after
+
+
+def probing(probe: Probe, backend: Backend) -> Backend:
+    """The backend with looks on the way."""
+    looks = _Probing(probe, backend)
+    return Backend(looks.scan, looks.go_on)
 
 
 @torch.no_grad()

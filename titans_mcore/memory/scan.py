@@ -11,12 +11,12 @@ from .checkpoint import chunk_scan
 from .fused import fused_scan, why_not_fused
 from .general import general_scan, go_on
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens
-from .layout import Chunks, PackedRows
+from .layout import PackedRows
 from .naive import naive_scan
 from .native import native_go_on, native_scan, why_not_native
 from .network import WHOLE, Network, WholeMatrices, answer, forward
 from .pieces import Backend, scan_packed, scan_rows_apart, scan_whole
-from .probe import Probe, Probing
+from .probe import Probe, probing
 from .rule import RULES, Memory, Rule
 
 NETWORKS = ("residual_norm", "plain")
@@ -97,9 +97,9 @@ def memory_scan(
     memory = Memory(net, Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets), weights)
     backend = _chosen(backend, memory, queries, channelwise=not isinstance(alpha, Tensor))
     general = backend == "chunked" and (memory.rule.exact or not isinstance(alpha, Tensor))
-    run: Backend = _General() if general else _BACKENDS[backend]
+    run = _GENERAL if general else _BACKENDS[backend]
     if probe is not None:
-        run = Probing(probe, run)
+        run = probing(probe, run)
     wide = queries.dtype if backend == "fused" else dtype
     tokens = Tokens(
         queries.to(wide),
@@ -155,61 +155,28 @@ def memory_read(
     return reads.unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
 
 
-class _Chunked:
-    """The dual form in torch's operations, its backward pass by hand."""
-
-    scan = staticmethod(chunk_scan)
-    go_on = staticmethod(go_on)
+def _naive_chunks(memory: Memory, tokens: Tokens, start: Matrices, *_: object) -> tuple[Tensor, Matrices]:
+    """The oracle where another scan may stand; documents come to it apart."""
+    return naive_scan(memory, tokens, start)
 
 
-class _General:
-    """The dual form for what that one leaves out, by autograd."""
-
-    scan = staticmethod(general_scan)
-    go_on = staticmethod(go_on)
-
-
-class _Native:
-    """The same as one operation on the CPU."""
-
-    scan = staticmethod(native_scan)
-    go_on = staticmethod(native_go_on)
+def _naive_go_on(memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
+    """The oracle goes over an open chunk again with every piece."""
+    together = tokens if state.open_chunk is None else tokens.behind(state.open_chunk.tokens)
+    reads, after = naive_scan(memory, together, state.matrices)
+    if ends or together.keys.shape[1] == memory.rule.chunk_size:
+        state = MemoryState(after.weights, after.momentum)
+    else:
+        state = MemoryState(state.weights, state.momentum, OpenChunk(together))
+    return reads[:, -tokens.keys.shape[1] :], state
 
 
-class _Fused:
-    """The same in Triton kernels."""
-
-    scan = staticmethod(fused_scan)
-    go_on = staticmethod(go_on)
-
-
-class _Oracle:
-    """The literal loop, which goes over an open chunk again with every piece; documents come apart."""
-
-    @staticmethod
-    def scan(
-        memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
-    ) -> tuple[Tensor, Matrices]:
-        """Backend.scan."""
-        return naive_scan(memory, tokens, start)
-
-    @staticmethod
-    def go_on(memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
-        """Backend.go_on."""
-        together = tokens if state.open_chunk is None else tokens.behind(state.open_chunk.tokens)
-        reads, after = naive_scan(memory, together, state.matrices)
-        if ends or together.keys.shape[1] == memory.rule.chunk_size:
-            state = MemoryState(after.weights, after.momentum)
-        else:
-            state = MemoryState(state.weights, state.momentum, OpenChunk(together))
-        return reads[:, -tokens.keys.shape[1] :], state
-
-
-_BACKENDS: dict[str, Backend] = {
-    "chunked": _Chunked(),
-    "native": _Native(),
-    "fused": _Fused(),
-    "oracle": _Oracle(),
+_GENERAL = Backend(general_scan, go_on)  # "chunked" for what the form with a backward pass by hand leaves out
+_BACKENDS = {
+    "chunked": Backend(chunk_scan, go_on),
+    "native": Backend(native_scan, native_go_on),
+    "fused": Backend(fused_scan, go_on),
+    "oracle": Backend(_naive_chunks, _naive_go_on),
 }
 BACKENDS = ("auto", *_BACKENDS)
 
