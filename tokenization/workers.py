@@ -8,6 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -67,6 +68,7 @@ def run_tasks(
 def _start(make_work: Callable[..., Work], arguments: Sequence[Any], count: int) -> tuple[list[Any], list[Connection]]:
     context = multiprocessing.get_context("spawn")
     processes, connections = [], []
+    resource_tracker.ensure_running()  # the first process would start it, and that lets interrupts through again
     with _interrupts_held_back():  # the workers inherit it: Ctrl-C is the parent's to handle
         for _ in range(count):
             ours, theirs = context.Pipe()
