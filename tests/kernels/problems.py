@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from titans_mcore.kernels import Borders, fused_scan
 from titans_mcore.memory import MemoryState, memory_scan
-from titans_mcore.memory.chunk import gates_of
+from titans_mcore.memory.fused import gates_of
 from titans_mcore.memory.network import initial_weights
 from titans_mcore.memory.rule import Rule
 

@@ -45,7 +45,7 @@ def scan_kernel(
     keys,
     values,
     reads,  # (B, T, H, D) contiguous; None for a walk that only finds the states
-    read,  # (L, C, N, b, 2): the gates' coefficients, see memory/chunk.py
+    read,  # (L, C, N, b, 2): the gates' coefficients, see memory/fused.py
     end,  # (L, C, N, 2, 2)
     writes,  # (L, C, N, b, b)
     write,  # (L, C, N, b, 2)

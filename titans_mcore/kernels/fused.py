@@ -1,6 +1,6 @@
 """fused_scan: the dual form by Triton kernels, with gradients at all that it takes. No Triton is needed to import it.
 
-It is a twin of memory/checkpoint.py over memory/chunk.py. The gates' coefficients are made outside by chunk.gates_of,
+It is a twin of memory/chunk.py. The gates' coefficients are made outside by fused.gates_of,
 for all chunks at once and under autograd: they are b numbers a token. What is of the size of the state never exists for
 every token: the forward pass keeps the states of every g-th chunk, g near the root of their number, and the backward
 pass makes those between them anew, group by group.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..memory.chunk import Gates
+from ..memory.fused import Gates
 from ..memory.layout import group_size
 
 SMALLEST_BLOCK = 16  # of a matrix product in Triton
@@ -108,7 +108,7 @@ def fused_scan(
     Args:
         queries: (B, C b, H, D), float32 or bfloat16, any strides; keys and values alike. Slots of a chunk that hold no
             token are zeros, with gates of theta 0, eta 1 and alpha 0.
-        gates: What chunk.gates_of gives for all C chunks.
+        gates: What fused.gates_of gives for all C chunks.
         weights: L = 1 or 2 matrices (B, H, d_in, d_out) before the first chunk; momentum alike.
         residual_norm: Whether the network is x + LayerNorm(MLP(x)); else it is the MLP.
         norm_weight: LayerNorm's scale (H, D); None is 1.

@@ -1,32 +1,58 @@
 """The dual form: a chunk's updates and reads as matrix products, no gradient of a single token is ever built.
 
-Token j's gradient at one matrix is the outer product of the matrix's input h_j and the error delta_j at its output,
-both at the chunk's first weights. With G = A E diag(theta) the answer of one matrix to token t's query x_t is
-a_t x_t W + f_t x_t S + (1 - a_t) x_t M_0 - sum_{j <= t} G[t, j] (x_t . h_j) delta_j, and the weights after the chunk
-are two products more. The term of M_0 is there where forgetting leads back to it.
+Token j's gradient at one matrix is the outer product of the matrix's input h_j and the error delta_j at its output.
+With G = A E, steps theta as the rule takes them, and the chunk's first weights W and momentum S, one matrix answers
+token t's query x_t with a_t x_t W + f_t x_t S + (1 - a_t) x_t M_0 - sum_{j <= t} G[t, j] theta_j (x_t . h_j) delta_j,
+and the weights after the chunk are two products more. M_0 is there where forgetting leads back to it.
 
-Only the states follow one upon the other. So chunks are worked off in groups: `pass_keys` goes through a group's states
-one by one, and all else is done for the chunks of the group at once.
+Inputs h are those at the chunk's first weights, and errors go down through these. The error at the last matrix' output
+is worked out there as well (`literal`), or with the last matrix as the token before has left it (`stable`): its output
 
-Letters: L matrices, N = B H memories, g chunks of a group, b tokens of a chunk. The state of a matrix is
-(N, 2 d_in, d_out), its weights above its momentum. None of this is made for autograd but the coefficients;
-chunk_backward.py goes back through it by hand.
+    z_t = h_t W_{t-1},   W_{t-1} = a W + f S + (1 - a) M_0 - sum_{j < t} G[t-1, j] theta_j h_j delta_j^T  (a, f: t - 1)
+
+takes the errors of the tokens before. Without LayerNorm delta_t = 2 (z_t - v_t), a triangular system; with it a loop
+over tokens that works on vectors only, since the products h_t . h_j are known.
+
+With a forget rate for every channel of a matrix' input (1 - alpha) is a diagonal matrix at the left of W, and what are
+numbers above, G[t, j] and a_t, are vectors over the channels. So coefficients have an axis for channels here, of length
+1 for rates by head.
+
+Only the states follow one upon the other: a group of chunks is read at once. autograd differentiates all this; it goes
+through a group again on its way back, so that the states of only some chunks are kept, about as many as a group has.
+
+Letters: L matrices, N = B H memories, b tokens of a chunk.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from .network import LOSS_SLOPE, Errors, Network, Normed, Trace, back_propagate, forward, normalise
-from .rule import Rule
+from .inputs import Matrices, MemoryState, OpenChunk, Tokens, Writes
+from .layout import Chunks, group_size
+from .network import (
+    LOSS_SLOPE,
+    Network,
+    Normed,
+    answer,
+    answer_error,
+    layer_norm,
+    normalise,
+    per_memory,
+    propagate_down,
+    up_to_last,
+)
+from .rule import Memory, last_step_share, lower_step_share, step_mass
 
 
 @dataclass
 class Coefficients:
-    """For one weight matrix; leading axes (..., b) are the chunk's tokens, t the reader and j the writer.
+    """For one weight matrix; the last axis (..., b) are the chunk's tokens, or (..., b, b) its readers t and writers j.
 
     Attributes:
         keep: a_t, what is left of the chunk's first weights, (..., b).
@@ -41,6 +67,11 @@ class Coefficients:
     momentum: Tensor
     writes: Tensor
     decay: Tensor
+
+    def of_chunk(self, chunk: int, chunks: int) -> "Coefficients":
+        """Of one of several chunks that lie one after the other in the first axis."""
+        every = (self.keep, self.carried, self.momentum, self.writes, self.decay)
+        return Coefficients(*(x.unflatten(0, (chunks, -1))[chunk] for x in every))
 
     def last(self, count: int) -> "Coefficients":
         """Of the last tokens as readers."""
@@ -91,277 +122,342 @@ def _products_between(log_factor: Tensor) -> Tensor:
     return terms.cumsum(-2).exp().masked_fill(t.unsqueeze(-1) < t, 0.0)
 
 
-class TokenGroup(NamedTuple):
-    """Queries, keys and values of a group's chunks, each (g, N, b, D)."""
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-class Gates(NamedTuple):
-    """What a group's gates come to.
-
-    Attributes:
-        read: What a read takes from weights and momentum at the chunk's start, (L, g, N, b, 2).
-        end: What weights and momentum after the chunk keep of weights and momentum before it, (L, g, N, 2, 2).
-        writes: G, how much of token j's step has reached the weights at t, (L, g, N, b, b).
-        write: How much of a token's step is in weights and momentum after the chunk, (L, g, N, b, 2).
-    """
-
-    read: Tensor
-    end: Tensor
-    writes: Tensor
-    write: Tensor
-
-
-def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = None) -> Gates:
-    """From gates (L, g, N, b); the one part of the dual form that autograd differentiates.
-
-    Where real (g, N, b) is False there is no token, and theta must be 0.
-    """
-    part = coefficients(eta, alpha, real)
-    writes = part.writes * theta.unsqueeze(-2)
-    nothing = torch.zeros_like(part.keep[..., -1])
-    end = torch.stack([part.keep[..., -1], part.carried[..., -1], nothing, part.momentum[..., -1]], -1)
-    return Gates(
-        torch.stack([part.keep, part.carried], -1),
-        end.unflatten(-1, (2, 2)),
-        writes,
-        torch.stack([writes[..., -1, :], part.decay[..., -1, :] * theta], -1),
-    )
-
-
-class Borders(NamedTuple):
-    """What happens between a group's chunks.
-
-    Attributes:
-        closed: Whether a chunk that is full has ended; after one that is still open there is no state shell.
-        full: Which chunks are, (g, N); None if all are.
-        restarted: For each chunk the memories (indices) that begin a document in it, None for none; empty if no chunk
-            has any.
-        fresh: L states in which a document begins, (N, 2 d_in, d_out); empty if none does.
-        anchors: M_0, L of (H, d_in, d_out); empty where forgetting does not lead to it.
-    """
-
-    closed: bool
-    full: Tensor | None
-    restarted: list[Tensor | None]
-    fresh: list[Tensor]
-    anchors: list[Tensor]
-
-    def restarts(self, chunk: int) -> Tensor | None:
-        """The memories that begin a document in a chunk; None for none."""
-        return self.restarted[chunk] if self.restarted else None
-
-
-class Path:
-    """The states of one matrix along a group, in the shapes that the loop needs; views of two tensors.
-
-    Attributes:
-        before: The states that the chunks began with, (g, N, 2 d_in, d_out).
-        states: Those and the state after the last chunk, g + 1 of (N, 2 d_in, d_out).
-        weights: Their weights, (N, d_in, d_out).
-        pairs: Weights and momentum flat, (N, 2, d_in * d_out).
-    """
-
-    def __init__(self, start: Tensor, chunks: int, restarts: bool) -> None:
-        if chunks == 1 and not restarts:
-            self.before = start.unsqueeze(0)
-        else:
-            self.before = start.new_empty(chunks, *start.shape)
-            self.before[0] = start
-        self.states = [*self.before.unbind(0), torch.empty_like(start)]
-        self.weights = [state[:, : start.shape[1] // 2] for state in self.states]
-        self.pairs = [state.view(start.shape[0], 2, -1) for state in self.states]
-
-
-@dataclass
-class KeysPassed:
-    """A group after its states are known; what every chunk has alike is (g N, ...), chunk after chunk.
-
-    Attributes:
-        paths: The states, by matrix.
-        trace: Forward pass of the keys.
-        error: Error of its answer, (g N, b, D).
-        errors: Its back-propagation.
-        mean_squares: Of weights and momentum after each chunk, before they came into the shell, (g, L, N, 2); None
-            where the shell was left out.
-    """
-
-    paths: list[Path]
-    trace: Trace
-    error: Tensor
-    errors: Errors
-    mean_squares: Tensor | None
-
-
-def leaves_shell(network: Network, rule: Rule, passed: KeysPassed) -> bool:
-    """Whether a state that a pass without the shell has made is outside of it.
-
-    To look at all chunks at once is much cheaper than at each in turn, and most groups meet none. Nothing is missed: up
-    to the first chunk at which the shell acts, the pass without it is the true one.
-    """
-    squares = torch.stack(
-        [
-            torch.cat([_mean_square(_matrices(x)) for x in (path.before[1:], path.states[-1].unsqueeze(0))])
-            for path in passed.paths
-        ]
-    )
-    # Past that chunk anything may have come, also NaN, which a maximum would let through.
-    squares = network.shard.mean(squares)
-    return bool((rule.beyond(squares) | squares.isnan()).any())
-
-
-def _matrices(states: Tensor) -> Tensor:
-    """Weights and momentum flat, (..., 2, d_in * d_out), in states (..., 2 d_in, d_out)."""
-    return states.unflatten(-2, (2, -1)).flatten(-2)
-
-
-def pass_keys(
-    network: Network, rule: Rule, tokens: TokenGroup, gates: Gates, start: list[Tensor], borders: Borders, shell: bool
-) -> KeysPassed:
-    """Go through a group's chunks, each from the state that the one before has left.
+def chunk_scan(
+    memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
+) -> tuple[Tensor, Matrices]:
+    """Run chunks. The result can be differentiated once.
 
     Args:
-        network: With scale and shift for N memories.
-        rule: The rule.
-        tokens: The group's.
-        gates: The group's.
-        start: L states before the first chunk.
-        borders: What happens between the chunks.
-        shell: Whether the state shell is worked out.
+        memory: The memory. With shards, start, M_0 and fresh are the process's parts, and so are the gradients at them;
+            all else is equal on all processes.
+        tokens: In the slots of the chunks, (B, C b, ...); zeros where a slot is empty.
+        start: Weights and momentum before the first token.
+        chunks: Where the slots are empty and where documents begin.
+        fresh: Weights and momentum in which a document begins; None if none begins.
+
+    Returns:
+        What each token reads, (B, C b, H, D), and the weights and momentum after the last one.
     """
-    chunks = len(tokens.keys)
-    paths = [Path(state, chunks, bool(borders.restarted)) for state in start]
-    write, end = (_by_matrix_and_chunk(x) for x in (gates.write.unsqueeze(-1), gates.end))
-    leads = _by_matrix_and_chunk(1.0 - gates.end[..., :1, :1]) if borders.anchors else []
-    steps: list[tuple[Trace, Tensor, Errors]] = []
-    mean_squares = []
-    aims, scale = _aims(network, tokens)
-    for c, (keys, aim) in enumerate(zip(tokens.keys.unbind(0), aims.unbind(0), strict=True)):
-        if (memories := borders.restarts(c)) is not None:
-            for path, fresh in zip(paths, borders.fresh, strict=True):
-                path.states[c][memories] = fresh[memories]
-        weights = [path.weights[c] for path in paths]
-        trace = forward(network, weights, keys)
-        error = torch.addcmul(aim, trace.normed.value, scale)
-        errors = back_propagate(network, weights, trace, error)
-        steps.append((trace, error, errors))
-        for layer, (path, h, delta) in enumerate(zip(paths, trace.inputs, errors.deltas, strict=True)):
-            after = path.states[c + 1]
-            torch.bmm(end[layer][c], path.pairs[c], out=path.pairs[c + 1])
-            if leads:
-                anchor = borders.anchors[layer]
-                by_head = (-1, len(anchor))
-                path.weights[c + 1].unflatten(0, by_head).addcmul_(leads[layer][c].unflatten(0, by_head), anchor)
-            after.baddbmm_((h.unsqueeze(2) * write[layer][c]).flatten(2).transpose(1, 2), delta, alpha=-1)
-        if shell and borders.closed:
-            squares = network.shard.mean(torch.stack([_mean_square(path.pairs[c + 1]) for path in paths]))
-            mean_squares.append(squares)
-            beyond = rule.beyond(squares)
-            if borders.full is not None:
-                beyond &= borders.full[c].unsqueeze(-1)
-            if may_hold(beyond):
-                factors = torch.where(beyond, rule.rms_limit * squares.rsqrt(), 1.0).unsqueeze(-1)
-                for path, factor in zip(paths, factors.unbind(0), strict=True):
-                    path.pairs[c + 1].mul_(factor)
-    return KeysPassed(paths, *_in_one(steps), torch.stack(mean_squares) if mean_squares else None)
+    batch, length, heads = tokens.keys.shape[:3]
+    state, first = flat(start), None if fresh is None else flat(fresh)
+    step, reads = group_size(length // chunks.size), []
+    for begin in range(0, length // chunks.size, step):
+        part = tokens.span(begin * chunks.size, (begin + step) * chunks.size)
+        run = partial(_group, memory, part, state, chunks.group(slice(begin, begin + step)), first)
+        read, state = checkpoint(run, use_reentrant=False) if torch.is_grad_enabled() else run()
+        reads.append(read)
+    return torch.cat(reads, 1), state.map(lambda x: x.unflatten(0, (batch, heads)))
 
 
-def _aims(network: Network, tokens: TokenGroup) -> tuple[Tensor, Tensor]:
-    """Error of the answers as aim + normed * scale: aim (g, N, b, D), and scale that broadcasts against (N, b, D)."""
-    aims = -tokens.values
-    if network.residual_norm:
-        aims = aims + tokens.keys if network.norm_bias is None else aims + tokens.keys + network.norm_bias
-    one = aims.new_ones(())
-    scale = network.norm_weight if network.residual_norm and network.norm_weight is not None else one
-    return LOSS_SLOPE * aims, LOSS_SLOPE * scale
+def flat(matrices: Matrices) -> Matrices:
+    """Rows and heads in one axis."""
+    return matrices.map(lambda x: x.flatten(0, 1))
 
 
-def _mean_square(pairs: Tensor) -> Tensor:
-    """Mean squares of weights and momentum (..., 2, size)."""
-    return torch.linalg.vector_norm(pairs, dim=-1).square_().div_(pairs.shape[-1])
+def split(x: Tensor) -> Tensor:
+    """Tokens (B, T, H, F) by memory, (N, T, F)."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
-class Reads(NamedTuple):
-    """The queries' way through a group's memories; (g N, ...) like KeysPassed.
+def join(x: Tensor, batch: int) -> Tensor:
+    """Back from `split`."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def go_on(memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
+    """Tokens (B, n, ...) that do not reach beyond the open chunk, or begin one; `ends` ends it where it stands.
+
+    What the tokens in front of them write is in the state, so a token costs the same wherever it stands.
+    """
+    batch, heads = tokens.keys.shape[0], tokens.keys.shape[2]
+    start, opened = state.matrices, state.open_chunk
+    here, first = tokens.map(lambda x: split(x.to(start.weights[0].dtype))), flat(start)
+    before = None
+    if opened is not None:
+        assert opened.writes is not None
+        before = OpenChunk(opened.tokens.map(split), opened.writes.map(lambda x: x.flatten(0, 1)))
+    work = work_out(memory, here, first, earlier=before)
+    reads = join(work.read(here.queries, first), batch).to(tokens.queries.dtype)
+    together = tokens if opened is None else tokens.behind(opened.tokens)
+    full = together.keys.shape[1] == memory.rule.chunk_size
+    if not full and not ends:
+        writes = work.writes.map(lambda x: x.unflatten(0, (batch, heads)))
+        return reads, MemoryState(start.weights, start.momentum, OpenChunk(together, writes))
+    after = work.end(first)
+    if full:
+        after = after.map(lambda x: memory.rule.into_shell(x, memory.network.shard))
+    after = after.map(lambda x: x.unflatten(0, (batch, heads)))
+    return reads, MemoryState(after.weights, after.momentum)
+
+
+def _group(
+    memory: Memory, tokens: Tokens, state: Matrices, chunks: Chunks, fresh: Matrices | None
+) -> tuple[Tensor, Matrices]:
+    """Reads and the state after some chunks; states of (N, d_in, d_out)."""
+    batch, _, heads = tokens.keys.shape[:3]
+    device, rule, shard = tokens.keys.device, memory.rule, memory.network.shard
+    by_chunk = tokens.map(chunks.split)
+    real, full, restarted = chunks.real(heads, device), chunks.full(heads, device), chunks.restarted(heads, device)
+    every = by_chunk.map(lambda x: x.flatten(0, 1))
+    gates = gates_of_chunk(memory, every, None if real is None else real.flatten(0, 1))
+    count, states, works = len(by_chunk.keys), [], []
+    for c in range(count):
+        if restarted and (begun := restarted[c]) is not None:
+            assert fresh is not None
+            state = state.joined(fresh, lambda x, first, at=begun: x.index_copy(0, at, first[at]))  # type: ignore[misc]
+        here = by_chunk.map(lambda x, c=c: x[c])  # type: ignore[misc]
+        work = work_out(memory, here, state, [gate.of_chunk(c, count) for gate in gates])
+        states.append(state)
+        works.append(work.writes)
+        after = work.end(state)
+        if chunks.closed:
+            inside = after.map(lambda x: rule.into_shell(x, shard))
+            if full is not None:
+                where = full[c, :, None, None]
+                inside = inside.joined(after, lambda a, b, where=where: torch.where(where, a, b))  # type: ignore[misc]
+            after = inside
+        state = after
+    together = Work(memory, Writes.one_after_another(works), torch.empty(0), gates)
+    reads = together.read(every.queries, Matrices.one_after_another(states))
+    return chunks.join(reads.unflatten(0, (count, -1)), batch), state
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is known of a chunk's tokens, enough to read between them and to end the chunk; N memories, t tokens.
 
     Attributes:
-        inputs: For each matrix its input x, (g N, b, d_in).
-        similarities: For each matrix the products x_t . h_j, (g N, b, b).
-        attended: Those times G.
-        shared: For each matrix x as it meets weights and momentum, (g N, b, 2 d_in).
-        led: For each matrix x as it meets M_0, (g N, b, d_in); empty without M_0.
-        hidden: For each matrix but the last its output, (g N, b, d_out).
-        output: The last output, (g N, b, D); partial with a shard, so that a sequence needs one sum.
+        memory: The memory.
+        writes: What they write.
+        held: Where the rule has made a step smaller, (N, n) for the tokens that were new.
+        gates: For each matrix its coefficients, over (N, 1) or by channel (N, d_in).
     """
 
-    inputs: list[Tensor]
-    similarities: list[Tensor]
-    attended: list[Tensor]
-    shared: list[Tensor]
-    led: list[Tensor]
-    hidden: list[Tensor]
-    output: Tensor
+    memory: Memory
+    writes: Writes
+    held: Tensor
+    gates: list[Coefficients]
+
+    def read(self, queries: Tensor, state: Matrices) -> Tensor:
+        """What the queries (N, n, D) of the last n tokens read, each from the memory as its token has left it.
+
+        Args:
+            queries: The queries.
+            state: What the chunk began with.
+        """
+        network = self.memory.network
+        shard, depth, count = network.shard, len(self.gates), queries.shape[1]
+        x = queries
+        for layer in range(depth):
+            x = shard.into_input(layer, depth, F.gelu(x) if layer else x)
+            now = self.gates[layer].last(count)
+            own = _attend(x, self.writes.inputs[layer], now.writes) * self._of(layer)
+            z = _met(self.memory, layer, x, now, state) - own @ self._delta(layer)
+            x = shard.sum_at_output(layer, depth, z)
+        return answer(network, queries, normalise(network, x))
+
+    def end(self, state: Matrices) -> Matrices:
+        """Weights and momentum after the last token, of what the chunk began with."""
+        weights, momentum = [], []
+        for layer, (w, s) in enumerate(zip(state.weights, state.momentum, strict=True)):
+            gates, h, delta, steps = (
+                self.gates[layer],
+                self.writes.inputs[layer].mT,
+                self._delta(layer),
+                self._of(layer),
+            )
+            after = gates.keep[..., -1:] * w + gates.carried[..., -1:] * s
+            if self.memory.rule.anchored:
+                anchor = self.memory.initial[layer]
+                after = after + (1.0 - gates.keep[..., -1:]) * anchor.repeat(len(w) // len(anchor), 1, 1)
+            weights.append(after - (h * gates.writes[..., -1, :] * steps) @ delta)
+            momentum.append(gates.momentum[..., -1:] * s - (h * gates.decay[..., -1, :] * steps) @ delta)
+        return Matrices(weights, momentum)
+
+    def _of(self, layer: int) -> Tensor:
+        """The steps of one matrix, (N, 1, t), on their way into the process's part."""
+        return self.memory.network.shard.spread(self.writes.steps[:, None, :, layer])
+
+    def _delta(self, layer: int) -> Tensor:
+        return self.memory.network.shard.into_output(layer, len(self.gates), self.writes.deltas[layer])
 
 
-def read(network: Network, tokens: TokenGroup, gates: Gates, passed: KeysPassed, borders: Borders) -> Reads:
-    """The queries' way through a group, each through the state that its own token has left."""
-    depth, shard = len(passed.paths), network.shard
-    x = z = tokens.queries.flatten(0, 1)
-    inputs, similarities, attended, shared, led, hidden = [], [], [], [], [], []
-    for layer, path in enumerate(passed.paths):
-        if layer:
-            hidden.append(shard.sum_at_output(layer - 1, depth, z))
-            x = F.gelu(hidden[-1])
-        x = shard.into_input(layer, depth, x)
-        inputs.append(x)
-        similarities.append(torch.bmm(x, passed.trace.inputs[layer].transpose(1, 2)))
-        attended.append(similarities[-1] * gates.writes[layer].flatten(0, 1))
-        share = gates.read[layer].flatten(0, 1).unsqueeze(-1)
-        shared.append((x.unsqueeze(2) * share).flatten(2))
-        z = torch.bmm(shared[-1], path.before.flatten(0, 1))
-        z.baddbmm_(attended[-1], passed.errors.deltas[layer], alpha=-1)
-        if borders.anchors:
-            led.append(x * (1.0 - share[:, :, 0]))
-            z += through_anchor(led[-1], borders.anchors[layer])
-    return Reads(inputs, similarities, attended, shared, led, hidden, z)
+def _met(memory: Memory, layer: int, x: Tensor, gates: Coefficients, state: Matrices) -> Tensor:
+    """x (N, n, d_in) times what is there of one matrix without the chunk's own writes."""
+    z = (x * gates.keep.mT) @ state.weights[layer] + (x * gates.carried.mT) @ state.momentum[layer]
+    if not memory.rule.anchored:
+        return z
+    anchor = memory.initial[layer]  # one for all rows: it is not copied for each of them
+    led = (x * (1.0 - gates.keep).mT).unflatten(0, (-1, len(anchor)))
+    return z + torch.einsum("khni,hio->khno", led, anchor).flatten(0, 1)
 
 
-def through_anchor(x: Tensor, anchor: Tensor) -> Tensor:
-    """x (g N, b, d_in) times M_0 (H, d_in, d_out), in one product a head."""
-    return torch.einsum("khbi,hio->khbo", x.unflatten(0, (-1, len(anchor))), anchor).flatten(0, 1)
+def _attend(x: Tensor, h: Tensor, coefficient: Tensor) -> Tensor:
+    """Sums over channels of x (N, n, d) times h (N, t, d) times a coefficient (N, 1 or d, n, t)."""
+    if coefficient.shape[1] == 1:
+        return (x @ h.mT) * coefficient.squeeze(1)
+    return torch.einsum("ntc,njc,nctj->ntj", x, h, coefficient)
 
 
-def norm_of_reads(network: Network, depth: int, output: Tensor) -> Normed:
-    """LayerNorm of Reads.output, of one group or of several in one tensor; with a shard their one sum."""
-    return normalise(network, network.shard.sum_at_output(depth - 1, depth, output))
+def work_out(
+    memory: Memory,
+    tokens: Tokens,
+    state: Matrices,
+    gates: list[Coefficients] | None = None,
+    earlier: OpenChunk | None = None,
+) -> Work:
+    """Errors of a chunk's tokens, and the steps that the rule takes.
+
+    Args:
+        memory: The memory.
+        tokens: The tokens, (N, n, ...).
+        state: What the chunk began with, (N, d_in, d_out).
+        gates: The coefficients of all matrices where they are known.
+        earlier: What stands in front of them in the chunk, (N, t, ...).
+    """
+    network, rule = memory.network, memory.rule
+    gates = gates or gates_of_chunk(memory, tokens if earlier is None else tokens.behind(earlier.tokens))
+    before = None if earlier is None else earlier.writes
+    inputs, hidden = up_to_last(network, state.weights, tokens.keys)
+    steps = tokens.theta
+    if rule.holds:
+        steps = torch.cat([steps[..., :-1], _held_last(memory, tokens, inputs[-1]).unsqueeze(-1)], -1)
+    met, kernel = _met_by_keys(memory, inputs[-1], steps[..., -1], gates[-1], state, before)
+    error = _errors(network, tokens, met, kernel)
+    deltas = propagate_down(network, state.weights, hidden, error)
+    if rule.holds and len(inputs) > 1:
+        share = _lower_share(memory, tokens, inputs, deltas, error).unsqueeze(-1)
+        steps = torch.cat([steps[..., :-1] * share, steps[..., -1:]], -1)
+    writes = Writes(inputs, deltas, steps)
+    held = (steps < tokens.theta).any(-1)
+    return Work(memory, writes if before is None else writes.behind(before), held, gates)
 
 
-def may_hold(where: Tensor) -> bool:
-    """Whether it may hold somewhere; a GPU would stall for the answer, so there it always may."""
-    return where.is_cuda or bool(where.any())
+def gates_of_chunk(memory: Memory, tokens: Tokens, real: Tensor | None = None) -> list[Coefficients]:
+    """Coefficients of every matrix, over (N, 1) or by channel; real (N, b) says which tokens are there, None all."""
+    shard, depth = memory.network.shard, len(memory.initial)
+    there = None if real is None else real.unsqueeze(1)
+    if isinstance(tokens.alpha, Tensor):
+        alphas = [alpha.unsqueeze(1) for alpha in shard.spread(tokens.alpha).unbind(-1)]
+    else:
+        alphas = [shard.of_rows(layer, depth, alpha).mT for layer, alpha in enumerate(tokens.alpha)]
+    etas = [eta.unsqueeze(1) for eta in shard.spread(tokens.eta).unbind(-1)]
+    return [coefficients(eta, alpha, there) for eta, alpha in zip(etas, alphas, strict=True)]
 
 
-def _by_matrix_and_chunk(x: Tensor) -> list[list[Tensor]]:
-    """(L, g, ...) as lists: taking a slice in every step of the loop costs as much as a product."""
-    return [list(matrix.unbind(0)) for matrix in x.unbind(0)]
+def _met_by_keys(
+    memory: Memory, h: Tensor, steps: Tensor, gates: Coefficients, state: Matrices, earlier: Writes | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the keys' inputs h (N, n, d_in) of the last matrix meet in it, (N, n, D), without their own writes.
+
+    Also how far those reach: K (N, n, n), below its diagonal, so that z_t is what was met less the sum over j of
+    K[t, j] delta_j; None where all errors are those at the chunk's start.
+    """
+    shard, depth, count = memory.network.shard, len(memory.initial), h.shape[1]
+    if not memory.rule.exact:
+        return shard.sum_at_output(depth - 1, depth, h @ state.weights[-1]), None
+    before = gates.before(count)
+    past, of_all = h, steps
+    if earlier is not None:
+        past, of_all = torch.cat([earlier.inputs[-1], h], 1), torch.cat([earlier.steps[..., -1], steps], 1)
+    terms = torch.cat([_met(memory, depth - 1, h, before, state), _attend(h, past, before.writes)], -1)
+    met, kernel = shard.sum_at_output(depth - 1, depth, terms).split([state.weights[-1].shape[-1], past.shape[1]], -1)
+    kernel = kernel * of_all.unsqueeze(1)
+    if earlier is not None:
+        old = earlier.deltas[-1].shape[1]
+        met, kernel = met - kernel[..., :old] @ earlier.deltas[-1], kernel[..., old:]
+    return met, kernel
 
 
-def _in_one(steps: list[tuple[Trace, Tensor, Errors]]) -> tuple[Trace, Tensor, Errors]:
-    """What the chunks of a group have found, chunk after chunk in the first axis."""
-    if len(steps) == 1:
-        return steps[0]
-    traces, errors, propagated = zip(*steps, strict=True)
-    normed = Normed(*_columns([list(trace.normed) for trace in traces]))
-    trace = Trace(_columns([t.inputs for t in traces]), _columns([t.hidden for t in traces]), normed)
-    return trace, torch.cat(errors), _errors_in_one(propagated)
+def _errors(network: Network, tokens: Tokens, met: Tensor, kernel: Tensor | None) -> Tensor:
+    """Errors at the last matrix' output, (N, n, D); see _met_by_keys."""
+    if not network.residual_norm:
+        error = LOSS_SLOPE * (met - tokens.values)
+        if kernel is None:
+            return error
+        return torch.linalg.solve_triangular(LOSS_SLOPE * kernel, error, upper=False, unitriangular=True)
+    one = met.new_ones(1)
+    scale = one if network.norm_weight is None else per_memory(network.norm_weight, met)
+    aim = scale * answer_error(network, tokens.keys, tokens.values, torch.zeros_like(met))
+    return _NormErrors.apply(met, kernel, aim, (LOSS_SLOPE * scale.square()).expand(len(met), 1, met.shape[-1]))
 
 
-def _errors_in_one(errors: tuple[Errors, ...]) -> Errors:
-    return Errors(_columns([e.arriving for e in errors]), _columns([e.deltas for e in errors]))
+class _NormErrors(torch.autograd.Function):
+    """delta_t = LN'(s_t), s_t = aim_t + slope * n_t, n_t the LayerNorm of z_t = met_t - sum_{j < t} K[t, j] delta_j.
+
+    LN' is LayerNorm's derivative at z_t, r (s - mean s - n mean(s n)), which is its own transpose. It depends on z_t
+    through n and the inverse deviation r as well: with g the gradient at delta_t, these parts come to
+    -r (mean(s n) LN'(g) + mean(g n) delta + mean(g delta) n).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, met: Tensor, kernel: Tensor | None, aim: Tensor, slope: Tensor) -> Tensor:
+        if kernel is None:
+            normed = layer_norm(met)
+            delta = normed.gradient(aim + slope * normed.value)
+            ctx.save_for_backward(aim, slope, delta, *normed)
+            return delta
+        delta, found = torch.empty_like(met), list[Tensor]()
+        for t in range(met.shape[1]):
+            z = met[:, t : t + 1]
+            if t:
+                z = torch.baddbmm(z, kernel[:, t : t + 1, :t], delta[:, :t], alpha=-1)
+            normed = layer_norm(z)
+            delta[:, t : t + 1] = normed.gradient(torch.addcmul(aim[:, t : t + 1], slope, normed.value))
+            found += normed
+        ctx.save_for_backward(aim, slope, delta, *found, kernel)
+        return delta
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_delta: Tensor) -> tuple[Tensor | None, ...]:
+        aim, slope, delta, *rest = ctx.saved_tensors
+        if len(rest) == len(Normed._fields):
+            normed = Normed(*rest)
+            of_z, of_s = _through_errors(normed, of_delta, aim, slope, delta)
+            return of_z, None, of_s, (of_s * normed.value).sum(1, keepdim=True)
+        *found, kernel = rest
+        of_delta, of_slope = of_delta.clone(), torch.zeros_like(slope)
+        of_z, of_s = torch.empty_like(aim), torch.empty_like(aim)
+        for t in reversed(range(aim.shape[1])):
+            at, normed = slice(t, t + 1), Normed(*found[4 * t : 4 * t + 4])
+            of_z[:, at], of_s[:, at] = _through_errors(normed, of_delta[:, at], aim[:, at], slope, delta[:, at])
+            of_slope = of_slope + of_s[:, at] * normed.value
+            if t:
+                of_delta[:, :t].baddbmm_(kernel[:, at, :t].mT, of_z[:, at], alpha=-1)
+        return of_z, torch.bmm(of_z, delta.mT).tril_(-1).neg_(), of_s, of_slope
 
 
-def _columns(rows: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.cat(column) for column in zip(*rows, strict=True)]
+def _through_errors(
+    normed: Normed, of_delta: Tensor, aim: Tensor, slope: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients at z and at s of _NormErrors, of some tokens."""
+    of_s = normed.gradient(of_delta)
+    of_z = normed.gradient(slope * of_s)
+    share = -normed.inverse_std / delta.shape[-1]
+    for left, right, along in (
+        (torch.addcmul(aim, slope, normed.value), normed.value, of_s),
+        (of_delta, normed.value, delta),
+        (of_delta, delta, normed.value),
+    ):
+        of_z.addcmul_(share * (left * right).sum(-1, keepdim=True), along)
+    return of_z, of_s
+
+
+def _held_last(memory: Memory, tokens: Tokens, h: Tensor) -> Tensor:
+    """Steps of the last matrix (N, n) as the rule takes them."""
+    shard, depth = memory.network.shard, len(memory.initial)
+    square = shard.sum_of_inputs(depth - 1, depth, h.square().sum(-1))
+    return tokens.theta[..., -1] * last_step_share(step_mass(tokens.theta, tokens.eta)[..., -1], square)
+
+
+def _lower_share(memory: Memory, tokens: Tokens, inputs: list[Tensor], deltas: list[Tensor], error: Tensor) -> Tensor:
+    """Factor (N, n) on the steps of the matrices below the last."""
+    shard, depth = memory.network.shard, len(inputs)
+    mass = step_mass(tokens.theta, tokens.eta)
+    pull = torch.zeros_like(mass[..., 0])
+    for layer in range(depth - 1):
+        input_square = shard.sum_of_inputs(layer, depth, inputs[layer].square().sum(-1))
+        delta_square = shard.sum_of_outputs(layer, depth, deltas[layer].square().sum(-1))
+        pull = pull + mass[..., layer] * input_square * delta_square
+    return lower_step_share(error.square().sum(-1) / LOSS_SLOPE**2, pull, memory.rule.chunk_size)

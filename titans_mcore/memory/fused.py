@@ -2,13 +2,13 @@
 
 import importlib
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .chunk import gates_of
+from .chunk import coefficients
 from .inputs import Matrices, Tokens
 from .layout import Chunks
 from .rule import Memory
@@ -18,6 +18,39 @@ _KERNELS = "titans_mcore.kernels"
 _SMALLEST_BLOCK = 16  # tokens that a matrix product in a kernel takes at least
 
 
+class Gates(NamedTuple):
+    """What a group's gates come to.
+
+    Attributes:
+        read: What a read takes from weights and momentum at the chunk's start, (L, g, N, b, 2).
+        end: What weights and momentum after the chunk keep of weights and momentum before it, (L, g, N, 2, 2).
+        writes: G, how much of token j's step has reached the weights at t, (L, g, N, b, b).
+        write: How much of a token's step is in weights and momentum after the chunk, (L, g, N, b, 2).
+    """
+
+    read: Tensor
+    end: Tensor
+    writes: Tensor
+    write: Tensor
+
+
+def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = None) -> Gates:
+    """From gates (L, g, N, b); the one part of the dual form that autograd differentiates.
+
+    Where real (g, N, b) is False there is no token, and theta must be 0.
+    """
+    part = coefficients(eta, alpha, real)
+    writes = part.writes * theta.unsqueeze(-2)
+    nothing = torch.zeros_like(part.keep[..., -1])
+    end = torch.stack([part.keep[..., -1], part.carried[..., -1], nothing, part.momentum[..., -1]], -1)
+    return Gates(
+        torch.stack([part.keep, part.carried], -1),
+        end.unflatten(-1, (2, 2)),
+        writes,
+        torch.stack([writes[..., -1, :], part.decay[..., -1, :] * theta], -1),
+    )
+
+
 def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded: bool) -> str:
     """Why the fused kernels cannot run for these arguments, in a sentence; empty if they can."""
     if sharded:
@@ -25,7 +58,7 @@ def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded
     if channelwise:
         return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
     if memory.rule.exact:
-        return "the fused memory kernels lack the stable rule of plain networks; use memory backend 'chunked'"
+        return "the fused memory kernels lack the stable rule; use memory backend 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
         return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
     return importlib.import_module(_KERNELS).fused_fits(queries, memory.initial, memory.rule.chunk_size)
@@ -34,7 +67,7 @@ def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded
 def fused_scan(
     memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
 ) -> tuple[Tensor, Matrices]:
-    """The same as checkpoint.chunk_scan; queries, keys and values in half precision are multiplied as such."""
+    """The same as chunk.chunk_scan; queries, keys and values in half precision are multiplied as such."""
     network, rule = memory.network, memory.rule
     batch, length, heads = tokens.keys.shape[:3]
     device, size, block = tokens.keys.device, chunks.size, _block(chunks.size)

@@ -1,6 +1,6 @@
 """What goes into a memory and what it carries through time: tokens, and a state of constant size."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self, get_args, get_type_hints
 
@@ -153,6 +153,11 @@ class Matrices(TensorTree):
     weights: list[Tensor]
     momentum: list[Tensor]
 
+    @classmethod
+    def one_after_another(cls, several: Sequence["Matrices"]) -> "Matrices":
+        """Several in the first axis."""
+        return cls(_columns(x.weights for x in several), _columns(x.momentum for x in several))
+
 
 @dataclass
 class Writes(TensorTree):
@@ -167,6 +172,12 @@ class Writes(TensorTree):
     inputs: list[Tensor]
     deltas: list[Tensor]
     steps: Tensor
+
+    @classmethod
+    def one_after_another(cls, several: Sequence["Writes"]) -> "Writes":
+        """Several in the first axis."""
+        steps = torch.cat([x.steps for x in several])
+        return cls(_columns(x.inputs for x in several), _columns(x.deltas for x in several), steps)
 
     def behind(self, earlier: "Writes") -> "Writes":
         """These behind earlier ones."""
@@ -208,6 +219,10 @@ class MemoryState(TensorTree):
     def matrices(self) -> Matrices:
         """Weights and momentum."""
         return Matrices(self.weights, self.momentum)
+
+
+def _columns(rows: Iterable[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

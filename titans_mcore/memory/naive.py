@@ -37,7 +37,7 @@ def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor,
         gradients, inputs, loss = inner_gradient(
             network, chunk_start, tokens.keys[:, t], tokens.values[:, t], exact_last
         )
-        if rule.exact:
+        if rule.holds:
             theta = held_steps(theta, tokens.eta[:, t], gradients, inputs, loss, rule.chunk_size)
         new_weights, new_momentum = [], []
         for layer, gradient in enumerate(gradients):
@@ -48,27 +48,37 @@ def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor,
             new_weights.append(anchors[layer] + kept * (weights[layer] - anchors[layer]) + surprise)
             new_momentum.append(surprise)
         weights, momentum = new_weights, new_momentum
-        reads.append(apply(network, weights, tokens.queries[:, t])[0])
+        reads.append(apply(network, weights, tokens.queries[:, t]))
         if (t + 1) % rule.chunk_size == 0:
             weights, momentum = ([rule.into_shell(x, WHOLE) for x in xs] for xs in (weights, momentum))
     return torch.stack(reads, 1), Matrices(weights, momentum)
 
 
-def apply(network: Network, weights: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """M(x) for x (B, H, D), and the input of each matrix."""
+def apply(network: Network, weights: list[Tensor], x: Tensor) -> Tensor:
+    """M(x) for x (B, H, D)."""
+    return answer(network, x, mlp(weights, x)[0])
+
+
+def mlp(weights: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output of the last matrix for x (B, H, D), and the input of each."""
     inputs, h = [], x
     for weight in weights:
         inputs.append(h)
         z = (h.unsqueeze(-2) @ weight).squeeze(-2)
         h = F.gelu(z)
+    return z, inputs
+
+
+def answer(network: Network, x: Tensor, z: Tensor) -> Tensor:
+    """M(x) from the output of the last matrix."""
     if not network.residual_norm:
-        return z, inputs
+        return z
     normed = F.layer_norm(z, z.shape[-1:], eps=LAYER_NORM_EPS)
     if network.norm_weight is not None:
         normed = normed * network.norm_weight
     if network.norm_bias is not None:
         normed = normed + network.norm_bias
-    return x + normed, inputs
+    return x + normed
 
 
 def inner_gradient(
@@ -83,18 +93,20 @@ def inner_gradient(
         weights: At which they are taken.
         key: (B, H, D), like value.
         value: What is to be answered.
-        exact_last: The last matrix with which M(key) is worked out instead; None for the one of `weights`.
+        exact_last: The last matrix with which M(key) and its error are worked out instead; None for the one of
+            `weights`.
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # Through aliases of the weights: the key may depend on the same weights (MAC recalls them), and that path is
         # no part of the inner gradient.
         weights = [w.view_as(w) if differentiable and w.requires_grad else w.detach().requires_grad_() for w in weights]
-        answer, inputs = apply(network, weights, key)
-        given = answer if exact_last is None else (inputs[-1].unsqueeze(-2) @ exact_last).squeeze(-2)
-        error = given - value
-        loss = error.square().sum(-1)
-        gradients = torch.autograd.grad(answer, weights, 2.0 * error, create_graph=differentiable)
+        z, inputs = mlp(weights, key)
+        own = z if exact_last is None else (inputs[-1].unsqueeze(-2) @ exact_last).squeeze(-2)
+        own = own if own.requires_grad else own.requires_grad_()
+        loss = (answer(network, key, own) - value).square().sum(-1)
+        (delta,) = torch.autograd.grad(loss.sum(), own, create_graph=differentiable)
+        gradients = torch.autograd.grad(z, weights, delta, create_graph=differentiable)
     if not differentiable:
         inputs, loss = [x.detach() for x in inputs], loss.detach()
     return list(gradients), inputs, loss
@@ -103,7 +115,7 @@ def inner_gradient(
 def held_steps(
     theta: Tensor, eta: Tensor, gradients: list[Tensor], inputs: list[Tensor], loss: Tensor, chunk_size: int
 ) -> Tensor:
-    """theta (B, H, L) as an exact rule takes it."""
+    """theta (B, H, L) as a rule that holds steps takes it."""
     mass = step_mass(theta, eta)
     last = theta[..., -1] * last_step_share(mass[..., -1], inputs[-1].square().sum(-1))
     pull = sum(mass[..., i] * g.square().sum((-1, -2)) for i, g in enumerate(gradients[:-1]))

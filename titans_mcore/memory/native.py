@@ -37,7 +37,7 @@ def _operation() -> Any:
 def native_scan(
     memory: Memory, tokens: Tokens, start: Matrices, chunks: Chunks, fresh: Matrices | None = None
 ) -> tuple[Tensor, Matrices]:
-    """The same as checkpoint.chunk_scan, for every rule."""
+    """The same as chunk.chunk_scan, for every rule."""
     operation = _operation()
     tensors = _tensors(memory, tokens, start, chunks, None if chunks.restarts is None else fresh)
     count = tokens.keys.shape[1] // chunks.size
@@ -46,7 +46,7 @@ def native_scan(
 
 
 def native_go_on(memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bool) -> tuple[Tensor, MemoryState]:
-    """The same as general.go_on."""
+    """The same as chunk.go_on."""
     opened, new = state.open_chunk, tokens.keys.shape[1]
     together = tokens if opened is None else tokens.behind(opened.tokens)
     full = together.keys.shape[1] == memory.rule.chunk_size

@@ -35,14 +35,6 @@ class WholeMatrices:
         """The same for autograd."""
         return self
 
-    def recorded(self, sums: list[Tensor]) -> Self:
-        """The same, which appends its sums to a list."""
-        return self
-
-    def replayed(self, sums: list[Tensor]) -> Self:
-        """The same for who goes again the way on which `sums` were recorded: nothing is summed twice."""
-        return self
-
     def whole_shape(self, layer: int, depth: int, part: torch.Size) -> tuple[int, int]:
         """d_in and d_out of a matrix of which the process holds (..., d_in, d_out)."""
         return part[-2], part[-1]
@@ -57,10 +49,6 @@ class WholeMatrices:
 
     def into_input(self, layer: int, depth: int, x: Tensor) -> Tensor:
         """What the process's part of a matrix takes of x, the memory's input or the output of the matrix before."""
-        return x
-
-    def out_of_input(self, depth: int, x: Tensor) -> Tensor:
-        """A gradient at what the first matrix takes as a partial one at all of it."""
         return x
 
     def into_output(self, layer: int, depth: int, x: Tensor) -> Tensor:
@@ -83,17 +71,9 @@ class WholeMatrices:
         """A sum over the channels of a matrix' output, over all of them."""
         return x
 
-    def once(self, x: Tensor) -> Tensor:
-        """Something whole as a partial one."""
-        return x
-
     def mean(self, mean: Tensor) -> Tensor:
         """A mean over whole matrices from that over the process's parts."""
         return mean
-
-    def sum_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Partial tensors of one dtype, summed at once."""
-        return tensors
 
 
 WHOLE = WholeMatrices()
@@ -105,7 +85,7 @@ class Network:
 
     Attributes:
         residual_norm: Add the input to the layer-normed output of the MLP.
-        norm_weight: (H, D) scale of the LayerNorm, an outer parameter; None is 1. See `for_memories`.
+        norm_weight: (H, D) scale of the LayerNorm, an outer parameter; None is 1.
         norm_bias: (H, D) shift of the LayerNorm; None is 0.
         shard: What the process holds of the matrices.
     """
@@ -114,14 +94,6 @@ class Network:
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
     shard: WholeMatrices = field(default=WHOLE)
-
-    def for_memories(self, batch: int) -> "Network":
-        """The same with scale and shift (N, 1, D) for N = batch * H memories in one axis."""
-        weight, bias = (
-            None if x is None else x.expand(batch, *x.shape).flatten(0, 1).unsqueeze(1)
-            for x in (self.norm_weight, self.norm_bias)
-        )
-        return Network(self.residual_norm, weight, bias, self.shard)
 
 
 class Normed(NamedTuple):
@@ -146,60 +118,17 @@ class Normed(NamedTuple):
         )[0]
 
 
-class WrittenOutNormed(Normed):
-    """LayerNorm in operations that autograd differentiates twice; torch's own hides its derivative by the deviation."""
-
-    @classmethod
-    def of(cls, raw: Tensor) -> "WrittenOutNormed":
-        """LayerNorm of raw (..., D)."""
-        mean = raw.mean(-1, keepdim=True)
-        centred = raw - mean
-        inverse_std = (centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS).rsqrt()
-        return cls(raw, centred * inverse_std, mean, inverse_std)
-
-    def gradient(self, value_gradient: Tensor) -> Tensor:
-        """See Normed."""
-        along = (value_gradient * self.value).mean(-1, keepdim=True)
-        return self.inverse_std * (value_gradient - value_gradient.mean(-1, keepdim=True) - along * self.value)
-
-
-@dataclass
-class Trace:
-    """One forward pass of N memories, kept for the back-propagation of its error.
-
-    Attributes:
-        inputs: For each matrix its input h, (N, b, d_in).
-        hidden: For each matrix but the last its output before the GELU, (N, b, d_out).
-        normed: LayerNorm of the last matrix' output.
-    """
-
-    inputs: list[Tensor]
-    hidden: list[Tensor]
-    normed: Normed
-
-
-class Errors(NamedTuple):
-    """What back-propagation finds, by matrix.
-
-    Attributes:
-        arriving: For each matrix but the last the error behind its GELU, (N, b, d_out).
-        deltas: For each matrix the error at its output, (N, b, d_out).
-    """
-
-    arriving: list[Tensor]
-    deltas: list[Tensor]
-
-
-def forward(network: Network, weights: list[Tensor], x: Tensor) -> Trace:
-    """The MLP and its LayerNorm for x (N, b, D) and weights of (N, d_in, d_out)."""
-    inputs, hidden = up_to_last(network, weights, x)
+def forward(network: Network, weights: list[Tensor], x: Tensor) -> Tensor:
+    """M(x) for x (N, b, D) and weights of (N, d_in, d_out)."""
+    inputs, _ = up_to_last(network, weights, x)
     depth = len(weights)
-    raw = network.shard.sum_at_output(depth - 1, depth, torch.bmm(inputs[-1], weights[-1]))
-    return Trace(inputs, hidden, normalise(network, raw))
+    return answer(
+        network, x, normalise(network, network.shard.sum_at_output(depth - 1, depth, inputs[-1] @ weights[-1]))
+    )
 
 
 def up_to_last(network: Network, weights: list[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Trace.inputs and Trace.hidden: the MLP without the product of its last matrix."""
+    """The MLP but for the product of its last matrix: inputs of all, (N, b, d_in), and outputs of those before it."""
     shard, depth = network.shard, len(weights)
     inputs, hidden = [shard.into_input(0, depth, x)], list[Tensor]()
     for layer, weight in enumerate(weights[:-1]):
@@ -208,22 +137,30 @@ def up_to_last(network: Network, weights: list[Tensor], x: Tensor) -> tuple[list
     return inputs, hidden
 
 
-def normalise(network: Network, raw: Tensor) -> Normed:
+def normalise(network: Network, raw: Tensor) -> Tensor:
     """LayerNorm without scale and shift of the MLP's output (N, b, D); a plain network's output stays as it is."""
-    if not network.residual_norm:
-        return Normed(raw, raw, raw, raw)
+    return layer_norm(raw).value if network.residual_norm else raw
+
+
+def layer_norm(raw: Tensor) -> Normed:
+    """LayerNorm of raw (N, b, D) without scale and shift."""
     eps = LAYER_NORM_EPS * _SMALLER**2
     value, mean, inverse_std = torch.native_layer_norm(raw * _SMALLER, raw.shape[-1:], None, None, eps)
     return Normed(raw, value, mean / _SMALLER, inverse_std * _SMALLER)
 
 
+def per_memory(parameter: Tensor, x: Tensor) -> Tensor:
+    """Scale or shift (H, D) for x (N, b, D) of N = B H memories, (N, 1, D)."""
+    return parameter.repeat(len(x) // len(parameter), 1).unsqueeze(1)
+
+
 def answer(network: Network, x: Tensor, normed: Tensor) -> Tensor:
-    """M(x) from its normalised MLP output; scale and shift broadcast against both."""
+    """M(x) for x (N, b, D), from its normalised MLP output."""
     if not network.residual_norm:
         return normed
     if network.norm_weight is not None:
-        normed = normed * network.norm_weight
-    return x + normed if network.norm_bias is None else x + network.norm_bias + normed
+        normed = normed * per_memory(network.norm_weight, x)
+    return x + normed if network.norm_bias is None else x + per_memory(network.norm_bias, x) + normed
 
 
 def answer_error(network: Network, keys: Tensor, values: Tensor, normed: Tensor) -> Tensor:
@@ -231,26 +168,15 @@ def answer_error(network: Network, keys: Tensor, values: Tensor, normed: Tensor)
     return LOSS_SLOPE * (answer(network, keys, normed) - values)
 
 
-def back_propagate(network: Network, weights: list[Tensor], trace: Trace, error: Tensor) -> Errors:
-    """Errors at the output of each matrix for the error (N, b, D) of M(x); scale is (N, 1, D)."""
-    delta = trace.normed.gradient(scaled(network, error)) if network.residual_norm else error
-    return propagate_down(network, weights, trace.hidden, delta)
-
-
-def propagate_down(network: Network, weights: list[Tensor], hidden: list[Tensor], delta: Tensor) -> Errors:
-    """Errors at the output of each matrix for the one at the last's, (N, b, D); hidden is Trace.hidden."""
+def propagate_down(network: Network, weights: list[Tensor], hidden: list[Tensor], delta: Tensor) -> list[Tensor]:
+    """Errors at the output of each matrix, (N, b, d_out), for that at the last's; hidden is up_to_last's."""
     shard, depth = network.shard, len(weights)
-    arriving, deltas = [], [delta]
+    deltas = [delta]
     for layer in reversed(range(1, depth)):
         delta = shard.into_output(layer, depth, deltas[-1])
-        arriving.append(shard.sum_at_input(layer, depth, torch.bmm(delta, weights[layer].transpose(1, 2))))
-        deltas.append(gelu_gradient(arriving[-1], hidden[layer - 1]))
-    return Errors(arriving[::-1], deltas[::-1])
-
-
-def scaled(network: Network, x: Tensor) -> Tensor:
-    """x times LayerNorm's scale."""
-    return x if network.norm_weight is None else x * network.norm_weight
+        arriving = shard.sum_at_input(layer, depth, torch.bmm(delta, weights[layer].transpose(1, 2)))
+        deltas.append(gelu_gradient(arriving, hidden[layer - 1]))
+    return deltas[::-1]
 
 
 def initial_weights(
@@ -280,9 +206,3 @@ def initial_std(residual_norm: bool, depth: int, d_in: int) -> float:
 def gelu_gradient(gradient: Tensor, z: Tensor) -> Tensor:
     """Gradient before the exact GELU, at z, for one behind it."""
     return torch.ops.aten.gelu_backward(gradient, z)
-
-
-def gelu_second_derivative(z: Tensor) -> Tensor:
-    """(2 - z^2) phi(z), phi the density of the normal distribution."""
-    square = z.square()
-    return (2.0 - square) * torch.exp(-0.5 * square) * (1.0 / math.sqrt(2.0 * math.pi))

@@ -15,8 +15,8 @@ class Backend(NamedTuple):
     """One way to compute the memory.
 
     Attributes:
-        scan: Runs chunks; see checkpoint.chunk_scan.
-        go_on: Runs tokens that stay inside the open chunk; see general.go_on.
+        scan: Runs chunks; see chunk.chunk_scan.
+        go_on: Runs tokens that stay inside the open chunk; see chunk.go_on.
     """
 
     scan: Callable[..., tuple[Tensor, Matrices]]

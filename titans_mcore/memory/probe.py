@@ -1,7 +1,7 @@
 """Looks into a scan: what some of its chunks learn from, worked out beside the scan, whatever its backend is.
 
 A scan that is looked into goes from one chosen chunk to the next; there the states are at hand, and the quantities
-follow from the same functions as the general chunk form. The scan's own numbers do not change.
+follow from the same functions as the chunk form. The scan's own numbers do not change.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .general import flat, work_out
+from .chunk import flat, gates_of_chunk, work_out
 from .inputs import Matrices, MemoryState, Tokens
 from .layout import Chunks
 from .pieces import Backend
@@ -106,12 +106,13 @@ def probe_chunk(memory: Memory, tokens: Tokens, start: Matrices, chunk: Chunks) 
         start: Weights and momentum at the chunk's start.
         chunk: Which of its slots are filled.
     """
-    batch, _, heads = tokens.keys.shape[:3]
+    heads = tokens.keys.shape[2]
     state, rule, shard = flat(start), memory.rule, memory.network.shard
     dtype, depth = start.weights[0].dtype, len(memory.initial)
     real = chunk.real(heads, tokens.keys.device)
     here = tokens.map(lambda x: chunk.split(x.to(dtype))[0])
-    work = work_out(memory.flat(batch), here, state, None if real is None else real[0])
+    gates = gates_of_chunk(memory, here, None if real is None else real[0])
+    work = work_out(memory, here, state, gates)
     squares = []
     for layer, (h, delta) in enumerate(zip(work.writes.inputs, work.writes.deltas, strict=True)):
         inputs = shard.sum_of_inputs(layer, depth, h.square().sum(-1))

@@ -13,7 +13,7 @@
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,13 +30,15 @@ class Rule:
 
     Attributes:
         anchored: Forgetting leads to M_0, not to zero.
-        exact: The last matrix' gradients are those at each token's own weights, and steps are held.
+        exact: The error at the last matrix' output is that at the token's own last matrix.
+        holds: Steps are held to what they remove of an error.
         rms_limit: Largest root mean square of a matrix and of its momentum behind a chunk; infinite for none.
         chunk_size: Tokens b of a whole chunk.
     """
 
     anchored: bool
     exact: bool
+    holds: bool
     rms_limit: float
     chunk_size: int
 
@@ -44,9 +46,9 @@ class Rule:
     def of(cls, name: str, chunk_size: int, *, residual_norm: bool, forgets: bool = True) -> "Rule":
         """The rule of one of RULES; without forgetting there is nothing that leads anywhere."""
         if name == "literal":
-            return cls(anchored=False, exact=False, rms_limit=math.inf, chunk_size=chunk_size)
+            return cls(anchored=False, exact=False, holds=False, rms_limit=math.inf, chunk_size=chunk_size)
         limit = 3.0 if residual_norm else 16.0
-        return cls(anchored=forgets, exact=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
+        return cls(anchored=forgets, exact=True, holds=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
 
     def beyond(self, mean_square: Tensor) -> Tensor:
         """Where the state shell acts, for mean squares of matrices."""
@@ -68,17 +70,12 @@ class Memory:
     Attributes:
         network: The memory network, and what the process holds of its matrices.
         rule: The rule of its updates.
-        initial: The learned M_0, L of (H, d_in, d_out); see `flat`.
+        initial: The learned M_0, L of (H, d_in, d_out).
     """
 
     network: Network
     rule: Rule
     initial: list[Tensor]
-
-    def flat(self, batch: int) -> "Memory":
-        """N = B H memories in one axis, M_0 (N, d_in, d_out), for autograd."""
-        network = replace(self.network.for_memories(batch), shard=self.network.shard.differentiable())
-        return Memory(network, self.rule, [x.expand(batch, *x.shape).flatten(0, 1) for x in self.initial])
 
 
 def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:

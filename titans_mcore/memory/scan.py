@@ -7,14 +7,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .checkpoint import chunk_scan
+from .chunk import chunk_scan, go_on
 from .fused import fused_scan, why_not_fused
-from .general import general_scan, go_on
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens
 from .layout import PackedRows
 from .naive import naive_scan
 from .native import native_go_on, native_scan, why_not_native
-from .network import WHOLE, Network, WholeMatrices, answer, forward
+from .network import WHOLE, Network, WholeMatrices, forward
 from .pieces import Backend, scan_packed, scan_rows_apart, scan_whole
 from .probe import Probe, probing
 from .rule import RULES, Memory, Rule
@@ -92,12 +91,11 @@ def memory_scan(
     _check_rows(rows, start, queries, close)
     dtype = torch.promote_types(queries.dtype, torch.float32)
     residual_norm = network == "residual_norm"
-    net = Network(residual_norm, _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard)
+    net = Network(residual_norm, _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard.differentiable())
     weights = [w.to(dtype) for w in weights]
     memory = Memory(net, Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets), weights)
     backend = _chosen(backend, memory, queries, channelwise=not isinstance(alpha, Tensor))
-    general = backend == "chunked" and (memory.rule.exact or not isinstance(alpha, Tensor))
-    run = _GENERAL if general else _BACKENDS[backend]
+    run = _BACKENDS[backend]
     if probe is not None:
         run = probing(probe, run)
     wide = queries.dtype if backend == "fused" else dtype
@@ -148,11 +146,9 @@ def memory_read(
         network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard.differentiable()
     )
     batch, _, heads, _ = queries.shape
-    rows = net.for_memories(batch)
     flat = [w.to(dtype).expand(batch, *w.shape[-3:]).flatten(0, 1) for w in weights]
     x = queries.to(dtype).transpose(1, 2).flatten(0, 1)
-    reads = answer(rows, x, forward(rows, flat, x).normed.value)
-    return reads.unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
+    return forward(net, flat, x).unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
 
 
 def _naive_chunks(memory: Memory, tokens: Tokens, start: Matrices, *_: object) -> tuple[Tensor, Matrices]:
@@ -171,7 +167,6 @@ def _naive_go_on(memory: Memory, tokens: Tokens, state: MemoryState, *, ends: bo
     return reads[:, -tokens.keys.shape[1] :], state
 
 
-_GENERAL = Backend(general_scan, go_on)  # "chunked" for what the form with a backward pass by hand leaves out
 _BACKENDS = {
     "chunked": Backend(chunk_scan, go_on),
     "native": Backend(native_scan, native_go_on),
