@@ -56,8 +56,8 @@ def by_the_oracle(network: str, tokens: list[Tensor], initial: list[Tensor], beg
         last = after(t).weights[-1] if rule.exact else None
         found = inner_gradient(net, first, tokens[1][:, t], tokens[2][:, t], last)
         steps = theta = tokens[3][:, t]
-        if rule.holds:
-            steps = held_steps(theta, tokens[4][:, t], *found, CHUNK)
+        if rule.exact:
+            steps = held_steps(rule, theta, tokens[4][:, t], *found)
         squares = torch.stack([g.square().sum((-1, -2)) for g in found[0]], -1)
         surprise.append(squares.sum(-1).sqrt())
         written.append((squares * steps.square()).sum(-1).sqrt())

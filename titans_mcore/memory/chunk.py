@@ -320,13 +320,14 @@ def work_out(
     before = None if earlier is None else earlier.writes
     inputs, hidden = up_to_last(network, state.weights, tokens.keys)
     steps = tokens.theta
-    if rule.holds:
+    if rule.holds_last:
         steps = torch.cat([steps[..., :-1], _held_last(memory, tokens, inputs[-1]).unsqueeze(-1)], -1)
     met, kernel = _met_by_keys(memory, inputs[-1], steps[..., -1], gates[-1], state, before)
     error = _errors(network, tokens, met, kernel)
     deltas = propagate_down(network, state.weights, hidden, error)
-    if rule.holds and len(inputs) > 1:
-        share = _lower_share(memory, tokens, inputs, deltas, error).unsqueeze(-1)
+    if kernel is not None and len(inputs) > 1:
+        own = answer_error(network, tokens.keys, tokens.values, normalise(network, met - kernel.tril(-1) @ error))
+        share = _lower_share(memory, tokens, inputs, deltas, (own / LOSS_SLOPE).square().sum(-1)).unsqueeze(-1)
         steps = torch.cat([steps[..., :-1] * share, steps[..., -1:]], -1)
     writes = Writes(inputs, deltas, steps)
     held = (steps < tokens.theta).any(-1)
@@ -451,8 +452,8 @@ def _held_last(memory: Memory, tokens: Tokens, h: Tensor) -> Tensor:
     return tokens.theta[..., -1] * last_step_share(step_mass(tokens.theta, tokens.eta)[..., -1], square)
 
 
-def _lower_share(memory: Memory, tokens: Tokens, inputs: list[Tensor], deltas: list[Tensor], error: Tensor) -> Tensor:
-    """Factor (N, n) on the steps of the matrices below the last."""
+def _lower_share(memory: Memory, tokens: Tokens, inputs: list[Tensor], deltas: list[Tensor], loss: Tensor) -> Tensor:
+    """Factor (N, n) on the steps of the matrices below the last, for losses |M(k) - v|^2 (N, n)."""
     shard, depth = memory.network.shard, len(inputs)
     mass = step_mass(tokens.theta, tokens.eta)
     pull = torch.zeros_like(mass[..., 0])
@@ -460,4 +461,4 @@ def _lower_share(memory: Memory, tokens: Tokens, inputs: list[Tensor], deltas: l
         input_square = shard.sum_of_inputs(layer, depth, inputs[layer].square().sum(-1))
         delta_square = shard.sum_of_outputs(layer, depth, deltas[layer].square().sum(-1))
         pull = pull + mass[..., layer] * input_square * delta_square
-    return lower_step_share(error.square().sum(-1) / LOSS_SLOPE**2, pull, memory.rule.chunk_size)
+    return lower_step_share(loss, pull, memory.rule.chunk_size)

@@ -1,8 +1,8 @@
 """The oracle: the paper's memory as a literal loop over tokens, gradients from autograd. Slow, for every dtype.
 
 Everything faster is proven equal to this file. It follows the paper's section 3.1 (equations 8 to 15) with the one
-change that makes chunks possible: all gradients of a chunk are taken at the weights the chunk began with. What the
-stable rule adds stands in rule.py.
+change that makes chunks possible: all gradients of a chunk are taken at the weights the chunk began with, but for what
+the stable rule, in rule.py, does otherwise.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .inputs import Matrices, Tokens
 from .network import LAYER_NORM_EPS, WHOLE, Network
-from .rule import Memory, last_step_share, lower_step_share, step_mass
+from .rule import Memory, Rule, last_step_share, lower_step_share, step_mass
 
 
 def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor, Matrices]:
@@ -37,8 +37,8 @@ def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor,
         gradients, inputs, loss = inner_gradient(
             network, chunk_start, tokens.keys[:, t], tokens.values[:, t], exact_last
         )
-        if rule.holds:
-            theta = held_steps(theta, tokens.eta[:, t], gradients, inputs, loss, rule.chunk_size)
+        if rule.exact:
+            theta = held_steps(rule, theta, tokens.eta[:, t], gradients, inputs, loss)
         new_weights, new_momentum = [], []
         for layer, gradient in enumerate(gradients):
             kept = 1.0 - alpha[layer][:, t].unsqueeze(-1)  # (B, H, d_in or 1, 1)
@@ -113,13 +113,15 @@ def inner_gradient(
 
 
 def held_steps(
-    theta: Tensor, eta: Tensor, gradients: list[Tensor], inputs: list[Tensor], loss: Tensor, chunk_size: int
+    rule: Rule, theta: Tensor, eta: Tensor, gradients: list[Tensor], inputs: list[Tensor], loss: Tensor
 ) -> Tensor:
-    """theta (B, H, L) as a rule that holds steps takes it."""
+    """theta (B, H, L) as an exact rule takes it."""
     mass = step_mass(theta, eta)
-    last = theta[..., -1] * last_step_share(mass[..., -1], inputs[-1].square().sum(-1))
-    pull = sum(mass[..., i] * g.square().sum((-1, -2)) for i, g in enumerate(gradients[:-1]))
-    if isinstance(pull, Tensor):
-        lower = theta[..., :-1] * lower_step_share(loss, pull, chunk_size).unsqueeze(-1)
-        return torch.cat([lower, last.unsqueeze(-1)], -1)
-    return last.unsqueeze(-1)
+    last = theta[..., -1:]
+    if rule.holds_last:
+        last = last * last_step_share(mass[..., -1:], inputs[-1].square().sum(-1, keepdim=True))
+    if theta.shape[-1] == 1:
+        return last
+    squares = torch.stack([g.square().sum((-1, -2)) for g in gradients[:-1]], -1)
+    share = lower_step_share(loss, (mass[..., :-1] * squares).sum(-1), rule.chunk_size)
+    return torch.cat([theta[..., :-1] * share.unsqueeze(-1), last], -1)

@@ -1,15 +1,17 @@
 """What keeps the memory stable: the rule of an update beyond the paper's equations. Measured in STABILITY.md.
 
-`literal` is the paper's rule in chunks and nothing else. `stable`, the default, differs in three things:
+`literal` is the paper's rule in chunks and nothing else. `stable`, the default, differs in four things:
 
+- The error at the output of the *last matrix* is the one at the token's own weights, W_{t-1}, as the paper writes it
+  (b = 1), not at the chunk's start: a chunk does not write the same correction b times. The network is linear in its
+  last matrix, so that takes no more than products of keys; see chunk.py.
+- The steps of the matrices below, whose gradients are those at the chunk's start, are *held*: each removes at most
+  1 / b of its token's error, since all b may pull the same way.
 - Forgetting leads back to the learned M_0 instead of to zero: M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t.
 - The *state shell*: after a chunk's last token a matrix, or its momentum, whose root mean square is above a limit is
   scaled back to it. To a LayerNorm the size of a matrix is no information: what is stored stays, and what comes can
-  still replace it.
-- A plain network has no LayerNorm that bounds its answer, and its chunk rule diverges. Its last matrix is linear in
-  what it learns, so there each gradient is taken at the token's own weights, as the paper writes it (b = 1; the delta
-  rule where there is no momentum), by one triangular solve a chunk. No step removes more than the whole of its token's
-  error; and the steps of the matrices below, which are taken at the chunk's start, remove at most 1 / b of it.
+  still replace it. A plain network has no LayerNorm that bounds its answer; there no step of the last matrix removes
+  more than the whole of its token's error either (the delta rule where there is no momentum).
 """
 
 import math
@@ -31,14 +33,15 @@ class Rule:
     Attributes:
         anchored: Forgetting leads to M_0, not to zero.
         exact: The error at the last matrix' output is that at the token's own last matrix.
-        holds: Steps are held to what they remove of an error.
+            Steps of the matrices below are held.
+        holds_last: Steps of the last matrix are held, too.
         rms_limit: Largest root mean square of a matrix and of its momentum behind a chunk; infinite for none.
         chunk_size: Tokens b of a whole chunk.
     """
 
     anchored: bool
     exact: bool
-    holds: bool
+    holds_last: bool
     rms_limit: float
     chunk_size: int
 
@@ -46,9 +49,9 @@ class Rule:
     def of(cls, name: str, chunk_size: int, *, residual_norm: bool, forgets: bool = True) -> "Rule":
         """The rule of one of RULES; without forgetting there is nothing that leads anywhere."""
         if name == "literal":
-            return cls(anchored=False, exact=False, holds=False, rms_limit=math.inf, chunk_size=chunk_size)
+            return cls(anchored=False, exact=False, holds_last=False, rms_limit=math.inf, chunk_size=chunk_size)
         limit = 3.0 if residual_norm else 16.0
-        return cls(anchored=forgets, exact=True, holds=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
+        return cls(anchored=forgets, exact=True, holds_last=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
 
     def beyond(self, mean_square: Tensor) -> Tensor:
         """Where the state shell acts, for mean squares of matrices."""
@@ -79,7 +82,7 @@ class Memory:
 
 
 def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:
-    """Factor on theta of an exact matrix, so that a step removes at most all of its token's error; any shape.
+    """Factor on theta of a plain network's last matrix: a step removes all of its token's error at most; any shape.
 
     Args:
         mass: step_mass of the token; with all its momentum the step moves the answer by 2 mass |h|^2 of the error.
@@ -89,7 +92,7 @@ def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:
 
 
 def lower_step_share(loss: Tensor, pull: Tensor, chunk_size: int) -> Tensor:
-    """Factor on theta of the matrices below an exact one, the same for all of them; any shape.
+    """Factor on theta of the matrices below the last, the same for all of them; any shape.
 
     To first order a step theta removes theta |gradient|^2 / (2 loss) of the error, all of it at twice Polyak's step
     size loss / |gradient|^2. Here it is 1 / b at most, since the steps of a whole chunk may pull the same way.

@@ -10,20 +10,18 @@ term of a sum over the processes that is still to be taken). At a matrix cut by 
 is whole; at one cut by columns the input is whole and the output a part. Gradients at what is whole come out partial,
 and stay so while all that follows is linear.
 
-The sums of a scan of one or two matrices: the prediction of a chunk's keys, its gradient on the way back, all reads
-of the sequence at once and, at once as well, all gradients at what is whole. Three or four matrices need two more for
-a chunk and one more for a group's reads, each way. A small sum of mean squares keeps the state shell, one a group,
-and one a chunk once it has acted. The backward pass goes through the chunks again with the sums that the forward pass
-has kept.
+The sums of a scan of one or two matrices: a chunk's prediction together with the products of its keys, its gradient on
+the way back, and a group's reads at once. Three or four matrices need two more for a chunk and one more for a group's
+reads, each way. Small ones keep steps held and the state shell. The backward pass goes through a group again, with its
+sums.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from titans_mcore.memory import WholeMatrices
 
@@ -63,20 +61,6 @@ class TPShard(WholeMatrices):
         add = self.add
         return replace(self, add=lambda x: _Sum.apply(x, add), spreading=lambda x: _Spread.apply(x, add))
 
-    def recorded(self, sums: list[Tensor]) -> "TPShard":
-        """See WholeMatrices."""
-
-        def add(x: Tensor) -> Tensor:
-            sums.append(self.add(x))
-            return sums[-1]
-
-        return replace(self, add=add)
-
-    def replayed(self, sums: Sequence[Tensor]) -> "TPShard":
-        """See WholeMatrices."""
-        left = iter(sums)
-        return replace(self, add=lambda _: next(left))
-
     def whole_shape(self, layer: int, depth: int, part: torch.Size) -> tuple[int, int]:
         """See WholeMatrices."""
         if by_rows(layer, depth):
@@ -95,13 +79,6 @@ class TPShard(WholeMatrices):
     def into_input(self, layer: int, depth: int, x: Tensor) -> Tensor:
         """See WholeMatrices."""
         return x if layer and by_rows(layer, depth) else self.of_rows(layer, depth, x)
-
-    def out_of_input(self, depth: int, x: Tensor) -> Tensor:
-        """See WholeMatrices."""
-        if not by_rows(0, depth):
-            return x
-        width = x.shape[-1]
-        return F.pad(x, (self.index * width, (self.count - 1 - self.index) * width))
 
     def into_output(self, layer: int, depth: int, x: Tensor) -> Tensor:
         """See WholeMatrices."""
@@ -123,19 +100,9 @@ class TPShard(WholeMatrices):
         """See WholeMatrices."""
         return x if by_rows(layer, depth) else self.add(x)
 
-    def once(self, x: Tensor) -> Tensor:
-        """See WholeMatrices: the first process has it, the others zeros."""
-        return self._of_first(self.spread(x))
-
     def mean(self, mean: Tensor) -> Tensor:
         """See WholeMatrices."""
         return self.spread(self.add(mean)) / self.count
-
-    def sum_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """See WholeMatrices."""
-        whole = self.add(torch.cat([x.flatten() for x in tensors]))
-        parts = whole.split([x.numel() for x in tensors])
-        return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
     def _of_first(self, x: Tensor) -> Tensor:
         # Zeros that depend on x: autograd has to go back through the same sums on every process.
