@@ -16,10 +16,9 @@ from titans_mcore.attention import attend
 from titans_mcore.attention.attend import visible
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import memory_read, memory_scan
-from titans_mcore.memory.chunk import coefficients
-from titans_mcore.memory.general import work_out
+from titans_mcore.memory.chunk import gates_of_chunk, work_out
 from titans_mcore.memory.inputs import Matrices, Tokens
-from titans_mcore.memory.network import Network, WrittenOutNormed, answer, back_propagate, forward, normalise
+from titans_mcore.memory.network import Network
 from titans_mcore.memory.rule import Memory, Rule
 from titans_mcore.mixers import MIXERS, attention, mac, neural_memory
 from titans_mcore.model import TitansModel
@@ -32,59 +31,17 @@ SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_
 SETTINGS |= {"chunk_size": 8, "segment_length": 64, "window": 48, "theta_max": 1e-4}
 
 
-def exact_form(
-    network: Network, tokens: list[Tensor], weights: list[Tensor], chunk: int, *, anchored: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The same of the stable rule of plain networks, from the parts that the general chunk form is made of."""
-    memories = Memory(network, Rule.of("stable", chunk, residual_norm=False, forgets=anchored), weights)
-    state, reads = Matrices(weights, [torch.zeros_like(w).requires_grad_() for w in weights]), []
-    for c in range(0, tokens[0].shape[1], chunk):
-        part = Tokens(*tokens).span(c, c + chunk)
-        work = work_out(memories, part, state)
+def chunk_form(memory: Memory, tokens: list[Tensor], weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The parts that the chunk form is made of, for autograd: (N, T, ...) tokens, the state shell left out."""
+    state, reads, chunk = Matrices(weights, [torch.zeros_like(w).requires_grad_() for w in weights]), [], memory.rule
+    for c in range(0, tokens[0].shape[1], chunk.chunk_size):
+        part = Tokens(*tokens).span(c, c + chunk.chunk_size)
+        with FlopCounterMode(display=False):  # counted by nobody who looks at the one around: b x b decays
+            gates = gates_of_chunk(memory, part)
+        work = work_out(memory, part, state, gates)
         reads.append(work.read(part.queries, state))
         state = work.end(state)
     return torch.cat(reads, 1), state.tensors()
-
-
-def dual_form(
-    network: Network, tokens: list[Tensor], weights: list[Tensor], chunk: int, *, anchored: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The dual form as products and nothing beside them, for autograd: (N, T, ...) tokens, the states' bounds left out.
-
-    What does not depend on the tokens' width (the b x b decays) is made before it is counted.
-    """
-    queries, keys, values, theta, eta, alpha = tokens
-    with FlopCounterMode(display=False):  # counted by nobody who looks at the one around
-        parts = [
-            [coefficients(eta[:, c : c + chunk, i], alpha[:, c : c + chunk, i]) for i in range(len(weights))]
-            for c in range(0, queries.shape[1], chunk)
-        ]
-    momentum = [torch.zeros_like(w).requires_grad_() for w in weights]
-    anchors, reads = weights, []  # of a sequence that begins: M_0
-    for c, part in zip(range(0, queries.shape[1], chunk), parts, strict=True):
-        q, k, v, rate = (x[:, c : c + chunk] for x in (queries, keys, values, theta))
-        trace = forward(network, weights, k)
-        if network.residual_norm:
-            trace.normed = WrittenOutNormed.of(trace.normed.raw)
-        error = 2.0 * (answer(network, k, trace.normed.value) - v)
-        deltas = back_propagate(network, weights, trace, error).deltas
-        x, after = q, []
-        for i, (h, delta, w, s, p) in enumerate(zip(trace.inputs, deltas, weights, momentum, part, strict=True)):
-            step = rate[..., i].unsqueeze(-2)
-            if i:
-                x = torch.nn.functional.gelu(x)
-            z = torch.bmm(x * p.keep.unsqueeze(-1), w) + torch.bmm(x * p.carried.unsqueeze(-1), s)
-            if anchored:
-                z = z + torch.bmm(x * (1.0 - p.keep).unsqueeze(-1), anchors[i])
-            z = z - torch.bmm(torch.bmm(x, h.mT) * (p.writes * step), delta)
-            written, left = (torch.bmm((h.mT * (of[:, -1:] * step)), delta) for of in (p.writes, p.decay))
-            keep = p.keep[:, -1, None, None]
-            kept = keep * w + (1.0 - keep) * anchors[i] * anchored + p.carried[:, -1, None, None] * s
-            after.append((kept - written, p.momentum[:, -1, None, None] * s - left))
-            x = z
-        weights, momentum = [w for w, _ in after], [s for _, s in after]
-        reads.append(answer(network, q, normalise(network, x).value))
-    return torch.cat(reads, 1), [*weights, *momentum]
 
 
 class Counted:
@@ -116,10 +73,11 @@ class Counted:
         start = [w.expand(rows, *w.shape[-3:]) for w in (weights if state is None else state.weights)]
         tokens = [leaf(x.transpose(1, 2).flatten(0, 1)) for x in sequence]
         own = [leaf(w.flatten(0, 1)) for w in start]
-        network = network_of(named, rows)
+        norm = named["network"] == "residual_norm"
+        rule = Rule.of(named["rule"], named["chunk_size"], residual_norm=norm, forgets=named["forgets"])
+        memory = Memory(Network(norm, named["norm_weight"], named["norm_bias"]), rule, [leaf(w) for w in weights])
         with FlopCounterMode(display=False) as counter:
-            form = exact_form if named["network"] == "plain" and named["rule"] == "stable" else dual_form
-            reads, end = form(network, tokens, own, named["chunk_size"], anchored=named["rule"] == "stable")
+            reads, end = chunk_form(memory, tokens, own)
             (reads.sum() + sum(x.sum() for x in end)).backward()
         self.operations["memory"] += counter.get_total_flops()
         found = memory_scan(*arguments, **named)
@@ -138,10 +96,6 @@ class Counted:
 
 def leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
-
-
-def network_of(named: dict, rows: int) -> Network:
-    return Network(named["network"] == "residual_norm", named["norm_weight"], named["norm_bias"]).for_memories(rows)
 
 
 PLAIN = {"memory_depth": 3, "memory_network": "plain"}

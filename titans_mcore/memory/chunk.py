@@ -323,11 +323,10 @@ def work_out(
     if rule.holds_last:
         steps = torch.cat([steps[..., :-1], _held_last(memory, tokens, inputs[-1]).unsqueeze(-1)], -1)
     met, kernel = _met_by_keys(memory, inputs[-1], steps[..., -1], gates[-1], state, before)
-    error = _errors(network, tokens, met, kernel)
-    deltas = propagate_down(network, state.weights, hidden, error)
-    if kernel is not None and len(inputs) > 1:
-        own = answer_error(network, tokens.keys, tokens.values, normalise(network, met - kernel.tril(-1) @ error))
-        share = _lower_share(memory, tokens, inputs, deltas, (own / LOSS_SLOPE).square().sum(-1)).unsqueeze(-1)
+    delta, error = _errors(network, tokens, met, kernel)
+    deltas = propagate_down(network, state.weights, hidden, delta)
+    if rule.exact and len(inputs) > 1:
+        share = _lower_share(memory, tokens, inputs, deltas, (error / LOSS_SLOPE).square().sum(-1)).unsqueeze(-1)
         steps = torch.cat([steps[..., :-1] * share, steps[..., -1:]], -1)
     writes = Writes(inputs, deltas, steps)
     held = (steps < tokens.theta).any(-1)
@@ -370,59 +369,62 @@ def _met_by_keys(
     return met, kernel
 
 
-def _errors(network: Network, tokens: Tokens, met: Tensor, kernel: Tensor | None) -> Tensor:
-    """Errors at the last matrix' output, (N, n, D); see _met_by_keys."""
+def _errors(network: Network, tokens: Tokens, met: Tensor, kernel: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Errors at the last matrix' output and at the answer, (N, n, D); see _met_by_keys."""
     if not network.residual_norm:
         error = LOSS_SLOPE * (met - tokens.values)
-        if kernel is None:
-            return error
-        return torch.linalg.solve_triangular(LOSS_SLOPE * kernel, error, upper=False, unitriangular=True)
-    one = met.new_ones(1)
-    scale = one if network.norm_weight is None else per_memory(network.norm_weight, met)
+        if kernel is not None:
+            error = torch.linalg.solve_triangular(LOSS_SLOPE * kernel, error, upper=False, unitriangular=True)
+        return error, error
+    scale = met.new_ones(1) if network.norm_weight is None else per_memory(network.norm_weight, met)
     aim = scale * answer_error(network, tokens.keys, tokens.values, torch.zeros_like(met))
-    return _NormErrors.apply(met, kernel, aim, (LOSS_SLOPE * scale.square()).expand(len(met), 1, met.shape[-1]))
+    slope = (LOSS_SLOPE * scale.square()).expand(len(met), 1, met.shape[-1])
+    delta, normed = _NormErrors.apply(met, kernel, aim, slope)
+    return delta, answer_error(network, tokens.keys, tokens.values, normed)
 
 
 class _NormErrors(torch.autograd.Function):
     """delta_t = LN'(s_t), s_t = aim_t + slope * n_t, n_t the LayerNorm of z_t = met_t - sum_{j < t} K[t, j] delta_j.
 
-    LN' is LayerNorm's derivative at z_t, r (s - mean s - n mean(s n)), which is its own transpose. It depends on z_t
-    through n and the inverse deviation r as well: with g the gradient at delta_t, these parts come to
+    Gives delta and n. LN' is LayerNorm's derivative at z_t, r (s - mean s - n mean(s n)), which is its own transpose.
+    It depends on z_t through n and the inverse deviation r as well: with g the gradient at delta_t, these parts come to
     -r (mean(s n) LN'(g) + mean(g n) delta + mean(g delta) n).
     """
 
     @staticmethod
-    def forward(ctx: Any, met: Tensor, kernel: Tensor | None, aim: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx: Any, met: Tensor, kernel: Tensor | None, aim: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         if kernel is None:
             normed = layer_norm(met)
-            delta = normed.gradient(aim + slope * normed.value)
+            delta = normed.gradient(torch.addcmul(aim, slope, normed.value))
             ctx.save_for_backward(aim, slope, delta, *normed)
-            return delta
-        delta, found = torch.empty_like(met), list[Tensor]()
+            return delta, normed.value
+        delta, found = torch.empty_like(met), list[Normed]()
         for t in range(met.shape[1]):
             z = met[:, t : t + 1]
             if t:
                 z = torch.baddbmm(z, kernel[:, t : t + 1, :t], delta[:, :t], alpha=-1)
             normed = layer_norm(z)
             delta[:, t : t + 1] = normed.gradient(torch.addcmul(aim[:, t : t + 1], slope, normed.value))
-            found += normed
-        ctx.save_for_backward(aim, slope, delta, *found, kernel)
-        return delta
+            found.append(normed)
+        ctx.save_for_backward(aim, slope, delta, *(x for normed in found for x in normed), kernel)
+        return delta, torch.cat([normed.value for normed in found], 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_delta: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_delta: Tensor, of_normed: Tensor) -> tuple[Tensor | None, ...]:
         aim, slope, delta, *rest = ctx.saved_tensors
         if len(rest) == len(Normed._fields):
             normed = Normed(*rest)
-            of_z, of_s = _through_errors(normed, of_delta, aim, slope, delta)
+            of_z, of_s = _through_errors(normed, of_delta, of_normed, aim, slope, delta)
             return of_z, None, of_s, (of_s * normed.value).sum(1, keepdim=True)
         *found, kernel = rest
         of_delta, of_slope = of_delta.clone(), torch.zeros_like(slope)
         of_z, of_s = torch.empty_like(aim), torch.empty_like(aim)
         for t in reversed(range(aim.shape[1])):
             at, normed = slice(t, t + 1), Normed(*found[4 * t : 4 * t + 4])
-            of_z[:, at], of_s[:, at] = _through_errors(normed, of_delta[:, at], aim[:, at], slope, delta[:, at])
+            of_z[:, at], of_s[:, at] = _through_errors(
+                normed, of_delta[:, at], of_normed[:, at], aim[:, at], slope, delta[:, at]
+            )
             of_slope = of_slope + of_s[:, at] * normed.value
             if t:
                 of_delta[:, :t].baddbmm_(kernel[:, at, :t].mT, of_z[:, at], alpha=-1)
@@ -430,11 +432,11 @@ class _NormErrors(torch.autograd.Function):
 
 
 def _through_errors(
-    normed: Normed, of_delta: Tensor, aim: Tensor, slope: Tensor, delta: Tensor
+    normed: Normed, of_delta: Tensor, of_normed: Tensor, aim: Tensor, slope: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients at z and at s of _NormErrors, of some tokens."""
     of_s = normed.gradient(of_delta)
-    of_z = normed.gradient(slope * of_s)
+    of_z = normed.gradient(torch.addcmul(of_normed, slope, of_s))
     share = -normed.inverse_std / delta.shape[-1]
     for left, right, along in (
         (torch.addcmul(aim, slope, normed.value), normed.value, of_s),

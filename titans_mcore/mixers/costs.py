@@ -37,14 +37,15 @@ The state that a context-parallel rank hands on, flat in the length of the rows,
       prefix     2 w B N e                      those of the persistent tokens
 
 Sums over ranks that hold parts of every memory's matrices, float32, for a scan of C chunks of b tokens by M = B H
-memories of width D and depth L, in groups of ceil(sqrt(C)) chunks:
+memories of width D and depth L, in groups of ceil(sqrt(C)) chunks; twice, since the way back goes through it again:
 
-    forward    each chunk's prediction M b D; for each group of g whole chunks mean squares 2 L g M; all reads C M b D
-    backward   each chunk's prediction again; once all gradients at what is whole, C b M (3 D + 3 L) + 2 M D
+    chunk      its prediction M b D, with the products of its keys M b b; squares for held steps M b (L - 1 + L // 2),
+               of a plain network's last matrix M b; mean squares for the state shell 2 L M
+    group      all its reads
 
-Three or four matrices sum, beside this, at the hidden width 2 M b D expansion for each chunk's prediction and 3 M b D
-expansion on its way back. That is what a scan takes whose state shell does not act; where it does, a group is gone
-through twice, and a chunk takes a small sum more.
+and the gradients at what every rank has whole, on the way back: of a chunk's keys, of its last errors twice, of its
+steps M b L, of its mean squares; of a group's queries and errors, of its steps and gates 3 M b L. Three or four
+matrices sum beside this at the hidden width.
 """
 
 import itertools
@@ -134,12 +135,12 @@ def attention_message(work: Workload, prefix: int) -> int:
 
 def memory_flops(config: TitansConfig) -> int:
     """Operations of one layer's memory that writes and reads a token, forward, all heads."""
-    stable, plain = config.memory_rule == "stable", config.memory_network == "plain"
+    stable = config.memory_rule == "stable"
     anchor = 2 if stable and config.memory_forgetting else 0  # what a query meets of M_0
     total, last = 0, config.memory_depth - 1
     for layer, (m, n) in enumerate(itertools.pairwise(config.memory_widths)):
         total += ((12 if layer else 10) + anchor) * m * n + 2 * config.chunk_size * (m + n)
-        if stable and plain and layer == last:
+        if stable and layer == last:
             # Each key meets weights, momentum and M_0 instead of the chunk's first weights, and the errors before it.
             total += (2 + anchor) * m * n + 2 * config.chunk_size * (m + n)
     return config.memory_shape.heads * total
@@ -204,15 +205,22 @@ def scan_sums(config: TitansConfig, rows: int, length: int) -> Sums:
     size = min(config.chunk_size, length)
     chunks = math.ceil(length / size)
     groups = math.ceil(chunks / _group(chunks))
-    predictions = chunks * memories * size * width
-    shells = groups if size == config.chunk_size else 0  # an open chunk has no shell behind it
-    squares = 2 * depth * chunks * memories if shells else 0
-    gradients = length * memories * 3 * (width + depth) + 2 * memories * width
-    calls = (chunks + shells + 1) + (chunks + 1)
-    numbers = (2 * predictions + squares) + (predictions + gradients)
+    tokens, stable = memories * chunks * size, config.memory_rule == "stable"
+    hidden, last = tokens * width * config.memory_expansion, tokens * width
+    shells = stable and size == config.chunk_size  # an open chunk has no shell behind it
+    squares = (2 * depth * chunks, 2 * depth * chunks * memories) if shells else (0, 0)
+    forth: list[Sums] = [(chunks, last + stable * tokens * size), (groups, last), squares]
+    back: list[Sums] = [(2 * chunks, 2 * last), (2 * groups, 2 * last), squares]
+    back += [(depth * chunks, depth * tokens), ((depth + 2) * groups, 3 * depth * tokens)]
+    if stable:
+        held = depth - 1 + depth // 2 + (config.memory_network == "plain")
+        forth.append((held * chunks, held * tokens))
+    if depth > 1:
+        back.append((chunks, last))
     if depth > 2:
-        calls += chunks + groups + 2 * chunks
-        numbers += 5 * predictions * config.memory_expansion
+        forth += [(2 * chunks, 2 * hidden), (groups, hidden)]
+        back += [((depth - 1) * chunks, (depth - 1) * hidden), (2 * groups, 2 * hidden)]
+    calls, numbers = total_sums([*forth, *forth, *back])
     return calls, FLOAT32 * numbers
 
 
