@@ -56,7 +56,7 @@ def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor,
 
 def apply(network: Network, weights: list[Tensor], x: Tensor) -> Tensor:
     """M(x) for x (B, H, D)."""
-    return answer(network, x, mlp(weights, x)[0])
+    return answer_of(network, x, mlp(weights, x)[0])
 
 
 def mlp(weights: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -69,7 +69,7 @@ def mlp(weights: list[Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     return z, inputs
 
 
-def answer(network: Network, x: Tensor, z: Tensor) -> Tensor:
+def answer_of(network: Network, x: Tensor, z: Tensor) -> Tensor:
     """M(x) from the output of the last matrix."""
     if not network.residual_norm:
         return z
@@ -104,7 +104,7 @@ def inner_gradient(
         z, inputs = mlp(weights, key)
         own = z if exact_last is None else (inputs[-1].unsqueeze(-2) @ exact_last).squeeze(-2)
         own = own if own.requires_grad else own.requires_grad_()
-        loss = (answer(network, key, own) - value).square().sum(-1)
+        loss = (answer_of(network, key, own) - value).square().sum(-1)
         (delta,) = torch.autograd.grad(loss.sum(), own, create_graph=differentiable)
         gradients = torch.autograd.grad(z, weights, delta, create_graph=differentiable)
     if not differentiable:
