@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evals.efficiency.cases import OURS, TITANS_PYTORCH, Case
+from titans_mcore.config import TitansConfig
 
 
 @dataclass
@@ -49,23 +50,27 @@ def build(case: Case) -> Subject:
     raise ValueError(f"nothing is called {case.implementation} {case.part}")
 
 
+def layer_config(heads: int, width: int, depth: int, expansion: int, chunk: int, backend: str = "auto") -> TitansConfig:
+    """Settings of a layer that is a memory of so many heads and nothing else."""
+    return TitansConfig(
+        variant="lmm",
+        dim=heads * width,
+        memory_heads=heads,
+        memory_depth=depth,
+        memory_expansion=expansion,
+        chunk_size=chunk,
+        persistent_tokens=0,
+        memory_backend=backend,  # type: ignore[arg-type]
+    )
+
+
 def _our_layer(case: Case) -> Subject:
     """Pre-norm, projections, convolution, memory, output norm and gate, output projection; no persistent tokens."""
-    from titans_mcore.config import TitansConfig
     from titans_mcore.mixers.lmm import LmmMixer
     from titans_mcore.mixers.parts import PlainParts
 
-    dim = case.heads * case.width
-    config = TitansConfig(
-        variant="lmm",
-        dim=dim,
-        memory_heads=case.heads,
-        memory_depth=case.depth,
-        memory_expansion=case.expansion,
-        chunk_size=case.chunk,
-        persistent_tokens=0,
-        memory_backend=case.setting,  # type: ignore[arg-type]
-    )
+    config = layer_config(case.heads, case.width, case.depth, case.expansion, case.chunk, case.setting)
+    dim = config.dim
     norm, mixer = nn.RMSNorm(dim), LmmMixer(config, PlainParts(config))
     for module in (norm, mixer):
         module.to(case.device, getattr(torch, case.dtype))

@@ -9,7 +9,7 @@ import torch
 from evals.command_line import EvaluationError
 from evals.efficiency.cases import OURS, Case, plan
 from evals.efficiency.circumstances import circumstances
-from evals.efficiency.flops import forward_flops_per_token, projection_flops_per_token, training_flops
+from evals.efficiency.implementations import layer_config
 from evals.efficiency.runner import Limits, run_group
 from evals.efficiency.settings import MemorySettings
 from evals.efficiency.summary import markdown
@@ -61,14 +61,16 @@ def matmul_ceiling(device: str, threads: int, size: int | None = None) -> float:
 
 
 def flops(row: Row) -> int | None:
-    """Operations of one repeat of this project's rows; None for others, whose work is another."""
+    """Operations of one repeat of our rows, recomputation left out; None for others, whose work is another."""
     if row["implementation"] != OURS:
         return None
-    shape = row["heads"], row["width"], row["depth"]
-    per_token = forward_flops_per_token(*shape, row["expansion"], row["chunk"])
-    if row["part"] == "layer":
-        per_token += projection_flops_per_token(*shape)
-    return row["batch"] * row["length"] * (training_flops(per_token) if "backward" in row["direction"] else per_token)
+    from titans_mcore.mixers.costs import memory_flops
+
+    config = layer_config(row["heads"], row["width"], row["depth"], row["expansion"], row["chunk"])
+    per_token = memory_flops(config)
+    if row["part"] == "layer":  # q, k, v, output gate, gates, output
+        per_token += 2 * config.dim * (5 * config.dim + 3 * row["depth"] * row["heads"])
+    return row["batch"] * row["length"] * per_token * (3 if "backward" in row["direction"] else 1)
 
 
 def _run(groups: list[list[Case]], settings: MemorySettings) -> Iterator[list[Row]]:

@@ -22,7 +22,7 @@ flushed.
   memory of an earlier chunk). `batch_size` is how many share the weights at which gradients are taken:
   `batch_size` = b is our recurrence, the like-for-like setting; with None, its default, all gradients of a sequence are
   taken at the first weights, which is less work and another function.
-- FLOP/s count what the dual form needs (evals/efficiency/flops.py), recomputation not counted, and are compared
+- FLOP/s count what the dual form needs (titans_mcore/mixers/costs.py), recomputation not counted, and are compared
   with one large matrix product."""
 
 

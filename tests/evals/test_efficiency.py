@@ -1,6 +1,5 @@
 """The efficiency command end to end on tiny shapes, its faults, and its count of operations. No times are asserted."""
 
-import itertools
 import json
 import math
 import os
@@ -12,16 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from evals.command_line import EvaluationError, run_command
 from evals.efficiency import __main__ as efficiency
 from evals.efficiency.cases import BOTH, OURS, TITANS_PYTORCH, Case, plan
-from evals.efficiency.flops import forward_flops_per_token
 from evals.efficiency.runner import Limits, run_group
 from evals.efficiency.settings import MemorySettings
 from evals.efficiency.targets import CPU_TARGETS, Target, judge
-from titans_mcore.memory import memory_scan
 
 REPOSITORY = Path(__file__).parents[2]
 LIMITS = Limits(repeats=2, threads=1, seconds=60.0, gigabytes=4.0)
@@ -109,40 +105,6 @@ def test_a_process_that_dies_is_a_failed_case(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (row,) = run_group([tiny()], LIMITS)
     assert (row["status"], row["reason"]) == ("failed", "the process ended with status 7: no message")
-
-
-def in_place_product(into: Any, left: Any, right: Any, **_: Any) -> int:
-    """torch's counter knows baddbmm, but not its form in place; arguments are shapes."""
-    batch, rows, columns = into
-    return 2 * batch * rows * columns * left[-1]
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_formula_counts_the_products_of_the_chunked_forward(depth: int) -> None:
-    """Counted by hand on the products themselves; what memory_scan runs beside them is bookkeeping."""
-    heads, width, expansion, chunk, length = 3, 16, 4, 16, 64
-    widths = [width, *[expansion * width] * (depth - 1), width]
-    by_hand = FlopCounterMode(display=False)
-    with by_hand:
-        for layer, (m, n) in enumerate(itertools.pairwise(widths)):
-            tokens, state, errors = torch.ones(chunk, m), torch.ones(3 * m, n), torch.ones(chunk, n)
-            tokens @ state[:m]  # keys forward
-            if layer:
-                errors @ state[:m].T  # errors backward
-            torch.ones(chunk, 3 * m) @ state  # read, from weights, momentum and M_0
-            torch.ones(2 * m, chunk) @ errors  # update of weights and momentum
-            (tokens @ tokens.T) @ errors  # inside the chunk
-    formula = forward_flops_per_token(heads, width, depth, expansion, chunk)
-    assert formula * chunk == heads * by_hand.get_total_flops()
-
-    shape = (1, length, heads)
-    queries, keys, values = (torch.randn(*shape, width) for _ in range(3))
-    theta, eta, alpha = (torch.full((*shape, depth), value) for value in (1e-3, 0.5, 1e-3))
-    weights = [torch.randn(heads, m, n) for m, n in itertools.pairwise(widths)]
-    run = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place_product})
-    with run, torch.no_grad():
-        memory_scan(queries, keys, values, theta, eta, alpha, weights, chunk_size=chunk, backend="chunked")
-    assert 1.0 <= run.get_total_flops() / (formula * length) < 2.0
 
 
 def test_ratios_of_targets_are_the_others_over_ours() -> None:

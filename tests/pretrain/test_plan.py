@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from evals.efficiency.flops import forward_flops_per_token
 from pretrain.config.files import preset_names
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
@@ -20,7 +19,6 @@ from pretrain.plan.parameters import count_by_part, parameters_of
 from pretrain.plan.step_time import dense_flops
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
-from titans_mcore.mixers.costs import memory_flops
 from titans_mcore.mixers.neural_memory import NeuralMemory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import groups, transformer_config
@@ -353,13 +351,6 @@ def test_visible_keys_are_those_of_the_mask(variant):
     mixer = MIXERS[variant]
     expected = float(seen.mean()) + mixer.persistent * config.persistent_tokens if mixer.attention else 0.0
     assert mixer.keys(config, LENGTH) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_the_memorys_operations_are_those_of_the_benchmark(depth):
-    config = TitansConfig(memory_depth=depth)
-    expected = forward_flops_per_token(*config.memory_shape, depth, config.memory_expansion, 16)
-    assert memory_flops(config) == expected
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "two-documents"])

@@ -1,4 +1,4 @@
-"""A scan that is kept while the block around it is computed again: the other kind of checkpoint."""
+"""Activation checkpointing around a memory scan: a block that is computed again keeps what its scan gave."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
