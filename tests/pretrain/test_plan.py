@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -353,23 +354,22 @@ def test_visible_keys_are_those_of_the_mask(variant):
     assert mixer.keys(config, LENGTH) == pytest.approx(expected)
 
 
+def left_behind(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a forward pass leaves for the backward pass."""
+    forward().backward()  # what is loaded and made once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss = forward()
+    assert loss.requires_grad
+    return sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
 @pytest.mark.parametrize("documents", [False, True], ids=["one-document", "two-documents"])
 def test_activations_are_near_what_autograd_keeps(model, documents):
     config, batch = model.titans_config, 1
     tokens = torch.randint(0, config.vocab_size, (batch, LENGTH))
     starts = torch.zeros(batch, LENGTH, dtype=torch.bool)
     starts[:, [0, LENGTH // 2]] = True
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: list[torch.Tensor] = []  # alive, so that no two have one address
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(tokens, tokens, starts if documents else None).mean()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    measured = sum(size for place, size in storages.items() if place not in weights)
+    measured = left_behind(lambda: model(tokens, tokens, starts if documents else None).mean())
     train = TrainConfig(sequence_length=LENGTH, micro_batch=batch, global_batch=batch)
     run = RunConfig(model=config, train=train, data=DataConfig(reset_documents=documents))
     parts = activation_bytes(run, Layout(1, 1, 1, 1, torch.float32, 1))
@@ -382,12 +382,7 @@ def test_what_recomputation_leaves_is_near_what_the_forward_pass_leaves(one_proc
     config = TitansConfig(variant="mag", **SETTINGS, **MEMORY)
     model = TitansModel(config, transformer_config(config), one_process, recompute=recompute)
     tokens = torch.randint(0, config.vocab_size, (1, LENGTH))
-    model(tokens, tokens).mean().backward()  # what is loaded and made once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        loss = model(tokens, tokens).mean()
-    events = profile.profiler.kineto_results.events()
-    left = sum(event.nbytes() for event in events if event.name() == "[memory]")
-    assert loss.requires_grad
+    left = left_behind(lambda: model(tokens, tokens).mean())
 
     def parts(mode: str) -> dict[str, int]:
         train = TrainConfig(sequence_length=LENGTH, micro_batch=1, global_batch=1, recompute=mode)

@@ -23,15 +23,15 @@ through a group again on its way back, so that the states of only some chunks ar
 Letters: L matrices, N = B H memories, b tokens of a chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens, Writes
 from .layout import Chunks, group_size
@@ -143,10 +143,59 @@ def chunk_scan(
     step, reads = group_size(length // chunks.size), []
     for begin in range(0, length // chunks.size, step):
         part = tokens.span(begin * chunks.size, (begin + step) * chunks.size)
-        run = partial(_group, memory, part, state, chunks.group(slice(begin, begin + step)), first)
-        read, state = checkpoint(run, use_reentrant=False) if torch.is_grad_enabled() else run()
+        read, state = _again(memory, part, state, chunks.group(slice(begin, begin + step)), first)
         reads.append(read)
     return torch.cat(reads, 1), state.map(lambda x: x.unflatten(0, (batch, heads)))
+
+
+def _again(
+    memory: Memory, tokens: Tokens, state: Matrices, chunks: Chunks, fresh: Matrices | None
+) -> tuple[Tensor, Matrices]:
+    """What _group gives; gradients come from going through the group again, and only its arguments are kept."""
+    rule, network, depth = memory.rule, memory.network, len(memory.initial)
+    residual_norm, shard, by_head = network.residual_norm, network.shard, isinstance(tokens.alpha, Tensor)
+    norm = [network.norm_weight, network.norm_bias]
+    begun, begins = ([], False) if fresh is None else (fresh.tensors(), True)
+
+    def run(*tensors: Any) -> tuple[Tensor, ...]:
+        left = iter(tensors)
+        weight, bias, queries, keys, values, theta, eta = islice(left, 7)
+        alpha = next(left) if by_head else list(islice(left, depth))
+        part = Tokens(queries, keys, values, theta, eta, alpha)
+        *matrices, initial = (list(islice(left, depth)) for _ in range(5 if begins else 3))
+        starts = [Matrices(*matrices[i : i + 2]) for i in range(0, len(matrices), 2)]
+        here = Memory(Network(residual_norm, weight, bias, shard), rule, initial)
+        reads, end = _group(here, part, starts[0], chunks, starts[1] if begins else None)
+        return reads, *end.tensors()
+
+    tensors = [*norm, *tokens.tensors(), *state.tensors(), *begun, *memory.initial]
+    reads, *end = _Again.apply(run, *tensors) if torch.is_grad_enabled() else run(*tensors)
+    return reads, Matrices(end[:depth], end[depth:])
+
+
+class _Again(torch.autograd.Function):
+    """run(*tensors), of which the way back keeps the arguments alone."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*tensors)
+        return run(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            leaves = [
+                None if x is None else x.detach().requires_grad_(want)
+                for x, want in zip(ctx.saved_tensors, wanted, strict=True)
+            ]
+            results = ctx.run(*leaves)
+        leaf = [x for x in leaves if x is not None and x.requires_grad]
+        # A document may begin in no chunk of the group, and M_0 be nothing that anything leads to.
+        found = iter(torch.autograd.grad(results, leaf, of_results, allow_unused=True))
+        return None, *(next(found) if want else None for want in wanted)
 
 
 def flat(matrices: Matrices) -> Matrices:
