@@ -30,7 +30,7 @@ SIZES = ("170m", "340m", "400m", "760m", "1.3b")
 RECALL = ("mag", "mac", "transformer")
 SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
 # The plan is for GPUs; what the native operation of CPUs keeps is less than what the forms with chunks keep.
-MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48, "memory_backend": "chunked"}
+MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48}
 LENGTH = 256
 HIDDEN = ("--parallel.memory-parallel", "hidden")
 PRESET = "mac_170m"

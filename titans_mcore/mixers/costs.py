@@ -18,15 +18,14 @@ Bytes kept of one token:
     attention        7 w e, with a prefix 11 w e       q, k, v as they are attended to, output twice, new q and v; a
                                                        prefix doubles q and k (rotated and plain)
       its mask       (1 + w) keys                      SDPA; flash-attn has none
-    memory           10 w m + 43 m                     projections, convolved q, k, v, their SiLU; float32: norms'
+    memory           10 w m + 41 m                     projections, convolved q, k, v, their SiLU; float32: norms'
                                                        inputs, the scan's q, k, v, the reads
-      documents      (3 K - 1) w m + 12 m              rows that hold several: a gather for each of K taps, slots
+      documents      3 (K - 1) w m + 4 m               rows that hold several: a gather for each of K taps, slots
 
 and of a row, with S bytes of weights and momentum in float32:
 
-    states           S (groups + 2)                    of the first chunk in every group of ceil(sqrt(chunks)); first
-                                                       state and anchors
-      a first state  S, persistent tokens 1.5 S
+    states           S groups                          of the first chunk in every group of ceil(sqrt(chunks)), but
+                                                       the first one's weights are M_0 where no tokens came before
     group at work    2 S g, and 12 float32 numbers for each width of the network that its tokens go through
 
 The state that a context-parallel rank hands on, flat in the length of the rows, for B rows of one document:
@@ -158,8 +157,8 @@ def memory_state(work: Workload) -> float:
 
 def memory_kept(work: Workload) -> float:
     """Bytes kept of a token by a memory."""
-    documents = ((3 * work.config.conv_kernel - 1) * work.w + 12) * work.m if work.documents else 0.0
-    return (10 * work.w + 43) * work.m + documents
+    documents = (3 * (work.config.conv_kernel - 1) * work.w + 4) * work.m if work.documents else 0.0
+    return (10 * work.w + 41) * work.m + documents
 
 
 def memory_scan_kept(work: Workload) -> float:
@@ -170,8 +169,7 @@ def memory_scan_kept(work: Workload) -> float:
 def memory_states(work: Workload, pieces: Iterable[int], each: float) -> float:
     """Bytes of the states kept by scans over pieces of a row, `each` S for a piece beside those of its groups."""
     chunks = [math.ceil(piece / work.config.chunk_size) for piece in pieces]
-    begun = float(work.documents) + float(work.config.persistent_tokens > 0)
-    return memory_state(work) * (sum(math.ceil(count / _group(count)) + each for count in chunks) + begun)
+    return memory_state(work) * sum(math.ceil(count / _group(count)) + each for count in chunks)
 
 
 def memory_at_work(work: Workload, pieces: Iterable[int]) -> float:

@@ -274,8 +274,8 @@ class Mac(MixerSpec):
         return 11 * w * work.e + (1 + w) * keys + memory_kept(work) + recall + (6 * w + 8) * config.dim
 
     def states_kept(self, work: Workload) -> float:
-        """A first state for every segment, and, with documents, what is recalled there."""
-        return memory_states(work, self.pieces(work.config, work.length), 1 + work.documents)
+        """With documents half a state more for every segment: the weights that are recalled there."""
+        return memory_states(work, self.pieces(work.config, work.length), work.documents / 2)
 
     def message(self, work: Workload) -> int:
         """Memory and tails, and those of the recall; segments are whole, so no keys."""

@@ -152,7 +152,8 @@ class MixerSpec:
 
     def states_kept(self, work: Workload) -> float:
         """Bytes of the states that are kept for the backward pass."""
-        return memory_states(work, self.pieces(work.config, work.length), 1.5) if self.memory else 0.0
+        each = 0.5 if self._prefix(work.config) else -0.5
+        return memory_states(work, self.pieces(work.config, work.length), each) if self.memory else 0.0
 
     def at_work(self, work: Workload) -> float:
         """Bytes of the largest working set, in one block at a time."""
