@@ -18,7 +18,7 @@
 // What operation.py passes; tensors are contiguous, N = rows * heads memories.
 struct Problem {
   int64_t rows, heads, chunks, size, group, depth, width[5];  // width: d_in of each matrix, then D
-  int64_t norm, anchored, exact, closed, rule_chunk;
+  int64_t norm, anchored, exact, holds, closed, rule_chunk;
   int64_t old;  // tokens of an open chunk that are worked out already
   double rms_limit, smallest_decay, epsilon;
   const void *queries, *keys, *values, *theta, *eta, *alpha;  // (B, C b, H, D) and (B, C b, H, L)
@@ -216,8 +216,10 @@ NOINLINE void gelu(int n, const T* z, T* value, T* slope, T* bend) {
 
 // ---------------------------------------------------------------------------------------------- one memory's way
 struct Found {  // What is worked out of a chunk's keys and gates; lists by matrix, rows by token.
-  T *input[4], *slope[4], *bend[4], *arriving[4], *delta[4], *error, *normed, *inverse;
-  T *keep[4], *writes[4], *decay[4], *theta[4], *eta[4], *alpha[4], *mass[4], *steps[4];  // column b: the chunk's start
+  T *input[4], *slope[4], *bend[4], *arriving[4], *delta[4];
+  T *error, *normed, *inverse, *similar, *reach;  // at the last matrix' output
+  T *keep[4], *writes[4], *decay[4];              // row -1 is before the first token, column b the chunk's start
+  T *theta[4], *eta[4], *alpha[4], *mass[4], *steps[4];
   T *share, *pull, *loss, *squares;
   int n, full;
 };
@@ -230,8 +232,8 @@ struct Walk {
   char* memory_base;
   int64_t used = 0, memory = 0, row = 0, head = 0;
   const T *anchor[4], *w[4], *s[4];  // M_0, and the state that a chunk begins with
-  T *own_anchor[4], *scale, *shift, *turned, *swapped, *one, *two, *three, *four;
-  T *x[4], *xslope[4], *similar[4], *attended[4], *taken[4], *carried[4], *led[4], *output, *rnormed, *rinverse;
+  T *own_anchor[4], *scale, *shift, *unit, *turned, *swapped, *one, *two, *three, *four;
+  T *x[4], *xslope[4], *similar[4], *attended[4], *carried[4], *led[4], *output, *rnormed, *rinverse;
   T *left[4], *right[4], *of_input[4], *of_delta[4], *of_anchor[4], *of_error, *of_query;
   T *of_writes[4], *of_decay[4], *of_keep[4], *of_steps[4], *of_mass[4];
 
@@ -254,13 +256,13 @@ struct Walk {
     for (int l = 0; l < L; l++) {
       own_anchor[l] = take((int64_t)din[l] * ldo[l]);
       x[l] = take(rows), xslope[l] = take(rows), similar[l] = take(b * bt), attended[l] = take(b * bt);
-      left[l] = take(3 * rows), carried[l] = take(2 * rows), led[l] = take(2 * rows), taken[l] = left[l];
+      left[l] = take(3 * rows), carried[l] = take(2 * rows), led[l] = take(2 * rows);
       if (!backward) continue;
       right[l] = take(3 * rows), of_input[l] = take(rows), of_delta[l] = take(rows);
-      of_writes[l] = take(b * bc), of_decay[l] = take(b * bc);
-      of_keep[l] = take(bc), of_steps[l] = take(bc), of_mass[l] = take(bc), of_anchor[l] = take((int64_t)din[l] * ldo[l]);
+      of_writes[l] = take((b + 1) * bc) + bc, of_decay[l] = take((b + 1) * bc) + bc, of_keep[l] = take(b + 1) + 1;
+      of_steps[l] = take(b), of_mass[l] = take(b), of_anchor[l] = take((int64_t)din[l] * ldo[l]);
     }
-    scale = take(ldd), shift = take(ldd), output = take(rows), rnormed = take(rows), rinverse = take(b);
+    scale = take(ldd), shift = take(ldd), unit = take(ldd), output = take(rows), rnormed = take(rows), rinverse = take(b);
     turned = take((int64_t)widest * bt), swapped = take(2 * (int64_t)widest * bt);
     one = take(rows), two = take(rows), three = take(rows), four = take(rows);
     if (backward) of_error = take(rows), of_query = take(rows);
@@ -269,11 +271,12 @@ struct Walk {
     const int64_t rows = (int64_t)b * widest;
     for (int l = 0; l < L; l++) {
       f.input[l] = take(rows), f.slope[l] = take(rows), f.bend[l] = take(rows);
-      f.arriving[l] = take(rows), f.delta[l] = take(rows), f.writes[l] = take(b * bc), f.decay[l] = take(b * bc);
-      for (T** list : {f.keep, f.theta, f.eta, f.alpha, f.mass, f.steps}) list[l] = take(bc);
+      f.arriving[l] = take(rows), f.delta[l] = take(rows);
+      f.writes[l] = take((b + 1) * bc) + bc, f.decay[l] = take((b + 1) * bc) + bc, f.keep[l] = take(b + 1) + 1;
+      for (T** list : {f.theta, f.eta, f.alpha, f.mass, f.steps}) list[l] = take(b);
     }
-    f.error = p.norm ? take(rows) : f.delta[L - 1];
-    f.normed = take(rows), f.inverse = take(b), f.share = take(b), f.pull = take(b), f.loss = take(b);
+    f.error = p.norm ? take(rows) : f.delta[L - 1];  // without LayerNorm the last matrix' output is the answer
+    f.similar = take(b * bt), f.reach = take(b * bt), f.normed = take(rows), f.inverse = take(b), f.share = take(b), f.pull = take(b), f.loss = take(b);
     f.squares = take(8);
   }
 
@@ -313,7 +316,7 @@ struct Walk {
       anchor[l] = outside;
       if (dout[l] != ldo[l]) in(din[l], dout[l], ldo[l], outside, dout[l], own_anchor[l]), anchor[l] = own_anchor[l];
     }
-    for (int i = 0; i < ldd; i++) scale[i] = i < D, shift[i] = 0;
+    for (int i = 0; i < ldd; i++) scale[i] = unit[i] = i < D, shift[i] = 0;
     if (p.scale) memcpy(scale, (const T*)p.scale + head * D, D * sizeof(T));
     if (p.shift) memcpy(shift, (const T*)p.shift + head * D, D * sizeof(T));
   }
@@ -332,32 +335,31 @@ struct Walk {
         for (int i = 0; i < M; i++) to[t * ldt + i] = dot(ld, x + t * ldx, matrix + (int64_t)i * ld);
         memset(to + t * ldt + M, 0, (ldt - M) * sizeof(T));
       }
-      return;
+    } else if (M <= b && !second) {
+      transpose(M, ld, matrix, ld, turned, bt, ld);
+      product(SET, n, padded(M), K, x, ldx, 1, turned, bt, to, ldt);
+    } else {
+      transpose(n, ld, x, ldx, turned, bt, ld);
+      product(SET, both, nt, K, matrix, ld, 1, turned, bt, swapped, bt);
+      transpose(M, nt, swapped, bt, to, ldt, n);
+      if (second) transpose(M, nt, swapped + (int64_t)M * bt, bt, second, ldt, n);
     }
-    transpose(n, ld, x, ldx, turned, bt, ld);
-    product(SET, both, nt, K, matrix, ld, 1, turned, bt, swapped, bt);
-    transpose(M, nt, swapped, bt, to, ldt, n);
-    if (second) transpose(M, nt, swapped + (int64_t)M * bt, bt, second, ldt, n);
   }
 
   // ------------------------------------------------------------------------------------------ coefficients
   // Products of decays E[t, j] and A E[t, j] as recurrences over t; column b is the momentum at the chunk's start.
   void coefficients(int chunk, Found& f) {
     for (int l = 0; l < L; l++) {
-      T kept = 1;
+      memset(f.decay[l] - bc, 0, bc * sizeof(T)), memset(f.writes[l] - bc, 0, bc * sizeof(T));
+      f.keep[l][-1] = f.decay[l][b - bc] = 1;
       for (int t = 0; t < f.n; t++) {
         const int64_t gate = token(chunk, t) * L + l;
         const T eta = f.eta[l][t] = ((const T*)p.eta)[gate], theta = f.theta[l][t] = ((const T*)p.theta)[gate];
         const T keep = 1 - (f.alpha[l][t] = ((const T*)p.alpha)[gate]), left = 1 - eta;
         T *e = f.decay[l] + t * bc, *g = f.writes[l] + t * bc;
-        if (!t) {
-          memset(e, 0, bc * sizeof(T)), memset(g, 0, bc * sizeof(T));
-          e[b] = g[b] = eta;
-        } else {
-          times(bc, eta, e - bc, e), times(bc, keep, g - bc, g), add(bc, 1, e, g);
-        }
+        times(bc, eta, e - bc, e), times(bc, keep, g - bc, g), add(bc, 1, e, g);
         e[t] = g[t] = 1;
-        f.keep[l][t] = kept *= keep;
+        f.keep[l][t] = keep * f.keep[l][t - 1];
         f.mass[l][t] = theta / (left > T(p.smallest_decay) ? left : T(p.smallest_decay));
         f.steps[l][t] = theta;  // unless the rule holds it
       }
@@ -383,13 +385,11 @@ struct Walk {
 
   // ------------------------------------------------------------------------------------------ the keys' pass
   void layer_norm(int n, const T* raw, T* normed, T* inverse) {
-    const T smaller = T(1) / ((int64_t)1 << 48);  // as network.normalise: its square stays finite
+    const T smaller = T(1) / ((int64_t)1 << 48);  // as network.layer_norm: its square stays finite
     for (int t = 0; t < n; t++) {
-      const T* z = raw + t * ldd;
-      T *y = normed + t * ldd, mean = 0;
-      for (int i = 0; i < D; i++) mean += z[i] * smaller;
-      mean /= D;
-      for (int i = 0; i < ldd; i++) y[i] = i < D ? z[i] * smaller - mean : 0;
+      const T *z = raw + t * ldd, mean = dot(ldd, z, unit) / D;
+      T* y = normed + t * ldd;
+      for (int i = 0; i < ldd; i++) y[i] = (z[i] - mean) * smaller * unit[i];
       const T r = 1 / std::sqrt(dot(ldd, y, y) / D + T(p.epsilon) * smaller * smaller);
       times(ldd, r, y, y);
       inverse[t] = r * smaller;
@@ -397,79 +397,80 @@ struct Walk {
   }
   // Of one token, its own transpose as a map: r (g - mean g - n mean(g n)).
   void norm_gradient(const T* g, const T* normed, T inverse, T* to) {
-    T mean = 0;
-    for (int i = 0; i < D; i++) mean += g[i];
-    mean /= D;
-    const T along = dot(ldd, g, normed) / D;
-    for (int i = 0; i < ldd; i++) to[i] = i < D ? inverse * (g[i] - mean - along * normed[i]) : 0;
+    const T mean = dot(ldd, g, unit) / D, along = dot(ldd, g, normed) / D;
+    for (int i = 0; i < ldd; i++) to[i] = inverse * unit[i] * (g[i] - mean - along * normed[i]);
   }
   void keys(int chunk, Found& f, bool bends) {
-    const int n = f.n - old;
-    in(n, D, ldi[0], (const T*)p.keys + token(chunk, old) * D, p.heads * D, f.input[0] + old * ldi[0]);
-    for (int l = 0; l < L - 1; l++) {
+    const int n = f.n - old, last = L - 1;
+    in(n, D, ldd, (const T*)p.keys + token(chunk, old) * D, p.heads * D, f.input[0] + old * ldd);
+    for (int l = 0; l < last; l++) {
       product(SET, n, ldo[l], din[l], f.input[l] + old * ldi[l], ldi[l], 1, w[l], ldo[l], one, ldo[l]);
       gelu(n * ldo[l], one, f.input[l + 1] + old * ldo[l], f.slope[l], bends ? f.bend[l] : nullptr);
     }
-    const int last = L - 1;
-    T* delta = f.delta[last] + old * ldd;
+    if (p.holds) hold_last(f);
+    last_output(f, output);
     in(n, D, ldd, (const T*)p.values + token(chunk, old) * D, p.heads * D, four);
-    if (p.exact) {
-      exact(f);
-    } else {
-      product(SET, n, ldd, din[last], f.input[last] + old * ldi[last], ldi[last], 1, w[last], ldd, one, ldd);
-      if (p.norm) layer_norm(n, one, f.normed, f.inverse);
-      for (int t = 0; t < n; t++) {
-        const T *value = four + t * ldd, *key = f.input[0] + (old + t) * ldi[0], *y = f.normed + t * ldd;
-        T *e = p.norm ? f.error + t * ldd : delta + t * ldd, *z = one + t * ldd;
-        for (int i = 0; i < ldd; i++) e[i] = 2 * ((p.norm ? key[i] + y[i] * scale[i] + shift[i] : z[i]) - value[i]);
-        if (!p.norm) continue;
-        for (int i = 0; i < ldd; i++) z[i] = e[i] * scale[i];
-        norm_gradient(z, y, f.inverse[t], delta + t * ldd);
-      }
+    for (int t = old; t < f.n; t++) {
+      T* z = output + (t - old) * ldd;
+      if (p.exact) product(SUB, 1, ldd, t, f.reach + (t - old) * bt, bt, 1, f.delta[last], ldd, z, ldd);
+      error(f, t, z, four + (t - old) * ldd);
     }
     for (int l = last; l > 0; l--) {
       T *arriving = f.arriving[l - 1], *below = f.delta[l - 1] + old * ldi[l];
       across(n, din[l], dout[l], f.delta[l] + old * ldo[l], ldo[l], w[l], ldo[l], arriving, ldi[l]);
       for (int i = 0; i < n * ldi[l]; i++) below[i] = arriving[i] * f.slope[l - 1][i];
     }
-    if (p.exact && L > 1) hold_lower(f);
+    if (p.holds && L > 1) hold_lower(f);
   }
-  // Where x meets a matrix as some tokens have left it, without the chunk's own writes: kept W + carried S + lost M_0.
-  void meet(int n, int l, const T* x, const T* keep, const T* carry, bool first, T* xw, T* xs, T* xm, T* z) {
-    for (int t = 0; t < n; t++) {
-      const bool start = first && t == 0;  // nothing has happened before the chunk's first token
-      const T k = start ? 1 : keep[t], c = start ? 0 : carry[t * bc];
-      times(ldi[l], k, x + t * ldi[l], xw + t * ldi[l]);
-      times(ldi[l], c, x + t * ldi[l], xs + t * ldi[l]);
-      if (p.anchored) times(ldi[l], 1 - k, x + t * ldi[l], xm + t * ldi[l]);
+  // What the keys meet in the last matrix without the chunk's own writes: at the chunk's start, or, exact, where the
+  // token before has left it, and how far the writes reach.
+  void last_output(Found& f, T* z) {
+    const int l = L - 1, n = f.n - old;
+    const T *h = f.input[l] + old * ldi[l], *before = f.writes[l] + (old - 1) * bc;
+    if (!p.exact) return product(SET, n, ldd, din[l], h, ldi[l], 1, w[l], ldd, z, ldd);
+    meet(n, l, h, f.keep[l] + old - 1, before + b, 0, z);
+    attend(f, l, n, h, before, f.similar, f.reach);
+  }
+  // Of one token's answer and, through LayerNorm, of the last matrix' output z, which is lost.
+  void error(Found& f, int t, T* z, const T* value) {
+    const T* key = f.input[0] + t * ldd;
+    T *e = f.error + t * ldd, *y = f.normed + t * ldd;
+    if (!p.norm) {
+      for (int i = 0; i < ldd; i++) e[i] = 2 * (z[i] - value[i]);
+      return;
     }
-    product(SET, n, ldo[l], din[l], xw, ldi[l], 1, w[l], ldo[l], z, ldo[l]);
-    product(ADD, n, ldo[l], din[l], xs, ldi[l], 1, s[l], ldo[l], z, ldo[l]);
-    if (p.anchored) product(ADD, n, ldo[l], din[l], xm, ldi[l], 1, anchor[l], ldo[l], z, ldo[l]);
+    layer_norm(1, z, y, f.inverse + t);
+    for (int i = 0; i < ldd; i++) e[i] = 2 * (key[i] + y[i] * scale[i] + shift[i] - value[i]), z[i] = e[i] * scale[i];
+    norm_gradient(z, y, f.inverse[t], f.delta[L - 1] + t * ldd);
+  }
+  // x times how much of weights, momentum and M_0 is there after each token, in rows of left, carried and led.
+  void spread(int n, int l, const T* x, const T* keep, const T* carry, int row) {
+    for (int t = 0; t < n; t++, x += ldi[l]) {
+      const int at = (row + t) * ldi[l];
+      times(ldi[l], keep[t], x, left[l] + at), times(ldi[l], carry[t * bc], x, carried[l] + at);
+      if (p.anchored) times(ldi[l], 1 - keep[t], x, led[l] + at);
+    }
+  }
+  // What x meets in a matrix as some tokens have left it, without the chunk's own writes.
+  void meet(int n, int l, const T* x, const T* keep, const T* carry, int row, T* z) {
+    spread(n, l, x, keep, carry, row);
+    product(SET, n, ldo[l], din[l], left[l] + row * ldi[l], ldi[l], 1, w[l], ldo[l], z, ldo[l]);
+    product(ADD, n, ldo[l], din[l], carried[l] + row * ldi[l], ldi[l], 1, s[l], ldo[l], z, ldo[l]);
+    if (p.anchored) product(ADD, n, ldo[l], din[l], led[l] + row * ldi[l], ldi[l], 1, anchor[l], ldo[l], z, ldo[l]);
+  }
+  // How far the deltas of all the chunk's tokens reach x: G[t, j] theta_j (x_t . h_j), and the products alone.
+  void attend(const Found& f, int l, int n, const T* x, const T* writes, T* similar, T* reach) {
+    across(n, f.n, din[l], x, ldi[l], f.input[l], ldi[l], similar, bt);
+    for (int t = 0; t < n; t++)
+      for (int j = 0; j < f.n; j++) reach[t * bt + j] = similar[t * bt + j] * writes[t * bc + j] * f.steps[l][j];
   }
 
-  // ------------------------------------------------------------------------------------------ the exact last matrix
-  // Held steps, then e_t = 2 (h_t W_{t-1} - v_t), a triangular system: the kernel 2 G[t-1, j] (h_t . h_j) stands in
-  // `attended`, the products h_t . h_j in `similar`. `four` holds the values.
-  void exact(Found& f) {
-    const int l = L - 1, n = f.n - old, ld = ldi[l];
-    const T *h = f.input[l] + old * ld, *carry = f.writes[l] + b;
-    T* e = f.delta[l];
+  // ------------------------------------------------------------------------------------------ held steps
+  void hold_last(Found& f) {
+    const int l = L - 1;
     for (int t = old; t < f.n; t++) {
-      const T asked = 2 * f.mass[l][t] * dot(ld, f.input[l] + t * ld, f.input[l] + t * ld);
+      const T *h = f.input[l] + t * ldi[l], asked = 2 * f.mass[l][t] * dot(ldi[l], h, h);
       f.steps[l][t] = f.theta[l][t] / (asked > 1 ? asked : 1);
-    }
-    meet(n, l, h, f.keep[l] + old - 1, carry + (old - 1) * bc, !old, one, two, three, e + old * ldd);
-    transpose(f.n, ld, f.input[l], ld, turned, bt, ld);
-    product(SET, n, padded(f.n), din[l], h, ld, 1, turned, bt, similar[l], bt);
-    for (int t = old; t < f.n; t++) {
-      T *own = e + t * ldd, *kernel = attended[l] + (t - old) * bt;
-      const T* value = four + (t - old) * ldd;
-      for (int i = 0; i < ldd; i++) own[i] = 2 * (own[i] - value[i]);
-      for (int j = 0; j < t; j++) {
-        kernel[j] = 2 * f.writes[l][(t - 1) * bc + j] * f.steps[l][j] * similar[l][(t - old) * bt + j];
-        add(ldd, -kernel[j], e + j * ldd, own);
-      }
     }
   }
   void hold_lower(Found& f) {
@@ -479,7 +480,7 @@ struct Walk {
         const T *h = f.input[l] + t * ldi[l], *d = f.delta[l] + t * ldo[l];
         pull += f.mass[l][t] * dot(ldi[l], h, h) * dot(ldo[l], d, d);
       }
-      const T *e = f.delta[L - 1] + t * ldd, loss = dot(ldd, e, e) / 4, asked = T(p.rule_chunk) * pull;
+      const T *e = f.error + t * ldd, loss = dot(ldd, e, e) / 4, asked = T(p.rule_chunk) * pull;
       if (asked > 2 * loss) share = 2 * loss / asked;
       f.share[t] = share, f.pull[t] = pull, f.loss[t] = loss;
       for (int l = 0; l < L - 1; l++) f.steps[l][t] = f.theta[l][t] * share;
@@ -489,16 +490,12 @@ struct Walk {
   // ------------------------------------------------------------------------------------------ reads
   // Each query through the state that its own token has left; leaves the last output in `output`.
   void queries(int chunk, const Found& f, bool slopes) {
-    const int n = f.n - old, nt = padded(f.n);
+    const int n = f.n - old;
     in(n, D, ldi[0], (const T*)p.queries + token(chunk, old) * D, p.heads * D, x[0]);
     for (int l = 0; l < L; l++) {
       T* z = l == L - 1 ? output : one;
-      meet(n, l, x[l], f.keep[l] + old, f.writes[l] + old * bc + b, false, taken[l], carried[l], led[l], z);
-      transpose(f.n, ldi[l], f.input[l], ldi[l], turned, bt, ldi[l]);
-      product(SET, n, nt, din[l], x[l], ldi[l], 1, turned, bt, similar[l], bt);
-      for (int t = 0; t < n; t++)
-        for (int j = 0; j < f.n; j++)
-          attended[l][t * bt + j] = similar[l][t * bt + j] * f.writes[l][(old + t) * bc + j] * f.steps[l][j];
+      meet(n, l, x[l], f.keep[l] + old, f.writes[l] + old * bc + b, 0, z);
+      attend(f, l, n, x[l], f.writes[l] + old * bc, similar[l], attended[l]);
       product(SUB, n, ldo[l], f.n, attended[l], bt, 1, f.delta[l], ldo[l], z, ldo[l]);
       if (l < L - 1) gelu(n * ldo[l], z, x[l + 1], slopes ? xslope[l] : nullptr, nullptr);
     }
@@ -547,22 +544,35 @@ struct Walk {
   bool outside(T square) const { return square > T(p.rms_limit) * T(p.rms_limit); }
 
   // ------------------------------------------------------------------------------------------ the way back
-  // Back through `meet`: (n, d_in) at x, the same three products transposed; gradients at what was kept and carried.
-  void meet_back(int n, int l, const T* x, const T* of_z, const T* keep, const T* carry, bool first, T* of_x, T* of_keep,
-                 T* of_carry) {
+  // Back through `meet`: adds to the gradient at x, at what was kept and at what was carried.
+  void meet_back(int n, int l, const T* x, const T* of_z, const T* keep, const T* carry, T* of_x, T* of_keep, T* of_carry) {
     across(n, din[l], dout[l], of_z, ldo[l], w[l], ldo[l], one, ldi[l], two);
     if (p.anchored) across(n, din[l], dout[l], of_z, ldo[l], anchor[l], ldo[l], three, ldi[l]);
     for (int t = 0; t < n; t++) {
-      const bool start = first && t == 0;
-      const T k = start ? 1 : keep[t], c = start ? 0 : carry[t * bc];
       const T *own = x + t * ldi[l], *pw = one + t * ldi[l], *ps = two + t * ldi[l], *pm = three + t * ldi[l];
       T* to = of_x + t * ldi[l];
-      add(ldi[l], k, pw, to), add(ldi[l], c, ps, to);
-      if (p.anchored) add(ldi[l], 1 - k, pm, to);
-      if (start) continue;
+      add(ldi[l], keep[t], pw, to), add(ldi[l], carry[t * bc], ps, to);
+      if (p.anchored) add(ldi[l], 1 - keep[t], pm, to);
       of_keep[t] += dot(ldi[l], own, pw) - (p.anchored ? dot(ldi[l], own, pm) : 0);
       of_carry[t * bc] += dot(ldi[l], own, ps);
     }
+  }
+  // Back through `attend` for x of all tokens; `reach` is lost. Where G is zero its gradient is no more than finite.
+  void attend_back(const Found& f, int l, const T* x, const T* of_z, int before, const T* similar, T* reach, T* of_x) {
+    const int n = f.n;
+    const T *writes = f.writes[l] - before * bc, *step = f.steps[l];
+    across(n, n, dout[l], of_z, ldo[l], f.delta[l], ldo[l], reach, bt);
+    for (int t = 0; t < n; t++) {
+      const T *g = writes + t * bc, *same = similar + t * bt;
+      T *pair = reach + t * bt, *of_g = of_writes[l] + (t - before) * bc;
+      for (int j = 0; j < n; j++) {
+        const T of_write = -pair[j] * same[j];
+        of_g[j] += of_write * step[j], of_steps[l][j] += of_write * g[j];
+        pair[j] *= -g[j] * step[j];
+      }
+    }
+    product(ADD, n, ldi[l], n, reach, bt, 1, f.input[l], ldi[l], of_x, ldi[l]);
+    product(ADD, n, ldi[l], n, reach, 1, bt, x, ldi[l], of_input[l], ldi[l]);
   }
   // W = s U with s = limit / rms(U) where the shell acted: s (D - (D . W) W / (size limit^2)).
   void shell_back(const Found& f, const T* after, T* g) {
@@ -577,7 +587,7 @@ struct Walk {
       }
   }
   void reads_back(int chunk, const Found& f, T* g_scale, T* g_shift) {
-    const int n = f.n, nt = padded(n);
+    const int n = f.n;
     in(n, D, ldd, (const T*)p.of_reads + token(chunk, 0) * D, p.heads * D, of_query);
     memcpy(right[L - 1], of_query, sizeof(T) * n * ldd);
     for (int t = 0; t < n && p.norm; t++) {
@@ -588,24 +598,10 @@ struct Walk {
     }
     for (int l = L - 1; l >= 0; l--) {
       T *of_z = right[l], *of_x = l ? right[l - 1] : four;
-      memset(of_delta[l], 0, sizeof(T) * n * ldo[l]);
       product(SUB, n, ldo[l], n, attended[l], 1, bt, of_z, ldo[l], of_delta[l], ldo[l]);
-      transpose(n, ldo[l], f.delta[l], ldo[l], turned, bt, ldo[l]);
-      product(SET, n, nt, dout[l], of_z, ldo[l], 1, turned, bt, attended[l], bt);
-      for (int t = 0; t < n; t++) {
-        T *at_pair = attended[l] + t * bt, *of_g = of_writes[l] + t * bc;
-        const T *g = f.writes[l] + t * bc, *same = similar[l] + t * bt, *step = f.steps[l];
-        for (int j = 0; j <= t; j++) {
-          const T of = -at_pair[j], of_write = of * same[j];
-          of_g[j] += of_write * step[j], of_steps[l][j] += of_write * g[j];
-          at_pair[j] = of * g[j] * step[j];
-        }
-        for (int j = t + 1; j < n; j++) at_pair[j] = 0;
-      }
       memset(of_x, 0, sizeof(T) * n * ldi[l]);
-      meet_back(n, l, x[l], of_z, f.keep[l], f.writes[l] + b, false, of_x, of_keep[l], of_writes[l] + b);
-      product(ADD, n, ldi[l], n, attended[l], bt, 1, f.input[l], ldi[l], of_x, ldi[l]);
-      product(SET, n, ldi[l], n, attended[l], 1, bt, x[l], ldi[l], of_input[l], ldi[l]);
+      attend_back(f, l, x[l], of_z, 0, similar[l], attended[l], of_x);
+      meet_back(n, l, x[l], of_z, f.keep[l], f.writes[l] + b, of_x, of_keep[l], of_writes[l] + b);
       for (int i = 0; i < n * ldi[l] && l; i++) of_x[i] *= xslope[l - 1][i];
     }
     for (int i = 0; i < n * ldi[0]; i++) four[i] += p.norm ? of_query[i] : 0;
@@ -638,7 +634,7 @@ struct Walk {
       }
       if (!(T(p.rule_chunk) * f.pull[t] > 2 * f.loss[t])) continue;
       const T of_pull = -of_share * f.share[t] / f.pull[t], of_loss = of_share * 2 / (T(p.rule_chunk) * f.pull[t]);
-      add(ldd, of_loss / 2, f.delta[L - 1] + t * ldd, of_delta[L - 1] + t * ldd);
+      times(ldd, of_loss / 2, f.error + t * ldd, of_error + t * ldd);
       for (int l = 0; l < L - 1; l++) {
         const T *h = f.input[l] + t * ldi[l], *d = f.delta[l] + t * ldo[l], mass = f.mass[l][t];
         const T hh = dot(ldi[l], h, h), dd = dot(ldo[l], d, d);
@@ -648,58 +644,45 @@ struct Walk {
       }
     }
   }
-  // From the gradient at the errors back through the solve; `at_z` gets that at what the keys meet.
-  void exact_back(const Found& f, T* at_z) {
-    const int l = L - 1, n = f.n, ld = ldi[l];
-    const T* h = f.input[l];
-    transpose(n, ld, h, ld, turned, bt, ld);
-    product(SET, n, padded(n), din[l], h, ld, 1, turned, bt, similar[l], bt);
-    for (int t = n - 1; t >= 0; t--) {
-      T *of_e = of_delta[l] + t * ldd, *of_pair = attended[l] + t * bt;
-      memset(of_pair, 0, bt * sizeof(T));
-      for (int j = 0; j < t; j++) {
-        const T write = f.writes[l][(t - 1) * bc + j], step = f.steps[l][j], same = similar[l][t * bt + j];
-        const T of_kernel = -2 * dot(ldd, of_e, f.delta[l] + j * ldd);
-        of_writes[l][(t - 1) * bc + j] += of_kernel * step * same;
-        of_steps[l][j] += of_kernel * write * same;
-        of_pair[j] = of_kernel * write * step;
-        add(ldd, -2 * write * step * same, of_e, of_delta[l] + j * ldd);
-      }
-      times(ldd, 2, of_e, at_z + t * ldd);
-    }
-    product(ADD, n, ld, n, attended[l], bt, 1, h, ld, of_input[l], ld);
-    product(ADD, n, ld, n, attended[l], 1, bt, h, ld, of_input[l], ld);
-    meet_back(n, l, h, at_z, f.keep[l] - 1, f.writes[l] + b - bc, true, of_input[l], of_keep[l] - 1, of_writes[l] + b - bc);
-    for (int t = 0; t < n; t++) {
-      const T *own = h + t * ld, square = dot(ld, own, own), asked = 2 * f.mass[l][t] * square;
+  void hold_last_back(const Found& f) {
+    const int l = L - 1;
+    for (int t = 0; t < f.n; t++) {
+      const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), asked = 2 * f.mass[l][t] * square;
       const T share = 1 / (asked > 1 ? asked : 1), of_asked = asked > 1 ? -of_steps[l][t] * f.theta[l][t] * share * share : 0;
       of_steps[l][t] *= share;
       of_mass[l][t] += 2 * square * of_asked;
-      add(ld, 4 * f.mass[l][t] * of_asked, own, of_input[l] + t * ld);
+      add(ldi[l], 4 * f.mass[l][t] * of_asked, h, of_input[l] + t * ldi[l]);
     }
   }
-  // From the last delta to the last matrix' output by way of the error; LayerNorm's second derivative as in
-  // chunk_backward.InnerGradient. Leaves the gradient at the answers in of_error.
-  void error_back(const Found& f, T* at_z, T* g_scale, T* g_shift) {
-    for (int t = 0; t < f.n; t++) {
-      const T *of = of_delta[L - 1] + t * ldd, *e = f.error + t * ldd, *y = f.normed + t * ldd;
-      const T *delta = f.delta[L - 1] + t * ldd, r = f.inverse[t];
-      T *at_answer = of_error + t * ldd, *raw = at_z + t * ldd, *of_scaled = one, *product_scaled = two;
-      if (!p.norm) {
-        times(ldd, 2, of, at_answer), times(ldd, 2, of, raw);
-        continue;
-      }
-      norm_gradient(of, y, r, of_scaled);
-      for (int i = 0; i < ldd; i++) {
-        at_answer[i] = 2 * of_scaled[i] * scale[i];
-        product_scaled[i] = e[i] * scale[i], three[i] = at_answer[i] * scale[i];
-      }
-      for (int i = 0; i < D; i++) g_scale[i] += of_scaled[i] * e[i] + at_answer[i] * y[i], g_shift[i] += at_answer[i];
-      norm_gradient(three, y, r, raw);
-      add(ldd, -dot(ldd, product_scaled, y) / D * r, of_scaled, raw);
-      add(ldd, -dot(ldd, of, y) / D * r, delta, raw);
-      add(ldd, -dot(ldd, of, delta) / D * r, y, raw);
+  // From the last deltas to the last matrix' output: from the last token to the first, each of which gets what comes
+  // from the outputs behind it. Leaves the gradient at the answers in of_error.
+  void errors_back(const Found& f, T* at_z, T* g_scale, T* g_shift) {
+    for (int t = f.n - 1; t >= 0; t--) {
+      T* of = of_delta[L - 1] + t * ldd;
+      if (p.exact && t < f.n - 1)
+        product(SUB, 1, ldd, f.n - 1 - t, f.reach + (t + 1) * bt + t, 0, bt, at_z + (t + 1) * ldd, ldd, of, ldd);
+      error_back(f, t, of, of_error + t * ldd, at_z + t * ldd, g_scale, g_shift);
     }
+  }
+  // Of one token; `at_answer` holds what comes to the answer's error from elsewhere. LayerNorm's derivative at z depends
+  // on z through n and r as well: see chunk._NormErrors.
+  void error_back(const Found& f, int t, const T* of, T* at_answer, T* raw, T* g_scale, T* g_shift) {
+    const T *e = f.error + t * ldd, *y = f.normed + t * ldd, *delta = f.delta[L - 1] + t * ldd, share = f.inverse[t] / D;
+    T *of_scaled = one, *scaled = two, *of_normed = three;
+    if (!p.norm) {
+      for (int i = 0; i < ldd; i++) raw[i] = at_answer[i] = 2 * (of[i] + at_answer[i]);
+      return;
+    }
+    norm_gradient(of, y, f.inverse[t], of_scaled);
+    for (int i = 0; i < ldd; i++) {
+      at_answer[i] = 2 * (of_scaled[i] * scale[i] + at_answer[i]);
+      scaled[i] = e[i] * scale[i], of_normed[i] = at_answer[i] * scale[i];
+    }
+    for (int i = 0; i < D; i++) g_scale[i] += of_scaled[i] * e[i] + at_answer[i] * y[i], g_shift[i] += at_answer[i];
+    norm_gradient(of_normed, y, f.inverse[t], raw);
+    add(ldd, -share * dot(ldd, scaled, y), of_scaled, raw);
+    add(ldd, -share * dot(ldd, of, y), delta, raw);
+    add(ldd, -share * dot(ldd, of, delta), y, raw);
   }
   // Reverse of `coefficients`, and of theta's way into steps and masses.
   void gates_back(int chunk, const Found& f) {
@@ -707,17 +690,12 @@ struct Walk {
       T of_kept = 0;
       for (int t = f.n - 1; t >= 0; t--) {
         const T eta = f.eta[l][t], keep = 1 - f.alpha[l][t], left = 1 - eta, smallest = p.smallest_decay;
-        T *of_g = of_writes[l] + t * bc, *of_e = of_decay[l] + t * bc, of_keep_now = 0, of_eta;
+        T *of_g = of_writes[l] + t * bc, *of_e = of_decay[l] + t * bc;
         add(bc, 1, of_g, of_e);
         of_kept += of_keep[l][t];
-        if (t) {
-          of_keep_now = dot(bc, of_g, f.writes[l] + (t - 1) * bc);
-          of_eta = dot(bc, of_e, f.decay[l] + (t - 1) * bc);
-          add(bc, keep, of_g, of_g - bc), add(bc, eta, of_e, of_e - bc);
-        } else {
-          of_eta = of_e[b];
-        }
-        of_keep_now += of_kept * (t ? f.keep[l][t - 1] : 1);
+        const T of_keep_now = dot(bc, of_g, f.writes[l] + (t - 1) * bc) + of_kept * f.keep[l][t - 1];
+        const T of_eta = dot(bc, of_e, f.decay[l] + (t - 1) * bc);
+        add(bc, keep, of_g, of_g - bc), add(bc, eta, of_e, of_e - bc);
         of_kept *= keep;
         const int64_t gate = token(chunk, t) * L + l;
         const T divisor = left > smallest ? left : smallest;
@@ -769,14 +747,17 @@ struct Walk {
     const int n = f.n, last = L - 1;
     T *g_scale = p.norm ? (T*)p.of_scale + memory * D : nullptr, *g_shift = p.norm ? (T*)p.of_shift + memory * D : nullptr;
     for (int l = 0; l < L; l++) {
-      memset(of_writes[l], 0, sizeof(T) * n * bc), memset(of_decay[l], 0, sizeof(T) * n * bc);
-      for (T* x : {of_keep[l], of_steps[l], of_mass[l]}) memset(x, 0, sizeof(T) * bc);
+      memset(of_writes[l] - bc, 0, sizeof(T) * (n + 1) * bc), memset(of_decay[l] - bc, 0, sizeof(T) * (n + 1) * bc);
+      memset(of_keep[l] - 1, 0, sizeof(T) * (n + 1));
+      for (T* x : {of_steps[l], of_mass[l]}) memset(x, 0, sizeof(T) * n);
+      memset(of_input[l], 0, sizeof(T) * n * ldi[l]), memset(of_delta[l], 0, sizeof(T) * n * ldo[l]);
     }
+    memset(of_error, 0, sizeof(T) * n * ldd);
     shell_back(f, after, g);
     queries(chunk, f, true);
     reads_back(chunk, f, g_scale, g_shift);
     end_back(f, g);
-    if (p.exact && L > 1) hold_lower_back(f);
+    if (p.holds && L > 1) hold_lower_back(f);
     for (int l = 0; l < last; l++) {  // upward, through the back-propagation
       T *of_arriving = left[l + 1] + 2 * n * ldo[l], *at_z = right[l] + n * ldo[l];
       for (int i = 0; i < n * ldo[l]; i++) {
@@ -786,19 +767,15 @@ struct Walk {
       product(ADD, n, ldo[l + 1], dout[l], of_arriving, ldo[l], 1, w[l + 1], ldo[l + 1], of_delta[l + 1], ldo[l + 1]);
       memcpy(right[l + 1] + 2 * n * ldo[l + 1], f.delta[l + 1], sizeof(T) * n * ldo[l + 1]);
     }
-    T* at_last = right[last] + n * ldd;
+    T *at_last = right[last] + n * ldd, *h = f.input[last];
+    errors_back(f, at_last, g_scale, g_shift);
     if (p.exact) {
-      exact_back(f, at_last);
-      memcpy(of_error, at_last, sizeof(T) * n * ldd);
-      for (int t = 0; t < n; t++) {  // what the keys' inputs were in `meet`
-        const T *h = f.input[last] + t * ldi[last], k = t ? f.keep[last][t - 1] : 1;
-        times(ldi[last], k, h, left[last] + (n + t) * ldi[last]);
-        times(ldi[last], t ? f.writes[last][(t - 1) * bc + b] : 0, h, carried[last] + (n + t) * ldi[last]);
-        if (p.anchored) times(ldi[last], 1 - k, h, led[last] + (n + t) * ldi[last]);
-      }
-    } else {
-      error_back(f, at_last, g_scale, g_shift);
+      attend_back(f, last, h, at_last, 1, f.similar, f.reach, of_input[last]);
+      spread(n, last, h, f.keep[last] - 1, f.writes[last] + b - bc, n);
+      meet_back(n, last, h, at_last, f.keep[last] - 1, f.writes[last] + b - bc, of_input[last], of_keep[last] - 1,
+                of_writes[last] + b - bc);
     }
+    if (p.holds) hold_last_back(f);
     for (int l = last; l >= 0; l--) {  // downward, through the forward pass
       T *at_z = right[l] + n * ldo[l], *of_h = of_input[l];
       if (!(p.exact && l == last)) {
