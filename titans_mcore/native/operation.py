@@ -7,7 +7,7 @@ import ctypes
 import itertools
 import struct
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int64, c_void_p
+from ctypes import c_bool, c_char_p, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .build import library
 
-_FORWARD, _BACKWARD, _GO_ON = 0, 1, 2
 _LINE = 64  # bytes; working memory begins with a line of the cache
 
 # `Problem` in memory.cpp: its fields in their order and how many words of 8 bytes each has.
@@ -126,15 +125,15 @@ class _Call:
         elif value:
             self.words[place : place + len(value)] = [self._pointer(x) for x in value]
 
-    def run(self, what: int) -> None:
-        """Runs it; `what` as in memory.cpp."""
+    def run(self, *, back: bool = False) -> None:
+        """Runs it, forward or back."""
         code, level = _code(), widest()
         bits, problem = self.like.element_size() * 8, struct.pack(f"{_WORDS}q", *self.words)
-        size = code.memory_workspace(problem, what, level, bits)
+        size = code.memory_workspace(problem, back, level, bits)
         threads = min(torch.get_num_threads(), self.memories)
         workspace = self.like.new_empty((threads * size + _LINE) // self.like.element_size())
         first = -(-workspace.data_ptr() // _LINE) * _LINE
-        code.memory_run(problem, what, level, bits, first, size)
+        code.memory_run(problem, back, level, bits, first, size)
 
     def _pointer(self, x: Tensor) -> int:
         if x.dtype != self.like.dtype and x.is_floating_point():
@@ -159,8 +158,8 @@ def _code() -> ctypes.CDLL:
     code = library()
     integer = ctypes.c_int
     code.memory_workspace.restype, code.memory_run.restype = c_int64, None
-    code.memory_workspace.argtypes = [c_char_p, integer, integer, integer]
-    code.memory_run.argtypes = [c_char_p, integer, integer, integer, c_void_p, c_int64]
+    code.memory_workspace.argtypes = [c_char_p, c_bool, integer, integer]
+    code.memory_run.argtypes = [c_char_p, c_bool, integer, integer, c_void_p, c_int64]
     assert code.memory_problem_bytes() == 8 * _WORDS
     return code
 
@@ -177,7 +176,7 @@ def _scan(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     names = ("reads", "weights_after", "momentum_after", *(["kept"] if results[3].numel() else []))
     for name, x in zip(names, results, strict=False):
         call.set(name, x)
-    call.run(_FORWARD)
+    call.run()
     return results
 
 
@@ -199,7 +198,7 @@ def _scan_backward(of_reads: Tensor, *arguments: Any) -> list[Tensor]:
     call = _Call(tensors, Setting(*arguments[3 + _TENSORS :]))
     batch, _, heads, width = tensors[0].shape
     tokens = [_unwritten(x, tensors[13]) for x in tensors[:6]]
-    norm = [of_reads.new_zeros(batch, heads, width) for _ in tensors[6:8]]
+    norm = [of_reads.new_empty(batch, heads, width) for _ in tensors[6:8]]
     anchors = [x.new_empty(batch, *x.shape) for x in tensors[8]]
     states = [[x.clone(memory_format=torch.contiguous_format) for x in xs] for xs in (of_weights, of_momentum)]
     fresh = [[x.new_zeros(x.shape) for x in xs] for xs in tensors[11:13]]
@@ -208,7 +207,7 @@ def _scan_backward(of_reads: Tensor, *arguments: Any) -> list[Tensor]:
     call.set("of_reads", of_reads)
     if kept.numel():
         call.set("kept", kept)
-    call.run(_BACKWARD)
+    call.run(back=True)
     there = [x for x, parameter in zip(norm, tensors[6:8], strict=True) if parameter is not None]
     return [*tokens, *(x.sum(0) for x in (*there, *anchors)), *states[0], *states[1], *fresh[0], *fresh[1]]
 
@@ -252,7 +251,7 @@ def _go_on(*arguments: Any) -> tuple[Any, ...]:
         call.set(name, x)
     for name, x in zip(("reads", "inputs", "deltas", "steps", "weights_after", "momentum_after"), results, strict=True):
         call.set(name, x)
-    call.run(_GO_ON)
+    call.run()
     return results
 
 
