@@ -16,8 +16,8 @@
 //       Behind the last token n, each into its shell.
 //
 // Letters: token t reads, token j writes; n tokens of a chunk, b slots. Rows are padded with zeros to whole vectors;
-// ldi and ldo are d_in and d_out so padded. The file includes itself for every instruction set and precision: REAL is the
-// number, BYTES the size of a vector.
+// ldi and ldo are d_in and d_out so padded. The file includes itself for every instruction set and precision: REAL is
+// the number, BYTES the size of a vector.
 
 #ifndef REAL
 #include <ATen/Parallel.h>
@@ -46,9 +46,9 @@ struct Problem {
   void *inputs[4], *deltas[4], *steps;                        // of an open chunk, (N, n, d) and (B, n, H, L); or null
   const void* of_reads;
   void *of_queries, *of_keys, *of_values, *of_theta, *of_eta, *of_alpha;
-  void *of_scale, *of_shift, *of_anchors[4];         // by memory, (N, D) and (N, d_in, d_out)
-  void *of_fresh_weights[4], *of_fresh_momentum[4];  // added to
-  void *of_weights[4], *of_momentum[4];              // at the states behind the last chunk, then before the first
+  void *of_scale, *of_shift, *of_anchors[4];  // by memory, (N, D) and (N, d_in, d_out)
+  void *of_fresh_weights[4], *of_fresh_momentum[4];
+  void *of_weights[4], *of_momentum[4];  // at the states behind the last chunk, then before the first
 };
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
@@ -225,7 +225,7 @@ struct Found {  // What is worked out of a chunk's keys and gates; lists by matr
   T *keep[4], *writes[4], *decay[4];  // a, G and E; row -1 is before the first token, column b the chunk's start
   T *input[4], *slope[4], *bend[4], *arriving[4], *delta[4];
   T *error, *normed, *inverse, *similar, *reach;  // at the last matrix' output
-  T *share, *pull, *squares;
+  T* squares;  // of the matrices before the shell
   int n, full;
 };
 
@@ -238,9 +238,11 @@ struct Walk {
   const T* start[4][3];  // the matrices that a chunk begins with
   T *own_anchor[4], *scale, *shift, *unit, *turned, *swapped, *one, *two;
   T *x[4], *xslope[4], *similar[4], *reach[4], *left[4][3], *output, *values, *rnormed, *rinverse;
-  // Gradients; right holds those at outputs of the rows in left: reads, keys, errors on their way down.
-  T *right[4], *of_input[4], *of_delta[4], *of_anchor[4], *of_error, *of_query, *of_scale, *of_shift;
+  // Gradients; right holds those at outputs of the rows in left: reads, keys, errors on their way down. Those between
+  // of_memory and of_chunk begin with zeros in every memory, those from there to of_end in every chunk.
+  T *right[4], *of_input[4], *of_delta[4], *of_anchor[4], *of_error, *of_query, *of_scale, *of_shift, *of_fresh;
   T *of_writes[4], *of_decay[4], *of_keep[4], *of_steps[4], *of_mass[4];
+  int64_t of_memory, of_chunk, of_end;
 
   // Lays out the working memory; with a base of null it only counts it.
   Walk(const Problem& problem, void* base, bool backward)
@@ -256,14 +258,23 @@ struct Walk {
       own_anchor[l] = take(half(l)), x[l] = take(rows), xslope[l] = take(rows);
       similar[l] = take(b * bt), reach[l] = take(b * bt);
       for (T*& part : left[l]) part = take(3 * rows);
-      if (!backward) continue;
-      right[l] = take(3 * rows), of_input[l] = take(rows), of_delta[l] = take(rows), of_anchor[l] = take(half(l));
-      of_writes[l] = take((b + 1) * bc) + bc, of_decay[l] = take((b + 1) * bc) + bc, of_keep[l] = take(b + 1) + 1;
-      of_steps[l] = take(b), of_mass[l] = take(b);
     }
-    for (T** list : {&scale, &shift, &unit, &of_scale, &of_shift}) *list = take(ldd);
-    for (T** list : {&output, &values, &rnormed, &two, &of_error, &of_query}) *list = take(rows);
+    for (T** list : {&scale, &shift, &unit}) *list = take(ldd);
+    for (T** list : {&output, &values, &rnormed, &two}) *list = take(rows);
     one = take(3 * rows), rinverse = take(b), turned = take((int64_t)widest * bt), swapped = take((int64_t)widest * bt);
+    if (!backward) return;
+    of_memory = used;
+    of_scale = take(ldd), of_shift = take(ldd), of_fresh = take(state_size);
+    for (int l = 0; l < L; l++) of_anchor[l] = take(half(l));
+    of_chunk = used;
+    of_error = take(rows);
+    for (int l = 0; l < L; l++) {
+      of_writes[l] = take((b + 1) * bc) + bc, of_decay[l] = take((b + 1) * bc) + bc, of_keep[l] = take(b + 1) + 1;
+      of_steps[l] = take(b), of_mass[l] = take(b), of_input[l] = take(rows), of_delta[l] = take(rows);
+    }
+    of_end = used;
+    of_query = take(rows);
+    for (int l = 0; l < L; l++) right[l] = take(3 * rows);
   }
   void take(Found& f) {
     const int64_t rows = (int64_t)b * widest;
@@ -274,7 +285,7 @@ struct Walk {
     }
     f.error = p.norm ? take(rows) : f.delta[L - 1];  // without LayerNorm the last matrix' output is the answer
     f.normed = take(rows), f.inverse = take(b), f.similar = take(b * bt), f.reach = take(b * bt);
-    f.share = take(b), f.pull = take(b), f.squares = take(8);
+    f.squares = take(8);
   }
   T* take(int64_t n) {
     T* found = (T*)((uintptr_t)base + used);
@@ -335,6 +346,7 @@ struct Walk {
       out(din[l], dout[l], ldo[l], start[l][S], (T*)momentum[l] + matrix(l), dout[l]);
     }
   }
+  T* kept(int group) const { return (T*)p.kept + ((group - 1) * p.rows * p.heads + memory) * state_size; }
   bool restarts(int chunk) const { return p.restarts && p.restarts[chunk * p.rows + row]; }
   // Slots of a chunk that hold tokens; whether it is over with its last one.
   void open(int chunk, Found& f) {
@@ -452,7 +464,7 @@ struct Walk {
       through(SET, l, n, f.input[l] + old * ldi[l], start[l][W], one);
       gelu(n * ldo[l], one, f.input[l + 1] + old * ldo[l], f.slope[l], bends ? f.bend[l] : nullptr);
     }
-    if (p.holds) hold_last(f);
+    if (p.holds) hold(f, last, L);
     const T* h = f.input[last] + old * ldi[last];
     if (p.exact) {
       meet(f, last, old - 1, n, h, output);
@@ -470,7 +482,7 @@ struct Walk {
       down(l, n, f.delta[l] + old * ldo[l], start[l], 1, arriving);
       for (int i = 0; i < n * ldi[l]; i++) below[i] = arriving[i] * f.slope[l - 1][i];
     }
-    if (p.holds) hold_lower(f);
+    if (p.holds) hold(f, 0, last);
   }
   // Of one token's answer and, through LayerNorm, of the last matrix' output z, which is lost.
   void error(Found& f, int t, T* z, const T* value) {
@@ -484,25 +496,22 @@ struct Walk {
     for (int i = 0; i < ldd; i++) e[i] = 2 * (key[i] + y[i] * scale[i] + shift[i] - value[i]), z[i] = e[i] * scale[i];
     norm_gradient(z, y, f.inverse[t], f.delta[L - 1] + t * ldd);
   }
-  // Steps held to what they remove of an error: rule.last_step_share and lower_step_share.
-  void hold_last(Found& f) {
-    const int l = L - 1;
-    for (int t = old; t < f.n; t++) {
-      const T *h = f.input[l] + t * ldi[l], asked = 2 * f.mass[l][t] * dot(ldi[l], h, h);
-      f.steps[l][t] = f.theta[l][t] / (asked > 1 ? asked : 1);
-    }
+  // Steps held to what they remove of an error, rule.last_step_share and lower_step_share: of some matrices together,
+  // the last one or all below it. A matrix asks for `slope` mass |h|^2; the share of all is allowed / asked.
+  T asked_slope(const Found& f, int l, int t) const {
+    const T* d = f.delta[l] + t * ldo[l];
+    return l == L - 1 ? 2 : T(p.rule_chunk) * dot(ldo[l], d, d);
   }
-  void hold_lower(Found& f) {
+  T asked(const Found& f, int l, int t) const {
+    const T* h = f.input[l] + t * ldi[l];
+    return asked_slope(f, l, t) * f.mass[l][t] * dot(ldi[l], h, h);
+  }
+  void hold(Found& f, int first, int end) {
     for (int t = old; t < f.n; t++) {
-      const T *e = f.error + t * ldd, allowed = dot(ldd, e, e) / 2;
-      T pull = 0;
-      for (int l = 0; l < L - 1; l++) {
-        const T *h = f.input[l] + t * ldi[l], *d = f.delta[l] + t * ldo[l];
-        pull += f.mass[l][t] * dot(ldi[l], h, h) * dot(ldo[l], d, d);
-      }
-      f.pull[t] = T(p.rule_chunk) * pull;
-      f.share[t] = f.pull[t] > allowed ? allowed / f.pull[t] : 1;
-      for (int l = 0; l < L - 1; l++) f.steps[l][t] = f.theta[l][t] * f.share[t];
+      const T *e = f.error + t * ldd, allowed = end == L ? 1 : dot(ldd, e, e) / 2;
+      T all = 0;
+      for (int l = first; l < end; l++) all += asked(f, l, t);
+      for (int l = first; l < end && all > allowed; l++) f.steps[l][t] *= allowed / all;
     }
   }
 
@@ -638,34 +647,23 @@ struct Walk {
     if (p.norm) add(n * ldd, 1, of_query, two);
     tokens_out(two, chunk, n, p.of_queries);
   }
-  void hold_lower_back(const Found& f) {
+  void hold_back(const Found& f, int first, int end) {
     for (int t = 0; t < f.n; t++) {
-      if (!(f.share[t] < 1)) continue;
-      T of_share = 0;
-      for (int l = 0; l < L - 1; l++) {
-        of_share += of_steps[l][t] * f.theta[l][t];
-        of_steps[l][t] *= f.share[t];  // now at theta
+      const T *e = f.error + t * ldd, allowed = end == L ? 1 : dot(ldd, e, e) / 2;
+      T all = 0, of_share = 0;
+      for (int l = first; l < end; l++) all += asked(f, l, t), of_share += of_steps[l][t] * f.theta[l][t];
+      if (!(all > allowed)) continue;
+      const T share = allowed / all, of_asked = -of_share * share / all;
+      if (end < L) times(ldd, of_share / all, e, of_error + t * ldd);
+      for (int l = first; l < end; l++) {
+        const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), slope = asked_slope(f, l, t);
+        of_steps[l][t] *= share;  // now at theta
+        of_mass[l][t] += of_asked * slope * square;
+        add(ldi[l], 2 * of_asked * slope * f.mass[l][t], h, of_input[l] + t * ldi[l]);
+        if (end == L) continue;
+        const T of_square = of_asked * T(p.rule_chunk) * f.mass[l][t] * square;
+        add(ldo[l], 2 * of_square, f.delta[l] + t * ldo[l], of_delta[l] + t * ldo[l]);
       }
-      const T of_allowed = of_share / f.pull[t], of_pull = -of_allowed * f.share[t] * T(p.rule_chunk);
-      times(ldd, of_allowed, f.error + t * ldd, of_error + t * ldd);
-      for (int l = 0; l < L - 1; l++) {
-        const T *h = f.input[l] + t * ldi[l], *d = f.delta[l] + t * ldo[l], mass = f.mass[l][t];
-        const T hh = dot(ldi[l], h, h), dd = dot(ldo[l], d, d);
-        of_mass[l][t] += of_pull * hh * dd;
-        add(ldi[l], 2 * of_pull * mass * dd, h, of_input[l] + t * ldi[l]);
-        add(ldo[l], 2 * of_pull * mass * hh, d, of_delta[l] + t * ldo[l]);
-      }
-    }
-  }
-  void hold_last_back(const Found& f) {
-    const int l = L - 1;
-    for (int t = 0; t < f.n; t++) {
-      const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), asked = 2 * f.mass[l][t] * square;
-      if (!(asked > 1)) continue;
-      const T of_asked = -of_steps[l][t] * f.steps[l][t] / asked;
-      of_steps[l][t] /= asked;
-      of_mass[l][t] += 2 * square * of_asked;
-      add(ldi[l], 4 * f.mass[l][t] * of_asked, h, of_input[l] + t * ldi[l]);
     }
   }
   // (4) of one token, from its delta, and from what of_error holds of other ways to its error; of_error ends as the
@@ -711,7 +709,7 @@ struct Walk {
       meet_back(f, last, -1, h, at_last, of_input[last]);
       spread(f, last, -1, n, h, n);
     }
-    if (p.holds) hold_last_back(f);
+    if (p.holds) hold_back(f, last, L);
     for (int l = last; l >= 0; l--) {  // downward, through the forward pass
       T* below = l ? right[l - 1] + n * ldi[l] : nullptr;
       if (!p.exact || l < last) {
@@ -769,34 +767,24 @@ struct Walk {
     }
   }
   void back(int chunk, const Found& f, const T* after, T* g) {
-    for (int l = 0; l < L; l++) {
-      for (T** list : {of_writes, of_decay}) memset(list[l] - bc, 0, sizeof(T) * (f.n + 1) * bc);
-      for (T** list : {of_steps, of_mass}) memset(list[l], 0, sizeof(T) * f.n);
-      memset(of_keep[l] - 1, 0, sizeof(T) * (f.n + 1));
-      memset(of_input[l], 0, sizeof(T) * f.n * ldi[l]), memset(of_delta[l], 0, sizeof(T) * f.n * ldo[l]);
-    }
-    memset(of_error, 0, sizeof(T) * f.n * ldd);
+    memset(base + of_chunk, 0, of_end - of_chunk);
     shell_back(f, after, g);
     queries(chunk, f, true);
     reads_back(chunk, f);
     end_back(f, g);
-    if (p.holds) hold_lower_back(f);
+    if (p.holds) hold_back(f, 0, L - 1);
     keys_back(chunk, f);
     state_back(f, g);
     gates_back(chunk, f);
   }
   // A document has begun in its first state, not in what the chunk before has left.
   void into_fresh(T* g) {
-    for (int l = 0; l < L; l++)
-      for (int part : {W, S}) {
-        T* to = (T*)(part == W ? p.of_fresh_weights : p.of_fresh_momentum)[l] + matrix(l);
-        T* of = g + at[l] + part * half(l);
-        for (int r = 0; r < din[l]; r++)
-          for (int i = 0; i < dout[l]; i++) to[r * dout[l] + i] += of[r * ldo[l] + i];
-        memset(of, 0, half(l) * sizeof(T));
-      }
+    add(state_size, 1, g, of_fresh);
+    memset(g, 0, state_size * sizeof(T));
   }
-  void parameters_out() {
+  void gradients_out(const T* g) {
+    begin_in(g), state_out(p.of_weights, p.of_momentum);
+    if (p.of_fresh_weights[0]) begin_in(of_fresh), state_out(p.of_fresh_weights, p.of_fresh_momentum);
     memcpy((T*)p.of_scale + memory * D, of_scale, D * sizeof(T));
     memcpy((T*)p.of_shift + memory * D, of_shift, D * sizeof(T));
     for (int l = 0; l < L && p.anchored; l++)
@@ -815,8 +803,7 @@ NOINLINE void forward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
     walk.begin(m);
     walk.begin_in(p.weights, p.momentum, state);
     for (int c = 0; c < p.chunks; c++) {
-      if (p.kept && c && c % p.group == 0)
-        walk.save((T*)p.kept + ((c / p.group - 1) * p.rows * p.heads + m) * walk.state_size);
+      if (p.kept && c && c % p.group == 0) walk.save(walk.kept(c / p.group));
       if (walk.restarts(c)) walk.begin_in(p.fresh_weights, p.fresh_momentum, state);
       walk.open(c, f);
       if (!f.n) continue;
@@ -842,12 +829,11 @@ NOINLINE void backward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
   for (int64_t m = from; m < to; m++) {
     walk.begin(m);
     walk.begin_in(p.of_weights, p.of_momentum, g), walk.save(g);
-    memset(walk.of_scale, 0, walk.ldd * sizeof(T)), memset(walk.of_shift, 0, walk.ldd * sizeof(T));
-    for (int l = 0; l < walk.L; l++) memset(walk.of_anchor[l], 0, walk.half(l) * sizeof(T));
+    memset(walk.base + walk.of_memory, 0, walk.of_chunk - walk.of_memory);
     for (int group = (p.chunks - 1) / p.group; group >= 0; group--) {
       const int first = group * p.group, last = first + p.group < p.chunks ? first + p.group : p.chunks;
       if (group)
-        walk.begin_in((const T*)p.kept + ((group - 1) * p.rows * p.heads + m) * size);
+        walk.begin_in(walk.kept(group));
       else
         walk.begin_in(p.weights, p.momentum, states);
       for (int c = first; c < last; c++) {
@@ -868,9 +854,7 @@ NOINLINE void backward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
         if (walk.restarts(c)) walk.into_fresh(g);
       }
     }
-    walk.begin_in(g);
-    walk.state_out(p.of_weights, p.of_momentum);
-    walk.parameters_out();
+    walk.gradients_out(g);
   }
 }
 // Bytes of working memory that a thread needs, without a base; else the work.

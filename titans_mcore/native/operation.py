@@ -201,7 +201,7 @@ def _scan_backward(of_reads: Tensor, *arguments: Any) -> list[Tensor]:
     norm = [of_reads.new_empty(batch, heads, width) for _ in tensors[6:8]]
     anchors = [x.new_empty(batch, *x.shape) for x in tensors[8]]
     states = [[x.clone(memory_format=torch.contiguous_format) for x in xs] for xs in (of_weights, of_momentum)]
-    fresh = [[x.new_zeros(x.shape) for x in xs] for xs in tensors[11:13]]
+    fresh = [[x.new_empty(x.shape) for x in xs] for xs in tensors[11:13]]
     for name, value in zip((*_NAMES, *_LISTS), (*tokens, *norm, anchors, *states, *fresh), strict=True):
         call.set(f"of_{name}", value)
     call.set("of_reads", of_reads)
