@@ -36,19 +36,17 @@ struct Problem {
   const void *queries, *keys, *values, *theta, *eta, *alpha;  // (B, C b, H, D) and (B, C b, H, L)
   const void *scale, *shift;                                  // (H, D) or null
   const void* anchors[4];                                     // (H, d_in, d_out)
-  const void *weights[4], *momentum[4];                       // (N, d_in, d_out)
-  const void *fresh_weights[4], *fresh_momentum[4];           // likewise, or null
+  const void *state[2][4], *fresh[2][4];                      // W and S, (N, d_in, d_out); the latter or null
   const int64_t* counts;                                      // (C, B) or null
   const bool* restarts;                                       // (C, B) or null
   const void *old_inputs[4], *old_deltas[4], *old_steps;      // (N, old, d) and (B, old, H, L)
-  void *reads, *weights_after[4], *momentum_after[4];         // the last two null where a chunk stays open
+  void *reads, *after[2][4];                                  // the latter null where a chunk stays open
   void* kept;                                                 // states before groups 1, 2, ...; or null
   void *inputs[4], *deltas[4], *steps;                        // of an open chunk, (N, n, d) and (B, n, H, L); or null
   const void* of_reads;
   void *of_queries, *of_keys, *of_values, *of_theta, *of_eta, *of_alpha;
   void *of_scale, *of_shift, *of_anchors[4];  // by memory, (N, D) and (N, d_in, d_out)
-  void *of_fresh_weights[4], *of_fresh_momentum[4];
-  void *of_weights[4], *of_momentum[4];  // at the states behind the last chunk, then before the first
+  void *of_state[2][4], *of_fresh[2][4];      // at the state behind the last chunk, then before the first
 };
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
@@ -206,13 +204,13 @@ INLINE void normal(V z, V& cdf, V& density) {
   }
 }
 #endif
-// gelu(z), its slope and its bend (second derivative), n whole vectors; the last two may be null.
+// gelu(z), its slope and, unless null, its bend (second derivative), n whole vectors.
 NOINLINE void gelu(int n, const T* z, T* value, T* slope, T* bend) {
   for (int i = 0; i < n; i += LANES) {
     V x = load(z + i), cdf, density;
     normal(x, cdf, density);
     store(value + i, x * cdf);
-    if (slope) store(slope + i, cdf + x * density);
+    store(slope + i, cdf + x * density);
     if (bend) store(bend + i, (T(2) - x * x) * density);
   }
 }
@@ -327,24 +325,22 @@ struct Walk {
     if (p.scale) memcpy(scale, (const T*)p.scale + head * D, D * sizeof(T));
     if (p.shift) memcpy(shift, (const T*)p.shift + head * D, D * sizeof(T));
   }
-  void begin_in(const void* const* weights, const void* const* momentum, T* own) {
-    for (int l = 0; l < L; l++) {
-      start[l][W] = whole(l, weights, matrix(l), own + at[l]);
-      start[l][S] = whole(l, momentum, matrix(l), own + at[l] + half(l));
-    }
+  int64_t place(int l, int part) const { return at[l] + part * half(l); }
+  void begin_in(const void* const (&state)[2][4], T* own) {
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) start[l][part] = whole(l, state[part], matrix(l), own + place(l, part));
   }
   void begin_in(const T* state) {
-    for (int l = 0; l < L; l++) start[l][W] = state + at[l], start[l][S] = start[l][W] + half(l);
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) start[l][part] = state + place(l, part);
   }
   void save(T* state) {
     for (int l = 0; l < L; l++)
-      for (int part : {W, S}) memmove(state + at[l] + part * half(l), start[l][part], half(l) * sizeof(T));
+      for (int part : {W, S}) memmove(state + place(l, part), start[l][part], half(l) * sizeof(T));
   }
-  void state_out(void* const* weights, void* const* momentum) {
-    for (int l = 0; l < L; l++) {
-      out(din[l], dout[l], ldo[l], start[l][W], (T*)weights[l] + matrix(l), dout[l]);
-      out(din[l], dout[l], ldo[l], start[l][S], (T*)momentum[l] + matrix(l), dout[l]);
-    }
+  void state_out(void* const (&state)[2][4]) {
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) out(din[l], dout[l], ldo[l], start[l][part], (T*)state[part][l] + matrix(l), dout[l]);
   }
   T* kept(int group) const { return (T*)p.kept + ((group - 1) * p.rows * p.heads + memory) * state_size; }
   bool restarts(int chunk) const { return p.restarts && p.restarts[chunk * p.rows + row]; }
@@ -456,13 +452,13 @@ struct Walk {
     const T mean = dot(ldd, g, unit) / D, along = dot(ldd, g, normed) / D;
     for (int i = 0; i < ldd; i++) to[i] = inverse * unit[i] * (g[i] - mean - along * normed[i]);
   }
-  void keys(int chunk, Found& f, bool bends) {
+  void keys(int chunk, Found& f) {
     const int n = f.n - old, last = L - 1;
     tokens_in(p.keys, chunk, old, n, f.input[0] + old * ldd);
     tokens_in(p.values, chunk, old, n, values);
     for (int l = 0; l < last; l++) {
       through(SET, l, n, f.input[l] + old * ldi[l], start[l][W], one);
-      gelu(n * ldo[l], one, f.input[l + 1] + old * ldo[l], f.slope[l], bends ? f.bend[l] : nullptr);
+      gelu(n * ldo[l], one, f.input[l + 1] + old * ldo[l], f.slope[l], f.bend[l]);
     }
     if (p.holds) hold(f, last, L);
     const T* h = f.input[last] + old * ldi[last];
@@ -517,7 +513,7 @@ struct Walk {
 
   // ------------------------------------------------------------------------------------------ reads
   // Each query through the state that its own token has left, by (2) and (3); leaves the answers in `output`.
-  void queries(int chunk, const Found& f, bool slopes) {
+  void queries(int chunk, const Found& f) {
     const int n = f.n - old;
     tokens_in(p.queries, chunk, old, n, x[0]);
     for (int l = 0; l < L; l++) {
@@ -525,7 +521,7 @@ struct Walk {
       meet(f, l, old, n, x[l], z);
       attend(f, l, old, n, x[l], similar[l], reach[l]);
       product(SUB, n, ldo[l], f.n, reach[l], bt, 1, f.delta[l], ldo[l], z, ldo[l]);
-      if (l < L - 1) gelu(n * ldo[l], z, x[l + 1], slopes ? xslope[l] : nullptr, nullptr);
+      if (l < L - 1) gelu(n * ldo[l], z, x[l + 1], xslope[l], nullptr);
     }
     if (!p.norm) return;
     layer_norm(n, output, rnormed, rinverse);
@@ -546,7 +542,7 @@ struct Walk {
   void end(Found& f, T* after) {
     for (int l = 0; l < L; l++) {
       const T *g = f.writes[l] + (f.n - 1) * bc, *e = f.decay[l] + (f.n - 1) * bc, keep = f.keep[l][f.n - 1];
-      T* to[] = {after + at[l], after + at[l] + half(l)};
+      T* to[] = {after + place(l, W), after + place(l, S)};
       for (int64_t i = 0; i < half(l); i += LANES) {
         const V weight = load(start[l][W] + i), momentum = load(start[l][S] + i);
         V kept = keep * weight + g[b] * momentum;
@@ -570,8 +566,8 @@ struct Walk {
     for (int l = 0; l < L && f.full && std::isfinite(p.rms_limit); l++)
       for (int part : {W, S}) {
         const T square = f.squares[2 * l + part], limit = p.rms_limit, size = T(din[l]) * dout[l];
-        const T* state = after + at[l] + part * half(l);
-        T* of = g + at[l] + part * half(l);
+        const T* state = after + place(l, part);
+        T* of = g + place(l, part);
         if (!outside(square)) continue;
         add(half(l), -dot(half(l), of, state) / (size * limit * limit), state, of);
         times(half(l), limit / std::sqrt(square), of, of);
@@ -582,7 +578,7 @@ struct Walk {
     const int64_t last = (f.n - 1) * bc;
     for (int l = 0; l < L; l++)
       for (int part : {W, S}) {
-        const T *of_part = g + at[l] + part * half(l), *reach = (part == W ? f.writes : f.decay)[l] + last;
+        const T *of_part = g + place(l, part), *reach = (part == W ? f.writes : f.decay)[l] + last;
         T* of_reach = (part == W ? of_writes : of_decay)[l] + last;
         stepped(f, l, reach, one);
         through(SUB, l, f.n, one, of_part, of_delta[l]);
@@ -729,7 +725,7 @@ struct Walk {
     const int last = f.n - 1;
     for (int l = 0; l < L; l++) {
       const T keep = f.keep[l][last], carry = f.writes[l][last * bc + b], stay = f.decay[l][last * bc + b];
-      T* of[] = {g + at[l], g + at[l] + half(l), of_anchor[l]};
+      T* of[] = {g + place(l, W), g + place(l, S), of_anchor[l]};
       V at_keep = {}, at_carry = {}, at_stay = {};
       for (int64_t i = 0; i < half(l); i += LANES) {
         const V of_w = load(of[W] + i), of_s = load(of[S] + i), momentum = load(start[l][S] + i);
@@ -769,7 +765,7 @@ struct Walk {
   void back(int chunk, const Found& f, const T* after, T* g) {
     memset(base + of_chunk, 0, of_end - of_chunk);
     shell_back(f, after, g);
-    queries(chunk, f, true);
+    queries(chunk, f);
     reads_back(chunk, f);
     end_back(f, g);
     if (p.holds) hold_back(f, 0, L - 1);
@@ -783,8 +779,8 @@ struct Walk {
     memset(g, 0, state_size * sizeof(T));
   }
   void gradients_out(const T* g) {
-    begin_in(g), state_out(p.of_weights, p.of_momentum);
-    if (p.of_fresh_weights[0]) begin_in(of_fresh), state_out(p.of_fresh_weights, p.of_fresh_momentum);
+    begin_in(g), state_out(p.of_state);
+    if (p.of_fresh[W][0]) begin_in(of_fresh), state_out(p.of_fresh);
     memcpy((T*)p.of_scale + memory * D, of_scale, D * sizeof(T));
     memcpy((T*)p.of_shift + memory * D, of_shift, D * sizeof(T));
     for (int l = 0; l < L && p.anchored; l++)
@@ -801,21 +797,21 @@ NOINLINE void forward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
   if (!walk.base) return;
   for (int64_t m = from; m < to; m++) {
     walk.begin(m);
-    walk.begin_in(p.weights, p.momentum, state);
+    walk.begin_in(p.state, state);
     for (int c = 0; c < p.chunks; c++) {
       if (p.kept && c && c % p.group == 0) walk.save(walk.kept(c / p.group));
-      if (walk.restarts(c)) walk.begin_in(p.fresh_weights, p.fresh_momentum, state);
+      if (walk.restarts(c)) walk.begin_in(p.fresh, state);
       walk.open(c, f);
       if (!f.n) continue;
       walk.coefficients(c, f);
       if (walk.old) walk.old_in(f);
-      walk.keys(c, f, false);
-      walk.queries(c, f, false);
+      walk.keys(c, f);
+      walk.queries(c, f);
       walk.answers(c, f.n);
       if (p.steps) walk.worked_out(f);
-      if (p.weights_after[0]) walk.end(f, state);
+      if (p.after[W][0]) walk.end(f, state);
     }
-    if (p.weights_after[0]) walk.state_out(p.weights_after, p.momentum_after);
+    if (p.after[W][0]) walk.state_out(p.after);
   }
 }
 // Goes through a group once more from the state kept before it, then back through its chunks.
@@ -828,23 +824,23 @@ NOINLINE void backward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
   if (!walk.base) return;
   for (int64_t m = from; m < to; m++) {
     walk.begin(m);
-    walk.begin_in(p.of_weights, p.of_momentum, g), walk.save(g);
+    walk.begin_in(p.of_state, g), walk.save(g);
     memset(walk.base + walk.of_memory, 0, walk.of_chunk - walk.of_memory);
     for (int group = (p.chunks - 1) / p.group; group >= 0; group--) {
       const int first = group * p.group, last = first + p.group < p.chunks ? first + p.group : p.chunks;
       if (group)
         walk.begin_in(walk.kept(group));
       else
-        walk.begin_in(p.weights, p.momentum, states);
+        walk.begin_in(p.state, states);
       for (int c = first; c < last; c++) {
         Found& f = found[c - first];
         T* before = states + (c - first) * size;
-        if (walk.restarts(c)) walk.begin_in(p.fresh_weights, p.fresh_momentum, before);
+        if (walk.restarts(c)) walk.begin_in(p.fresh, before);
         walk.save(before);
         walk.open(c, f);
         if (!f.n) continue;
         walk.coefficients(c, f);
-        walk.keys(c, f, true);
+        walk.keys(c, f);
         walk.end(f, before + size);
       }
       for (int c = last - 1; c >= first; c--) {
