@@ -267,7 +267,7 @@ struct Walk {
     of_chunk = used;
     of_error = take(rows);
     for (int l = 0; l < L; l++) {
-      of_writes[l] = take((b + 1) * bc) + bc, of_decay[l] = take((b + 1) * bc) + bc, of_keep[l] = take(b + 1) + 1;
+      of_writes[l] = behind_one(bc), of_decay[l] = behind_one(bc), of_keep[l] = behind_one(1);
       of_steps[l] = take(b), of_mass[l] = take(b), of_input[l] = take(rows), of_delta[l] = take(rows);
     }
     of_end = used;
@@ -279,12 +279,13 @@ struct Walk {
     for (int l = 0; l < L; l++) {
       for (T** list : {f.theta, f.eta, f.alpha, f.mass, f.steps}) list[l] = take(b);
       for (T** list : {f.input, f.slope, f.bend, f.arriving, f.delta}) list[l] = take(rows);
-      f.writes[l] = take((b + 1) * bc) + bc, f.decay[l] = take((b + 1) * bc) + bc, f.keep[l] = take(b + 1) + 1;
+      f.writes[l] = behind_one(bc), f.decay[l] = behind_one(bc), f.keep[l] = behind_one(1);
     }
     f.error = p.norm ? take(rows) : f.delta[L - 1];  // without LayerNorm the last matrix' output is the answer
     f.normed = take(rows), f.inverse = take(b), f.similar = take(b * bt), f.reach = take(b * bt);
     f.squares = take(8);
   }
+  T* behind_one(int64_t n) { return take((b + 1) * n) + n; }  // rows of tokens with one in front
   T* take(int64_t n) {
     T* found = (T*)((uintptr_t)base + used);
     used += (n * sizeof(T) + 63) / 64 * 64;
@@ -494,25 +495,31 @@ struct Walk {
   }
   // Steps held to what they remove of an error, rule.last_step_share and lower_step_share: of some matrices together,
   // the last one or all below it. A matrix asks for `slope` mass |h|^2; the share of all is allowed / asked.
-  T asked_slope(const Found& f, int l, int t) const {
+  T slope_of(const Found& f, int l, int t) const {
     const T* d = f.delta[l] + t * ldo[l];
     return l == L - 1 ? 2 : T(p.rule_chunk) * dot(ldo[l], d, d);
   }
-  T asked(const Found& f, int l, int t) const {
-    const T* h = f.input[l] + t * ldi[l];
-    return asked_slope(f, l, t) * f.mass[l][t] * dot(ldi[l], h, h);
+  T asked(const Found& f, int first, int end, int t) const {
+    T all = 0;
+    for (int l = first; l < end; l++) {
+      const T* h = f.input[l] + t * ldi[l];
+      all += slope_of(f, l, t) * f.mass[l][t] * dot(ldi[l], h, h);
+    }
+    return all;
+  }
+  T allowed(const Found& f, int end, int t) const {
+    const T* e = f.error + t * ldd;
+    return end == L ? 1 : dot(ldd, e, e) / 2;
   }
   void hold(Found& f, int first, int end) {
     for (int t = old; t < f.n; t++) {
-      const T *e = f.error + t * ldd, allowed = end == L ? 1 : dot(ldd, e, e) / 2;
-      T all = 0;
-      for (int l = first; l < end; l++) all += asked(f, l, t);
-      for (int l = first; l < end && all > allowed; l++) f.steps[l][t] *= allowed / all;
+      const T all = asked(f, first, end, t), most = allowed(f, end, t);
+      for (int l = first; l < end && all > most; l++) f.steps[l][t] *= most / all;
     }
   }
 
   // ------------------------------------------------------------------------------------------ reads
-  // Each query through the state that its own token has left, by (2) and (3); leaves the answers in `output`.
+  // Each query through the state that its own token has left, by (2) and (3).
   void queries(int chunk, const Found& f) {
     const int n = f.n - old;
     tokens_in(p.queries, chunk, old, n, x[0]);
@@ -523,14 +530,11 @@ struct Walk {
       product(SUB, n, ldo[l], f.n, reach[l], bt, 1, f.delta[l], ldo[l], z, ldo[l]);
       if (l < L - 1) gelu(n * ldo[l], z, x[l + 1], xslope[l], nullptr);
     }
-    if (!p.norm) return;
-    layer_norm(n, output, rnormed, rinverse);
-    for (int t = 0; t < n; t++)
+    if (p.norm) layer_norm(n, output, rnormed, rinverse);
+    for (int t = 0; t < n && p.norm; t++)
       for (int i = 0, at = t * ldd; i < ldd; i++, at++) output[at] = x[0][at] + rnormed[at] * scale[i] + shift[i];
-  }
-  void answers(int chunk, int n) {  // the tensor has those of new tokens only
-    const int64_t first = token(chunk, old) - (row + 1) * old * p.heads;
-    out(n - old, D, ldd, output, (T*)p.reads + first * D, p.heads * D);
+    const int64_t first = token(chunk, old) - (row + 1) * old * p.heads;  // the tensor has reads of new tokens only
+    if (p.reads) out(n, D, ldd, output, (T*)p.reads + first * D, p.heads * D);
   }
 
   // ------------------------------------------------------------------------------------------ (5) the chunk's end
@@ -645,14 +649,14 @@ struct Walk {
   }
   void hold_back(const Found& f, int first, int end) {
     for (int t = 0; t < f.n; t++) {
-      const T *e = f.error + t * ldd, allowed = end == L ? 1 : dot(ldd, e, e) / 2;
-      T all = 0, of_share = 0;
-      for (int l = first; l < end; l++) all += asked(f, l, t), of_share += of_steps[l][t] * f.theta[l][t];
-      if (!(all > allowed)) continue;
-      const T share = allowed / all, of_asked = -of_share * share / all;
-      if (end < L) times(ldd, of_share / all, e, of_error + t * ldd);
+      const T all = asked(f, first, end, t), share = allowed(f, end, t) / all;
+      if (!(share < 1)) continue;
+      T of_share = 0;
+      for (int l = first; l < end; l++) of_share += of_steps[l][t] * f.theta[l][t];
+      const T of_asked = -of_share * share / all;
+      if (end < L) times(ldd, of_share / all, f.error + t * ldd, of_error + t * ldd);
       for (int l = first; l < end; l++) {
-        const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), slope = asked_slope(f, l, t);
+        const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), slope = slope_of(f, l, t);
         of_steps[l][t] *= share;  // now at theta
         of_mass[l][t] += of_asked * slope * square;
         add(ldi[l], 2 * of_asked * slope * f.mass[l][t], h, of_input[l] + t * ldi[l]);
@@ -807,7 +811,6 @@ NOINLINE void forward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
       if (walk.old) walk.old_in(f);
       walk.keys(c, f);
       walk.queries(c, f);
-      walk.answers(c, f.n);
       if (p.steps) walk.worked_out(f);
       if (p.after[W][0]) walk.end(f, state);
     }
