@@ -19,6 +19,7 @@ from pretrain.train import memory_on_cpu
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import MemoryState, memory_scan
 from titans_mcore.memory.native import why_not_native
+from titans_mcore.memory.rule import Rule
 from titans_mcore.native import build, operation
 
 from . import test_packed_rows as packed
@@ -70,6 +71,23 @@ def test_every_instruction_set_equals_the_oracle(network: str, level: int, monke
 def test_native_equals_the_oracle_however_large_the_step(network: str, depth: int, theta: float) -> None:
     stream = make_stream(37, depth, network, theta=theta)
     assert largest_difference(results(stream, "native", 8, [37]), results(stream, "oracle", 8, [37])) < 1e-10
+
+
+@needs_library
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_held_steps_equal_the_oracles_whatever_else_the_rule_is(
+    network: str, depth: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(backend: str, holds: bool) -> list[torch.Tensor]:
+        rule = Rule(anchored=True, exact=exact, holds=holds, rms_limit=3.0, chunk_size=8)
+        monkeypatch.setattr(Rule, "of", lambda *_, **__: rule)
+        return results(make_stream(37, depth, network, theta=3.0), backend, 8, [37])
+
+    held = run("native", True)
+    assert largest_difference(held, run("oracle", True)) < 1e-10
+    assert largest_difference(held, run("oracle", False)) > 1e-3
 
 
 @needs_library
@@ -130,11 +148,12 @@ def test_gradient_reaches_a_carried_state_and_comes_from_the_returned_one(networ
 @pytest.mark.parametrize(("depth", "width"), [(1, 6), (2, 16), (3, 6)])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("backends", [("native",), ("native", "chunked")])  # in turn: their states are one
+@pytest.mark.parametrize("theta", [0.5, 5.0])
 @torch.no_grad()
 def test_decoding_equals_the_oracle(
-    backends: tuple[str, ...], network: str, depth: int, width: int, pieces: list[int]
+    theta: float, backends: tuple[str, ...], network: str, depth: int, width: int, pieces: list[int]
 ) -> None:
-    stream = make_stream(20, depth, network, width=width, theta=0.5)
+    stream = make_stream(20, depth, network, width=width, theta=theta)
     reads, state, start = [], None, 0
     for length, backend in zip(pieces, itertools.cycle(backends), strict=False):
         piece = stream.piece(start, start + length)
@@ -199,7 +218,7 @@ def test_operator_keeps_the_rules_of_torch() -> None:
     stream = make_stream(32, 2)
     state = [w.expand(2, *w.shape).contiguous() for w in stream.weights]
     leaves = [x.detach().requires_grad_() for x in (*stream.tokens, *stream.norm.values())]
-    setting = operation.Setting(8, 2, True, True, False, 3.0, 8, 1e-6, 1e-6)
+    setting = operation.Setting(8, 2, True, True, True, False, 3.0, 8, 1e-6, 1e-6)
     momentum = [torch.zeros_like(w) for w in state]
     arguments = (*leaves, stream.weights, state, momentum, [], [], None, None, *setting, True)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")

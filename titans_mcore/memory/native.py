@@ -120,6 +120,7 @@ def _setting(operation: Any, memory: Memory, chunks: Chunks, count: int = 1) -> 
         closed=chunks.closed,
         norm=memory.network.residual_norm,
         exact=rule.exact,
+        holds=rule.holds,
         rms_limit=rule.rms_limit,
         rule_chunk=rule.chunk_size,
         smallest_decay=SMALLEST_DECAY,

@@ -1,12 +1,23 @@
 // The chunk form of the memory as one CPU operation: a thread takes a memory through all its chunks, or back.
 //
-// Twin of memory/chunk.py, chunk_backward.py and general.py, which explain the equations; the oracle of all of them is
-// memory/naive.py. The file reads in the order of the form: products, coefficients of the gates, the keys' pass, the
-// exact last matrix, reads, the chunk's end, then the way back. It includes itself once for every instruction set and
-// precision: REAL is the number, LANES how many of them a vector holds.
+// Twin of memory/chunk.py, which explains the equations; the oracle of both is memory/naive.py. The file reads in their
+// order, then back. Of one matrix, in a chunk that begins with weights W and momentum S:
 //
-// Letters: W, S weights and momentum of a matrix, M_0 where forgetting leads; token t reads, token j writes; n tokens
-// of a chunk, b slots. Every row is padded with zeros to whole vectors: ldi and ldo are the padded d_in and d_out.
+//   (1) E[t, j] = eta_t E[t-1, j], G[t, j] = (1 - alpha_t) G[t-1, j] + E[t, j], E[t, t] = G[t, t] = 1
+//       How much of token j's step is in momentum and weights at t; of S in a column of its own, f_t; a_t is that of W.
+//   (2) met_t = a_t x_t W + f_t x_t S + (1 - a_t) x_t M_0
+//       What x_t meets there without the chunk's own writes; M_0 is where forgetting leads, if it leads anywhere.
+//   (3) z_t = met_t - sum_j G[t, j] theta_j (x_t . h_j) delta_j
+//       What a query reads. An exact last matrix answers its keys' inputs h_t with (2) and G of t - 1, other matrices
+//       theirs with W alone.
+//   (4) e_t = 2 (M(k_t) - v_t), delta_t
+//       Errors of the answer and at the matrix' output.
+//   (5) W <- a W + f S + (1 - a) M_0 - sum_j G[n, j] theta_j h_j^T delta_j, and with E likewise S
+//       Behind the last token n, each into its shell.
+//
+// Letters: token t reads, token j writes; n tokens of a chunk, b slots. Rows are padded with zeros to whole vectors;
+// ldi and ldo are d_in and d_out so padded. The file includes itself for every instruction set and precision: REAL is
+// the number, BYTES the size of a vector.
 
 #ifndef REAL
 #include <ATen/Parallel.h>
@@ -14,46 +25,47 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // What operation.py passes; tensors are contiguous, N = rows * heads memories.
 struct Problem {
   int64_t rows, heads, chunks, size, group, depth, width[5];  // width: d_in of each matrix, then D
-  int64_t norm, anchored, exact, closed, rule_chunk;
+  int64_t norm, anchored, exact, holds, closed, rule_chunk;
   int64_t old;  // tokens of an open chunk that are worked out already
   double rms_limit, smallest_decay, epsilon;
   const void *queries, *keys, *values, *theta, *eta, *alpha;  // (B, C b, H, D) and (B, C b, H, L)
   const void *scale, *shift;                                  // (H, D) or null
   const void* anchors[4];                                     // (H, d_in, d_out)
-  const void *weights[4], *momentum[4];                       // (N, d_in, d_out)
-  const void *fresh_weights[4], *fresh_momentum[4];           // likewise, or null
+  const void *state[2][4], *fresh[2][4];                      // W and S, (N, d_in, d_out); the latter or null
   const int64_t* counts;                                      // (C, B) or null
   const bool* restarts;                                       // (C, B) or null
   const void *old_inputs[4], *old_deltas[4], *old_steps;      // (N, old, d) and (B, old, H, L)
-  void *reads, *weights_after[4], *momentum_after[4];         // the last two null where a chunk stays open
+  void *reads, *after[2][4];                                  // the latter null where a chunk stays open
   void* kept;                                                 // states before groups 1, 2, ...; or null
-  void *inputs[4], *deltas[4], *steps;                        // of an open chunk, (N, n, d) and (B, n, H, L)
+  void *inputs[4], *deltas[4], *steps;                        // of an open chunk, (N, n, d) and (B, n, H, L); or null
   const void* of_reads;
   void *of_queries, *of_keys, *of_values, *of_theta, *of_eta, *of_alpha;
-  void *of_scale, *of_shift, *of_anchors[4];           // by memory, (N, D) and (N, d_in, d_out); added to, like the next
-  void *of_fresh_weights[4], *of_fresh_momentum[4];
-  void *of_weights[4], *of_momentum[4];  // at the states after the last chunk, then at those before the first
+  void *of_scale, *of_shift, *of_anchors[4];  // by memory, (N, D) and (N, d_in, d_out)
+  void *of_state[2][4], *of_fresh[2][4];      // at the state behind the last chunk, then before the first
 };
 #define INLINE static inline __attribute__((always_inline))
 #define NOINLINE static __attribute__((noinline))
+
 #endif
 
 #ifdef REAL
 namespace NAME {
 typedef REAL T;
-typedef T V __attribute__((vector_size(LANES * sizeof(T))));
-typedef T Unaligned __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+constexpr int LANES = BYTES / sizeof(T);
+typedef T V __attribute__((vector_size(BYTES)));
+typedef T Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
 INLINE V load(const T* p) { return *(const Unaligned*)p; }
 INLINE void store(T* p, V x) { *(Unaligned*)p = x; }
 INLINE int padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 // ---------------------------------------------------------------------------------------------- small products
 enum Mode { SET, ADD, SUB };
-constexpr int TALL = 8, BROAD = LANES * sizeof(T) == 64 ? 8 : 6;  // rows of a tile one and two vectors wide
+constexpr int TALL = 8, BROAD = BYTES == 64 ? 8 : 6;  // rows of a tile one and two vectors wide
 
 INLINE void tile(const int m, const int v, Mode mode, int K, const T* A, int row, int column, const T* B, int ldb, T* C,
                  int ldc) {
@@ -83,8 +95,10 @@ INLINE void tile(const int m, const int v, Mode mode, int K, const T* A, int row
 NOINLINE void product(Mode mode, int M, int N, int K, const T* A, int row, int column, const T* B, int ldb, T* C,
                       int ldc) {
   int n = 0;
-  if (M == 1)
+  if (M == 1) {
     for (; n + 8 * LANES <= N; n += 8 * LANES) tile(1, 8, mode, K, A, row, column, B + n, ldb, C + n, ldc);
+    for (; n + 4 * LANES <= N; n += 4 * LANES) tile(1, 4, mode, K, A, row, column, B + n, ldb, C + n, ldc);
+  }
   for (int v = 2; v > 0; v--)
     for (; n + v * LANES <= N; n += v * LANES) {
       const int most = v == 2 ? BROAD : TALL, tiles = (M + most - 1) / most;
@@ -102,15 +116,22 @@ NOINLINE void product(Mode mode, int M, int N, int K, const T* A, int row, int c
     }
 }
 
-INLINE T dot(int n, const T* a, const T* b) {  // n whole vectors
+INLINE T sum(V x) {
+  T part[LANES];
+  store(part, x);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
+}
+INLINE T dot(int n, const T* a, const T* b) {  // n whole vectors, like the next
   V s = {}, r = {};
   int i = 0;
-  for (; i + 2 * LANES <= n; i += 2 * LANES) s += load(a + i) * load(b + i), r += load(a + i + LANES) * load(b + i + LANES);
+  for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    s += load(a + i) * load(b + i);
+    r += load(a + i + LANES) * load(b + i + LANES);
+  }
   if (i < n) s += load(a + i) * load(b + i);
-  s += r;
-  T sum = 0;
-  for (int k = 0; k < LANES; k++) sum += s[k];
-  return sum;
+  return sum(s + r);
 }
 INLINE void add(int n, T factor, const T* x, T* y) {
   for (int i = 0; i < n; i += LANES) store(y + i, load(y + i) + factor * load(x + i));
@@ -119,81 +140,61 @@ INLINE void times(int n, T factor, const T* x, T* y) {
   for (int i = 0; i < n; i += LANES) store(y + i, factor * load(x + i));
 }
 
-// One step of a transposition in registers: log2(LANES) of them turn a square of vectors.
-#if defined(__clang__) || __GNUC__ >= 12  // an older GCC has no __builtin_shufflevector
-#if LANES == 16
-#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif LANES == 8
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#elif LANES == 4
-#define LOW 0, 4, 1, 5
-#define HIGH 2, 6, 3, 7
-#else
-#define LOW 0, 2
-#define HIGH 1, 3
-#endif
-#endif
+// Elements of two vectors in turn, from one on; a compiler makes one instruction of it.
+template <int from, int... i>
+INLINE V in_turn(V x, V y, std::integer_sequence<int, i...>) {
+  return V{(i % 2 ? y : x)[from + i / 2]...};
+}
 // to (C, R) = from (R, C)^T; rows beyond R come as zeros, and `keep` rows of the result are written.
 NOINLINE void transpose(int R, int C, const T* from, int ldf, T* to, int ldt, int keep) {
+  const std::make_integer_sequence<int, LANES> lanes{};
   for (int r = 0; r < R; r += LANES)
     for (int c = 0; c < C; c += LANES) {
       V x[LANES], y[LANES];
       for (int i = 0; i < LANES; i++) x[i] = r + i < R ? load(from + (int64_t)(r + i) * ldf + c) : V{};
-#ifdef LOW
 #pragma GCC unroll 4
-      for (int step = 1; step < LANES; step *= 2) {
+      for (int step = 1; step < LANES; step *= 2) {  // log2(LANES) of them turn a square of vectors
 #pragma GCC unroll 8
         for (int i = 0; i < LANES / 2; i++) {
-          y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], LOW);
-          y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], HIGH);
+          y[2 * i] = in_turn<0>(x[i], x[i + LANES / 2], lanes);
+          y[2 * i + 1] = in_turn<LANES / 2>(x[i], x[i + LANES / 2], lanes);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; i++) x[i] = y[i];
       }
-#else
-      for (int i = 0; i < LANES; i++)
-        for (int k = 0; k < LANES; k++) y[i][k] = x[k][i];
-      for (int i = 0; i < LANES; i++) x[i] = y[i];
-#endif
       for (int i = 0; i < LANES && c + i < keep; i++) store(to + (int64_t)(c + i) * ldt + r, x[i]);
     }
 }
-#undef LOW
-#undef HIGH
 
 // ---------------------------------------------------------------------------------------------- GELU, exact
-#if SINGLE
-typedef int32_t I __attribute__((vector_size(LANES * sizeof(T))));
+#ifdef SINGLE
+template <int terms>
+INLINE V polynomial(V x, const T (&c)[terms]) {  // the highest power first
+  V y = V{} + c[0];
+#pragma GCC unroll 8
+  for (int i = 1; i < terms; i++) y = y * x + c[i];
+  return y;
+}
 INLINE V within(V x, T low, T high) {
   x = x < low ? V{} + low : x;
   return x > high ? V{} + high : x;
 }
 // Phi(z) and the density phi(z): erf as a rational function, exp as a power of two times a polynomial (Cephes).
 INLINE void normal(V z, V& cdf, V& density) {
-  V x = within(z * T(0.70710678118654752), -4, 4), s = x * x;
-  V p = s * T(-2.72614225801306e-10) + T(2.77068142495902e-08);
-  p = p * s + T(-2.10102402082508e-06);
-  p = p * s + T(-5.69250639462346e-05);
-  p = p * s + T(-7.34990630326855e-04);
-  p = p * s + T(-2.95459980854025e-03);
-  p = p * s + T(-1.60960333262415e-02);
-  V q = s * T(-1.45660718464996e-05) + T(-2.13374055278905e-04);
-  q = q * s + T(-1.68282697438203e-03);
-  q = q * s + T(-7.37332916720468e-03);
-  q = q * s + T(-1.42647390514189e-02);
+  typedef int32_t I __attribute__((vector_size(BYTES)));
+  V x = within(z * T(0.70710678118654752), -4, 4);
+  V p = polynomial(x * x, {-2.72614225801306e-10f, 2.77068142495902e-08f, -2.10102402082508e-06f,
+                           -5.69250639462346e-05f, -7.34990630326855e-04f, -2.95459980854025e-03f,
+                           -1.60960333262415e-02f});
+  V q = polynomial(x * x, {-1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f,
+                           -7.37332916720468e-03f, -1.42647390514189e-02f});
   cdf = T(0.5) + T(0.5) * x * p / q;
   V e = within(T(-0.5) * z * z, -87, 0);
   I n = __builtin_convertvector(e * T(1.44269504088896341) - T(0.5), I);
   V whole = __builtin_convertvector(n, V), r = e - whole * T(0.693359375) - whole * T(-2.12194440e-4);
-  V t = r * T(1.9875691500e-4) + T(1.3981999507e-3);
-  t = t * r + T(8.3334519073e-3);
-  t = t * r + T(4.1665795894e-2);
-  t = t * r + T(1.6666665459e-1);
-  t = t * r + T(5.0000001201e-1);
-  t = t * r * r + r + T(1);
-  density = t * (V)((n + 127) << 23) * T(0.3989422804014327);
+  V t = polynomial(r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                       5.0000001201e-1f});
+  density = (t * r * r + r + T(1)) * (V)((n + 127) << 23) * T(0.3989422804014327);
 }
 #else
 INLINE void normal(V z, V& cdf, V& density) {
@@ -203,167 +204,152 @@ INLINE void normal(V z, V& cdf, V& density) {
   }
 }
 #endif
-// gelu(z), its slope and its bend (second derivative), n whole vectors; the last two may be null.
+// gelu(z), its slope and, unless null, its bend (second derivative), n whole vectors.
 NOINLINE void gelu(int n, const T* z, T* value, T* slope, T* bend) {
   for (int i = 0; i < n; i += LANES) {
     V x = load(z + i), cdf, density;
     normal(x, cdf, density);
     store(value + i, x * cdf);
-    if (slope) store(slope + i, cdf + x * density);
+    store(slope + i, cdf + x * density);
     if (bend) store(bend + i, (T(2) - x * x) * density);
   }
 }
 
 // ---------------------------------------------------------------------------------------------- one memory's way
+enum Part { W, S, M0 };  // what a chunk begins with
+
 struct Found {  // What is worked out of a chunk's keys and gates; lists by matrix, rows by token.
-  T *input[4], *slope[4], *bend[4], *arriving[4], *delta[4], *error, *normed, *inverse;
-  T *keep[4], *writes[4], *decay[4], *theta[4], *eta[4], *alpha[4], *mass[4], *steps[4];  // column b: the chunk's start
-  T *share, *pull, *loss, *squares;
+  T *theta[4], *eta[4], *alpha[4], *mass[4], *steps[4];
+  T *keep[4], *writes[4], *decay[4];  // a, G and E; row -1 is before the first token, column b the chunk's start
+  T *input[4], *slope[4], *bend[4], *arriving[4], *delta[4];
+  T *error, *normed, *inverse, *similar, *reach;  // at the last matrix' output
+  T* squares;  // of the matrices before the shell
   int n, full;
 };
 
 struct Walk {
   const Problem& p;
-  const int L, b, D, old;
-  int din[4], dout[4], ldi[4], ldo[4], ldd, widest, bt, bc;  // bt, bc: padded b and b + 1
-  int64_t at[4], state_size;
-  char* memory_base;
-  int64_t used = 0, memory = 0, row = 0, head = 0;
-  const T *anchor[4], *w[4], *s[4];  // M_0, and the state that a chunk begins with
-  T *own_anchor[4], *scale, *shift, *turned, *swapped, *one, *two, *three, *four;
-  T *x[4], *xslope[4], *similar[4], *attended[4], *taken[4], *carried[4], *led[4], *output, *rnormed, *rinverse;
-  T *left[4], *right[4], *of_input[4], *of_delta[4], *of_anchor[4], *of_error, *of_query;
+  const int L, b, D, old, parts;
+  int din[4], dout[4], ldi[4], ldo[4], ldd, widest = 0, bt, bc;  // bt, bc: padded b and b + 1
+  int64_t at[4], state_size = 0, used = 0, memory = 0, row = 0, head = 0;
+  char* base;
+  const T* start[4][3];  // the matrices that a chunk begins with
+  T *own_anchor[4], *scale, *shift, *unit, *turned, *swapped, *one, *two;
+  T *x[4], *xslope[4], *similar[4], *reach[4], *left[4][3], *output, *values, *rnormed, *rinverse;
+  // Gradients; right holds those at outputs of the rows in left: reads, keys, errors on their way down. Those between
+  // of_memory and of_chunk begin with zeros in every memory, those from there to of_end in every chunk.
+  T *right[4], *of_input[4], *of_delta[4], *of_anchor[4], *of_error, *of_query, *of_scale, *of_shift, *of_fresh;
   T *of_writes[4], *of_decay[4], *of_keep[4], *of_steps[4], *of_mass[4];
+  int64_t of_memory, of_chunk, of_end;
 
-  T* take(int64_t n) {
-    T* found = (T*)((uintptr_t)memory_base + used);
-    used += (n * sizeof(T) + 63) / 64 * 64;
-    return found;
-  }
   // Lays out the working memory; with a base of null it only counts it.
   Walk(const Problem& problem, void* base, bool backward)
-      : p(problem), L(p.depth), b(p.size), D(p.width[p.depth]), old(p.old), memory_base((char*)base) {
-    state_size = widest = 0;
+      : p(problem), L(p.depth), b(p.size), D(p.width[p.depth]), old(p.old), parts(2 + p.anchored), base((char*)base) {
     bt = padded(b), bc = padded(b + 1), ldd = padded(D);
     for (int l = 0; l < L; l++) {
       din[l] = p.width[l], dout[l] = p.width[l + 1], ldi[l] = padded(din[l]), ldo[l] = padded(dout[l]);
-      at[l] = state_size, state_size += 2 * (int64_t)din[l] * ldo[l];
+      at[l] = state_size, state_size += 2 * half(l);
       for (int width : {ldi[l], ldo[l]}) widest = width > widest ? width : widest;
     }
     const int64_t rows = (int64_t)b * widest;
     for (int l = 0; l < L; l++) {
-      own_anchor[l] = take((int64_t)din[l] * ldo[l]);
-      x[l] = take(rows), xslope[l] = take(rows), similar[l] = take(b * bt), attended[l] = take(b * bt);
-      left[l] = take(3 * rows), carried[l] = take(2 * rows), led[l] = take(2 * rows), taken[l] = left[l];
-      if (!backward) continue;
-      right[l] = take(3 * rows), of_input[l] = take(rows), of_delta[l] = take(rows);
-      of_writes[l] = take(b * bc), of_decay[l] = take(b * bc);
-      of_keep[l] = take(bc), of_steps[l] = take(bc), of_mass[l] = take(bc), of_anchor[l] = take((int64_t)din[l] * ldo[l]);
+      own_anchor[l] = take(half(l)), x[l] = take(rows), xslope[l] = take(rows);
+      similar[l] = take(b * bt), reach[l] = take(b * bt);
+      for (T*& part : left[l]) part = take(3 * rows);
     }
-    scale = take(ldd), shift = take(ldd), output = take(rows), rnormed = take(rows), rinverse = take(b);
-    turned = take((int64_t)widest * bt), swapped = take(2 * (int64_t)widest * bt);
-    one = take(rows), two = take(rows), three = take(rows), four = take(rows);
-    if (backward) of_error = take(rows), of_query = take(rows);
+    for (T** list : {&scale, &shift, &unit}) *list = take(ldd);
+    for (T** list : {&output, &values, &rnormed, &two}) *list = take(rows);
+    one = take(3 * rows), rinverse = take(b), turned = take((int64_t)widest * bt), swapped = take((int64_t)widest * bt);
+    if (!backward) return;
+    of_memory = used;
+    of_scale = take(ldd), of_shift = take(ldd), of_fresh = take(state_size);
+    for (int l = 0; l < L; l++) of_anchor[l] = take(half(l));
+    of_chunk = used;
+    of_error = take(rows);
+    for (int l = 0; l < L; l++) {
+      of_writes[l] = behind_one(bc), of_decay[l] = behind_one(bc), of_keep[l] = behind_one(1);
+      of_steps[l] = take(b), of_mass[l] = take(b), of_input[l] = take(rows), of_delta[l] = take(rows);
+    }
+    of_end = used;
+    of_query = take(rows);
+    for (int l = 0; l < L; l++) right[l] = take(3 * rows);
   }
   void take(Found& f) {
     const int64_t rows = (int64_t)b * widest;
     for (int l = 0; l < L; l++) {
-      f.input[l] = take(rows), f.slope[l] = take(rows), f.bend[l] = take(rows);
-      f.arriving[l] = take(rows), f.delta[l] = take(rows), f.writes[l] = take(b * bc), f.decay[l] = take(b * bc);
-      for (T** list : {f.keep, f.theta, f.eta, f.alpha, f.mass, f.steps}) list[l] = take(bc);
+      for (T** list : {f.theta, f.eta, f.alpha, f.mass, f.steps}) list[l] = take(b);
+      for (T** list : {f.input, f.slope, f.bend, f.arriving, f.delta}) list[l] = take(rows);
+      f.writes[l] = behind_one(bc), f.decay[l] = behind_one(bc), f.keep[l] = behind_one(1);
     }
-    f.error = p.norm ? take(rows) : f.delta[L - 1];
-    f.normed = take(rows), f.inverse = take(b), f.share = take(b), f.pull = take(b), f.loss = take(b);
+    f.error = p.norm ? take(rows) : f.delta[L - 1];  // without LayerNorm the last matrix' output is the answer
+    f.normed = take(rows), f.inverse = take(b), f.similar = take(b * bt), f.reach = take(b * bt);
     f.squares = take(8);
+  }
+  T* behind_one(int64_t n) { return take((b + 1) * n) + n; }  // rows of tokens with one in front
+  T* take(int64_t n) {
+    T* found = (T*)((uintptr_t)base + used);
+    used += (n * sizeof(T) + 63) / 64 * 64;
+    return found;
   }
 
   // Rows between tensors, without padding, and working memory, padded with zeros.
-  void in(int rows, int width, int ld, const void* from, int64_t stride, T* to) {
+  void in(int rows, int width, int ld, const T* from, int64_t stride, T* to) {
     for (int r = 0; r < rows; r++) {
-      memcpy(to + (int64_t)r * ld, (const T*)from + r * stride, width * sizeof(T));
+      memcpy(to + (int64_t)r * ld, from + r * stride, width * sizeof(T));
       memset(to + (int64_t)r * ld + width, 0, (ld - width) * sizeof(T));
     }
   }
-  void out(int rows, int width, int ld, const T* from, void* to, int64_t stride) {
-    for (int r = 0; r < rows; r++) memcpy((T*)to + r * stride, from + (int64_t)r * ld, width * sizeof(T));
-  }
-  int64_t slots() const { return p.chunks * p.size; }
-  int64_t token(int chunk, int t) const { return (row * slots() + (int64_t)chunk * b + t) * p.heads + head; }
-  int64_t matrix(int l) const { return memory * din[l] * dout[l]; }
-  void state_in(const void* const* weights, const void* const* momentum, T* state) {
-    for (int l = 0; l < L; l++) {
-      in(din[l], dout[l], ldo[l], (const T*)weights[l] + matrix(l), dout[l], state + at[l]);
-      in(din[l], dout[l], ldo[l], (const T*)momentum[l] + matrix(l), dout[l], state + at[l] + half(l));
-    }
-  }
-  void state_out(const T* state, void* const* weights, void* const* momentum) {
-    for (int l = 0; l < L; l++) {
-      out(din[l], dout[l], ldo[l], state + at[l], (T*)weights[l] + matrix(l), dout[l]);
-      out(din[l], dout[l], ldo[l], state + at[l] + half(l), (T*)momentum[l] + matrix(l), dout[l]);
-    }
+  void out(int rows, int width, int ld, const T* from, T* to, int64_t stride) {
+    for (int r = 0; r < rows; r++) memcpy(to + r * stride, from + (int64_t)r * ld, width * sizeof(T));
   }
   int64_t half(int l) const { return (int64_t)din[l] * ldo[l]; }
-  void at_state(const T* state) {
-    for (int l = 0; l < L; l++) w[l] = state + at[l], s[l] = w[l] + half(l);
+  int64_t matrix(int l) const { return memory * din[l] * dout[l]; }
+  int64_t token(int chunk, int t) const { return (row * p.chunks * b + (int64_t)chunk * b + t) * p.heads + head; }
+  void tokens_in(const void* from, int chunk, int t, int n, T* to) {
+    in(n, D, ldd, (const T*)from + token(chunk, t) * D, p.heads * D, to);
+  }
+  void tokens_out(const T* from, int chunk, int n, void* to) {
+    out(n, D, ldd, from, (T*)to + token(chunk, 0) * D, p.heads * D);
+  }
+  // A matrix where it lies if its rows are whole vectors, else in `own`.
+  const T* whole(int l, const void* const* list, int64_t place, T* own) {
+    const T* from = (const T*)list[l] + place;
+    if (dout[l] == ldo[l]) return from;
+    in(din[l], dout[l], ldo[l], from, dout[l], own);
+    return own;
   }
   void begin(int64_t which) {
     memory = which, row = which / p.heads, head = which % p.heads;
-    for (int l = 0; l < L && p.anchored; l++) {
-      const T* outside = (const T*)p.anchors[l] + head * din[l] * dout[l];
-      anchor[l] = outside;
-      if (dout[l] != ldo[l]) in(din[l], dout[l], ldo[l], outside, dout[l], own_anchor[l]), anchor[l] = own_anchor[l];
-    }
-    for (int i = 0; i < ldd; i++) scale[i] = i < D, shift[i] = 0;
+    for (int l = 0; l < L && p.anchored; l++)
+      start[l][M0] = whole(l, p.anchors, head * din[l] * dout[l], own_anchor[l]);
+    for (int i = 0; i < ldd; i++) scale[i] = unit[i] = i < D, shift[i] = 0;
     if (p.scale) memcpy(scale, (const T*)p.scale + head * D, D * sizeof(T));
     if (p.shift) memcpy(shift, (const T*)p.shift + head * D, D * sizeof(T));
   }
+  int64_t place(int l, int part) const { return at[l] + part * half(l); }
+  void begin_in(const void* const (&state)[2][4], T* own) {
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) start[l][part] = whole(l, state[part], matrix(l), own + place(l, part));
+  }
+  void begin_in(const T* state) {
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) start[l][part] = state + place(l, part);
+  }
+  void save(T* state) {
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) memmove(state + place(l, part), start[l][part], half(l) * sizeof(T));
+  }
+  void state_out(void* const (&state)[2][4]) {
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) out(din[l], dout[l], ldo[l], start[l][part], (T*)state[part][l] + matrix(l), dout[l]);
+  }
+  T* kept(int group) const { return (T*)p.kept + ((group - 1) * p.rows * p.heads + memory) * state_size; }
+  bool restarts(int chunk) const { return p.restarts && p.restarts[chunk * p.rows + row]; }
   // Slots of a chunk that hold tokens; whether it is over with its last one.
   void open(int chunk, Found& f) {
     f.n = p.counts ? p.counts[chunk * p.rows + row] : b;
     f.full = p.closed && f.n == b;
   }
-  bool restarts(int chunk) const { return p.restarts && p.restarts[chunk * p.rows + row]; }
-
-  // to (n, M) = x (n, K) times the transpose of a matrix (M, K), both halves of a state at once where there are two.
-  void across(int n, int M, int K, const T* x, int ldx, const T* matrix, int ld, T* to, int ldt, T* second = nullptr) {
-    const int nt = padded(n), both = second ? 2 * M : M;
-    if (n <= 2 && !second) {
-      for (int t = 0; t < n; t++) {
-        for (int i = 0; i < M; i++) to[t * ldt + i] = dot(ld, x + t * ldx, matrix + (int64_t)i * ld);
-        memset(to + t * ldt + M, 0, (ldt - M) * sizeof(T));
-      }
-      return;
-    }
-    transpose(n, ld, x, ldx, turned, bt, ld);
-    product(SET, both, nt, K, matrix, ld, 1, turned, bt, swapped, bt);
-    transpose(M, nt, swapped, bt, to, ldt, n);
-    if (second) transpose(M, nt, swapped + (int64_t)M * bt, bt, second, ldt, n);
-  }
-
-  // ------------------------------------------------------------------------------------------ coefficients
-  // Products of decays E[t, j] and A E[t, j] as recurrences over t; column b is the momentum at the chunk's start.
-  void coefficients(int chunk, Found& f) {
-    for (int l = 0; l < L; l++) {
-      T kept = 1;
-      for (int t = 0; t < f.n; t++) {
-        const int64_t gate = token(chunk, t) * L + l;
-        const T eta = f.eta[l][t] = ((const T*)p.eta)[gate], theta = f.theta[l][t] = ((const T*)p.theta)[gate];
-        const T keep = 1 - (f.alpha[l][t] = ((const T*)p.alpha)[gate]), left = 1 - eta;
-        T *e = f.decay[l] + t * bc, *g = f.writes[l] + t * bc;
-        if (!t) {
-          memset(e, 0, bc * sizeof(T)), memset(g, 0, bc * sizeof(T));
-          e[b] = g[b] = eta;
-        } else {
-          times(bc, eta, e - bc, e), times(bc, keep, g - bc, g), add(bc, 1, e, g);
-        }
-        e[t] = g[t] = 1;
-        f.keep[l][t] = kept *= keep;
-        f.mass[l][t] = theta / (left > T(p.smallest_decay) ? left : T(p.smallest_decay));
-        f.steps[l][t] = theta;  // unless the rule holds it
-      }
-    }
-  }
-
   // What an open chunk's first tokens have come to, and what all of them have.
   void old_in(Found& f) {
     for (int l = 0; l < L; l++) {
@@ -381,466 +367,454 @@ struct Walk {
     }
   }
 
-  // ------------------------------------------------------------------------------------------ the keys' pass
+  // Products of a matrix: z (n, d_out) of x (n, d_in), and the matrix of x^T z.
+  void through(Mode mode, int l, int n, const T* x, const T* matrix, T* z) {
+    product(mode, n, ldo[l], din[l], x, ldi[l], 1, matrix, ldo[l], z, ldo[l]);
+  }
+  void outer(Mode mode, int l, int n, const T* x, const T* z, T* matrix) {
+    product(mode, din[l], ldo[l], n, x, 1, ldi[l], z, ldo[l], matrix, ldo[l]);
+  }
+  // to (n, d_in), for some matrices one after the other, = z (n, d_out) times the matrix transposed.
+  void down(int l, int n, const T* z, const T* const* matrices, int count, T* to) {
+    if (n > 2) transpose(n, ldo[l], z, ldo[l], turned, bt, ldo[l]);
+    for (int i = 0; i < count; i++, to += n * ldi[l]) {
+      if (n > 2) {
+        product(SET, din[l], padded(n), dout[l], matrices[i], ldo[l], 1, turned, bt, swapped, bt);
+        transpose(din[l], padded(n), swapped, bt, to, ldi[l], n);
+        continue;
+      }
+      memset(to, 0, n * ldi[l] * sizeof(T));
+      for (int t = 0; t < n; t++)
+        for (int r = 0; r < din[l]; r++) to[t * ldi[l] + r] = dot(ldo[l], z + t * ldo[l], matrices[i] + r * ldo[l]);
+    }
+  }
+  // to (n, m) = x y^T for rows of tokens.
+  void pairs(int n, int m, int ld, const T* x, const T* y, T* to) {
+    if (n > 2) {
+      transpose(m, ld, y, ld, turned, bt, ld);
+      return product(SET, n, padded(m), ld, x, ld, 1, turned, bt, to, bt);
+    }
+    for (int t = 0; t < n; t++)
+      for (int j = 0; j < m; j++) to[t * bt + j] = dot(ld, x + t * ld, y + j * ld);
+  }
+
+  // ------------------------------------------------------------------------------------------ (1) coefficients
+  void coefficients(int chunk, Found& f) {
+    for (int l = 0; l < L; l++) {
+      memset(f.decay[l] - bc, 0, bc * sizeof(T)), memset(f.writes[l] - bc, 0, bc * sizeof(T));
+      f.keep[l][-1] = f.decay[l][b - bc] = 1;
+      for (int t = 0; t < f.n; t++) {
+        const int64_t gate = token(chunk, t) * L + l;
+        const T eta = f.eta[l][t] = ((const T*)p.eta)[gate], theta = f.theta[l][t] = ((const T*)p.theta)[gate];
+        const T keep = 1 - (f.alpha[l][t] = ((const T*)p.alpha)[gate]), left = 1 - eta;
+        T *e = f.decay[l] + t * bc, *g = f.writes[l] + t * bc;
+        times(bc, eta, e - bc, e), times(bc, keep, g - bc, g), add(bc, 1, e, g);
+        e[t] = g[t] = 1;
+        f.keep[l][t] = keep * f.keep[l][t - 1];
+        f.mass[l][t] = theta / (left > T(p.smallest_decay) ? left : T(p.smallest_decay));
+        f.steps[l][t] = theta;  // unless the rule holds it
+      }
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ (2), (3) outputs
+  // x times a, f and 1 - a of some tokens, in rows of left.
+  void spread(const Found& f, int l, int first, int n, const T* x, int to) {
+    for (int t = first; t < first + n; t++, to++, x += ldi[l]) {
+      const T factors[] = {f.keep[l][t], f.writes[l][t * bc + b], 1 - f.keep[l][t]};
+      for (int part = 0; part < parts; part++) times(ldi[l], factors[part], x, left[l][part] + to * ldi[l]);
+    }
+  }
+  void meet(const Found& f, int l, int first, int n, const T* x, T* z) {
+    spread(f, l, first, n, x, 0);
+    for (int part = 0; part < parts; part++) through(part ? ADD : SET, l, n, left[l][part], start[l][part], z);
+  }
+  // How far the deltas of all the chunk's tokens reach x: G[t, j] theta_j (x_t . h_j), and the products alone.
+  void attend(const Found& f, int l, int first, int n, const T* x, T* similar, T* reach) {
+    const T* writes = f.writes[l] + first * bc;
+    pairs(n, f.n, ldi[l], x, f.input[l], similar);
+    for (int t = 0; t < n; t++)
+      for (int j = 0; j < f.n; j++) reach[t * bt + j] = similar[t * bt + j] * writes[t * bc + j] * f.steps[l][j];
+  }
+
+  // ------------------------------------------------------------------------------------------ (4) the keys' errors
   void layer_norm(int n, const T* raw, T* normed, T* inverse) {
-    const T smaller = T(1) / ((int64_t)1 << 48);  // as network.normalise: its square stays finite
-    for (int t = 0; t < n; t++) {
-      const T* z = raw + t * ldd;
-      T *y = normed + t * ldd, mean = 0;
-      for (int i = 0; i < D; i++) mean += z[i] * smaller;
-      mean /= D;
-      for (int i = 0; i < ldd; i++) y[i] = i < D ? z[i] * smaller - mean : 0;
-      const T r = 1 / std::sqrt(dot(ldd, y, y) / D + T(p.epsilon) * smaller * smaller);
-      times(ldd, r, y, y);
+    const T smaller = T(1) / ((int64_t)1 << 48);  // as network.layer_norm: its square stays finite
+    for (int t = 0; t < n; t++, raw += ldd, normed += ldd) {
+      const T mean = dot(ldd, raw, unit) / D;
+      for (int i = 0; i < ldd; i++) normed[i] = (raw[i] - mean) * smaller * unit[i];
+      const T r = 1 / std::sqrt(dot(ldd, normed, normed) / D + T(p.epsilon) * smaller * smaller);
+      times(ldd, r, normed, normed);
       inverse[t] = r * smaller;
     }
   }
   // Of one token, its own transpose as a map: r (g - mean g - n mean(g n)).
   void norm_gradient(const T* g, const T* normed, T inverse, T* to) {
-    T mean = 0;
-    for (int i = 0; i < D; i++) mean += g[i];
-    mean /= D;
-    const T along = dot(ldd, g, normed) / D;
-    for (int i = 0; i < ldd; i++) to[i] = i < D ? inverse * (g[i] - mean - along * normed[i]) : 0;
+    const T mean = dot(ldd, g, unit) / D, along = dot(ldd, g, normed) / D;
+    for (int i = 0; i < ldd; i++) to[i] = inverse * unit[i] * (g[i] - mean - along * normed[i]);
   }
-  void keys(int chunk, Found& f, bool bends) {
-    const int n = f.n - old;
-    in(n, D, ldi[0], (const T*)p.keys + token(chunk, old) * D, p.heads * D, f.input[0] + old * ldi[0]);
-    for (int l = 0; l < L - 1; l++) {
-      product(SET, n, ldo[l], din[l], f.input[l] + old * ldi[l], ldi[l], 1, w[l], ldo[l], one, ldo[l]);
-      gelu(n * ldo[l], one, f.input[l + 1] + old * ldo[l], f.slope[l], bends ? f.bend[l] : nullptr);
+  void keys(int chunk, Found& f) {
+    const int n = f.n - old, last = L - 1;
+    tokens_in(p.keys, chunk, old, n, f.input[0] + old * ldd);
+    tokens_in(p.values, chunk, old, n, values);
+    for (int l = 0; l < last; l++) {
+      through(SET, l, n, f.input[l] + old * ldi[l], start[l][W], one);
+      gelu(n * ldo[l], one, f.input[l + 1] + old * ldo[l], f.slope[l], f.bend[l]);
     }
-    const int last = L - 1;
-    T* delta = f.delta[last] + old * ldd;
-    in(n, D, ldd, (const T*)p.values + token(chunk, old) * D, p.heads * D, four);
+    if (p.holds) hold(f, last, L);
+    const T* h = f.input[last] + old * ldi[last];
     if (p.exact) {
-      exact(f);
+      meet(f, last, old - 1, n, h, output);
+      attend(f, last, old - 1, n, h, f.similar, f.reach);
     } else {
-      product(SET, n, ldd, din[last], f.input[last] + old * ldi[last], ldi[last], 1, w[last], ldd, one, ldd);
-      if (p.norm) layer_norm(n, one, f.normed, f.inverse);
-      for (int t = 0; t < n; t++) {
-        const T *value = four + t * ldd, *key = f.input[0] + (old + t) * ldi[0], *y = f.normed + t * ldd;
-        T *e = p.norm ? f.error + t * ldd : delta + t * ldd, *z = one + t * ldd;
-        for (int i = 0; i < ldd; i++) e[i] = 2 * ((p.norm ? key[i] + y[i] * scale[i] + shift[i] : z[i]) - value[i]);
-        if (!p.norm) continue;
-        for (int i = 0; i < ldd; i++) z[i] = e[i] * scale[i];
-        norm_gradient(z, y, f.inverse[t], delta + t * ldd);
-      }
+      through(SET, last, n, h, start[last][W], output);
+    }
+    for (int t = 0; t < n; t++) {
+      T* z = output + t * ldd;
+      if (p.exact) product(SUB, 1, ldd, old + t, f.reach + t * bt, bt, 1, f.delta[last], ldd, z, ldd);
+      error(f, old + t, z, values + t * ldd);
     }
     for (int l = last; l > 0; l--) {
       T *arriving = f.arriving[l - 1], *below = f.delta[l - 1] + old * ldi[l];
-      across(n, din[l], dout[l], f.delta[l] + old * ldo[l], ldo[l], w[l], ldo[l], arriving, ldi[l]);
+      down(l, n, f.delta[l] + old * ldo[l], start[l], 1, arriving);
       for (int i = 0; i < n * ldi[l]; i++) below[i] = arriving[i] * f.slope[l - 1][i];
     }
-    if (p.exact && L > 1) hold_lower(f);
+    if (p.holds) hold(f, 0, last);
   }
-  // Where x meets a matrix as some tokens have left it, without the chunk's own writes: kept W + carried S + lost M_0.
-  void meet(int n, int l, const T* x, const T* keep, const T* carry, bool first, T* xw, T* xs, T* xm, T* z) {
-    for (int t = 0; t < n; t++) {
-      const bool start = first && t == 0;  // nothing has happened before the chunk's first token
-      const T k = start ? 1 : keep[t], c = start ? 0 : carry[t * bc];
-      times(ldi[l], k, x + t * ldi[l], xw + t * ldi[l]);
-      times(ldi[l], c, x + t * ldi[l], xs + t * ldi[l]);
-      if (p.anchored) times(ldi[l], 1 - k, x + t * ldi[l], xm + t * ldi[l]);
+  // Of one token's answer and, through LayerNorm, of the last matrix' output z, which is lost.
+  void error(Found& f, int t, T* z, const T* value) {
+    const T* key = f.input[0] + t * ldd;
+    T *e = f.error + t * ldd, *y = f.normed + t * ldd;
+    if (!p.norm) {
+      for (int i = 0; i < ldd; i++) e[i] = 2 * (z[i] - value[i]);
+      return;
     }
-    product(SET, n, ldo[l], din[l], xw, ldi[l], 1, w[l], ldo[l], z, ldo[l]);
-    product(ADD, n, ldo[l], din[l], xs, ldi[l], 1, s[l], ldo[l], z, ldo[l]);
-    if (p.anchored) product(ADD, n, ldo[l], din[l], xm, ldi[l], 1, anchor[l], ldo[l], z, ldo[l]);
+    layer_norm(1, z, y, f.inverse + t);
+    for (int i = 0; i < ldd; i++) e[i] = 2 * (key[i] + y[i] * scale[i] + shift[i] - value[i]), z[i] = e[i] * scale[i];
+    norm_gradient(z, y, f.inverse[t], f.delta[L - 1] + t * ldd);
   }
-
-  // ------------------------------------------------------------------------------------------ the exact last matrix
-  // Held steps, then e_t = 2 (h_t W_{t-1} - v_t), a triangular system: the kernel 2 G[t-1, j] (h_t . h_j) stands in
-  // `attended`, the products h_t . h_j in `similar`. `four` holds the values.
-  void exact(Found& f) {
-    const int l = L - 1, n = f.n - old, ld = ldi[l];
-    const T *h = f.input[l] + old * ld, *carry = f.writes[l] + b;
-    T* e = f.delta[l];
-    for (int t = old; t < f.n; t++) {
-      const T asked = 2 * f.mass[l][t] * dot(ld, f.input[l] + t * ld, f.input[l] + t * ld);
-      f.steps[l][t] = f.theta[l][t] / (asked > 1 ? asked : 1);
-    }
-    meet(n, l, h, f.keep[l] + old - 1, carry + (old - 1) * bc, !old, one, two, three, e + old * ldd);
-    transpose(f.n, ld, f.input[l], ld, turned, bt, ld);
-    product(SET, n, padded(f.n), din[l], h, ld, 1, turned, bt, similar[l], bt);
-    for (int t = old; t < f.n; t++) {
-      T *own = e + t * ldd, *kernel = attended[l] + (t - old) * bt;
-      const T* value = four + (t - old) * ldd;
-      for (int i = 0; i < ldd; i++) own[i] = 2 * (own[i] - value[i]);
-      for (int j = 0; j < t; j++) {
-        kernel[j] = 2 * f.writes[l][(t - 1) * bc + j] * f.steps[l][j] * similar[l][(t - old) * bt + j];
-        add(ldd, -kernel[j], e + j * ldd, own);
-      }
-    }
+  // Steps held to what they remove of an error, rule.last_step_share and lower_step_share: of some matrices together,
+  // the last one or all below it. A matrix asks for `slope` mass |h|^2; the share of all is allowed / asked.
+  T slope_of(const Found& f, int l, int t) const {
+    const T* d = f.delta[l] + t * ldo[l];
+    return l == L - 1 ? 2 : T(p.rule_chunk) * dot(ldo[l], d, d);
   }
-  void hold_lower(Found& f) {
+  T asked(const Found& f, int first, int end, int t) const {
+    T all = 0;
+    for (int l = first; l < end; l++) {
+      const T* h = f.input[l] + t * ldi[l];
+      all += slope_of(f, l, t) * f.mass[l][t] * dot(ldi[l], h, h);
+    }
+    return all;
+  }
+  T allowed(const Found& f, int end, int t) const {
+    const T* e = f.error + t * ldd;
+    return end == L ? 1 : dot(ldd, e, e) / 2;
+  }
+  void hold(Found& f, int first, int end) {
     for (int t = old; t < f.n; t++) {
-      T pull = 0, share = 1;
-      for (int l = 0; l < L - 1; l++) {
-        const T *h = f.input[l] + t * ldi[l], *d = f.delta[l] + t * ldo[l];
-        pull += f.mass[l][t] * dot(ldi[l], h, h) * dot(ldo[l], d, d);
-      }
-      const T *e = f.delta[L - 1] + t * ldd, loss = dot(ldd, e, e) / 4, asked = T(p.rule_chunk) * pull;
-      if (asked > 2 * loss) share = 2 * loss / asked;
-      f.share[t] = share, f.pull[t] = pull, f.loss[t] = loss;
-      for (int l = 0; l < L - 1; l++) f.steps[l][t] = f.theta[l][t] * share;
+      const T all = asked(f, first, end, t), most = allowed(f, end, t);
+      for (int l = first; l < end && all > most; l++) f.steps[l][t] *= most / all;
     }
   }
 
   // ------------------------------------------------------------------------------------------ reads
-  // Each query through the state that its own token has left; leaves the last output in `output`.
-  void queries(int chunk, const Found& f, bool slopes) {
-    const int n = f.n - old, nt = padded(f.n);
-    in(n, D, ldi[0], (const T*)p.queries + token(chunk, old) * D, p.heads * D, x[0]);
+  // Each query through the state that its own token has left, by (2) and (3).
+  void queries(int chunk, const Found& f) {
+    const int n = f.n - old;
+    tokens_in(p.queries, chunk, old, n, x[0]);
     for (int l = 0; l < L; l++) {
       T* z = l == L - 1 ? output : one;
-      meet(n, l, x[l], f.keep[l] + old, f.writes[l] + old * bc + b, false, taken[l], carried[l], led[l], z);
-      transpose(f.n, ldi[l], f.input[l], ldi[l], turned, bt, ldi[l]);
-      product(SET, n, nt, din[l], x[l], ldi[l], 1, turned, bt, similar[l], bt);
-      for (int t = 0; t < n; t++)
-        for (int j = 0; j < f.n; j++)
-          attended[l][t * bt + j] = similar[l][t * bt + j] * f.writes[l][(old + t) * bc + j] * f.steps[l][j];
-      product(SUB, n, ldo[l], f.n, attended[l], bt, 1, f.delta[l], ldo[l], z, ldo[l]);
-      if (l < L - 1) gelu(n * ldo[l], z, x[l + 1], slopes ? xslope[l] : nullptr, nullptr);
+      meet(f, l, old, n, x[l], z);
+      attend(f, l, old, n, x[l], similar[l], reach[l]);
+      product(SUB, n, ldo[l], f.n, reach[l], bt, 1, f.delta[l], ldo[l], z, ldo[l]);
+      if (l < L - 1) gelu(n * ldo[l], z, x[l + 1], xslope[l], nullptr);
     }
     if (p.norm) layer_norm(n, output, rnormed, rinverse);
-  }
-  void answers(int chunk, const Found& f) {
-    for (int t = 0; t < f.n - old; t++) {
-      T *y = output + t * ldd, *q = x[0] + t * ldi[0], *normed = rnormed + t * ldd;
-      for (int i = 0; i < D && p.norm; i++) y[i] = q[i] + normed[i] * scale[i] + shift[i];
-      memcpy((T*)p.reads + token_read(chunk, t) * D, y, D * sizeof(T));
-    }
-  }
-  int64_t token_read(int chunk, int t) const {  // reads are of new tokens only
-    return (row * (slots() - old) + (int64_t)chunk * b + t) * p.heads + head;
+    for (int t = 0; t < n && p.norm; t++)
+      for (int i = 0, at = t * ldd; i < ldd; i++, at++) output[at] = x[0][at] + rnormed[at] * scale[i] + shift[i];
+    const int64_t first = token(chunk, old) - (row + 1) * old * p.heads;  // the tensor has reads of new tokens only
+    if (p.reads) out(n, D, ldd, output, (T*)p.reads + first * D, p.heads * D);
   }
 
-  // ------------------------------------------------------------------------------------------ the chunk's end
-  // h times how much of each step is in weights and momentum after the chunk.
-  void shares(int l, const Found& f, T* in_weights, T* in_momentum) {
-    const T *g = f.writes[l] + (f.n - 1) * bc, *e = f.decay[l] + (f.n - 1) * bc;
-    for (int j = 0; j < f.n; j++) {
-      times(ldi[l], g[j] * f.steps[l][j], f.input[l] + j * ldi[l], in_weights + j * ldi[l]);
-      times(ldi[l], e[j] * f.steps[l][j], f.input[l] + j * ldi[l], in_momentum + j * ldi[l]);
-    }
-  }
-  void end(Found& f, T* after) {
-    for (int l = 0; l < L; l++) {
-      const T keep = f.keep[l][f.n - 1], carry = f.writes[l][(f.n - 1) * bc + b], stay = f.decay[l][(f.n - 1) * bc + b];
-      T *nw = after + at[l], *ns = nw + half(l);
-      for (int64_t i = 0; i < half(l); i += LANES) {
-        const V weight = load(w[l] + i), momentum = load(s[l] + i);
-        V kept = keep * weight + carry * momentum;
-        if (p.anchored) kept += (1 - keep) * load(anchor[l] + i);
-        store(nw + i, kept), store(ns + i, stay * momentum);
-      }
-      shares(l, f, one, two);
-      product(SUB, din[l], ldo[l], f.n, one, 1, ldi[l], f.delta[l], ldo[l], nw, ldo[l]);
-      product(SUB, din[l], ldo[l], f.n, two, 1, ldi[l], f.delta[l], ldo[l], ns, ldo[l]);
-      for (int i = 0; i < 2 && f.full && std::isfinite(p.rms_limit); i++) {  // the state shell
-        T* part = i ? ns : nw;
-        const T square = f.squares[2 * l + i] = dot(half(l), part, part) / (T(din[l]) * dout[l]);
-        if (outside(square)) times(half(l), T(p.rms_limit) / std::sqrt(square), part, part);
-      }
-    }
+  // ------------------------------------------------------------------------------------------ (5) the chunk's end
+  // h times how much of each step is in weights or momentum after the chunk.
+  void stepped(const Found& f, int l, const T* reach, T* to) {
+    for (int j = 0; j < f.n; j++) times(ldi[l], reach[j] * f.steps[l][j], f.input[l] + j * ldi[l], to + j * ldi[l]);
   }
   bool outside(T square) const { return square > T(p.rms_limit) * T(p.rms_limit); }
+  void end(Found& f, T* after) {
+    for (int l = 0; l < L; l++) {
+      const T *g = f.writes[l] + (f.n - 1) * bc, *e = f.decay[l] + (f.n - 1) * bc, keep = f.keep[l][f.n - 1];
+      T* to[] = {after + place(l, W), after + place(l, S)};
+      for (int64_t i = 0; i < half(l); i += LANES) {
+        const V weight = load(start[l][W] + i), momentum = load(start[l][S] + i);
+        V kept = keep * weight + g[b] * momentum;
+        if (p.anchored) kept += (1 - keep) * load(start[l][M0] + i);
+        store(to[W] + i, kept), store(to[S] + i, e[b] * momentum);
+      }
+      for (int part : {W, S}) {
+        stepped(f, l, part == W ? g : e, one);
+        outer(SUB, l, f.n, one, f.delta[l], to[part]);
+        if (!f.full || !std::isfinite(p.rms_limit)) continue;
+        const T square = f.squares[2 * l + part] = dot(half(l), to[part], to[part]) / (T(din[l]) * dout[l]);
+        if (outside(square)) times(half(l), T(p.rms_limit) / std::sqrt(square), to[part], to[part]);
+      }
+    }
+    begin_in(after);
+  }
 
   // ------------------------------------------------------------------------------------------ the way back
-  // Back through `meet`: (n, d_in) at x, the same three products transposed; gradients at what was kept and carried.
-  void meet_back(int n, int l, const T* x, const T* of_z, const T* keep, const T* carry, bool first, T* of_x, T* of_keep,
-                 T* of_carry) {
-    across(n, din[l], dout[l], of_z, ldo[l], w[l], ldo[l], one, ldi[l], two);
-    if (p.anchored) across(n, din[l], dout[l], of_z, ldo[l], anchor[l], ldo[l], three, ldi[l]);
-    for (int t = 0; t < n; t++) {
-      const bool start = first && t == 0;
-      const T k = start ? 1 : keep[t], c = start ? 0 : carry[t * bc];
-      const T *own = x + t * ldi[l], *pw = one + t * ldi[l], *ps = two + t * ldi[l], *pm = three + t * ldi[l];
-      T* to = of_x + t * ldi[l];
-      add(ldi[l], k, pw, to), add(ldi[l], c, ps, to);
-      if (p.anchored) add(ldi[l], 1 - k, pm, to);
-      if (start) continue;
-      of_keep[t] += dot(ldi[l], own, pw) - (p.anchored ? dot(ldi[l], own, pm) : 0);
-      of_carry[t * bc] += dot(ldi[l], own, ps);
-    }
-  }
-  // W = s U with s = limit / rms(U) where the shell acted: s (D - (D . W) W / (size limit^2)).
+  // (5), the shell: W = s U with s = limit / rms(U) where it acted, so s (g - (g . W) W / (size limit^2)).
   void shell_back(const Found& f, const T* after, T* g) {
     for (int l = 0; l < L && f.full && std::isfinite(p.rms_limit); l++)
-      for (int i = 0; i < 2; i++) {
-        const T square = f.squares[2 * l + i], limit = p.rms_limit, size = T(din[l]) * dout[l];
-        T* of = g + at[l] + i * half(l);
-        const T* state = after + at[l] + i * half(l);
+      for (int part : {W, S}) {
+        const T square = f.squares[2 * l + part], limit = p.rms_limit, size = T(din[l]) * dout[l];
+        const T* state = after + place(l, part);
+        T* of = g + place(l, part);
         if (!outside(square)) continue;
         add(half(l), -dot(half(l), of, state) / (size * limit * limit), state, of);
         times(half(l), limit / std::sqrt(square), of, of);
       }
   }
-  void reads_back(int chunk, const Found& f, T* g_scale, T* g_shift) {
-    const int n = f.n, nt = padded(n);
-    in(n, D, ldd, (const T*)p.of_reads + token(chunk, 0) * D, p.heads * D, of_query);
+  // (5), the steps.
+  void end_back(const Found& f, const T* g) {
+    const int64_t last = (f.n - 1) * bc;
+    for (int l = 0; l < L; l++)
+      for (int part : {W, S}) {
+        const T *of_part = g + place(l, part), *reach = (part == W ? f.writes : f.decay)[l] + last;
+        T* of_reach = (part == W ? of_writes : of_decay)[l] + last;
+        stepped(f, l, reach, one);
+        through(SUB, l, f.n, one, of_part, of_delta[l]);
+        down(l, f.n, f.delta[l], &of_part, 1, one);
+        for (int j = 0; j < f.n; j++) {
+          const T *arriving = one + j * ldi[l], of = -dot(ldi[l], f.input[l] + j * ldi[l], arriving);
+          of_reach[j] += of * f.steps[l][j], of_steps[l][j] += of * reach[j];
+          add(ldi[l], -reach[j] * f.steps[l][j], arriving, of_input[l] + j * ldi[l]);
+        }
+      }
+  }
+  // (3) for x of all tokens, the errors aside; `reach` is lost. Where G is zero its gradient is no more than finite.
+  void attend_back(const Found& f, int l, int first, const T* x, const T* of_z, const T* similar, T* reach, T* of_x) {
+    const int n = f.n;
+    const T *writes = f.writes[l] + first * bc, *step = f.steps[l];
+    pairs(n, n, ldo[l], of_z, f.delta[l], reach);
+    for (int t = 0; t < n; t++) {
+      const T *g = writes + t * bc, *same = similar + t * bt;
+      T *pair = reach + t * bt, *of_g = of_writes[l] + (first + t) * bc;
+      for (int j = 0; j < n; j++) {
+        const T of_write = -pair[j] * same[j];
+        of_g[j] += of_write * step[j], of_steps[l][j] += of_write * g[j];
+        pair[j] *= -g[j] * step[j];
+      }
+    }
+    product(ADD, n, ldi[l], n, reach, bt, 1, f.input[l], ldi[l], of_x, ldi[l]);
+    product(ADD, n, ldi[l], n, reach, 1, bt, x, ldi[l], of_input[l], ldi[l]);
+  }
+  // (2): adds to the gradient at x, at what was kept and at what was carried.
+  void meet_back(const Found& f, int l, int first, const T* x, const T* of_z, T* of_x) {
+    const int block = f.n * ldi[l];
+    down(l, f.n, of_z, start[l], parts, one);
+    for (int t = 0; t < f.n; t++) {
+      const T *own = x + t * ldi[l], *arriving = one + t * ldi[l], keep = f.keep[l][first + t];
+      const T factors[] = {keep, f.writes[l][(first + t) * bc + b], 1 - keep};
+      T of[] = {0, 0, 0};
+      for (int part = 0; part < parts; part++) {
+        add(ldi[l], factors[part], arriving + part * block, of_x + t * ldi[l]);
+        of[part] = dot(ldi[l], own, arriving + part * block);
+      }
+      of_keep[l][first + t] += of[W] - of[M0];
+      of_writes[l][(first + t) * bc + b] += of[S];
+    }
+  }
+  void reads_back(int chunk, const Found& f) {
+    const int n = f.n;
+    tokens_in(p.of_reads, chunk, 0, n, of_query);
     memcpy(right[L - 1], of_query, sizeof(T) * n * ldd);
     for (int t = 0; t < n && p.norm; t++) {
       const T *g = of_query + t * ldd, *y = rnormed + t * ldd;
-      for (int i = 0; i < D; i++) g_scale[i] += g[i] * y[i], g_shift[i] += g[i];
-      for (int i = 0; i < ldd; i++) one[i] = g[i] * scale[i];
+      for (int i = 0; i < ldd; i++) of_scale[i] += g[i] * y[i], of_shift[i] += g[i], one[i] = g[i] * scale[i];
       norm_gradient(one, y, rinverse[t], right[L - 1] + t * ldd);
     }
     for (int l = L - 1; l >= 0; l--) {
-      T *of_z = right[l], *of_x = l ? right[l - 1] : four;
-      memset(of_delta[l], 0, sizeof(T) * n * ldo[l]);
-      product(SUB, n, ldo[l], n, attended[l], 1, bt, of_z, ldo[l], of_delta[l], ldo[l]);
-      transpose(n, ldo[l], f.delta[l], ldo[l], turned, bt, ldo[l]);
-      product(SET, n, nt, dout[l], of_z, ldo[l], 1, turned, bt, attended[l], bt);
-      for (int t = 0; t < n; t++) {
-        T *at_pair = attended[l] + t * bt, *of_g = of_writes[l] + t * bc;
-        const T *g = f.writes[l] + t * bc, *same = similar[l] + t * bt, *step = f.steps[l];
-        for (int j = 0; j <= t; j++) {
-          const T of = -at_pair[j], of_write = of * same[j];
-          of_g[j] += of_write * step[j], of_steps[l][j] += of_write * g[j];
-          at_pair[j] = of * g[j] * step[j];
-        }
-        for (int j = t + 1; j < n; j++) at_pair[j] = 0;
-      }
+      T *of_z = right[l], *of_x = l ? right[l - 1] : two;
+      product(SUB, n, ldo[l], n, reach[l], 1, bt, of_z, ldo[l], of_delta[l], ldo[l]);
       memset(of_x, 0, sizeof(T) * n * ldi[l]);
-      meet_back(n, l, x[l], of_z, f.keep[l], f.writes[l] + b, false, of_x, of_keep[l], of_writes[l] + b);
-      product(ADD, n, ldi[l], n, attended[l], bt, 1, f.input[l], ldi[l], of_x, ldi[l]);
-      product(SET, n, ldi[l], n, attended[l], 1, bt, x[l], ldi[l], of_input[l], ldi[l]);
+      attend_back(f, l, 0, x[l], of_z, similar[l], reach[l], of_x);
+      meet_back(f, l, 0, x[l], of_z, of_x);
       for (int i = 0; i < n * ldi[l] && l; i++) of_x[i] *= xslope[l - 1][i];
     }
-    for (int i = 0; i < n * ldi[0]; i++) four[i] += p.norm ? of_query[i] : 0;
-    out(n, D, ldi[0], four, (T*)p.of_queries + token(chunk, 0) * D, p.heads * D);
+    if (p.norm) add(n * ldd, 1, of_query, two);
+    tokens_out(two, chunk, n, p.of_queries);
   }
-  void end_back(const Found& f, const T* g) {
-    for (int l = 0; l < L; l++) {
-      const T *gw = g + at[l], *gs = gw + half(l), *last = f.writes[l] + (f.n - 1) * bc, *decay = f.decay[l] + (f.n - 1) * bc;
-      T *of_last = of_writes[l] + (f.n - 1) * bc, *of_stay = of_decay[l] + (f.n - 1) * bc;
-      shares(l, f, one, two);
-      product(SUB, f.n, ldo[l], din[l], one, ldi[l], 1, gw, ldo[l], of_delta[l], ldo[l]);
-      product(SUB, f.n, ldo[l], din[l], two, ldi[l], 1, gs, ldo[l], of_delta[l], ldo[l]);
-      across(f.n, din[l], dout[l], f.delta[l], ldo[l], gw, ldo[l], one, ldi[l], two);
-      for (int j = 0; j < f.n; j++) {
-        const T *h = f.input[l] + j * ldi[l], *pw = one + j * ldi[l], *ps = two + j * ldi[l], step = f.steps[l][j];
-        const T of_w = -dot(ldi[l], h, pw), of_s = -dot(ldi[l], h, ps);
-        of_last[j] += of_w * step, of_stay[j] += of_s * step;
-        of_steps[l][j] += of_w * last[j] + of_s * decay[j];
-        add(ldi[l], -last[j] * step, pw, of_input[l] + j * ldi[l]);
-        add(ldi[l], -decay[j] * step, ps, of_input[l] + j * ldi[l]);
-      }
-    }
-  }
-  void hold_lower_back(const Found& f) {
+  void hold_back(const Found& f, int first, int end) {
     for (int t = 0; t < f.n; t++) {
+      const T all = asked(f, first, end, t), share = allowed(f, end, t) / all;
+      if (!(share < 1)) continue;
       T of_share = 0;
-      for (int l = 0; l < L - 1; l++) {
-        of_share += of_steps[l][t] * f.theta[l][t];
-        of_steps[l][t] *= f.share[t];  // now at theta
-      }
-      if (!(T(p.rule_chunk) * f.pull[t] > 2 * f.loss[t])) continue;
-      const T of_pull = -of_share * f.share[t] / f.pull[t], of_loss = of_share * 2 / (T(p.rule_chunk) * f.pull[t]);
-      add(ldd, of_loss / 2, f.delta[L - 1] + t * ldd, of_delta[L - 1] + t * ldd);
-      for (int l = 0; l < L - 1; l++) {
-        const T *h = f.input[l] + t * ldi[l], *d = f.delta[l] + t * ldo[l], mass = f.mass[l][t];
-        const T hh = dot(ldi[l], h, h), dd = dot(ldo[l], d, d);
-        of_mass[l][t] += of_pull * hh * dd;
-        add(ldi[l], 2 * of_pull * mass * dd, h, of_input[l] + t * ldi[l]);
-        add(ldo[l], 2 * of_pull * mass * hh, d, of_delta[l] + t * ldo[l]);
+      for (int l = first; l < end; l++) of_share += of_steps[l][t] * f.theta[l][t];
+      const T of_asked = -of_share * share / all;
+      if (end < L) times(ldd, of_share / all, f.error + t * ldd, of_error + t * ldd);
+      for (int l = first; l < end; l++) {
+        const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), slope = slope_of(f, l, t);
+        of_steps[l][t] *= share;  // now at theta
+        of_mass[l][t] += of_asked * slope * square;
+        add(ldi[l], 2 * of_asked * slope * f.mass[l][t], h, of_input[l] + t * ldi[l]);
+        if (end == L) continue;
+        const T of_square = of_asked * T(p.rule_chunk) * f.mass[l][t] * square;
+        add(ldo[l], 2 * of_square, f.delta[l] + t * ldo[l], of_delta[l] + t * ldo[l]);
       }
     }
   }
-  // From the gradient at the errors back through the solve; `at_z` gets that at what the keys meet.
-  void exact_back(const Found& f, T* at_z) {
-    const int l = L - 1, n = f.n, ld = ldi[l];
-    const T* h = f.input[l];
-    transpose(n, ld, h, ld, turned, bt, ld);
-    product(SET, n, padded(n), din[l], h, ld, 1, turned, bt, similar[l], bt);
-    for (int t = n - 1; t >= 0; t--) {
-      T *of_e = of_delta[l] + t * ldd, *of_pair = attended[l] + t * bt;
-      memset(of_pair, 0, bt * sizeof(T));
-      for (int j = 0; j < t; j++) {
-        const T write = f.writes[l][(t - 1) * bc + j], step = f.steps[l][j], same = similar[l][t * bt + j];
-        const T of_kernel = -2 * dot(ldd, of_e, f.delta[l] + j * ldd);
-        of_writes[l][(t - 1) * bc + j] += of_kernel * step * same;
-        of_steps[l][j] += of_kernel * write * same;
-        of_pair[j] = of_kernel * write * step;
-        add(ldd, -2 * write * step * same, of_e, of_delta[l] + j * ldd);
-      }
-      times(ldd, 2, of_e, at_z + t * ldd);
+  // (4) of one token, from its delta, and from what of_error holds of other ways to its error; of_error ends as the
+  // gradient at the answer. LayerNorm's derivative at z depends on z through n and r as well: see chunk._NormErrors.
+  void error_back(const Found& f, int t, T* of_z) {
+    const T *e = f.error + t * ldd, *y = f.normed + t * ldd, *delta = f.delta[L - 1] + t * ldd, r = f.inverse[t];
+    T *of = of_delta[L - 1] + t * ldd, *at_answer = of_error + t * ldd;
+    T *of_scaled = one, *scaled = one + ldd, *of_normed = one + 2 * ldd;
+    if (!p.norm) {
+      for (int i = 0; i < ldd; i++) of_z[i] = at_answer[i] = 2 * (of[i] + at_answer[i]);
+      return;
     }
-    product(ADD, n, ld, n, attended[l], bt, 1, h, ld, of_input[l], ld);
-    product(ADD, n, ld, n, attended[l], 1, bt, h, ld, of_input[l], ld);
-    meet_back(n, l, h, at_z, f.keep[l] - 1, f.writes[l] + b - bc, true, of_input[l], of_keep[l] - 1, of_writes[l] + b - bc);
-    for (int t = 0; t < n; t++) {
-      const T *own = h + t * ld, square = dot(ld, own, own), asked = 2 * f.mass[l][t] * square;
-      const T share = 1 / (asked > 1 ? asked : 1), of_asked = asked > 1 ? -of_steps[l][t] * f.theta[l][t] * share * share : 0;
-      of_steps[l][t] *= share;
-      of_mass[l][t] += 2 * square * of_asked;
-      add(ld, 4 * f.mass[l][t] * of_asked, own, of_input[l] + t * ld);
+    norm_gradient(of, y, r, of_scaled);
+    for (int i = 0; i < ldd; i++) {
+      at_answer[i] = 2 * (of_scaled[i] * scale[i] + at_answer[i]);
+      scaled[i] = e[i] * scale[i], of_normed[i] = at_answer[i] * scale[i];
+      of_scale[i] += of_scaled[i] * e[i] + at_answer[i] * y[i], of_shift[i] += at_answer[i];
+    }
+    norm_gradient(of_normed, y, r, of_z);
+    add(ldd, -r / D * dot(ldd, scaled, y), of_scaled, of_z);
+    add(ldd, -r / D * dot(ldd, of, y), delta, of_z);
+    add(ldd, -r / D * dot(ldd, of, delta), y, of_z);
+  }
+  void keys_back(int chunk, const Found& f) {
+    const int n = f.n, last = L - 1;
+    for (int l = 0; l < last; l++) {  // upward, through the back-propagation
+      T *of_arriving = left[l + 1][W] + 2 * n * ldo[l], *of_z = right[l] + n * ldo[l];
+      for (int i = 0; i < n * ldo[l]; i++) {
+        of_arriving[i] = of_delta[l][i] * f.slope[l][i];
+        of_z[i] = of_delta[l][i] * f.arriving[l][i] * f.bend[l][i];
+      }
+      through(ADD, l + 1, n, of_arriving, start[l + 1][W], of_delta[l + 1]);
+      memcpy(right[l + 1] + 2 * n * ldo[l + 1], f.delta[l + 1], sizeof(T) * n * ldo[l + 1]);
+    }
+    T *h = f.input[last], *at_last = right[last] + n * ldd;
+    for (int t = n - 1; t >= 0; t--) {  // a delta has reached the outputs behind it
+      const T *reach = f.reach + (t + 1) * bt + t, *behind = at_last + (t + 1) * ldd;
+      if (p.exact) product(SUB, 1, ldd, n - 1 - t, reach, 0, bt, behind, ldd, of_delta[last] + t * ldd, ldd);
+      error_back(f, t, at_last + t * ldd);
+    }
+    if (p.exact) {
+      attend_back(f, last, -1, h, at_last, f.similar, f.reach, of_input[last]);
+      meet_back(f, last, -1, h, at_last, of_input[last]);
+      spread(f, last, -1, n, h, n);
+    }
+    if (p.holds) hold_back(f, last, L);
+    for (int l = last; l >= 0; l--) {  // downward, through the forward pass
+      T* below = l ? right[l - 1] + n * ldi[l] : nullptr;
+      if (!p.exact || l < last) {
+        down(l, n, right[l] + n * ldo[l], start[l], 1, one);
+        add(n * ldi[l], 1, one, of_input[l]);
+        memcpy(left[l][W] + n * ldi[l], f.input[l], sizeof(T) * n * ldi[l]);
+      }
+      for (int i = 0; i < n * ldi[l] && l; i++) below[i] += of_input[l][i] * f.slope[l - 1][i];
+    }
+    if (p.norm) add(n * ldd, 1, of_error, of_input[0]);
+    times(n * ldd, -1, of_error, of_error);
+    tokens_out(of_input[0], chunk, n, p.of_keys);
+    tokens_out(of_error, chunk, n, p.of_values);
+  }
+  // (5), (2) and the keys' errors at what the chunk began with: from the gradient behind the chunk, in place.
+  void state_back(const Found& f, T* g) {
+    const int last = f.n - 1;
+    for (int l = 0; l < L; l++) {
+      const T keep = f.keep[l][last], carry = f.writes[l][last * bc + b], stay = f.decay[l][last * bc + b];
+      T* of[] = {g + place(l, W), g + place(l, S), of_anchor[l]};
+      V at_keep = {}, at_carry = {}, at_stay = {};
+      for (int64_t i = 0; i < half(l); i += LANES) {
+        const V of_w = load(of[W] + i), of_s = load(of[S] + i), momentum = load(start[l][S] + i);
+        at_keep += of_w * load(start[l][W] + i), at_carry += of_w * momentum, at_stay += of_s * momentum;
+        store(of[W] + i, keep * of_w), store(of[S] + i, carry * of_w + stay * of_s);
+        if (!p.anchored) continue;
+        at_keep -= of_w * load(start[l][M0] + i);
+        store(of[M0] + i, load(of[M0] + i) + (1 - keep) * of_w);
+      }
+      of_keep[l][last] += sum(at_keep), of_writes[l][last * bc + b] += sum(at_carry);
+      of_decay[l][last * bc + b] += sum(at_stay);
+      const int met = p.exact && l == L - 1 ? 2 : 1, all = l ? 3 : 2;  // blocks of rows that went through S, M_0 and W
+      for (int part = 0; part < parts; part++)
+        outer(ADD, l, (part == W ? all : met) * f.n, left[l][part], right[l], of[part]);
     }
   }
-  // From the last delta to the last matrix' output by way of the error; LayerNorm's second derivative as in
-  // chunk_backward.InnerGradient. Leaves the gradient at the answers in of_error.
-  void error_back(const Found& f, T* at_z, T* g_scale, T* g_shift) {
-    for (int t = 0; t < f.n; t++) {
-      const T *of = of_delta[L - 1] + t * ldd, *e = f.error + t * ldd, *y = f.normed + t * ldd;
-      const T *delta = f.delta[L - 1] + t * ldd, r = f.inverse[t];
-      T *at_answer = of_error + t * ldd, *raw = at_z + t * ldd, *of_scaled = one, *product_scaled = two;
-      if (!p.norm) {
-        times(ldd, 2, of, at_answer), times(ldd, 2, of, raw);
-        continue;
-      }
-      norm_gradient(of, y, r, of_scaled);
-      for (int i = 0; i < ldd; i++) {
-        at_answer[i] = 2 * of_scaled[i] * scale[i];
-        product_scaled[i] = e[i] * scale[i], three[i] = at_answer[i] * scale[i];
-      }
-      for (int i = 0; i < D; i++) g_scale[i] += of_scaled[i] * e[i] + at_answer[i] * y[i], g_shift[i] += at_answer[i];
-      norm_gradient(three, y, r, raw);
-      add(ldd, -dot(ldd, product_scaled, y) / D * r, of_scaled, raw);
-      add(ldd, -dot(ldd, of, y) / D * r, delta, raw);
-      add(ldd, -dot(ldd, of, delta) / D * r, y, raw);
-    }
-  }
-  // Reverse of `coefficients`, and of theta's way into steps and masses.
+  // (1), and theta's way into steps and masses.
   void gates_back(int chunk, const Found& f) {
     for (int l = 0; l < L; l++) {
       T of_kept = 0;
       for (int t = f.n - 1; t >= 0; t--) {
         const T eta = f.eta[l][t], keep = 1 - f.alpha[l][t], left = 1 - eta, smallest = p.smallest_decay;
-        T *of_g = of_writes[l] + t * bc, *of_e = of_decay[l] + t * bc, of_keep_now = 0, of_eta;
+        T *of_g = of_writes[l] + t * bc, *of_e = of_decay[l] + t * bc;
         add(bc, 1, of_g, of_e);
         of_kept += of_keep[l][t];
-        if (t) {
-          of_keep_now = dot(bc, of_g, f.writes[l] + (t - 1) * bc);
-          of_eta = dot(bc, of_e, f.decay[l] + (t - 1) * bc);
-          add(bc, keep, of_g, of_g - bc), add(bc, eta, of_e, of_e - bc);
-        } else {
-          of_eta = of_e[b];
-        }
-        of_keep_now += of_kept * (t ? f.keep[l][t - 1] : 1);
+        const T at_keep = dot(bc, of_g, f.writes[l] + (t - 1) * bc) + of_kept * f.keep[l][t - 1];
+        const T at_eta = dot(bc, of_e, f.decay[l] + (t - 1) * bc);
+        add(bc, keep, of_g, of_g - bc), add(bc, eta, of_e, of_e - bc);
         of_kept *= keep;
         const int64_t gate = token(chunk, t) * L + l;
-        const T divisor = left > smallest ? left : smallest;
-        ((T*)p.of_theta)[gate] = of_steps[l][t] + of_mass[l][t] / divisor;
-        ((T*)p.of_eta)[gate] = of_eta + (left >= smallest ? of_mass[l][t] * f.mass[l][t] / left : 0);
-        ((T*)p.of_alpha)[gate] = -of_keep_now;
+        ((T*)p.of_theta)[gate] = of_steps[l][t] + of_mass[l][t] / (left > smallest ? left : smallest);
+        ((T*)p.of_eta)[gate] = at_eta + (left >= smallest ? of_mass[l][t] * f.mass[l][t] / left : 0);
+        ((T*)p.of_alpha)[gate] = -at_keep;
       }
     }
   }
-  // From the gradient at the state after a chunk to that at the state before, in place.
-  void state_back(const Found& f, T* g) {
-    for (int l = 0; l < L; l++) {
-      const int last = f.n - 1, n = f.n, exact_here = p.exact && l == L - 1;
-      const T keep = f.keep[l][last], carry = f.writes[l][last * bc + b], stay = f.decay[l][last * bc + b];
-      T *gw = g + at[l], *gs = gw + half(l), *ga = of_anchor[l];
-      V of_keep_end = {}, of_carry = {}, of_stay = {};
-      for (int64_t i = 0; i < half(l); i += LANES) {
-        const V x = load(gw + i), y = load(gs + i), weight = load(w[l] + i), momentum = load(s[l] + i);
-        of_keep_end += x * weight, of_carry += x * momentum, of_stay += y * momentum;
-        if (p.anchored) {
-          of_keep_end -= x * load(anchor[l] + i);
-          store(ga + i, load(ga + i) + (1 - keep) * x);
-        }
-        store(gw + i, keep * x), store(gs + i, carry * x + stay * y);
-      }
-      for (int i = 0; i < LANES; i++) {
-        of_keep[l][last] += of_keep_end[i], of_writes[l][last * bc + b] += of_carry[i];
-        of_decay[l][last * bc + b] += of_stay[i];
-      }
-      // Rows of left and right: reads, the matrix' own output, the errors that went down through it.
-      const int blocks = l ? 3 : 2, met = exact_here ? 2 : 1;
-      product(ADD, din[l], ldo[l], blocks * n, left[l], 1, ldi[l], right[l], ldo[l], gw, ldo[l]);
-      product(ADD, din[l], ldo[l], met * n, carried[l], 1, ldi[l], right[l], ldo[l], gs, ldo[l]);
-      if (p.anchored) product(ADD, din[l], ldo[l], met * n, led[l], 1, ldi[l], right[l], ldo[l], ga, ldo[l]);
-    }
+  void back(int chunk, const Found& f, const T* after, T* g) {
+    memset(base + of_chunk, 0, of_end - of_chunk);
+    shell_back(f, after, g);
+    queries(chunk, f);
+    reads_back(chunk, f);
+    end_back(f, g);
+    if (p.holds) hold_back(f, 0, L - 1);
+    keys_back(chunk, f);
+    state_back(f, g);
+    gates_back(chunk, f);
   }
   // A document has begun in its first state, not in what the chunk before has left.
   void into_fresh(T* g) {
-    for (int l = 0; l < L; l++)
-      for (int i = 0; i < 2; i++) {
-        T* to = (T*)(i ? p.of_fresh_momentum : p.of_fresh_weights)[l] + matrix(l);
-        T* of = g + at[l] + i * half(l);
-        for (int r = 0; r < din[l]; r++)
-          for (int k = 0; k < dout[l]; k++) to[r * dout[l] + k] += of[r * ldo[l] + k];
-        memset(of, 0, half(l) * sizeof(T));
-      }
+    add(state_size, 1, g, of_fresh);
+    memset(g, 0, state_size * sizeof(T));
   }
-  void back(int chunk, const Found& f, const T* after, T* g) {
-    const int n = f.n, last = L - 1;
-    T *g_scale = p.norm ? (T*)p.of_scale + memory * D : nullptr, *g_shift = p.norm ? (T*)p.of_shift + memory * D : nullptr;
-    for (int l = 0; l < L; l++) {
-      memset(of_writes[l], 0, sizeof(T) * n * bc), memset(of_decay[l], 0, sizeof(T) * n * bc);
-      for (T* x : {of_keep[l], of_steps[l], of_mass[l]}) memset(x, 0, sizeof(T) * bc);
-    }
-    shell_back(f, after, g);
-    queries(chunk, f, true);
-    reads_back(chunk, f, g_scale, g_shift);
-    end_back(f, g);
-    if (p.exact && L > 1) hold_lower_back(f);
-    for (int l = 0; l < last; l++) {  // upward, through the back-propagation
-      T *of_arriving = left[l + 1] + 2 * n * ldo[l], *at_z = right[l] + n * ldo[l];
-      for (int i = 0; i < n * ldo[l]; i++) {
-        of_arriving[i] = of_delta[l][i] * f.slope[l][i];
-        at_z[i] = of_delta[l][i] * f.arriving[l][i] * f.bend[l][i];
-      }
-      product(ADD, n, ldo[l + 1], dout[l], of_arriving, ldo[l], 1, w[l + 1], ldo[l + 1], of_delta[l + 1], ldo[l + 1]);
-      memcpy(right[l + 1] + 2 * n * ldo[l + 1], f.delta[l + 1], sizeof(T) * n * ldo[l + 1]);
-    }
-    T* at_last = right[last] + n * ldd;
-    if (p.exact) {
-      exact_back(f, at_last);
-      memcpy(of_error, at_last, sizeof(T) * n * ldd);
-      for (int t = 0; t < n; t++) {  // what the keys' inputs were in `meet`
-        const T *h = f.input[last] + t * ldi[last], k = t ? f.keep[last][t - 1] : 1;
-        times(ldi[last], k, h, left[last] + (n + t) * ldi[last]);
-        times(ldi[last], t ? f.writes[last][(t - 1) * bc + b] : 0, h, carried[last] + (n + t) * ldi[last]);
-        if (p.anchored) times(ldi[last], 1 - k, h, led[last] + (n + t) * ldi[last]);
-      }
-    } else {
-      error_back(f, at_last, g_scale, g_shift);
-    }
-    for (int l = last; l >= 0; l--) {  // downward, through the forward pass
-      T *at_z = right[l] + n * ldo[l], *of_h = of_input[l];
-      if (!(p.exact && l == last)) {
-        across(n, din[l], dout[l], at_z, ldo[l], w[l], ldo[l], one, ldi[l]);
-        for (int i = 0; i < n * ldi[l]; i++) of_h[i] += one[i];
-        memcpy(left[l] + n * ldi[l], f.input[l], sizeof(T) * n * ldi[l]);
-      }
-      T* below = l ? right[l - 1] + n * ldi[l] : nullptr;
-      for (int i = 0; i < n * ldi[l] && l; i++) below[i] += of_h[i] * f.slope[l - 1][i];
-    }
-    for (int i = 0; i < n * ldd && p.norm; i++) of_input[0][i] += of_error[i];
-    out(n, D, ldi[0], of_input[0], (T*)p.of_keys + token(chunk, 0) * D, p.heads * D);
-    for (int i = 0; i < n * ldd; i++) of_error[i] = -of_error[i];
-    out(n, D, ldd, of_error, (T*)p.of_values + token(chunk, 0) * D, p.heads * D);
-    state_back(f, g);
-    gates_back(chunk, f);
+  void gradients_out(const T* g) {
+    begin_in(g), state_out(p.of_state);
+    if (p.of_fresh[W][0]) begin_in(of_fresh), state_out(p.of_fresh);
+    memcpy((T*)p.of_scale + memory * D, of_scale, D * sizeof(T));
+    memcpy((T*)p.of_shift + memory * D, of_shift, D * sizeof(T));
+    for (int l = 0; l < L && p.anchored; l++)
+      out(din[l], dout[l], ldo[l], of_anchor[l], (T*)p.of_anchors[l] + matrix(l), dout[l]);
   }
 };
 
 // ---------------------------------------------------------------------------------------------- memories in turn
+// In an open chunk the first tokens are worked out already; what is worked out of all of them goes on, or ends.
 NOINLINE void forward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
   Found f;
   walk.take(f);
   T* state = walk.take(walk.state_size);
-  if (!walk.memory_base) return;
+  if (!walk.base) return;
   for (int64_t m = from; m < to; m++) {
     walk.begin(m);
-    walk.state_in(p.weights, p.momentum, state);
+    walk.begin_in(p.state, state);
     for (int c = 0; c < p.chunks; c++) {
-      if (p.kept && c && c % p.group == 0)
-        memcpy((T*)p.kept + ((c / p.group - 1) * p.rows * p.heads + m) * walk.state_size, state, walk.state_size * sizeof(T));
-      if (walk.restarts(c)) walk.state_in(p.fresh_weights, p.fresh_momentum, state);
+      if (p.kept && c && c % p.group == 0) walk.save(walk.kept(c / p.group));
+      if (walk.restarts(c)) walk.begin_in(p.fresh, state);
       walk.open(c, f);
       if (!f.n) continue;
-      walk.at_state(state);
       walk.coefficients(c, f);
-      walk.keys(c, f, false);
-      walk.queries(c, f, false);
-      walk.answers(c, f);
-      walk.end(f, state);
+      if (walk.old) walk.old_in(f);
+      walk.keys(c, f);
+      walk.queries(c, f);
+      if (p.steps) walk.worked_out(f);
+      if (p.after[W][0]) walk.end(f, state);
     }
-    walk.state_out(state, p.weights_after, p.momentum_after);
+    if (p.after[W][0]) walk.state_out(p.after);
   }
 }
 // Goes through a group once more from the state kept before it, then back through its chunks.
@@ -848,87 +822,52 @@ NOINLINE void backward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
   const int64_t size = walk.state_size;
   Found* found = (Found*)walk.take(p.group * sizeof(Found) / sizeof(T) + 1);
   T *states = walk.take((p.group + 1) * size), *g = walk.take(size);
-  if (!walk.memory_base) {
-    Found f;
-    for (int i = 0; i < p.group; i++) walk.take(f);
-    return;
-  }
-  for (int i = 0; i < p.group; i++) walk.take(found[i]);
+  Found counted;
+  for (int i = 0; i < p.group; i++) walk.take(walk.base ? found[i] : counted);
+  if (!walk.base) return;
   for (int64_t m = from; m < to; m++) {
     walk.begin(m);
-    walk.state_in(p.of_weights, p.of_momentum, g);
-    for (int l = 0; l < walk.L && p.anchored; l++) memset(walk.of_anchor[l], 0, walk.half(l) * sizeof(T));
+    walk.begin_in(p.of_state, g), walk.save(g);
+    memset(walk.base + walk.of_memory, 0, walk.of_chunk - walk.of_memory);
     for (int group = (p.chunks - 1) / p.group; group >= 0; group--) {
       const int first = group * p.group, last = first + p.group < p.chunks ? first + p.group : p.chunks;
       if (group)
-        memcpy(states, (const T*)p.kept + ((group - 1) * p.rows * p.heads + m) * size, size * sizeof(T));
+        walk.begin_in(walk.kept(group));
       else
-        walk.state_in(p.weights, p.momentum, states);
+        walk.begin_in(p.state, states);
       for (int c = first; c < last; c++) {
         Found& f = found[c - first];
-        T *before = states + (c - first) * size, *after = before + size;
-        if (walk.restarts(c)) walk.state_in(p.fresh_weights, p.fresh_momentum, before);
+        T* before = states + (c - first) * size;
+        if (walk.restarts(c)) walk.begin_in(p.fresh, before);
+        walk.save(before);
         walk.open(c, f);
-        if (!f.n) memcpy(after, before, size * sizeof(T));
         if (!f.n) continue;
-        walk.at_state(before);
         walk.coefficients(c, f);
-        walk.keys(c, f, true);
-        walk.end(f, after);
+        walk.keys(c, f);
+        walk.end(f, before + size);
       }
       for (int c = last - 1; c >= first; c--) {
         const T* before = states + (c - first) * size;
-        walk.at_state(before);
+        walk.begin_in(before);
         if (found[c - first].n) walk.back(c, found[c - first], before + size, g);
         if (walk.restarts(c)) walk.into_fresh(g);
       }
     }
-    walk.state_out(g, p.of_weights, p.of_momentum);
-    for (int l = 0; l < walk.L && p.anchored; l++)
-      walk.out(walk.din[l], walk.dout[l], walk.ldo[l], walk.of_anchor[l], (T*)p.of_anchors[l] + walk.matrix(l), walk.dout[l]);
-  }
-}
-// Some tokens that go on in a chunk, whose first ones are worked out: reads, and what is worked out of all of them.
-NOINLINE void go_on(const Problem& p, int64_t from, int64_t to, Walk& walk) {
-  Found f;
-  walk.take(f);
-  T* state = walk.take(walk.state_size);
-  if (!walk.memory_base) return;
-  bool whole = true;  // vectors: then states are read where they lie
-  for (int l = 0; l < walk.L; l++) whole = whole && walk.dout[l] == walk.ldo[l];
-  for (int64_t m = from; m < to; m++) {
-    walk.begin(m);
-    if (!whole) walk.state_in(p.weights, p.momentum, state);
-    walk.at_state(state);
-    for (int l = 0; l < walk.L && whole; l++) {
-      walk.w[l] = (const T*)p.weights[l] + walk.matrix(l);
-      walk.s[l] = (const T*)p.momentum[l] + walk.matrix(l);
-    }
-    walk.open(0, f);
-    walk.coefficients(0, f);
-    walk.old_in(f);
-    walk.keys(0, f, false);
-    walk.queries(0, f, false);
-    walk.answers(0, f);
-    walk.worked_out(f);
-    if (!p.weights_after[0]) continue;
-    walk.end(f, state);
-    walk.state_out(state, p.weights_after, p.momentum_after);
+    walk.gradients_out(g);
   }
 }
 // Bytes of working memory that a thread needs, without a base; else the work.
-int64_t run(const Problem& p, int what, int64_t from, int64_t to, void* base) {
-  Walk walk(p, base, what == 1);
-  (what == 0 ? forward : what == 1 ? backward : go_on)(p, from, to, walk);
+int64_t run(const Problem& p, bool back, int64_t from, int64_t to, void* base) {
+  Walk walk(p, base, back);
+  (back ? backward : forward)(p, from, to, walk);
   return walk.used;
 }
 }  // namespace NAME
 #undef NAME
 #undef REAL
-#undef LANES
 #undef SINGLE
 
-#else  // ---------------------------------------------------------------------------------------- instances
+#else  // ------------------------------------------------------------------------------------------ instances
 #if defined(__x86_64__) && defined(__clang__)
 #define FOR(features) _Pragma(TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
 #define DONE _Pragma("clang attribute pop")
@@ -938,44 +877,40 @@ int64_t run(const Problem& p, int what, int64_t from, int64_t to, void* base) {
 #endif
 #define TEXT(x) #x
 
-#define NAME baseline_single
-#define REAL float
-#define LANES 4
-#define SINGLE 1
-#include "memory.cpp"
+#define BYTES 16
 #define NAME baseline_double
 #define REAL double
-#define LANES 2
-#define SINGLE 0
 #include "memory.cpp"
-#ifdef FOR
-FOR("avx2,fma")
-#define NAME avx2_single
+#define NAME baseline_single
 #define REAL float
-#define LANES 8
-#define SINGLE 1
+#define SINGLE
 #include "memory.cpp"
+#undef BYTES
+#ifdef FOR
+#define BYTES 32
+FOR("avx2,fma")
 #define NAME avx2_double
 #define REAL double
-#define LANES 4
-#define SINGLE 0
+#include "memory.cpp"
+#define NAME avx2_single
+#define REAL float
+#define SINGLE
 #include "memory.cpp"
 DONE
+#undef BYTES
+#define BYTES 64
 FOR("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
-#define NAME avx512_single
-#define REAL float
-#define LANES 16
-#define SINGLE 1
-#include "memory.cpp"
 #define NAME avx512_double
 #define REAL double
-#define LANES 8
-#define SINGLE 0
+#include "memory.cpp"
+#define NAME avx512_single
+#define REAL float
+#define SINGLE
 #include "memory.cpp"
 DONE
 #endif
 
-typedef int64_t (*Run)(const Problem&, int, int64_t, int64_t, void*);
+typedef int64_t (*Run)(const Problem&, bool, int64_t, int64_t, void*);
 static Run chosen(int level, int bits) {
 #ifdef FOR
   if (level == 2) return bits == 32 ? avx512_single::run : avx512_double::run;
@@ -995,13 +930,13 @@ int memory_level() {
   return 0;
 }
 int64_t memory_problem_bytes() { return sizeof(Problem); }
-int64_t memory_workspace(const Problem* p, int what, int level, int bits) {
-  return chosen(level, bits)(*p, what, 0, 0, nullptr);
+int64_t memory_workspace(const Problem* p, bool back, int level, int bits) {
+  return chosen(level, bits)(*p, back, 0, 0, nullptr);
 }
-// `what` is 0 for forward, 1 for backward, 2 to go on in an open chunk; `bytes` of the workspace belong to each thread.
-void memory_run(const Problem* p, int what, int level, int bits, char* workspace, int64_t bytes) {
+// Forward or back; `bytes` of the workspace belong to each thread.
+void memory_run(const Problem* p, bool back, int level, int bits, char* workspace, int64_t bytes) {
   at::parallel_for(0, p->rows * p->heads, 1, [&](int64_t from, int64_t to) {
-    chosen(level, bits)(*p, what, from, to, workspace + at::get_thread_num() * bytes);
+    chosen(level, bits)(*p, back, from, to, workspace + at::get_thread_num() * bytes);
   });
 }
 }

@@ -7,7 +7,7 @@ import ctypes
 import itertools
 import struct
 from collections.abc import Sequence
-from ctypes import c_char_p, c_int64, c_void_p
+from ctypes import c_bool, c_char_p, c_int64, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,36 +16,26 @@ from torch import Tensor
 
 from .build import library
 
-_FORWARD, _BACKWARD, _GO_ON = 0, 1, 2
 _LINE = 64  # bytes; working memory begins with a line of the cache
 
 # `Problem` in memory.cpp: its fields in their order and how many words of 8 bytes each has.
 _FIELDS = {
     **dict.fromkeys(("rows", "heads", "chunks", "size", "group", "depth"), 1),
     "width": 5,
-    **dict.fromkeys(("norm", "anchored", "exact", "closed", "rule_chunk", "old"), 1),
+    **dict.fromkeys(("norm", "anchored", "exact", "holds", "closed", "rule_chunk", "old"), 1),
     **dict.fromkeys(("rms_limit", "smallest_decay", "epsilon"), 1),
     **dict.fromkeys(("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift"), 1),
     **dict.fromkeys(("anchors", "weights", "momentum", "fresh_weights", "fresh_momentum"), 4),
     **dict.fromkeys(("counts", "restarts"), 1),
-    "old_inputs": 4,
-    "old_deltas": 4,
-    "old_steps": 1,
-    "reads": 1,
-    "weights_after": 4,
-    "momentum_after": 4,
+    **dict.fromkeys(("old_inputs", "old_deltas"), 4),
+    **dict.fromkeys(("old_steps", "reads"), 1),
+    **dict.fromkeys(("weights_after", "momentum_after"), 4),
     "kept": 1,
-    "inputs": 4,
-    "deltas": 4,
+    **dict.fromkeys(("inputs", "deltas"), 4),
     "steps": 1,
     **dict.fromkeys(("of_reads", "of_queries", "of_keys", "of_values", "of_theta", "of_eta", "of_alpha"), 1),
-    "of_scale": 1,
-    "of_shift": 1,
-    "of_anchors": 4,
-    "of_fresh_weights": 4,
-    "of_fresh_momentum": 4,
-    "of_weights": 4,
-    "of_momentum": 4,
+    **dict.fromkeys(("of_scale", "of_shift"), 1),
+    **dict.fromkeys(("of_anchors", "of_weights", "of_momentum", "of_fresh_weights", "of_fresh_momentum"), 4),
 }
 _PLACES = dict(zip(_FIELDS, itertools.accumulate(_FIELDS.values(), initial=0), strict=False))
 _WORDS = sum(_FIELDS.values())
@@ -60,6 +50,7 @@ class Setting(NamedTuple):
         closed: Whether a chunk that is full has ended.
         norm: Whether the network is residual_norm.
         exact: The rule's.
+        holds: The rule's.
         rms_limit: The rule's.
         rule_chunk: The rule's chunk_size.
         smallest_decay: Least 1 - eta of a step's mass.
@@ -71,6 +62,7 @@ class Setting(NamedTuple):
     closed: bool
     norm: bool
     exact: bool
+    holds: bool
     rms_limit: float
     rule_chunk: int
     smallest_decay: float
@@ -80,8 +72,8 @@ class Setting(NamedTuple):
 _ARGUMENTS = (
     "Tensor queries, Tensor keys, Tensor values, Tensor theta, Tensor eta, Tensor alpha, Tensor? scale, Tensor? shift,"
     " Tensor[] anchors, Tensor[] weights, Tensor[] momentum, Tensor[] fresh_weights, Tensor[] fresh_momentum,"
-    " Tensor? counts, Tensor? restarts, int size, int group, bool closed, bool norm, bool exact, float rms_limit,"
-    " int rule_chunk, float smallest_decay, float epsilon"
+    " Tensor? counts, Tensor? restarts, int size, int group, bool closed, bool norm, bool exact, bool holds,"
+    " float rms_limit, int rule_chunk, float smallest_decay, float epsilon"
 )
 _TENSORS = 15  # arguments in front of the settings
 _NAMES = ("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift")
@@ -101,7 +93,7 @@ class _Call:
         queries, weights = tensors[0], tensors[9]
         batch, slots, heads, width = queries.shape
         self.like, self.held = queries, list[Tensor]()
-        size, group, closed, norm, exact, rms_limit, rule_chunk, *rest = setting
+        size, group, closed, norm, exact, holds, rms_limit, rule_chunk, *rest = setting
         widths = [*(w.shape[-2] for w in weights), width]
         for matrices in tensors[9:13]:
             for i, x in enumerate(matrices):
@@ -110,7 +102,7 @@ class _Call:
         # A list of words, not a ctypes.Structure, which takes longer to fill than a token to compute.
         self.memories, padding = batch * heads, [0] * (5 - len(widths))
         self.words = [batch, heads, slots // size, size, group, len(weights), *widths, *padding]
-        self.words += [int(norm), int(bool(tensors[8])), int(exact), int(closed), rule_chunk, old]
+        self.words += [int(norm), int(bool(tensors[8])), int(exact), int(holds), int(closed), rule_chunk, old]
         self.words += struct.unpack("3q", struct.pack("3d", rms_limit, *rest))
         self.words += [0] * (_WORDS - len(self.words))
         for name, value in zip((*_NAMES, *_LISTS, "counts", "restarts"), tensors, strict=True):
@@ -124,15 +116,15 @@ class _Call:
         elif value:
             self.words[place : place + len(value)] = [self._pointer(x) for x in value]
 
-    def run(self, what: int) -> None:
-        """Runs it; `what` as in memory.cpp."""
+    def run(self, *, back: bool = False) -> None:
+        """Runs it, forward or back."""
         code, level = _code(), widest()
         bits, problem = self.like.element_size() * 8, struct.pack(f"{_WORDS}q", *self.words)
-        size = code.memory_workspace(problem, what, level, bits)
+        size = code.memory_workspace(problem, back, level, bits)
         threads = min(torch.get_num_threads(), self.memories)
         workspace = self.like.new_empty((threads * size + _LINE) // self.like.element_size())
         first = -(-workspace.data_ptr() // _LINE) * _LINE
-        code.memory_run(problem, what, level, bits, first, size)
+        code.memory_run(problem, back, level, bits, first, size)
 
     def _pointer(self, x: Tensor) -> int:
         if x.dtype != self.like.dtype and x.is_floating_point():
@@ -157,8 +149,8 @@ def _code() -> ctypes.CDLL:
     code = library()
     integer = ctypes.c_int
     code.memory_workspace.restype, code.memory_run.restype = c_int64, None
-    code.memory_workspace.argtypes = [c_char_p, integer, integer, integer]
-    code.memory_run.argtypes = [c_char_p, integer, integer, integer, c_void_p, c_int64]
+    code.memory_workspace.argtypes = [c_char_p, c_bool, integer, integer]
+    code.memory_run.argtypes = [c_char_p, c_bool, integer, integer, c_void_p, c_int64]
     assert code.memory_problem_bytes() == 8 * _WORDS
     return code
 
@@ -175,7 +167,7 @@ def _scan(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     names = ("reads", "weights_after", "momentum_after", *(["kept"] if results[3].numel() else []))
     for name, x in zip(names, results, strict=False):
         call.set(name, x)
-    call.run(_FORWARD)
+    call.run()
     return results
 
 
@@ -197,16 +189,16 @@ def _scan_backward(of_reads: Tensor, *arguments: Any) -> list[Tensor]:
     call = _Call(tensors, Setting(*arguments[3 + _TENSORS :]))
     batch, _, heads, width = tensors[0].shape
     tokens = [_unwritten(x, tensors[13]) for x in tensors[:6]]
-    norm = [of_reads.new_zeros(batch, heads, width) for _ in tensors[6:8]]
+    norm = [of_reads.new_empty(batch, heads, width) for _ in tensors[6:8]]
     anchors = [x.new_empty(batch, *x.shape) for x in tensors[8]]
     states = [[x.clone(memory_format=torch.contiguous_format) for x in xs] for xs in (of_weights, of_momentum)]
-    fresh = [[x.new_zeros(x.shape) for x in xs] for xs in tensors[11:13]]
+    fresh = [[x.new_empty(x.shape) for x in xs] for xs in tensors[11:13]]
     for name, value in zip((*_NAMES, *_LISTS), (*tokens, *norm, anchors, *states, *fresh), strict=True):
         call.set(f"of_{name}", value)
     call.set("of_reads", of_reads)
     if kept.numel():
         call.set("kept", kept)
-    call.run(_BACKWARD)
+    call.run(back=True)
     there = [x for x, parameter in zip(norm, tensors[6:8], strict=True) if parameter is not None]
     return [*tokens, *(x.sum(0) for x in (*there, *anchors)), *states[0], *states[1], *fresh[0], *fresh[1]]
 
@@ -250,7 +242,7 @@ def _go_on(*arguments: Any) -> tuple[Any, ...]:
         call.set(name, x)
     for name, x in zip(("reads", "inputs", "deltas", "steps", "weights_after", "momentum_after"), results, strict=True):
         call.set(name, x)
-    call.run(_GO_ON)
+    call.run()
     return results
 
 
