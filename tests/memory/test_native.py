@@ -74,14 +74,13 @@ def test_native_equals_the_oracle_however_large_the_step(network: str, depth: in
 
 
 @needs_library
-@pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_held_steps_equal_the_oracles_whatever_else_the_rule_is(
-    network: str, depth: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+def test_held_steps_of_the_last_matrix_equal_the_oracles_for_both_networks(
+    network: str, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(backend: str, holds: bool) -> list[torch.Tensor]:
-        rule = Rule(anchored=True, exact=exact, holds=holds, rms_limit=3.0, chunk_size=8)
+    def run(backend: str, holds_last: bool) -> list[torch.Tensor]:
+        rule = Rule(anchored=True, exact=True, holds_last=holds_last, rms_limit=3.0, chunk_size=8)
         monkeypatch.setattr(Rule, "of", lambda *_, **__: rule)
         return results(make_stream(37, depth, network, theta=3.0), backend, 8, [37])
 

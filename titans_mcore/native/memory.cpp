@@ -30,7 +30,7 @@
 // What operation.py passes; tensors are contiguous, N = rows * heads memories.
 struct Problem {
   int64_t rows, heads, chunks, size, group, depth, width[5];  // width: d_in of each matrix, then D
-  int64_t norm, anchored, exact, holds, closed, rule_chunk;
+  int64_t norm, anchored, exact, holds_last, closed, rule_chunk;
   int64_t old;  // tokens of an open chunk that are worked out already
   double rms_limit, smallest_decay, epsilon;
   const void *queries, *keys, *values, *theta, *eta, *alpha;  // (B, C b, H, D) and (B, C b, H, L)
@@ -461,7 +461,7 @@ struct Walk {
       through(SET, l, n, f.input[l] + old * ldi[l], start[l][W], one);
       gelu(n * ldo[l], one, f.input[l + 1] + old * ldo[l], f.slope[l], f.bend[l]);
     }
-    if (p.holds) hold(f, last, L);
+    if (p.holds_last) hold(f, last, L);
     const T* h = f.input[last] + old * ldi[last];
     if (p.exact) {
       meet(f, last, old - 1, n, h, output);
@@ -479,7 +479,7 @@ struct Walk {
       down(l, n, f.delta[l] + old * ldo[l], start[l], 1, arriving);
       for (int i = 0; i < n * ldi[l]; i++) below[i] = arriving[i] * f.slope[l - 1][i];
     }
-    if (p.holds) hold(f, 0, last);
+    if (p.exact) hold(f, 0, last);
   }
   // Of one token's answer and, through LayerNorm, of the last matrix' output z, which is lost.
   void error(Found& f, int t, T* z, const T* value) {
@@ -709,7 +709,7 @@ struct Walk {
       meet_back(f, last, -1, h, at_last, of_input[last]);
       spread(f, last, -1, n, h, n);
     }
-    if (p.holds) hold_back(f, last, L);
+    if (p.holds_last) hold_back(f, last, L);
     for (int l = last; l >= 0; l--) {  // downward, through the forward pass
       T* below = l ? right[l - 1] + n * ldi[l] : nullptr;
       if (!p.exact || l < last) {
@@ -772,7 +772,7 @@ struct Walk {
     queries(chunk, f);
     reads_back(chunk, f);
     end_back(f, g);
-    if (p.holds) hold_back(f, 0, L - 1);
+    if (p.exact) hold_back(f, 0, L - 1);
     keys_back(chunk, f);
     state_back(f, g);
     gates_back(chunk, f);
