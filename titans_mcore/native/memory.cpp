@@ -344,12 +344,6 @@ struct Walk {
       for (int part : {W, S}) out(din[l], dout[l], ldo[l], start[l][part], (T*)state[part][l] + matrix(l), dout[l]);
   }
   T* kept(int group) const { return (T*)p.kept + ((group - 1) * p.rows * p.heads + memory) * state_size; }
-  bool restarts(int chunk) const { return p.restarts && p.restarts[chunk * p.rows + row]; }
-  // Slots of a chunk that hold tokens; whether it is over with its last one.
-  void open(int chunk, Found& f) {
-    f.n = p.counts ? p.counts[chunk * p.rows + row] : b;
-    f.full = p.closed && f.n == b;
-  }
   // What an open chunk's first tokens have come to, and what all of them have.
   void old_in(Found& f) {
     for (int l = 0; l < L; l++) {
@@ -766,20 +760,22 @@ struct Walk {
       }
     }
   }
-  void back(int chunk, const Found& f, const T* after, T* g) {
-    memset(base + of_chunk, 0, of_end - of_chunk);
-    shell_back(f, after, g);
-    queries(chunk, f);
-    reads_back(chunk, f);
-    end_back(f, g);
-    if (p.exact) hold_back(f, 0, L - 1);
-    keys_back(chunk, f);
-    state_back(f, g);
-    gates_back(chunk, f);
-  }
-  // A document has begun in its first state, not in what the chunk before has left.
-  void into_fresh(T* g) {
-    add(state_size, 1, g, of_fresh);
+  // A chunk from the gradient g at the state behind it to that at the one before, in place.
+  void back(int chunk, const Found& f, const T* before, T* g) {
+    if (f.n) {
+      begin_in(before);
+      memset(base + of_chunk, 0, of_end - of_chunk);
+      shell_back(f, before + state_size, g);
+      queries(chunk, f);
+      reads_back(chunk, f);
+      end_back(f, g);
+      if (p.exact) hold_back(f, 0, L - 1);
+      keys_back(chunk, f);
+      state_back(f, g);
+      gates_back(chunk, f);
+    }
+    if (!p.restarts || !p.restarts[chunk * p.rows + row]) return;
+    add(state_size, 1, g, of_fresh);  // a document has begun in its first state, not in what the chunk before has left
     memset(g, 0, state_size * sizeof(T));
   }
   void gradients_out(const T* g) {
@@ -790,76 +786,69 @@ struct Walk {
     for (int l = 0; l < L && p.anchored; l++)
       out(din[l], dout[l], ldo[l], of_anchor[l], (T*)p.of_anchors[l] + matrix(l), dout[l]);
   }
+
+  // ------------------------------------------------------------------------------------------ memories in turn
+  // A chunk up to its keys' errors, from its own first state if a document begins; whether there are tokens in it.
+  bool enter(int chunk, Found& f, T* own) {
+    if (p.restarts && p.restarts[chunk * p.rows + row]) begin_in(p.fresh, own);
+    f.n = p.counts ? p.counts[chunk * p.rows + row] : b;
+    f.full = p.closed && f.n == b;
+    if (!f.n) return false;
+    coefficients(chunk, f);
+    if (old) old_in(f);
+    keys(chunk, f);
+    return true;
+  }
+  // In an open chunk the first tokens are worked out already; what is worked out of all of them goes on, or ends.
+  void forward(int64_t from, int64_t to) {
+    Found f;
+    take(f);
+    T* state = take(state_size);
+    for (int64_t m = from; m < to && base; m++) {
+      begin(m);
+      begin_in(p.state, state);
+      for (int c = 0; c < p.chunks; c++) {
+        if (p.kept && c && c % p.group == 0) save(kept(c / p.group));
+        if (!enter(c, f, state)) continue;
+        queries(c, f);
+        if (p.steps) worked_out(f);
+        if (p.after[W][0]) end(f, state);
+      }
+      if (p.after[W][0]) state_out(p.after);
+    }
+  }
+  // Goes through a group once more from the state kept before it, then back through its chunks.
+  void backward(int64_t from, int64_t to) {
+    Found counted, *found = (Found*)take(p.group * sizeof(Found) / sizeof(T) + 1);
+    T *states = take((p.group + 1) * state_size), *g = take(state_size);
+    for (int i = 0; i < p.group; i++) take(base ? found[i] : counted);
+    for (int64_t m = from; m < to && base; m++) {
+      begin(m);
+      begin_in(p.of_state, g), save(g);
+      memset(base + of_memory, 0, of_chunk - of_memory);
+      for (int group = (p.chunks - 1) / p.group; group >= 0; group--) {
+        const int first = group * p.group, last = first + p.group < p.chunks ? first + p.group : p.chunks;
+        if (group)
+          begin_in(kept(group));
+        else
+          begin_in(p.state, states);
+        for (int c = first; c < last; c++) {
+          T* before = states + (c - first) * state_size;
+          const bool some = enter(c, found[c - first], before);
+          save(before);
+          if (some) end(found[c - first], before + state_size);
+        }
+        for (int c = last - 1; c >= first; c--) back(c, found[c - first], states + (c - first) * state_size, g);
+      }
+      gradients_out(g);
+    }
+  }
 };
 
-// ---------------------------------------------------------------------------------------------- memories in turn
-// In an open chunk the first tokens are worked out already; what is worked out of all of them goes on, or ends.
-NOINLINE void forward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
-  Found f;
-  walk.take(f);
-  T* state = walk.take(walk.state_size);
-  if (!walk.base) return;
-  for (int64_t m = from; m < to; m++) {
-    walk.begin(m);
-    walk.begin_in(p.state, state);
-    for (int c = 0; c < p.chunks; c++) {
-      if (p.kept && c && c % p.group == 0) walk.save(walk.kept(c / p.group));
-      if (walk.restarts(c)) walk.begin_in(p.fresh, state);
-      walk.open(c, f);
-      if (!f.n) continue;
-      walk.coefficients(c, f);
-      if (walk.old) walk.old_in(f);
-      walk.keys(c, f);
-      walk.queries(c, f);
-      if (p.steps) walk.worked_out(f);
-      if (p.after[W][0]) walk.end(f, state);
-    }
-    if (p.after[W][0]) walk.state_out(p.after);
-  }
-}
-// Goes through a group once more from the state kept before it, then back through its chunks.
-NOINLINE void backward(const Problem& p, int64_t from, int64_t to, Walk& walk) {
-  const int64_t size = walk.state_size;
-  Found* found = (Found*)walk.take(p.group * sizeof(Found) / sizeof(T) + 1);
-  T *states = walk.take((p.group + 1) * size), *g = walk.take(size);
-  Found counted;
-  for (int i = 0; i < p.group; i++) walk.take(walk.base ? found[i] : counted);
-  if (!walk.base) return;
-  for (int64_t m = from; m < to; m++) {
-    walk.begin(m);
-    walk.begin_in(p.of_state, g), walk.save(g);
-    memset(walk.base + walk.of_memory, 0, walk.of_chunk - walk.of_memory);
-    for (int group = (p.chunks - 1) / p.group; group >= 0; group--) {
-      const int first = group * p.group, last = first + p.group < p.chunks ? first + p.group : p.chunks;
-      if (group)
-        walk.begin_in(walk.kept(group));
-      else
-        walk.begin_in(p.state, states);
-      for (int c = first; c < last; c++) {
-        Found& f = found[c - first];
-        T* before = states + (c - first) * size;
-        if (walk.restarts(c)) walk.begin_in(p.fresh, before);
-        walk.save(before);
-        walk.open(c, f);
-        if (!f.n) continue;
-        walk.coefficients(c, f);
-        walk.keys(c, f);
-        walk.end(f, before + size);
-      }
-      for (int c = last - 1; c >= first; c--) {
-        const T* before = states + (c - first) * size;
-        walk.begin_in(before);
-        if (found[c - first].n) walk.back(c, found[c - first], before + size, g);
-        if (walk.restarts(c)) walk.into_fresh(g);
-      }
-    }
-    walk.gradients_out(g);
-  }
-}
 // Bytes of working memory that a thread needs, without a base; else the work.
 int64_t run(const Problem& p, bool back, int64_t from, int64_t to, void* base) {
   Walk walk(p, base, back);
-  (back ? backward : forward)(p, from, to, walk);
+  back ? walk.backward(from, to) : walk.forward(from, to);
   return walk.used;
 }
 }  // namespace NAME
