@@ -6,7 +6,7 @@
   (b = 1), not at the chunk's start: a chunk does not write the same correction b times. The network is linear in its
   last matrix, so that takes no more than products of keys; see chunk.py.
 - The steps of the matrices below, whose gradients are those at the chunk's start, are *held*: each removes at most
-  1 / b of its token's error, since all b may pull the same way.
+  2 / b of its token's error, since all b may pull the same way.
 - Forgetting leads back to the learned M_0 instead of to zero: M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t.
 - The *state shell*: after a chunk's last token a matrix, or its momentum, whose root mean square is above a limit is
   scaled back to it. To a LayerNorm the size of a matrix is no information: what is stored stays, and what comes can
@@ -94,15 +94,15 @@ def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:
 def lower_step_share(loss: Tensor, pull: Tensor, chunk_size: int) -> Tensor:
     """Factor on theta of the matrices below the last, the same for all of them; any shape.
 
-    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error, all of it at twice Polyak's step
-    size loss / |gradient|^2. Here it is 1 / b at most, since the steps of a whole chunk may pull the same way.
+    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error. All b steps of a chunk may pull the
+    same way, and more than twice the error is what a memory does not come back from, so each removes 2 / b at most.
 
     Args:
         loss: |M(k) - v|^2.
         pull: Sum over the matrices of theta / (1 - eta) |gradient|^2.
         chunk_size: Tokens b.
     """
-    allowed, asked = 2.0 * loss, chunk_size * pull
+    allowed, asked = 4.0 * loss, chunk_size * pull
     held = asked > allowed
     return torch.where(held, allowed / asked.masked_fill(~held, 1.0), 1.0)
 

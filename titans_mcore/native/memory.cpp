@@ -503,7 +503,7 @@ struct Walk {
   }
   T allowed(const Found& f, int end, int t) const {
     const T* e = f.error + t * ldd;
-    return end == L ? 1 : dot(ldd, e, e) / 2;
+    return end == L ? 1 : dot(ldd, e, e);
   }
   void hold(Found& f, int first, int end) {
     for (int t = old; t < f.n; t++) {
@@ -648,7 +648,7 @@ struct Walk {
       T of_share = 0;
       for (int l = first; l < end; l++) of_share += of_steps[l][t] * f.theta[l][t];
       const T of_asked = -of_share * share / all;
-      if (end < L) times(ldd, of_share / all, f.error + t * ldd, of_error + t * ldd);
+      if (end < L) times(ldd, 2 * of_share / all, f.error + t * ldd, of_error + t * ldd);
       for (int l = first; l < end; l++) {
         const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), slope = slope_of(f, l, t);
         of_steps[l][t] *= share;  // now at theta
