@@ -169,6 +169,18 @@ def test_retention_is_the_product_over_windows_of_one_document(pieces, at_once, 
         assert total == pytest.approx(sum(windows), rel=1e-9)
 
 
+def test_a_first_row_of_one_document_among_packed_rows_is_seen_as_it_is_alone(groups):
+    tokens, starts = batch()
+    starts[0] = False
+    seen = []
+    for rows in (starts, None):
+        telemetry = MemoryTelemetry(model := model_of(groups, variant="mag"), 1)
+        with telemetry.watching():
+            model(tokens, tokens, rows)
+        seen.append(telemetry.collect())
+    assert seen[0] == {name: pytest.approx(values, nan_ok=True) for name, values in seen[1].items()}
+
+
 def test_collecting_begins_anew(groups):
     model = model_of(groups, variant="lmm")
     tokens, starts = batch()

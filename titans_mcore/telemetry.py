@@ -168,11 +168,12 @@ class _Retention:
 
 
 def _first_row(rows: PackedRows | None) -> PackedRows | None:
-    """The first row's, as PackedRows wants it."""
-    if rows is None or (rows.starts is None and rows.real is None):
+    """The first row's, as PackedRows wants it; None for a row of one document that is all there."""
+    if rows is None:
         return None
     starts, real = (None if mask is None else mask[:1] for mask in (rows.starts, rows.real))
-    return PackedRows(None if starts is None or not bool(starts.any()) else starts, real)
+    starts = None if starts is None or not bool(starts.any()) else starts
+    return None if starts is None and real is None else PackedRows(starts, real)
 
 
 def _row_of(mask: Tensor | None, x: Tensor, *, default: bool) -> Tensor:
