@@ -128,7 +128,6 @@ def chain_backward_kernel(
         # Back through the chunk's end, to h, delta and the coefficients; and of delta upward, to the error. What
         # arrives at the GELU is `arriving`.
         k = tl.load(tokens(keys, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-        v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
         delta = tl.load(narrow + 3 * BLOCK * D + narrow_at)
         now2 = tl.load(write + row2 * BLOCK * 2 + rows * 2)
         later2 = tl.load(write + row2 * BLOCK * 2 + rows * 2 + 1)
@@ -221,6 +220,7 @@ def chain_backward_kernel(
             of_aim, of_raw = deltas_gradient(of_delta, delta, normed, inverse_std, along, tilt, along_slope, gamma)
             # The error is 2 (k + scale n + shift - v), and scale times it the aim and what n adds.
             of_error = of_aim * gamma[None, :]
+            v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
             error = 2.0 * (k + normed * gamma[None, :] + beta[None, :] - v)
             part = of_norm + row1 * 2 * D + columns
             tl.store(part, tl.load(part) + tl.sum(of_aim * error + 2.0 * of_error * normed, 0))

@@ -46,7 +46,7 @@ def deltas_of(raw, aim, scale, NORM: tl.constexpr, EPS: tl.constexpr):
     if NORM:
         slope = 2.0 * (scale * scale)[None, :]
         square, along_aim, tilt, along_slope = means(raw * raw, aim * raw, slope * raw, slope * raw * raw)
-        inverse_std = 1.0 / tl.sqrt(square + EPS)
+        inverse_std = tl.rsqrt(square + EPS)
         normed = raw * inverse_std[:, None]
         tilt, along_slope = tilt * inverse_std, along_slope * inverse_std * inverse_std
         along = along_aim * inverse_std + along_slope

@@ -141,7 +141,7 @@ def gelu_bend(z):
 def normalise(raw, EPS: tl.constexpr):
     """LayerNorm of raw (b, D) before scale and shift, and the inverse standard deviations (b,)."""
     centred = raw - (tl.sum(raw, 1) / raw.shape[1])[:, None]
-    inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / raw.shape[1] + EPS)
+    inverse_std = tl.rsqrt(tl.sum(centred * centred, 1) / raw.shape[1] + EPS)
     return centred * inverse_std[:, None], inverse_std
 
 
