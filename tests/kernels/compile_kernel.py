@@ -13,11 +13,14 @@ from titans_mcore.kernels.fused import Shape
 
 KERNELS = {
     "scan": launch.scan_kernel,
+    "walk": launch.scan_kernel,
     "reads": launch.reads_backward_kernel,
     "chain": launch.chain_backward_kernel,
 }
 TOKENS = {"queries", "keys", "values", "reads", "of_reads", "of_queries", "of_keys", "of_values"}
 OPTIONAL = {"scale", "shift", "kept", "factors", "fresh", "anchors", "of_fresh", "of_anchors", "restarts", "closed"}
+OPTIONAL |= {"alike", "aims", "known"}
+LEFT_OUT = {"scan": ["factors", "narrow", "known"], "walk": ["reads"]}
 
 
 def signature(kernel: Any, constants: dict[str, Any], tokens: str, optional: bool) -> dict[str, str]:
@@ -42,11 +45,12 @@ def signature(kernel: Any, constants: dict[str, Any], tokens: str, optional: boo
 def main(kernel_name: str, depth: int, width: int, hidden: int, block: int, operands: str, optional: bool) -> None:
     kernel = KERNELS[kernel_name]
     limit = 3.0 if optional else None
-    shape = Shape(1, 1, 2, block, width, hidden, depth, residual_norm=optional, rms_limit=limit)
-    on_chip = shape.on_chip if kernel_name == "scan" else shape.gradient_on_chip
+    shape = Shape(1, 1, 2, block, width, hidden, depth, residual_norm=optional, exact=optional, rms_limit=limit)
+    on_chip = shape.on_chip if kernel_name in LEFT_OUT else shape.gradient_on_chip
     constants = launch.constants(shape, getattr(torch, operands), on_chip)
+    constants |= dict.fromkeys(LEFT_OUT.get(kernel_name, ()))
     if kernel_name != "reads":
-        constants |= {"LIMIT": limit, "ON_CHIP": on_chip}
+        constants |= {"LIMIT": limit, "EXACT": shape.exact, "ON_CHIP": on_chip}
     if constants["tiles"] > 1:
         del constants["tiles"]  # Triton makes a constant of it only where it is 1
     types = signature(kernel, constants, "*bf16" if operands == "bfloat16" else "*fp32", optional)

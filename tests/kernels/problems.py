@@ -17,7 +17,10 @@ from titans_mcore.memory.rule import Rule
 
 @dataclass(frozen=True)
 class Sizes:
-    """B rows, T tokens, H heads of width D, L matrices with F hidden channels between two, chunks of b."""
+    """B rows, T tokens, H heads of width D, L matrices with F hidden channels between two, chunks of b.
+
+    Without `forgets` all alpha are 0.
+    """
 
     batch: int = 2
     length: int = 48
@@ -28,12 +31,13 @@ class Sizes:
     block: int = 16
     network: str = "residual_norm"
     rule: str = "stable"
+    forgets: bool = True
 
     def __str__(self) -> str:
         hidden = f"-F{self.hidden}" if self.hidden else ""
         return (
             f"B{self.batch}-T{self.length}-H{self.heads}-D{self.width}-L{self.depth}{hidden}-b{self.block}"
-            f"-{self.network}-{self.rule}"
+            f"-{self.network}-{self.rule}{'' if self.forgets else '-keeps'}"
         )
 
 
@@ -81,6 +85,8 @@ def make_problem(sizes: Sizes, *, theta: float = 0.05, seed: int = 0) -> Problem
     tokens[:2] = [F.normalize(x, dim=-1) for x in tokens[:2]]
     gates = [torch.sigmoid(normal(batch, length, heads, sizes.depth) + shift) for shift in (0.0, 1.0, -3.0)]
     gates[0] = theta * gates[0]
+    if not sizes.forgets:
+        gates[2] = torch.zeros_like(gates[2])
     widths = [width, *[sizes.hidden or width] * (sizes.depth - 1), width]
     pairs = list(itertools.pairwise(widths))
     residual = sizes.network == "residual_norm"
@@ -110,6 +116,7 @@ def by_oracle(problem: Problem) -> list[Tensor]:
                 network=sizes.network,
                 **settings,
                 rule=sizes.rule,
+                forgets=sizes.forgets,
                 chunk_size=chunk_size,  # of one token more, the chunk is not full and no shell behind it
                 close=True,
                 state=MemoryState(weights, momentum),
@@ -127,13 +134,13 @@ def by_oracle(problem: Problem) -> list[Tensor]:
     return [torch.cat(reads, 1), *weights, *momentum]
 
 
-def by_kernels(problem: Problem) -> list[Tensor]:
-    """The same by fused_scan."""
+def by_kernels(problem: Problem, *, exact: bool | None = None) -> list[Tensor]:
+    """The same by fused_scan, with the rule's errors if no others are asked for."""
     queries, keys, values, *gates = problem.tokens
     sizes, depth = problem.sizes, problem.sizes.depth
     scale, shift = problem.norm or (None, None)
     split = [x.unflatten(1, (-1, sizes.block)).permute(4, 1, 0, 3, 2).flatten(2, 3) for x in gates]
-    rule = Rule.of(sizes.rule, sizes.block, residual_norm=sizes.network == "residual_norm")
+    rule = Rule.of(sizes.rule, sizes.block, residual_norm=sizes.network == "residual_norm", forgets=sizes.forgets)
     reads, weights, momentum = fused_scan(
         queries,
         keys,
@@ -142,6 +149,7 @@ def by_kernels(problem: Problem) -> list[Tensor]:
         problem.weights,
         problem.momentum,
         residual_norm=sizes.network == "residual_norm",
+        exact=rule.exact if exact is None else exact,
         norm_weight=scale,
         norm_bias=shift,
         borders=Borders(

@@ -12,7 +12,14 @@ LENGTH = 40  # two chunks of 16 and an open one
 
 
 def results(
-    stream: Stream, rule: str, backend: str, rows: PackedRows | None, pieces: list[int], device: str
+    stream: Stream,
+    rule: str,
+    backend: str,
+    rows: PackedRows | None,
+    pieces: list[int],
+    device: str,
+    *,
+    forgets: bool = True,
 ) -> list[torch.Tensor]:
     """Reads, end state and gradients of a random functional of them."""
     leaves = [x.detach().float().to(device).requires_grad_() for x in stream.leaves()]
@@ -34,6 +41,7 @@ def results(
             state=state,
             rows=part,
             backend=backend,
+            forgets=forgets,
         )
         reads.append(read)
         start += length
@@ -42,6 +50,13 @@ def results(
     generator = torch.Generator().manual_seed(1)
     functional = sum((x * torch.randn(x.shape, generator=generator).to(device)).sum() for x in outputs)
     return [x.detach().cpu() for x in (*outputs, *torch.autograd.grad(functional, leaves))]
+
+
+def packed_rows() -> PackedRows:
+    """Documents that begin inside a chunk, and padding."""
+    starts, real = torch.zeros(2, LENGTH, dtype=torch.bool), torch.ones(2, LENGTH, dtype=torch.bool)
+    starts[0, 5], starts[1, 30], real[1, 8:11] = True, True, False
+    return PackedRows(starts, real)
 
 
 @pytest.mark.parametrize("pieces", [[LENGTH], [21, 19]])
@@ -54,13 +69,20 @@ def test_fused_backend_is_the_chunked_one(
     network: str, rule: str, depth: int, packed: bool, pieces: list[int], device: str
 ) -> None:
     stream = make_stream(LENGTH, depth, network, width=16, heads=1)
-    rows = None
-    if packed:
-        starts, real = torch.zeros(2, LENGTH, dtype=torch.bool), torch.ones(2, LENGTH, dtype=torch.bool)
-        starts[0, 5], starts[1, 30], real[1, 8:11] = True, True, False
-        rows = PackedRows(starts, real)
+    rows = packed_rows() if packed else None
     fused = results(stream, rule, "fused", rows, pieces, device)
     for ours, theirs in zip(fused, results(stream, rule, "chunked", rows, pieces, device), strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-4 * float(1.0 + theirs.abs().max())
+
+
+def test_large_steps_reach_no_further_than_their_chunk_and_document(device: str) -> None:
+    stream = make_stream(LENGTH, 2, width=16, heads=1, theta=1.0)
+    stream.alpha = torch.zeros_like(stream.theta)
+    fused, chunked = (
+        results(stream, "stable", backend, packed_rows(), [21, 19], device, forgets=False)
+        for backend in ("fused", "chunked")
+    )
+    for ours, theirs in zip(fused, chunked, strict=True):
         assert float((ours - theirs).abs().max()) < 1e-4 * float(1.0 + theirs.abs().max())
 
 

@@ -12,6 +12,7 @@ COMPILED = [
     ("scan", 1, 64, 64, 16, "bfloat16", "all"),
     ("scan", 2, 64, 256, 16, "bfloat16", "all"),
     ("scan", 2, 16, 16, 16, "float32", "none"),
+    ("walk", 2, 64, 256, 16, "bfloat16", "all"),
     ("reads", 2, 64, 256, 16, "bfloat16", "all"),
     ("reads", 1, 16, 16, 16, "float32", "none"),
     ("chain", 1, 64, 64, 16, "bfloat16", "all"),

@@ -1,8 +1,8 @@
 """The backward kernel of the states: one program takes one memory's gradient back through a group's chunks.
 
 Reading order of a chunk: the state shell, back through the chunk's end (what it wrote into the state) and, in the same
-loop, upward along the keys' inner gradient to the error; then downward along their forward pass, as in
-memory/chunk_backward.py. The gradient at the state before the chunk is what the next turn begins with.
+loop, upward along the keys' inner gradient to the last delta; through the errors (errors.py); then downward along the
+keys' forward pass. The gradient at the state before the chunk is what the next turn begins with.
 
 Where things are: the gradient at the state is in registers over the loop when ON_CHIP, which is for one matrix only;
 else in the global float32 buffer `of_state`, streamed by tiles twice a chunk like the chunk's own state. With it goes
@@ -13,10 +13,10 @@ scratch `wide`, where backward_reads.py has begun them; a tile is a few kilobyte
 import triton
 import triton.language as tl
 
+from .errors import centre, deltas_gradient, load_known, own_outputs_gradient
 from .network import (
+    before,
     contiguous_tokens,
-    errors_gradient,
-    errors_of,
     first,
     gelu,
     gelu_bend,
@@ -41,8 +41,11 @@ def chain_backward_kernel(
     of_values,
     read,
     end,
+    writes,
     write,
-    of_end,  # gradients at the gates' coefficients, of their shapes; written here
+    of_read,  # gradients at the gates' coefficients, of their shapes; added to here, EXACT only, like of_writes
+    of_writes,
+    of_end,  # written here, like of_write
     of_write,
     scale,
     shift,
@@ -50,11 +53,13 @@ def chain_backward_kernel(
     states,  # (g + 1, N, SIZE): the last is the state after the group
     of_state,  # (N, SIZE): gradient at the state after the group; becomes that at the state before it
     factors,  # (g, N, 4), or None without a shell
+    alike,  # (g, N, b, b)
     of_fresh,  # (N, SIZE), added to where a document begins
     of_anchors,  # (N, SIZE / 2), added to
     restarts,
     wide,
     narrow,
+    known,
     of_norm,
     stride_b,
     stride_t,
@@ -73,6 +78,7 @@ def chain_backward_kernel(
     NORM: tl.constexpr,
     EPS: tl.constexpr,
     LIMIT: tl.constexpr,
+    EXACT: tl.constexpr,
     ON_CHIP: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -83,6 +89,7 @@ def chain_backward_kernel(
     batch, head = memory // heads, memory % heads
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, D)
+    square_at = rows[:, None] * BLOCK + rows[None, :]
     of_state += memory * SIZE
     anchor = anchors if anchors is None else anchors + head * (SIZE // 2)
     of_anchor = of_anchors if of_anchors is None else of_anchors + memory * (SIZE // 2)
@@ -100,7 +107,7 @@ def chain_backward_kernel(
         state = states + place * SIZE
         row1 = chunk * memories + memory
         row2 = row1 + (DEPTH - 1) * chunks * memories
-        narrow_at = place * 4 * BLOCK * D + rows[:, None] * D + columns[None, :]
+        narrow_at = place * 5 * BLOCK * D + rows[:, None] * D + columns[None, :]
         wide_at = place * 4 * BLOCK * HIDDEN + rows[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
         tl.debug_barrier()
 
@@ -121,9 +128,7 @@ def chain_backward_kernel(
         # Back through the chunk's end, to h, delta and the coefficients; and of delta upward, to the error. What
         # arrives at the GELU is `arriving`.
         k = tl.load(tokens(keys, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-        v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-        raw = tl.load(narrow + 3 * BLOCK * D + narrow_at)
-        error, delta, normed, inverse_std = errors_of(raw, k, v, gamma, beta, NORM, EPS)
+        delta = tl.load(narrow + 3 * BLOCK * D + narrow_at)
         now2 = tl.load(write + row2 * BLOCK * 2 + rows * 2)
         later2 = tl.load(write + row2 * BLOCK * 2 + rows * 2 + 1)
         if DEPTH == 2:
@@ -202,12 +207,40 @@ def chain_backward_kernel(
         else:
             of_k = tl.full((BLOCK, D), 0.0, tl.float32)
 
-        of_error, of_raw, of_scale = errors_gradient(of_delta, error, delta, normed, inverse_std, gamma, NORM)
+        of_delta = centre(of_delta, NORM)
+        if EXACT:
+            deltas_here, known_here = narrow + (place * 5 + 3) * BLOCK * D, known + place * 4 * BLOCK
+            alike_here, writes_here = alike + place * BLOCK * BLOCK, writes + row2 * BLOCK * BLOCK
+            of_delta = own_outputs_gradient(
+                of_delta, deltas_here, deltas_here + BLOCK * D, known_here, alike_here, writes_here, gamma, BLOCK, D
+            )
         if NORM:
+            normed = tl.load(narrow + 4 * BLOCK * D + narrow_at)
+            inverse_std, along, tilt, along_slope = load_known(known + place * 4 * BLOCK + rows, BLOCK)
+            of_aim, of_raw = deltas_gradient(of_delta, delta, normed, inverse_std, along, tilt, along_slope, gamma)
+            # The error is 2 (k + scale n + shift - v), and scale times it the aim and what n adds.
+            of_error = of_aim * gamma[None, :]
+            v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
+            error = 2.0 * (k + normed * gamma[None, :] + beta[None, :] - v)
             part = of_norm + row1 * 2 * D + columns
-            tl.store(part, tl.load(part) + of_scale)
+            tl.store(part, tl.load(part) + tl.sum(of_aim * error + 2.0 * of_error * normed, 0))
             tl.store(part + D, tl.load(part + D) + tl.sum(2.0 * of_error, 0))
             of_k += 2.0 * of_error
+        else:
+            of_error, of_raw = of_delta, 2.0 * of_delta
+        if EXACT:
+            # What a token meets of its chunk, and with which coefficients: those of the token before, a row further up.
+            of_reach = -product(of_raw, tl.trans(delta), OPERAND)
+            above = (rows[:, None] > 0) & (rows[None, :] < rows[:, None])
+            of_writes_at = of_writes + row2 * BLOCK * BLOCK + square_at - BLOCK
+            of_own_writes = of_reach * tl.load(alike_here + square_at)
+            tl.store(of_writes_at, tl.load(of_writes_at, mask=above, other=0.0) + of_own_writes, mask=above)
+            of_alike = of_reach * tl.load(writes_here + square_at - BLOCK, mask=above, other=0.0)
+            of_alike += tl.trans(of_alike)
+            before_keep2 = before(read + row2 * BLOCK * 2, rows, 1.0)
+            before_carried2 = before(read + row2 * BLOCK * 2 + 1, rows, 0.0)
+            of_before_keep2 = tl.full((BLOCK,), 0.0, tl.float32)
+            of_before_carried2 = tl.full((BLOCK,), 0.0, tl.float32)
 
         # Downward: from raw to the keys, and the gradient at the state before the chunk.
         tl.debug_barrier()
@@ -231,17 +264,36 @@ def chain_backward_kernel(
                 h = k
                 x = q
             of_h = tl.load(wide + wide_at + tile * TILE)
-            of_h += product(of_raw, tl.trans(w2), OPERAND)
+            by_weights = product(of_raw, tl.trans(w2), OPERAND)
+            if EXACT:
+                by_momentum = product(of_raw, tl.trans(tl.load(last(state + LAST, tile, D, TILE) + MATRIX)), OPERAND)
+                of_h += by_weights * before_keep2[:, None] + by_momentum * before_carried2[:, None]
+                if anchors is not None:
+                    m2 = tl.load(last(anchor + LAST // 2, tile, D, TILE))
+                    by_anchor = product(of_raw, tl.trans(m2), OPERAND)
+                    of_h += by_anchor * (1.0 - before_keep2)[:, None]
+                    by_weights -= by_anchor
+                of_before_keep2 += tl.sum(by_weights * h, 1)
+                of_before_carried2 += tl.sum(by_momentum * h, 1)
+                of_h += product(of_alike, h, OPERAND)
+            else:
+                of_h += by_weights
             to2 = last(of_state + LAST, tile, D, TILE)
             of_w2, of_s2 = matrix(g_w, to2, ON_CHIP), matrix(g_s, to2 + MATRIX, ON_CHIP)
             new_s2 = carry2 * of_w2 + decay2 * of_s2
             new_s2 += product(tl.trans(x * read_carried2[:, None]), of_answer, OPERAND)
-            new_w2 = keep2 * of_w2 + product(tl.trans(h), of_raw, OPERAND)
+            if EXACT:
+                new_s2 += product(tl.trans(h * before_carried2[:, None]), of_raw, OPERAND)
+                new_w2 = keep2 * of_w2 + product(tl.trans(h * before_keep2[:, None]), of_raw, OPERAND)
+            else:
+                new_w2 = keep2 * of_w2 + product(tl.trans(h), of_raw, OPERAND)
             new_w2 += product(tl.trans(x * read_keep2[:, None]), of_answer, OPERAND)
             if anchors is not None:
                 to_m2 = last(of_anchor + LAST // 2, tile, D, TILE)
                 new_m2 = matrix(g_m, to_m2, ON_CHIP) + (1.0 - keep2) * of_w2
                 new_m2 += product(tl.trans(x * (1.0 - read_keep2)[:, None]), of_answer, OPERAND)
+                if EXACT:
+                    new_m2 += product(tl.trans(h * (1.0 - before_keep2)[:, None]), of_raw, OPERAND)
             if DEPTH == 2:
                 slope, bend = gelu_slope(z), gelu_bend(z)
                 arriving = product(delta, tl.trans(w2), OPERAND)
@@ -274,6 +326,11 @@ def chain_backward_kernel(
                 replace(to1, new_w1, new_s1, MATRIX)
                 if anchors is not None:
                     tl.store(to_m1, new_m1)
+        if EXACT:
+            of_before = of_read + row2 * BLOCK * 2 + (rows - 1) * 2
+            there = rows > 0
+            tl.store(of_before, tl.load(of_before, mask=there) + of_before_keep2, mask=there)
+            tl.store(of_before + 1, tl.load(of_before + 1, mask=there) + of_before_carried2, mask=there)
         if restarts is not None:  # noqa: SIM102 (whether it is there is settled in compiling)
             if tl.load(restarts + chunk * (memories // heads) + batch) != 0:
                 # The state before the chunk was replaced by the fresh one, and the gradient belongs to that.

@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 
 from .network import (
-    answer_keys,
     contiguous_tokens,
-    errors_of,
     first,
     gelu,
     gelu_slope,
@@ -30,7 +28,6 @@ from .network import (
 def reads_backward_kernel(
     queries,  # as in forward.py, like the others of these names
     keys,
-    values,
     of_reads,  # (B, T, H, D) contiguous, gradient at the reads
     of_queries,  # (B, T, H, D) contiguous; written here
     read,
@@ -38,11 +35,10 @@ def reads_backward_kernel(
     of_read,  # gradients at the gates' coefficients, of their shapes; written here
     of_writes,
     scale,
-    shift,
     anchors,
     states,  # (g + 1, N, SIZE) states with which the group's chunks begin
     wide,  # (g, N, 4, b, HIDDEN): gradients at the keys' h and first delta; the queries' x and gradient at first z
-    narrow,  # (g, N, 4, b, D): gradients at keys, last delta, queries' raw answer; the keys' raw answer
+    narrow,  # (g, N, 5, b, D): gradients at keys, last delta, queries' raw answer; last delta and LayerNorm's value
     of_norm,  # (C, N, 2, D) parts of the gradients at scale and shift
     stride_b,
     stride_t,
@@ -69,21 +65,17 @@ def reads_backward_kernel(
     batch, head = memory // heads, memory % heads
     rows = tl.arange(0, BLOCK)
     square_at = rows[:, None] * BLOCK + rows[None, :]
-    narrow_at = place * 4 * BLOCK * D + rows[:, None] * D + tl.arange(0, D)[None, :]
+    narrow_at = place * 5 * BLOCK * D + rows[:, None] * D + tl.arange(0, D)[None, :]
     wide_at = place * 4 * BLOCK * HIDDEN + rows[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
     state = states + place * (2 * DEPTH * MATRIX)
     anchor = anchors if anchors is None else anchors + head * (DEPTH * MATRIX)
     gamma = vector(scale if scale is None else scale + head * D, 1.0, D)
-    beta = vector(shift if shift is None else shift + head * D, 0.0, D)
     row1 = chunk * memories + memory
     row2 = row1 + (DEPTH - 1) * chunks * memories
 
-    # The keys, as in the forward kernel.
+    # The keys, and the delta that the walk has found for them.
     k = tl.load(tokens(keys, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-    v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-    raw = answer_keys(k, 0, 0, state, tiles, D, HIDDEN, TILE, DEPTH, False, OPERAND)
-    _, delta, _, _ = errors_of(raw, k, v, gamma, beta, NORM, EPS)
-    tl.store(narrow + 3 * BLOCK * D + narrow_at, raw)
+    delta = tl.load(narrow + 3 * BLOCK * D + narrow_at)
 
     # The queries' answers.
     q = tl.load(tokens(queries, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)

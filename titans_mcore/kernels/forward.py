@@ -1,7 +1,7 @@
 """The forward kernel: one program takes one memory through its chunks, in order.
 
-Reading order: `scan_kernel` is the loop; a chunk is the keys' forward pass and their errors (network.py), then tile by
-tile the queries' reads and the new state, last the state shell (shell.py).
+Reading order: `scan_kernel` is the loop; a chunk is the keys' forward pass (network.py) and their errors (errors.py),
+then tile by tile the queries' reads and the new state, last the state shell (shell.py).
 
 Where things are:
 - The state is in registers over the whole loop when ON_CHIP: one tile holds each matrix (L = 1, and L = 2 up to
@@ -9,19 +9,21 @@ Where things are:
   program only, and there are at most some hundred of 16 * D * HIDDEN bytes: it stays in the L2 cache. Each chunk
   streams it by tiles, weights twice (answer; read and write), momentum once, and writes it once.
 - M_0, to which forgetting leads, is one for all rows, and each chunk streams it once.
+- Errors that are EXACT take a second time the last matrix' momentum and M_0, and of what is b tokens wide the products
+  of inputs and the aims from global scratch, a few kilobytes that stay in the L1 cache.
 - Everything else of a chunk is b tokens wide and in registers. Hidden activations are made anew in each pass: the
   tiles of weights that takes are there anyhow.
-- Barriers stand where threads read what other threads of the program have stored; with the state in registers nowhere.
+- Barriers stand where threads read what other threads of the program have stored.
 """
 
 import triton
 import triton.language as tl
 
+from .errors import aims_of, centre, deltas_of, own_outputs
 from .network import (
-    answer_keys,
     answer_of,
+    before,
     contiguous_tokens,
-    errors_of,
     first,
     gelu,
     gelu_slope,
@@ -29,6 +31,7 @@ from .network import (
     load_state,
     matrix,
     meet,
+    meet_keys,
     product,
     replace,
     save,
@@ -55,6 +58,10 @@ def scan_kernel(
     after,  # (N, SIZE) state after the last chunk, and the state at work when it is not in registers
     kept,  # (., N, SIZE) states with which every keep_every-th chunk begins, or None
     factors,  # (., N, 4) by what the shell has scaled each chunk's matrices, or None
+    aims,  # (N, b, D) room for what of a chunk's errors does not depend on the memory, EXACT only
+    alike,  # (., N, b, b) likewise products of the keys' inputs of the last matrix; of each chunk in a walk
+    narrow,  # see backward_reads.py: a walk leaves the keys' delta and n there, and the rest of deltas_of in `known`
+    known,  # (., N, 4, b); None, like narrow, if this is no walk
     fresh,  # (N or H, SIZE) state in which a document begins, or None
     anchors,  # (H, SIZE / 2), M_0, or None where forgetting leads to zero
     restarts,  # (C, B) int8, which chunks begin a document, or None
@@ -78,6 +85,7 @@ def scan_kernel(
     NORM: tl.constexpr,
     EPS: tl.constexpr,
     LIMIT: tl.constexpr,  # of the shell; None for no shell
+    EXACT: tl.constexpr,  # errors are those at the token's own last matrix
     ON_CHIP: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -88,6 +96,7 @@ def scan_kernel(
     batch, head = memory // heads, memory % heads
     rows = tl.arange(0, BLOCK)
     square_at = rows[:, None] * BLOCK + rows[None, :]
+    narrow_at = rows[:, None] * D + tl.arange(0, D)[None, :]
     state = after + memory * SIZE
     origin = start + memory * SIZE
     anchor = anchors if anchors is None else anchors + head * (SIZE // 2)
@@ -111,13 +120,39 @@ def scan_kernel(
                     move(begin, state, SIZE)
                     tl.debug_barrier()
 
-        # The keys' answers and errors at the weights the chunk begins with.
+        # The keys' answers and errors.
         k = tl.load(tokens(keys, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
         v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-        raw = answer_keys(k, w1, w2, state, tiles, D, HIDDEN, TILE, DEPTH, ON_CHIP, OPERAND)
-        _, delta, _, _ = errors_of(raw, k, v, gamma, beta, NORM, EPS)
         row1 = chunk * memories + memory  # of the first matrix' gates; the last one's is row2
         row2 = row1 + (DEPTH - 1) * chunks * memories
+        walked = (chunk - chunk_begin) * memories + memory
+        before_keep2 = before(read + row2 * BLOCK * 2, rows, 1.0)
+        before_carried2 = before(read + row2 * BLOCK * 2 + 1, rows, 0.0)
+        raw, similar_keys = meet_keys(
+            k, w1, w2, s2, state, anchor, before_keep2, before_carried2,
+            tiles, BLOCK, D, HIDDEN, TILE, DEPTH, EXACT, ON_CHIP, OPERAND,
+        )  # fmt: skip
+        raw = centre(raw, NORM)
+        aim = aims_of(k, v, gamma, beta, NORM)
+        if EXACT:
+            alike_here = alike + (memory if narrow is None else walked) * BLOCK * BLOCK
+            aims_here = aims + memory * BLOCK * D
+            tl.debug_barrier()
+            tl.store(alike_here + square_at, similar_keys)
+            tl.store(aims_here + narrow_at, aim)
+            tl.debug_barrier()
+            writes_here = writes + row2 * BLOCK * BLOCK
+            raw = own_outputs(raw, alike_here, aims_here, writes_here, gamma, BLOCK, D, EPS)
+        delta, normed, inverse_std, along, tilt, along_slope = deltas_of(raw, aim, gamma, NORM, EPS)
+        if narrow is not None:
+            tl.store(narrow + (walked * 5 + 3) * BLOCK * D + narrow_at, delta)
+            if NORM:
+                tl.store(narrow + (walked * 5 + 4) * BLOCK * D + narrow_at, normed)
+                known_at = known + walked * 4 * BLOCK + rows
+                tl.store(known_at, inverse_std)
+                tl.store(known_at + BLOCK, along)
+                tl.store(known_at + 2 * BLOCK, tilt)
+                tl.store(known_at + 3 * BLOCK, along_slope)
         now2 = tl.load(write + row2 * BLOCK * 2 + rows * 2)
         later2 = tl.load(write + row2 * BLOCK * 2 + rows * 2 + 1)
         keep2 = tl.load(end + row2 * 4)
@@ -215,7 +250,7 @@ def scan_kernel(
                 shrink_w1, shrink_s1 = tl.where(there, shrink_w1, 1.0), tl.where(there, shrink_s1, 1.0)
                 shrink_w2, shrink_s2 = tl.where(there, shrink_w2, 1.0), tl.where(there, shrink_s2, 1.0)
             if factors is not None:
-                found = factors + ((chunk - chunk_begin) * memories + memory) * 4
+                found = factors + walked * 4
                 tl.store(found, shrink_w1)
                 tl.store(found + 1, shrink_s1)
                 tl.store(found + 2, shrink_w2)

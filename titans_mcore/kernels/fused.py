@@ -61,6 +61,7 @@ class Shape:
     hidden: int
     depth: int
     residual_norm: bool
+    exact: bool
     rms_limit: float | None  # None without a state shell
 
     @property
@@ -96,6 +97,7 @@ def fused_scan(
     momentum: Sequence[Tensor],
     *,
     residual_norm: bool,
+    exact: bool = False,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     borders: Borders | None = None,
@@ -111,6 +113,8 @@ def fused_scan(
         gates: What fused.gates_of gives for all C chunks.
         weights: L = 1 or 2 matrices (B, H, d_in, d_out) before the first chunk; momentum alike.
         residual_norm: Whether the network is x + LayerNorm(MLP(x)); else it is the MLP.
+        exact: Whether errors are those at the token's own last matrix, with LayerNorm only; else those at the chunk's
+            start.
         norm_weight: LayerNorm's scale (H, D); None is 1.
         norm_bias: LayerNorm's shift (H, D); None is 0.
         borders: What happens between chunks; None is no state shell and forgetting to zero.
@@ -125,6 +129,7 @@ def fused_scan(
     block, depth = gates.writes.shape[-1], len(weights)
     if reason := fused_fits(queries, weights, block):
         raise ValueError(reason)
+    assert residual_norm or not exact
     heads, length = queries.shape[2], queries.shape[1]
     _check(queries, keys, values, gates, weights, momentum, borders.anchors)
     has_shell = borders.closed is not False and math.isfinite(borders.rms_limit)
@@ -137,6 +142,7 @@ def fused_scan(
         hidden=weights[0].shape[-1],
         depth=depth,
         residual_norm=residual_norm,
+        exact=exact,
         rms_limit=borders.rms_limit if has_shell else None,
     )
     closed = borders.closed.to(torch.int8).contiguous() if isinstance(borders.closed, Tensor) and has_shell else None

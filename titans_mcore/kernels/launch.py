@@ -103,7 +103,14 @@ class _Scratch:
         self.states = like.new_empty(group + 1, shape.memories, shape.size)
         self.factors = None if shape.rms_limit is None else like.new_empty(*first, 4)
         self.wide = like.new_empty(*first, 4, shape.block, shape.hidden)
-        self.narrow = like.new_empty(*first, 4, shape.block, shape.width)
+        self.narrow = like.new_empty(*first, 5, shape.block, shape.width)
+        self.known = like.new_empty(*first, 4, shape.block) if shape.residual_norm else None
+        self.alike = _products(shape, like, group)
+
+
+def _products(shape: Shape, like: Tensor, chunks: int) -> Tensor | None:
+    """Room for the products of the keys' inputs of the last matrix, (chunks, N, b, b)."""
+    return like.new_empty(chunks, shape.memories, shape.block, shape.block) if shape.exact else None
 
 
 def _as_given(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:
@@ -121,17 +128,21 @@ def _launch_scan(
     after: Tensor,
     reads: Tensor | None,
     kept: Tensor | None,
-    factors: Tensor | None,
+    walk: _Scratch | None,
     keep_every: int,
 ) -> None:
     t = tensors
+    factors, narrow, known, alike = None, None, None, _products(shape, start, 1)
+    if walk is not None:
+        factors, narrow, known, alike = walk.factors, walk.narrow, walk.known, walk.alike
+    aims = start.new_empty(shape.memories, shape.block, shape.width) if shape.exact else None
     scan_kernel[(shape.memories,)](
         t.queries, t.keys, t.values, reads,
         t.read, t.end, t.writes, t.write, t.scale, t.shift,
-        start, after, kept, factors, t.fresh, t.anchors, t.restarts, t.closed,
+        start, after, kept, factors, aims, alike, narrow, known, t.fresh, t.anchors, t.restarts, t.closed,
         *t.queries.stride()[:3], shape.memories, shape.heads, shape.chunks,
         _count(span.start), _count(span.stop), keep_every, 1 if t.fresh is None else len(t.fresh),
-        LIMIT=shape.rms_limit, ON_CHIP=shape.on_chip, **_settings(shape, t, shape.on_chip),
+        LIMIT=shape.rms_limit, EXACT=shape.exact, ON_CHIP=shape.on_chip, **_settings(shape, t, shape.on_chip),
     )  # fmt: skip
 
 
@@ -147,21 +158,23 @@ def _launch_gradient(
     t, group = tensors, span.stop - span.start
     strides = t.queries.stride()[:3]
     states = scratch.states
-    _launch_scan(shape, t, span, start, states[group], None, states, scratch.factors, 1)
+    _launch_scan(shape, t, span, start, states[group], None, states, scratch, 1)
     reads_backward_kernel[(shape.memories, group)](
-        t.queries, t.keys, t.values, of_reads, found.queries,
-        t.read, t.writes, found.read, found.writes, t.scale, t.shift, t.anchors,
+        t.queries, t.keys, of_reads, found.queries,
+        t.read, t.writes, found.read, found.writes, t.scale, t.anchors,
         states, scratch.wide, scratch.narrow, found.norm,
         *strides, shape.memories, shape.heads, shape.chunks, span.start,
         **_settings(shape, t, shape.gradient_on_chip),
     )  # fmt: skip
     chain_backward_kernel[(shape.memories,)](
         t.queries, t.keys, t.values, found.keys, found.values,
-        t.read, t.end, t.write, found.end, found.write, t.scale, t.shift, t.anchors,
-        states, found.state, scratch.factors, found.fresh, found.anchors, t.restarts,
-        scratch.wide, scratch.narrow, found.norm,
+        t.read, t.end, t.writes, t.write, found.read, found.writes, found.end, found.write,
+        t.scale, t.shift, t.anchors,
+        states, found.state, scratch.factors, scratch.alike, found.fresh, found.anchors, t.restarts,
+        scratch.wide, scratch.narrow, scratch.known, found.norm,
         *strides, shape.memories, shape.heads, shape.chunks, span.start, _count(group),
-        LIMIT=shape.rms_limit, ON_CHIP=shape.gradient_on_chip, **_settings(shape, t, shape.gradient_on_chip),
+        LIMIT=shape.rms_limit, EXACT=shape.exact, ON_CHIP=shape.gradient_on_chip,
+        **_settings(shape, t, shape.gradient_on_chip),
     )  # fmt: skip
 
 

@@ -46,6 +46,16 @@ def tokens(pointer, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK: tl.
 
 
 @triton.jit
+def before(coefficient, rows, first: tl.constexpr):
+    """A coefficient of the reads (b,) for the token before each; `first` for the chunk's first token.
+
+    Args:
+        coefficient: Pointer to that of the chunk's first token; the next is two numbers further on.
+    """
+    return tl.load(coefficient + (rows - 1) * 2, mask=rows > 0, other=first)
+
+
+@triton.jit
 def contiguous_tokens(pointer, batch, head, chunk, chunks, heads, BLOCK: tl.constexpr, D: tl.constexpr):
     """The same where (B, T, H, D) is contiguous."""
     at = batch * (chunks * BLOCK) + chunk * BLOCK + tl.arange(0, BLOCK)
@@ -131,7 +141,7 @@ def gelu_bend(z):
 def normalise(raw, EPS: tl.constexpr):
     """LayerNorm of raw (b, D) before scale and shift, and the inverse standard deviations (b,)."""
     centred = raw - (tl.sum(raw, 1) / raw.shape[1])[:, None]
-    inverse_std = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / raw.shape[1] + EPS)
+    inverse_std = tl.rsqrt(tl.sum(centred * centred, 1) / raw.shape[1] + EPS)
     return centred * inverse_std[:, None], inverse_std
 
 
@@ -143,75 +153,10 @@ def norm_gradient(x, normed, inverse_std):
 
 
 @triton.jit
-def answer_keys(
-    keys,
-    first_weights,
-    last_weights,
-    state,
-    tiles,
-    D: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """What the MLP makes of the keys (b, D)."""
-    raw = tl.full(keys.shape, 0.0, tl.float32)
-    for tile in range(tiles):
-        if DEPTH == 2:
-            h = gelu(product(keys, matrix(first_weights, first(state, tile, D, HIDDEN, TILE), ON_CHIP), OPERAND))
-        else:
-            h = keys
-        weights = matrix(last_weights, last(state + (DEPTH - 1) * 2 * D * HIDDEN, tile, D, TILE), ON_CHIP)
-        raw += product(h, weights, OPERAND)
-    return raw
-
-
-@triton.jit
 def answer_of(raw, x, scale, shift, EPS: tl.constexpr):
     """M(x) of a network with LayerNorm from its MLP's output; with LayerNorm's value and inverse deviation."""
     normed, inverse_std = normalise(raw, EPS)
     return x + normed * scale[None, :] + shift[None, :], normed, inverse_std
-
-
-@triton.jit
-def errors_of(raw, keys, values, scale, shift, NORM: tl.constexpr, EPS: tl.constexpr):
-    """From the MLP's output to the error of the answer and what of it arrives at the last matrix' output.
-
-    Returns:
-        The error 2 (M(k) - v) and the delta of the last matrix, both (b, D); LayerNorm's value (b, D) and inverse
-        standard deviation (b,), without meaning in a plain network.
-    """
-    if NORM:
-        answer, normed, inverse_std = answer_of(raw, keys, scale, shift, EPS)
-        error = 2.0 * (answer - values)
-        return error, norm_gradient(error * scale[None, :], normed, inverse_std), normed, inverse_std
-    else:
-        error = 2.0 * (raw - values)
-        return error, error, raw, tl.sum(raw, 1)
-
-
-@triton.jit
-def errors_gradient(of_delta, error, delta, normed, inverse_std, scale, NORM: tl.constexpr):
-    """Back through errors_of.
-
-    Returns:
-        Gradients at the error (b, D), at raw (b, D), and at the scale (D,), which without LayerNorm has no meaning.
-    """
-    if NORM:
-        # What delta = LN'(s) owes to raw, s the error times scale: InnerGradient in memory/chunk_backward.py.
-        of_sent = norm_gradient(of_delta, normed, inverse_std)
-        of_error = of_sent * scale[None, :]
-        per_channel = inverse_std / error.shape[1]
-        along_sent = tl.sum(error * scale[None, :] * normed, 1) * per_channel
-        along_normed = tl.sum(of_delta * normed, 1) * per_channel
-        along_delta = tl.sum(of_delta * delta, 1) * per_channel
-        of_raw = norm_gradient(2.0 * of_error * scale[None, :], normed, inverse_std)
-        of_raw -= along_sent[:, None] * of_sent + along_normed[:, None] * delta + along_delta[:, None] * normed
-        return of_error, of_raw, tl.sum(of_sent * error + 2.0 * of_error * normed, 0)
-    else:
-        return of_delta, 2.0 * of_delta, scale
 
 
 @triton.jit
@@ -230,6 +175,61 @@ def meet(x, weights, momentum, anchor, keep, carried, OPERAND: tl.constexpr):
     if anchor is not None:
         met += product(x, anchor, OPERAND) * (1.0 - keep)[:, None]
     return met
+
+
+@triton.jit
+def meet_keys(
+    keys,
+    first_weights,
+    last_weights,
+    last_momentum,
+    state,
+    anchor,
+    keep,
+    carried,
+    tiles,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EXACT: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """What the keys (b, D) meet in the last matrix, (b, D), and the products h_t . h_j of its inputs for them, (b, b).
+
+    Without EXACT it is the matrix at the chunk's start that they meet, and there are no products.
+
+    Args:
+        keys: The keys.
+        first_weights: The state where it is in registers, like the other two.
+        last_weights: W.
+        last_momentum: S.
+        state: The state where it is not.
+        anchor: M_0, both matrices; None where forgetting leads to zero.
+        keep: As for `meet`, but those of the token before each, like `carried`.
+        carried: f_{t-1}, (b,).
+        tiles: HIDDEN / TILE.
+    """
+    LAST: tl.constexpr = (DEPTH - 1) * 2 * D * HIDDEN
+    met = tl.full((BLOCK, D), 0.0, tl.float32)
+    alike = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
+    for tile in range(tiles):
+        if DEPTH == 2:
+            h = gelu(product(keys, matrix(first_weights, first(state, tile, D, HIDDEN, TILE), ON_CHIP), OPERAND))
+        else:
+            h = keys
+        at = last(state + LAST, tile, D, TILE)
+        weights = matrix(last_weights, at, ON_CHIP)
+        if EXACT:
+            momentum = matrix(last_momentum, at + D * HIDDEN, ON_CHIP)
+            led = None if anchor is None else tl.load(last(anchor + LAST // 2, tile, D, TILE))
+            met += meet(h, weights, momentum, led, keep, carried, OPERAND)
+            alike += product(h, tl.trans(h), OPERAND)
+        else:
+            met += product(h, weights, OPERAND)
+    return met, alike
 
 
 @triton.jit

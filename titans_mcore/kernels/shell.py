@@ -1,7 +1,7 @@
 """Device functions: the state shell, forward and backward, and what else goes over a state in flat blocks.
 
-Twin of the shell in memory/chunk.py and memory/chunk_backward.py. It seldom acts. Where the state is in global memory
-it costs barriers only then.
+Twin of Rule.into_shell in memory/rule.py. It seldom acts. Where the state is in global memory it costs barriers only
+then.
 """
 
 import triton

@@ -57,8 +57,8 @@ def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded
         return "the fused memory kernels compute whole memories, not parts of them; use memory backend 'chunked'"
     if channelwise:
         return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
-    if memory.rule.exact:
-        return "the fused memory kernels lack the stable rule; use memory backend 'chunked'"
+    if memory.rule.holds:
+        return "the fused memory kernels lack the stable rule of plain networks; use memory backend 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
         return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
     return importlib.import_module(_KERNELS).fused_fits(queries, memory.initial, memory.rule.chunk_size)
@@ -100,6 +100,7 @@ def fused_scan(
         start.weights,
         start.momentum,
         residual_norm=network.residual_norm,
+        exact=rule.exact,
         norm_weight=network.norm_weight,
         norm_bias=network.norm_bias,
         borders=borders,

@@ -1,0 +1,136 @@
+"""Device functions: the errors of a chunk's keys, forward and backward.
+
+Twin of _errors in memory/chunk.py, by the same names: the delta at the last matrix' output is LayerNorm's derivative at
+aim + slope n, n the LayerNorm of the output and slope 2 scale^2; in a plain network it is aim + 2 output. Outputs are
+those at the chunk's start or, EXACT, those of the last matrix as the token before has left it. Then they follow one
+upon the other, and a loop takes token after token out of a tile of all.
+
+LayerNorm sees neither a mean of what it normalises nor one of the aim, and a delta has none. So both are taken out once
+a chunk, and of a single token all sums over channels are known in one step, where each one costs the program barriers.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def centre(x, NORM: tl.constexpr):
+    """x (b, D) without its means over channels; in a plain network as it is."""
+    return x - (tl.sum(x, 1) / x.shape[1])[:, None] if NORM else x
+
+
+@triton.jit
+def aims_of(keys, values, scale, shift, NORM: tl.constexpr):
+    """What of the errors does not depend on the memory, (b, D), centred."""
+    return centre(2.0 * scale[None, :] * (keys + shift[None, :] - values), NORM) if NORM else -2.0 * values
+
+
+@triton.jit
+def means(a, b, c, d):
+    """Means over channels of four (b, D), (b,) each, by one reduction."""
+    both = tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 1) / a.shape[1]
+    first, second = tl.split(both)
+    mean_a, mean_b = tl.split(first)
+    mean_c, mean_d = tl.split(second)
+    return mean_a, mean_b, mean_c, mean_d
+
+
+@triton.jit
+def deltas_of(raw, aim, scale, NORM: tl.constexpr, EPS: tl.constexpr):
+    """The deltas of the last matrix, (b, D), from its centred outputs.
+
+    Returns:
+        The deltas; then, without meaning in a plain network, LayerNorm's value n (b, D) and inverse standard
+        deviation (b,), and means over channels (b,): of (aim + slope n) n, of slope n, of slope n^2.
+    """
+    if NORM:
+        slope = 2.0 * (scale * scale)[None, :]
+        square, along_aim, tilt, along_slope = means(raw * raw, aim * raw, slope * raw, slope * raw * raw)
+        inverse_std = tl.rsqrt(square + EPS)
+        normed = raw * inverse_std[:, None]
+        tilt, along_slope = tilt * inverse_std, along_slope * inverse_std * inverse_std
+        along = along_aim * inverse_std + along_slope
+        sent = aim + slope * normed
+        delta = inverse_std[:, None] * (sent - tilt[:, None] - normed * along[:, None])
+        return delta, normed, inverse_std, along, tilt, along_slope
+    else:
+        nothing = tl.sum(raw, 1)
+        return aim + 2.0 * raw, raw, nothing, nothing, nothing, nothing
+
+
+@triton.jit
+def deltas_gradient(of_delta, delta, normed, inverse_std, along, tilt, along_slope, scale):
+    """Back through deltas_of with LayerNorm, from a centred gradient.
+
+    Returns:
+        Gradients at aim and at raw, (b, D).
+    """
+    slope = 2.0 * (scale * scale)[None, :]
+    by_normed, by_delta, by_slope, by_both = means(
+        of_delta * normed, of_delta * delta, slope * of_delta, slope * of_delta * normed
+    )
+    of_aim = inverse_std[:, None] * (of_delta - normed * by_normed[:, None])
+    # What LayerNorm's derivative makes of slope of_aim; then what delta owes to raw through n and the deviation.
+    mean = inverse_std * (by_slope - by_normed * tilt)
+    mean_along = inverse_std * (by_both - by_normed * along_slope)
+    of_raw = slope * of_aim - mean[:, None] - normed * (mean_along + by_delta)[:, None]
+    of_raw -= along[:, None] * of_aim + by_normed[:, None] * delta
+    return of_aim, inverse_std[:, None] * of_raw
+
+
+@triton.jit
+def own_outputs(met, alike, aims, writes, scale, BLOCK: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr):
+    """What each token's own last matrix makes of its key, z_t = met_t - sum_{j < t} K[t, j] delta_j, (b, D).
+
+    With LayerNorm. When its turn comes a token's row of the tile is without what the tokens before have written.
+
+    Args:
+        met: What the keys meet without the chunk's own writes, (b, D), centred.
+        alike: Pointer to the products h_t . h_j, (b, b) and symmetric.
+        aims: Pointer to what aims_of gives, (b, D).
+        writes: Pointer to the chunk's G of the last matrix: K[t, j] is G[t - 1, j] times alike[t, j].
+        scale: LayerNorm's scale.
+    """
+    rows = tl.arange(0, BLOCK)
+    for t in range(BLOCK - 1):
+        aim = tl.load(aims + t * D + tl.arange(0, D)[None, :])
+        reach = tl.load(writes + (rows - 1) * BLOCK + t, mask=rows > t, other=0.0)
+        reach *= tl.load(alike + t * BLOCK + rows)
+        own = tl.sum(tl.where(rows[:, None] == t, met, 0.0), 0, keep_dims=True)
+        delta, _, _, _, _, _ = deltas_of(own, aim, scale, True, EPS)
+        met -= reach[:, None] * delta
+    return met
+
+
+@triton.jit
+def own_outputs_gradient(of_delta, deltas, normed, known, alike, writes, scale, BLOCK: tl.constexpr, D: tl.constexpr):
+    """All of the gradient at delta (b, D), from that without what later tokens' outputs owe to it.
+
+    Args:
+        of_delta: Gradient at delta, centred.
+        deltas: Pointer to what deltas_of gives for all tokens, (b, D), like `normed`.
+        known: Pointer to its other results, (4, b).
+        alike: As own_outputs has it, like what follows.
+    """
+    rows = tl.arange(0, BLOCK)
+    for t in range(BLOCK - 1, 0, -1):
+        delta = tl.load(deltas + t * D + tl.arange(0, D)[None, :])
+        own_normed = tl.load(normed + t * D + tl.arange(0, D)[None, :])
+        inverse_std, along, tilt, along_slope = load_known(known + t + tl.arange(0, 1), BLOCK)
+        reach = tl.load(writes + (t - 1) * BLOCK + rows, mask=rows < t, other=0.0)
+        reach *= tl.load(alike + t * BLOCK + rows)
+        own = tl.sum(tl.where(rows[:, None] == t, of_delta, 0.0), 0, keep_dims=True)
+        _, of_own = deltas_gradient(own, delta, own_normed, inverse_std, along, tilt, along_slope, scale)
+        of_delta -= reach[:, None] * of_own
+    return of_delta
+
+
+@triton.jit
+def load_known(pointers, BLOCK: tl.constexpr):
+    """What deltas_of gives besides delta and n, of the tokens behind pointers (b,) to the first of it."""
+    return (
+        tl.load(pointers),
+        tl.load(pointers + BLOCK),
+        tl.load(pointers + 2 * BLOCK),
+        tl.load(pointers + 3 * BLOCK),
+    )
