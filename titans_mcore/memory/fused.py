@@ -57,7 +57,7 @@ def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded
         return "the fused memory kernels compute whole memories, not parts of them; use memory backend 'chunked'"
     if channelwise:
         return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
-    if memory.rule.holds:
+    if memory.rule.holds_last:
         return "the fused memory kernels lack the stable rule of plain networks; use memory backend 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
         return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
