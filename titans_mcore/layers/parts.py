@@ -166,6 +166,14 @@ class MegatronParts(OwnedHeads):
         """See mixers.parts.Parts."""
         return _whole(self.config, full)
 
+    def own(self, full: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        return full.chunk(self.ranks)[self.rank]
+
+    def total(self, x: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        return self.enter(tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group))
+
 
 class HiddenParts:
     """mixers.parts.MemoryParts of memories that all tensor-parallel ranks hold together.

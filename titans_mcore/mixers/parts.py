@@ -89,6 +89,12 @@ class Parts(Protocol):
     def replicated(self, full: Tensor) -> nn.Parameter:
         """A parameter that every rank holds whole. Like those of heads it is not weight-decayed."""
 
+    def own(self, full: Tensor) -> Tensor:
+        """This process's heads of a constant whose first axis is heads."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """What the heads of all ranks come to, from a sum over those of this one; its gradient is the sum of theirs."""
+
 
 class PlainHeads:
     """MemoryParts of a model in one process: every parameter whole.
@@ -167,6 +173,14 @@ class PlainParts(PlainHeads):
     def replicated(self, full: Tensor) -> nn.Parameter:
         """See Parts."""
         return self.per_head(full)
+
+    def own(self, full: Tensor) -> Tensor:
+        """See Parts."""
+        return full
+
+    def total(self, x: Tensor) -> Tensor:
+        """See Parts."""
+        return x
 
 
 class FromParts(nn.Module):
