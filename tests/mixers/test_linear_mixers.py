@@ -1,4 +1,4 @@
-"""RetNet, Mamba2, DeltaNet and Gated DeltaNet are the published layers: functions, sizes, initial values."""
+"""RetNet, Mamba, Mamba2, DeltaNet and Gated DeltaNet are the published layers: functions, sizes, initial values."""
 
 import math
 from typing import Any
@@ -54,6 +54,30 @@ def test_mamba2_is_that_of_transformers() -> None:
         "norm.weight": ours.output_norm.flatten(),
         "out_proj.weight": ours.output.weight,
         **{name: ours.get_parameter(name) for name in ("A_log", "D", "dt_bias")},
+    }
+    assert state.keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(state)
+    found = ours(inputs(), None)[0]
+    assert found.std() > 0.1
+    torch.testing.assert_close(found, theirs(inputs()), **CLOSE)
+
+
+@torch.no_grad()
+def test_mamba_is_that_of_transformers() -> None:
+    mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+    config = mamba.MambaConfig(hidden_size=24, state_size=16, expand=2, time_step_rank=2, vocab_size=8)
+    ours, theirs = mixer_to_compare("mamba"), mamba.MambaMixer(config, 0)
+    u, z = ours.projection.weight.unflatten(0, (-1, 2)).unbind(1)
+    state = {
+        "in_proj.weight": torch.cat([u, z]),
+        "conv1d.weight": ours.kernel,
+        "conv1d.bias": ours.bias[:, 0],
+        "x_proj.weight": ours.selection.weight,
+        "dt_proj.weight": ours.steps.weight,
+        "dt_proj.bias": ours.steps.bias,
+        "out_proj.weight": ours.output.weight,
+        "A_log": ours.A_log,
+        "D": ours.D,
     }
     assert state.keys() == theirs.state_dict().keys()
     theirs.load_state_dict(state)
@@ -132,12 +156,13 @@ def test_retnets_positions_keep_their_precision_far_into_a_text() -> None:
 
 
 PUBLISHED = {
+    "mamba": [(1536, 16, 1), (2048, 16, 1), (3072, 16, 1), (4096, 16, 1)],
     "retnet": [(3, 256, 512), (4, 256, 512), (6, 256, 512), (8, 256, 512)],
     "mamba2": [(24, 128, 64), (32, 128, 64), (48, 128, 64), (64, 128, 64)],
     "deltanet": [(6, 128, 128), (8, 128, 128), (12, 128, 128), (16, 128, 128)],
     "gated_deltanet": [(6, 96, 192), (6, 128, 256), (9, 128, 256), (12, 128, 256)],
 }
-SQUARES = {"retnet": 8.0, "mamba2": 6.2, "deltanet": 4.0, "gated_deltanet": 6.0}  # parameters over E^2
+SQUARES = {"retnet": 8.0, "mamba": 6.3, "mamba2": 6.2, "deltanet": 4.0, "gated_deltanet": 6.0}  # parameters over E^2
 
 
 @pytest.mark.parametrize("variant", LINEAR)
@@ -153,18 +178,21 @@ def test_heads_and_parameters_are_as_many_as_published(variant: str) -> None:
         assert numbers == pytest.approx(SQUARES[variant] * dim**2, rel=0.03)
 
 
-@pytest.mark.parametrize("variant", ["mamba2", "gated_deltanet"])
+@pytest.mark.parametrize("variant", ["mamba", "mamba2", "gated_deltanet"])
 @torch.no_grad()
 def test_time_steps_and_rates_begin_as_published(variant: str) -> None:
     torch.manual_seed(0)
     config = TitansConfig(variant=variant, dim=1024, linear_heads=256)
     mixer = MIXERS[variant].module(config, PlainParts(config))
-    steps = nn.functional.softplus(mixer.get_parameter("dt_bias"))
+    steps = nn.functional.softplus(mixer.get_parameter("steps.bias" if variant == "mamba" else "dt_bias"))
     assert (1e-3 * 0.999 < steps.min() < 1.2e-3, 0.08 < steps.max() < 1e-1 * 1.001) == (True, True)
     assert steps.log().mean() == pytest.approx(math.log(1e-2), abs=0.2)  # the middle of both ends' logarithms
+    if variant == "mamba":
+        weight = mixer.get_parameter("steps.weight")
+        assert 0.99 * 64**-0.5 < weight.abs().max() <= 64**-0.5
     rates = mixer.get_parameter("A_log").exp()
-    low = {"mamba2": 1.0, "gated_deltanet": 0.01}[variant]
-    assert (low <= rates.min() < low + 0.5, 15.5 < rates.max() <= 16.0) == (True, True)
+    low = {"gated_deltanet": 0.01}.get(variant, 1.0)
+    assert (low * 0.999 <= rates.min() < low + 0.5, 15.5 < rates.max() <= 16.001) == (True, True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The linear recurrence token by token, as the papers write it: what everything faster is compared with."""
+"""Linear recurrences token by token, as the papers write them: what everything faster is compared with."""
 
 import torch
 from torch import Tensor
@@ -42,3 +42,30 @@ def linear_scan_naive(
         matrix = after
         found.append(scale * (matrix.mT @ q).squeeze(-1))
     return torch.stack(found, 1), matrix
+
+
+def selective_scan_naive(
+    values: Tensor,
+    steps: Tensor,
+    rates: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    *,
+    state: Tensor | None = None,
+    rows: PackedRows | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(D_t A) h_{t-1} + D_t B_t u_t, and y_t = C_t h_t.
+
+    Arguments and results are those of selective_scan, in the dtype that comes.
+    """
+    held, found = values.new_zeros(len(values), *rates.shape) if state is None else state, []
+    for t in range(values.shape[1]):
+        if rows is not None and rows.starts is not None:
+            held = torch.where(rows.starts[:, t, None, None], 0.0, held)
+        u, step = (x[:, t].unsqueeze(-1) for x in (values, steps))  # (B, F, 1)
+        after = (step * rates).exp() * held + step * inputs[:, t].unsqueeze(1) * u
+        if rows is not None and rows.real is not None:
+            after = torch.where(rows.real[:, t, None, None], after, held)
+        held = after
+        found.append((held * outputs[:, t].unsqueeze(1)).sum(-1))
+    return torch.stack(found, 1), held

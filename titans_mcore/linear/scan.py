@@ -19,13 +19,14 @@ the chunk, e^(L_C - L) for those of one that ends inside it, e^L_C where another
 writes nothing.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..memory import PackedRows
+from .recomputed import Recomputed
 
 CHUNK = 64  # tokens
 SPAN = 2048  # tokens between two states that are kept for the backward pass, which works out what is inside again
@@ -75,7 +76,7 @@ def linear_scan(
         before = None if document is None else document[:, begin - 1] if begin else document[:, 0] * 0
         here, there = (None if x is None else x[:, span] for x in (document, real))
         layout = Layout(scale, here, there, before)
-        read, state = _Span.apply(layout, state.to(wide), *part)
+        read, state = Recomputed.apply(partial(in_chunks, layout), state.to(wide), *part)
         reads.append(read)
     return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
 
@@ -94,30 +95,6 @@ class Layout(NamedTuple):
     document: Tensor | None
     real: Tensor | None
     before: Tensor | None
-
-
-class _Span(torch.autograd.Function):
-    """in_chunks, of which nothing but its arguments is kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, layout: Layout, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.layout = layout
-        ctx.save_for_backward(*tensors)
-        return in_chunks(layout, *tensors)  # type: ignore[arg-type]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            tensors = [
-                None if x is None else x.detach().requires_grad_(of)
-                for x, of in zip(ctx.saved_tensors, wanted, strict=True)
-            ]
-            outputs = in_chunks(ctx.layout, *tensors)  # type: ignore[arg-type]
-            inputs = [x for x, of in zip(tensors, wanted, strict=True) if of]
-            found = iter(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))  # type: ignore[arg-type]
-        return None, *(next(found) if of else None for of in wanted)
 
 
 def in_chunks(
