@@ -43,8 +43,8 @@ class TitansConfig:
 
     variant: str = "mac"
     """Token mixer of every block, a name in mixers/: memory as context (mac), as gate (mag), as layer (mal), the memory
-    alone (lmm), the attention baseline Transformer++ (transformer), linear recurrences (retnet, mamba2, deltanet,
-    gated_deltanet); or several, joined by +, that take turns over the blocks, as in lmm+transformer."""
+    alone (lmm), the attention baseline Transformer++ (transformer), linear recurrences (retnet, mamba, mamba2,
+    deltanet, gated_deltanet); or several, joined by +, that take turns over the blocks, as in lmm+transformer."""
     vocab_size: int = 32_000
     """Pieces of the tokenizer, before padding."""
     num_layers: int = 12
