@@ -15,8 +15,10 @@ from titans_mcore.parallel import start, stop, transformer_config
 from titans_mcore.telemetry import MemoryTelemetry
 
 SETTINGS = {"vocab_size": 96, "dim": 32, "num_heads": 4, "memory_heads": 2, "ffn_dim": 40, "init_std": 0.2}
-SETTINGS |= {"num_layers": 3, "persistent_tokens": 3, "chunk_size": 4, "segment_length": 8, "window": 9}
+SETTINGS |= {"linear_heads": 2, "num_layers": 3, "persistent_tokens": 3, "chunk_size": 4, "segment_length": 8}
+SETTINGS |= {"window": 9}
 HYBRIDS = ["lmm+transformer", "mac+transformer", "mag+lmm+transformer"]
+HYBRIDS += ["mamba+transformer", "mamba2+gated_deltanet+transformer"]  # Samba, Gated DeltaNet-H2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +88,7 @@ def test_telemetry_is_by_block() -> None:
     [
         (
             {"variant": "lmm+mega"},
-            "variant is 'lmm+mega'; it must be one of lmm, mac, .*, or several of them joined by",
+            "variant is 'lmm+mega'; it must be one of .*lmm, mac, .*, or several of them joined by",
         ),
         ({"variant": "lmm+mag", "num_layers": 1}, "lmm+mag has 2 mixers that take turns over num_layers 1"),
         ({"variant": "lmm+mac", "segment_length": 10}, "segment_length 10 is not a multiple"),

@@ -151,7 +151,7 @@ def test_scripts_explain_themselves(script: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--variant gpt", "--variant is 'gpt'; it must be one of lmm, mac, mag, mal, transformer, or several"),
+        ("--variant gpt", "--variant is 'gpt'; it must be one of deltanet, gated_deltanet, lmm, mac, "),
         ("--steps many", "--steps is 'many'; it must be a whole number above 0"),
         ("--steps", "--steps needs a value"),
         ("--input", "--input needs at least one path"),

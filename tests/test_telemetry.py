@@ -22,6 +22,7 @@ SETTINGS = {
     "dim": 32,
     "num_heads": 2,
     "memory_heads": 2,
+    "linear_heads": 2,
     "ffn_dim": 64,
     "memory_expansion": 2,
 }

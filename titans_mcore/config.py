@@ -43,8 +43,8 @@ class TitansConfig:
 
     variant: str = "mac"
     """Token mixer of every block, a name in mixers/: memory as context (mac), as gate (mag), as layer (mal), the memory
-    alone (lmm), the attention baseline Transformer++ (transformer); or several, joined by +, that take turns over the
-    blocks, as in lmm+transformer."""
+    alone (lmm), the attention baseline Transformer++ (transformer), linear recurrences (retnet, mamba, mamba2,
+    deltanet, gated_deltanet); or several, joined by +, that take turns over the blocks, as in lmm+transformer."""
     vocab_size: int = 32_000
     """Pieces of the tokenizer, before padding."""
     num_layers: int = 12
@@ -106,6 +106,9 @@ class TitansConfig:
     """mac: tokens per segment; a multiple of chunk_size."""
     window: int = 2_048
     """mag, mal, transformer: tokens each query sees, itself included; 0 means all earlier tokens."""
+    linear_heads: int = 0
+    """retnet, mamba2, deltanet, gated_deltanet: heads; 0 makes them as wide as published, or the next narrower width
+    that divides their channels."""
     rope_base: float = 10_000.0
     """Base of the rotary position embedding."""
 
@@ -133,7 +136,7 @@ class TitansConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.gate_margin < 1:
             raise ValueError(f"gate_margin is {self.gate_margin}; it must be 0 or more, and below 1")
-        for name in ("persistent_tokens", "window", "memory_heads", "memory_head_dim"):
+        for name in ("persistent_tokens", "window", "memory_heads", "memory_head_dim", "linear_heads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         self._check_memory_shape()

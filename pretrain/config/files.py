@@ -1,8 +1,8 @@
 """A run's settings as files: presets and TOML, read with sentences for what is wrong in them.
 
 `--config` takes a TOML file, or the name of a preset such as mac_760m, mac_760m_long or quickstart. The paper's models
-are a mixer at a size, each a row of presets/sizes.toml; every other preset is a file beside it. The resolved tree is
-written to `RUN/config.toml`, from which resuming, evaluation and export read it back.
+are a mixer, or several that take turns, at a size, each a row of presets/sizes.toml; every other preset is a file
+beside it. The resolved tree is written to `RUN/config.toml`, from which resuming, evaluation and export read it back.
 """
 
 import difflib
@@ -61,11 +61,12 @@ def _sized(name: str) -> dict[str, Any]:
     layers = [table["all"], table["sizes"][size], table["mixers"][mixer]]
     if name.endswith(_LONG):
         layers += [table["long"], *(layer["long"] for layer in layers if "long" in layer)]
-    layers += [{"model": {"variant": mixer, "ffn_dim": table["mixers"][mixer]["ffn_dim"][size]}}]
+    row = table["mixers"][mixer]
+    layers += [{"model": {"variant": row.get("variant", mixer), "ffn_dim": row["ffn_dim"][size]}}]
     layers += [table["names"].get(name, {})]
     tree: dict[str, Any] = {}
     for layer in layers:
-        for section in layer.keys() - {"long", "ffn_dim"}:
+        for section in layer.keys() - {"long", "ffn_dim", "variant"}:
             tree[section] = tree.get(section, {}) | layer[section]
     return tree
 

@@ -9,7 +9,7 @@ Operations are of floating-point numbers; a multiplication and an addition each 
 
 dense      2 x the numbers of a matrix for every token that it is applied to: each linear map once to each token, unless
            a mixer says how often, and how often to a persistent token (once for each micro-batch)
-attention, memory   what the mixers say of them (titans_mcore/mixers/costs.py)
+attention, memory, scan   what the mixers say of them (titans_mcore/mixers/costs.py, linear.py)
 
 The backward pass counts twice the forward pass; what is computed a second time to save memory is counted apart, as it
 takes time and is no work of the model's. Convolutions, norms and gates are left out: less than a per cent at the sizes

@@ -3,8 +3,8 @@
     MFU = operations of the step's forward and backward pass / (seconds x processes x peak)
 
 Operations are those of `plan.step_time.step_flops`, of the step's own batch and rows: matrix products, attention over
-the keys that the mask lets be seen in a row of one document, and the memory's products; what recomputation does a
-second time is no work of the model's. The peak is the dense bf16 one of `plan.hardware.GPUS`, whatever the
+the keys that the mask lets be seen in a row of one document, and the products of memories and scans; what recomputation
+does a second time is no work of the model's. The peak is the dense bf16 one of `plan.hardware.GPUS`, whatever the
 precision. `tests/pretrain/test_throughput.py` holds the operations against torch's counter. On a CPU, or a GPU that is
 not in the table, there is no MFU.
 """

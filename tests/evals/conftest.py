@@ -57,7 +57,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> MakeR
         run = tmp_path_factory.mktemp(variant)
         sizes = {"vocab_size": 360, "num_layers": 2, "dim": 32, "num_heads": 2, "ffn_dim": 64, "init_std": 0.2}
         memory = {"memory_heads": 2, "memory_expansion": 2, "persistent_tokens": 4, "segment_length": 64, "window": 64}
-        config = TitansConfig(variant=variant, **{**sizes, **memory, **settings})  # type: ignore[arg-type]
+        config = TitansConfig(variant=variant, **{**sizes, **memory, "linear_heads": 2, **settings})  # type: ignore[arg-type]
         if not parallel_state.model_parallel_is_initialized():
             parallel.start(1, seed=0)
         model = TitansModel(config, parallel.transformer_config(config))

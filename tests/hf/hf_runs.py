@@ -37,6 +37,7 @@ TINY = {
     "dim": 32,
     "num_heads": 4,
     "memory_heads": 2,
+    "linear_heads": 4,
     "ffn_dim": 40,
     "init_std": 0.2,  # large enough for the logits to say something
     "persistent_tokens": 3,

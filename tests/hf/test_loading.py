@@ -80,7 +80,7 @@ def test_an_unknown_variant_is_named(folder: Path) -> None:
     file = folder / "config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "variant": "mad"}))
-    with pytest.raises(ValueError, match="variant is 'mad'; it must be one of lmm, mac, mag, mal, transformer"):
+    with pytest.raises(ValueError, match="variant is 'mad'; it must be one of deltanet, gated_deltanet, lmm, mac, "):
         load(folder)
 
 

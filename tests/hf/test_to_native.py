@@ -146,7 +146,7 @@ def test_a_damaged_folder_gets_a_sentence(mac_run: Path, tmp_path: Path, capsys:
     output, config = tmp_path / "run", folder / "config.json"
     settings = config.read_text()
     config.write_text(settings.replace('"mac"', '"mad"'))
-    assert "variant is 'mad'; it must be one of lmm, mac, mag, mal, transformer" in fails(capsys, folder, output)
+    assert "variant is 'mad'; it must be one of deltanet, gated_deltanet, lmm, mac, " in fails(capsys, folder, output)
     config.write_text(settings.replace('"titans"', '"llama"'))
     assert "is of model type 'llama'" in fails(capsys, folder, output)
     config.write_text("{")

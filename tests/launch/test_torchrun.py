@@ -20,7 +20,7 @@ def test_help_needs_nothing(tmp_path):
     ("arguments", "message"),
     [
         (["--train.step", "3"], "error: unknown setting --train.step in the command line; did you mean --train.steps?"),
-        (["--variant", "mega"], "error: variant is 'mega'; it must be one of lmm, mac, mag, mal, transformer"),
+        (["--variant", "mega"], "error: variant is 'mega'; it must be one of deltanet, gated_deltanet, lmm, mac, "),
         (["--data.path", "/nowhere"], "/nowhere"),
         (["--nproc", "two"], "error: --nproc is 'two'; it must be a number of processes"),
     ],

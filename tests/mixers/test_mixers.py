@@ -20,6 +20,7 @@ def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: objec
             "dim": 24,
             "num_heads": 3,
             "memory_heads": 2,
+            "linear_heads": 3,
             "memory_expansion": 2,
             "chunk_size": 8,
             "persistent_tokens": 5,

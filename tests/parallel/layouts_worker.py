@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "dim": 32,
     "num_heads": 4,
     "memory_heads": 4,
+    "linear_heads": 4,
     "ffn_dim": 64,
     "memory_expansion": 2,
     "chunk_size": 4,

@@ -24,7 +24,7 @@ from titans_mcore.parallel.traffic import counted_traffic
 groups, found = start(1, 2, seed=0), {}
 for variant in MIXERS:
     config = TitansConfig(variant=variant, vocab_size=64, num_layers=2, dim=16, num_heads=2, ffn_dim=16, window=8,
-                          chunk_size=4, memory_expansion=1, persistent_tokens=2, segment_length=8)
+                          chunk_size=4, linear_heads=2, memory_expansion=1, persistent_tokens=2, segment_length=8)
     model = TitansModel(config, transformer_config(config), groups)
     for length in (32, 128):
         tokens = torch.randint(0, 64, (1, length)).chunk(2, 1)[dist.get_rank()]

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from titans_mcore.mixers import MIXERS
+
 from ..pretrain.jobs import ROOT, Job
 
 # One fixture trains for all tests: it may take its time where other tests share the cores.
@@ -52,9 +54,9 @@ def errors(tmp_path_factory):
 @pytest.mark.parametrize(("processes", "layout"), [(n, layout) for n, layouts in LAYOUTS.items() for layout in layouts])
 def test_a_divided_model_has_the_logits_and_gradients_of_a_whole_one(errors, processes, layout):
     checked = {key[1]: value for key, value in errors.items() if (key[0], key[2]) == (processes, layout)}
-    # Five variants, whole rows and documents, and other memories; one or two heads cannot be dealt out to more ranks.
+    # Every variant, whole rows and documents, and other memories; one or two heads cannot be dealt out to more ranks.
     ranks = int(layout[7]) if "tensor" in layout and "hidden" not in layout else 1
-    assert len(checked) == 10 + 11 - (ranks > 1) - 3 * (ranks > 2)
+    assert len(checked) == 2 * len(MIXERS) + 11 - (ranks > 1) - 3 * (ranks > 2)
     for model, by_tensor in checked.items():
         name = max(by_tensor, key=by_tensor.get)
         assert by_tensor[name] < CLOSE, f"{model}: {name} differs by {by_tensor[name]:.1e}"

@@ -17,6 +17,7 @@ num_layers = 1
 dim = 32
 num_heads = 2
 memory_heads = 2
+linear_heads = 4
 ffn_dim = 64
 memory_expansion = 1
 chunk_size = 8

@@ -17,8 +17,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 RELATIVE = {"loss": 1e-4, "grad_norm": 1e-3, "heldout": 1e-4}
 MODEL = "--model.num-heads 4 --model.segment-length 8"
 
-# Every mixer, and two that take turns.
-VARIANTS = {**dict.fromkeys(MIXERS, ""), "lmm+transformer": "--model.num-layers 2"}
+# Every mixer with a memory or attention, and some that take turns, among them every linear recurrence.
+VARIANTS = {
+    **{name: "" for name, mixer in MIXERS.items() if mixer.memory or mixer.attention},
+    "lmm+transformer": "--model.num-layers 2",
+    "mamba2+gated_deltanet": "--model.num-layers 2",
+    "mamba+retnet+deltanet": "--model.num-layers 3",
+}
 # name: processes, settings. Every way to divide and every ZeRO stage meets every variant.
 LAYOUTS = {
     "one process": (1, "--train.micro-batch 4"),

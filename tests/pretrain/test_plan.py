@@ -25,12 +25,12 @@ from titans_mcore.model import TitansModel
 from titans_mcore.parallel import groups, transformer_config
 
 from .jobs import Job
+from .test_presets import SIZES, SYSTEMS
 
-SIZES = ("170m", "340m", "400m", "760m", "1.3b")
 RECALL = ("mag", "mac", "transformer")
 SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
 # The plan is for GPUs; what the native operation of CPUs keeps is less than what the forms with chunks keep.
-MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48}
+MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48, "linear_heads": 4}
 LENGTH = 256
 HIDDEN = ("--parallel.memory-parallel", "hidden")
 PRESET = "mac_170m"
@@ -75,9 +75,9 @@ def test_the_parameters_are_those_of_the_built_model(model):
     assert counts["feed_forward"] == sum(p.numel() for m in mlps for p in m.parameters())
 
 
-@pytest.mark.parametrize(("variant", "size"), list(product(MIXERS, SIZES)))
-def test_a_preset_is_planned_as_large_as_its_name_says(variant, size):
-    found = planned("--config", f"{variant}_{size}", "--gpus", "8")
+@pytest.mark.parametrize(("system", "size"), list(product(SYSTEMS, SIZES)))
+def test_a_preset_is_planned_as_large_as_its_name_says(system, size):
+    found = planned("--config", f"{system}_{size}", "--gpus", "8")
     label = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert found["parameters"]["total"] == pytest.approx(label, rel=0.03)
     assert found["step"]["tokens"] == 2**19
@@ -87,8 +87,8 @@ def test_a_preset_is_planned_as_large_as_its_name_says(variant, size):
 
 
 def test_every_preset_is_planned():
-    names = {f"{variant}_{size}" for variant, size in product(MIXERS, SIZES)}
-    long = {f"{variant}_{size}_long" for variant, size in product(MIXERS, SIZES)}
+    names = {f"{system}_{size}" for system, size in product(SYSTEMS, SIZES)}
+    long = {f"{name}_long" for name in names}
     others = set(preset_names()) - names - long
     assert others == {"quickstart", *(f"recall_{variant}" for variant in RECALL)}
     for name in others:
@@ -96,9 +96,9 @@ def test_every_preset_is_planned():
         assert planned("--config", name, "--gpus", gpus)
 
 
-@pytest.mark.parametrize(("variant", "size"), list(product(MIXERS, SIZES)))
-def test_a_long_context_stage_is_planned_and_fits_the_gpus_of_one_host(variant, size):
-    found = planned("--config", f"{variant}_{size}_long", "--gpus", "8")
+@pytest.mark.parametrize(("system", "size"), list(product(SYSTEMS, SIZES)))
+def test_a_long_context_stage_is_planned_and_fits_the_gpus_of_one_host(system, size):
+    found = planned("--config", f"{system}_{size}_long", "--gpus", "8")
     assert not [note for note in found["notes"] if "do not fit" in note]
     assert found["step"]["tokens"] == 2**19
 
@@ -222,6 +222,7 @@ def test_a_rank_has_its_share_of_what_is_divided(variant, memory):
     assert [(p.name, p.shape) for p in shared] == [(p.name, p.shape) for p in whole]
     for parameter in shared:
         held_whole = parameter.name.endswith(("norm.weight", "persistent.tokens", "attention_norm", "memory_norm"))
+        held_whole |= variant == "mamba2" and ".mixer.shared" in parameter.name
         if ".memory." in parameter.name:
             held_whole = memory == "hidden" and ".initial_weights." not in parameter.name
         if variant == "mag" and parameter.name.endswith(("attention_norm", "memory_norm")):

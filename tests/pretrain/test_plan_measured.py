@@ -43,6 +43,7 @@ num_layers = 2
 dim = 128
 num_heads = 8
 memory_heads = 4
+linear_heads = 4
 ffn_dim = 256
 chunk_size = 8
 vocab_size = 1000
@@ -57,16 +58,18 @@ precision = "fp32"
 """
 ATTENTION = [name for name, mixer in MIXERS.items() if mixer.attention]
 MEMORY = [name for name, mixer in MIXERS.items() if mixer.memory]
+LINEAR = [name for name in MIXERS if name not in ATTENTION + MEMORY]
 TENSOR = [
     *(f"--parallel.tensor 2 --model.variant {variant}" for variant in ATTENTION if variant in MEMORY),
-    *(f"--parallel.tensor 2 --parallel.sequence true --model.variant {variant}" for variant in ATTENTION),
+    *(f"--parallel.tensor 2 --model.variant {variant}" for variant in LINEAR),
+    *(f"--parallel.tensor 2 --parallel.sequence true --model.variant {variant}" for variant in [*ATTENTION, "mamba2"]),
 ]
 HIDDEN = [
     f"--parallel.tensor 2 --parallel.memory-parallel hidden --model.theta-max 0.001 --model.variant {variant}"
     for variant in MEMORY
 ]
 CONTEXT = [
-    *(f"--parallel.context 2 --model.variant {variant}" for variant in ATTENTION),
+    *(f"--parallel.context 2 --model.variant {variant}" for variant in ATTENTION + LINEAR),
     "--parallel.context 2 --model.variant lmm --train.precision bf16",
 ]
 DATA = [

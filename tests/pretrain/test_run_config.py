@@ -80,7 +80,7 @@ def test_switches_take_true_and_false(tmp_path, tiny_toml):
         (["--train.steps"], r"--train\.steps needs a value"),
         (["--train.steps", "--variant", "mag"], r"--train\.steps needs a value"),
         (["train.steps", "3"], "unexpected 'train.steps'"),
-        (["--variant", "mega"], "variant is 'mega'; it must be one of lmm, mac"),
+        (["--variant", "mega"], "variant is 'mega'; it must be one of deltanet, gated_deltanet, lmm, mac"),
         (["--train.steps", "0"], r"train\.steps is 0; it must be at least 1"),
         (["--optimizer.beta2", "1"], r"optimizer\.beta2 is 1\.0; it must be below 1"),
         (["--optimizer.lr", "nan"], r"optimizer\.lr is nan; it must be at least 0"),

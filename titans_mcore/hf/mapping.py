@@ -63,9 +63,9 @@ class _MarkedParts(_MarkedHeads, PlainParts):
         super().__init__(config)
         self.memory = _MarkedHeads(config.memory_shape.heads)
 
-    def row(self, *asked: Any) -> nn.Module:
+    def row(self, *asked: Any, **named: Any) -> nn.Module:
         """By its input."""
-        return _marked(super().row(*asked), IN)
+        return _marked(super().row(*asked, **named), IN)
 
     def whole(self, *asked: Any) -> nn.Module:
         """On every rank."""

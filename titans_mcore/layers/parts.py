@@ -118,21 +118,21 @@ class MegatronParts(OwnedHeads):
         """See mixers.parts.Parts."""
         return WholeLinear(self.config, d_in, d_out, self.ranks)
 
-    def row(self, d_in: int, d_out: int) -> nn.Module:
+    def row(self, d_in: int, d_out: int, *, residual: bool = True) -> nn.Module:
         """See mixers.parts.Parts."""
-        return self._row(d_in, d_out, self.inner_config)
+        return self._row(d_in, d_out, self.inner_config, residual)
 
     def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """See mixers.parts.Parts."""
         return self._row(d_in, d_out, self.config)
 
-    def _row(self, d_in: int, d_out: int, config: TransformerConfig) -> nn.Module:
+    def _row(self, d_in: int, d_out: int, config: TransformerConfig, residual: bool = True) -> nn.Module:
         return build_module(
             self.submodules.row,
             d_in,
             d_out,
             config=config,
-            init_method=self.config.output_layer_init_method,
+            init_method=self.config.output_layer_init_method if residual else self.config.init_method,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=False,
@@ -165,6 +165,14 @@ class MegatronParts(OwnedHeads):
     def replicated(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""
         return _whole(self.config, full)
+
+    def own(self, full: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        return full.chunk(self.ranks)[self.rank]
+
+    def total(self, x: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        return self.enter(tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group))
 
 
 class HiddenParts:

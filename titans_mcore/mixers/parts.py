@@ -59,8 +59,11 @@ class Parts(Protocol):
     def column(self, d_in: int, per_head: int) -> nn.Module:
         """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
 
-    def row(self, d_in: int, d_out: int) -> nn.Module:
-        """Linear map (..., this process's channels of d_in) to (..., d_out), summed over all channels of all ranks."""
+    def row(self, d_in: int, d_out: int, *, residual: bool = True) -> nn.Module:
+        """Linear map (..., this process's channels of d_in) to (..., d_out), summed over all channels of all ranks.
+
+        It begins as small as one that writes to the residual stream, or like the others where `residual` is false.
+        """
 
     def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """The same as a mixer's last map, to be applied by finish()."""
@@ -88,6 +91,12 @@ class Parts(Protocol):
 
     def replicated(self, full: Tensor) -> nn.Parameter:
         """A parameter that every rank holds whole. Like those of heads it is not weight-decayed."""
+
+    def own(self, full: Tensor) -> Tensor:
+        """This process's heads of a constant whose first axis is heads."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """What the heads of all ranks come to, from a sum over those of this one; its gradient is the sum of theirs."""
 
 
 class PlainHeads:
@@ -136,9 +145,9 @@ class PlainParts(PlainHeads):
         parts.heads = heads
         return parts
 
-    def row(self, d_in: int, d_out: int) -> nn.Module:
+    def row(self, d_in: int, d_out: int, *, residual: bool = True) -> nn.Module:
         """See Parts."""
-        return ResidualLinear(d_in, d_out, bias=False)
+        return (ResidualLinear if residual else nn.Linear)(d_in, d_out, bias=False)
 
     def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """See Parts."""
@@ -167,6 +176,14 @@ class PlainParts(PlainHeads):
     def replicated(self, full: Tensor) -> nn.Parameter:
         """See Parts."""
         return self.per_head(full)
+
+    def own(self, full: Tensor) -> Tensor:
+        """See Parts."""
+        return full
+
+    def total(self, x: Tensor) -> Tensor:
+        """See Parts."""
+        return x
 
 
 class FromParts(nn.Module):

@@ -1,0 +1,110 @@
+"""The selective scan of Mamba (Gu, Dao, arXiv 2312.00752), whose state is N numbers for each channel c of the values.
+
+    h_t = exp(D_t A) h_{t-1} + D_t B_t u_t        y_t = C_t h_t
+
+D is a time step of the channel, A belongs to channel and number, B and C to the number alone. There is no form of
+matrix products; what is sequential is gone through for all n chunks of a span at once, position by position: first for
+what each chunk makes of nothing and keeps of what came before, then, when the chunks' first states have been handed
+through, for the reads. That is 2 C + n steps instead of C n. Decays are never divided by.
+
+Where a document begins, nothing is kept. Padding has a time step of 0.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..memory import PackedRows
+from .recomputed import Recomputed
+
+SELECTIVE_CHUNK = 16  # tokens
+SELECTIVE_SPAN = 512  # tokens whose states, N numbers a channel each, are in memory at a time
+
+
+class Marks(NamedTuple):
+    """What goes with tokens and has no gradient, (B, T) each, or None for none.
+
+    Attributes:
+        starts: Tokens that begin a document.
+        real: Which are not padding.
+    """
+
+    starts: Tensor | None
+    real: Tensor | None
+
+
+def selective_scan(
+    values: Tensor,
+    steps: Tensor,
+    rates: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    *,
+    state: Tensor | None = None,
+    rows: PackedRows | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Writes and reads every token.
+
+    Args:
+        values: u (B, T, F) of F channels.
+        steps: D (B, T, F), 0 or more.
+        rates: A (F, N), 0 or less.
+        inputs: B (B, T, N).
+        outputs: C (B, T, N).
+        state: h before the first token, (B, F, N); None is 0.
+        rows: Documents and padding. Padding may stand anywhere, and what is read there means nothing.
+
+    Returns:
+        y (B, T, F) in the dtype of the values, and h after the last token, float32 (float64 where values are).
+    """
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if state is None:
+        state = values.new_zeros(len(values), *rates.shape, dtype=wide)
+    marks = (None, None) if rows is None else (rows.starts, rows.real)
+    reads = []
+    for begin in range(0, values.shape[1], SELECTIVE_SPAN):
+        span = slice(begin, begin + SELECTIVE_SPAN)
+        part = [x[:, span] for x in (values, steps, inputs, outputs)]
+        here = Marks(*(None if x is None else x[:, span].to(values.device) for x in marks))
+        read, state = Recomputed.apply(partial(_span, here), state.to(wide), rates, *part)
+        reads.append(read)
+    return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
+
+
+def _span(
+    marks: Marks, state: Tensor, rates: Tensor, values: Tensor, steps: Tensor, inputs: Tensor, outputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """selective_scan of one span; shapes inside are (B, n, C, F, N)."""
+    (batch, length), wide = values.shape[:2], state.dtype
+    size = min(SELECTIVE_CHUNK, length)
+    padding = -length % size
+
+    def chunked(x: Tensor) -> Tensor:
+        """(B, T, ...) to (B, n, C, ...), with zeros behind the last token."""
+        if padding:
+            x = torch.cat([x, x.new_zeros(batch, padding, *x.shape[2:])], 1)
+        return x.unflatten(1, (-1, size))
+
+    if marks.real is not None:
+        steps = steps.masked_fill(~marks.real.unsqueeze(-1), 0.0)
+    step = chunked(steps.to(wide))
+    keep = (step.unsqueeze(-1) * rates.to(wide)).exp()
+    if marks.starts is not None:
+        keep = keep.masked_fill(chunked(marks.starts)[..., None, None], 0.0)
+    write = (step * chunked(values.to(wide))).unsqueeze(-1) * chunked(inputs.to(wide)).unsqueeze(-2)
+    alone, through = write[:, :, 0], keep[:, :, 0]
+    for position in range(1, size):
+        alone = keep[:, :, position] * alone + write[:, :, position]
+        through = keep[:, :, position] * through
+    begins = []
+    for chunk in range(keep.shape[1]):
+        begins.append(state)
+        state = through[:, chunk] * state + alone[:, chunk]
+    held, to_read, reads = torch.stack(begins, 1), chunked(outputs.to(wide)), []
+    for position in range(size):
+        held = keep[:, :, position] * held + write[:, :, position]
+        reads.append((held @ to_read[:, :, position].unsqueeze(-1)).squeeze(-1))
+    read = torch.stack(reads, 2).flatten(1, 2)[:, :length]
+    return read.to(values.dtype), state

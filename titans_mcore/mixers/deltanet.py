@@ -1,0 +1,79 @@
+"""DeltaNet (Yang, Wang, Zhang, Shen, Kim, arXiv 2406.06484): a matrix in which new values replace old ones.
+
+    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t / sqrt(K)
+    beta_t = sigmoid(W_b x_t)
+
+Queries, keys and values, E channels each, pass a convolution and SiLU, queries and keys are normalised, and so is each
+head's answer; there is no gate behind it. Heads are 128 wide where E allows.
+"""
+
+import torch
+from torch import Tensor
+
+from ..config import TitansConfig
+from ..linear import linear_scan
+from ..memory import PackedRows
+from .costs import Workload
+from .linear import LinearSpec, LinearState, convolved, initial_taps, key_norm, widened, wider
+from .parts import FromParts, Parts, heads_of, linear, rms_norm
+from .spec import register
+
+
+class DeltaNetMixer(FromParts):
+    """The delta rule.
+
+    Args:
+        config: The model's settings.
+        parts: Makes the parameters.
+    """
+
+    def __init__(self, config: TitansConfig, parts: Parts) -> None:
+        super().__init__()
+        heads, keys, values = self.shape = DeltaNet().shape(config)
+        self.parts, self.eps = parts.with_heads(heads), config.norm_eps
+        self.projection = self.parts.column(config.dim, 2 * keys + values + 1)  # a head: query, key, value, beta
+        self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
+        self.output_norm = self.parts.per_head(torch.ones(heads, values))
+        self.output = self.parts.last_row(heads * values, config.dim)
+
+    def forward(
+        self, x: Tensor, state: LinearState | None, rows: PackedRows | None = None
+    ) -> tuple[Tensor, LinearState]:
+        """Mix x as the block holds it; the state of None begins a sequence."""
+        _, keys, values = self.shape
+        projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
+        tokens, beta = projected.split([2 * keys + values, 1], -1)
+        tokens, tail = convolved(tokens, None if state is None else state.tail, self.kernel, rows)
+        q, k, v = tokens.split([keys, keys, values], -1)
+        read, matrix = linear_scan(
+            key_norm(q),
+            key_norm(k),
+            v,
+            beta=widened(beta.squeeze(-1)).sigmoid(),
+            scale=keys**-0.5,
+            state=None if state is None else state.matrix,
+            rows=rows,
+        )
+        answer = rms_norm(read, self.output_norm, self.eps)
+        return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail)
+
+
+@register
+class DeltaNet(LinearSpec):
+    """The delta rule without a decay."""
+
+    name = "deltanet"
+    title = "DeltaNet"
+    paper = "DeltaNet"
+    module = DeltaNetMixer
+    width = 128
+    delta = True
+
+    def channels(self, config: TitansConfig) -> dict[str, int]:
+        """As many of values as of keys."""
+        return {"keys": config.dim, "values": config.dim}
+
+    def kept(self, work: Workload) -> float:
+        """Tokens before and behind convolution and SiLU, normalised keys; reads, normalised, scaled."""
+        keys, values, gathers = self.on_rank(work)
+        return work.w * (8 * keys + 6 * values) + gathers + wider(work) * (2 * keys + values)

@@ -1,0 +1,96 @@
+"""Gated DeltaNet (Yang, Kautz, Hatamizadeh, arXiv 2412.06464): a matrix that replaces what keys stand for, and forgets.
+
+    S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t / sqrt(K)
+    log a_t = -exp(A_log) softplus(W_a x_t + dt_bias)                  beta_t = sigmoid(W_b x_t)
+
+Queries, keys and values pass a convolution and SiLU, queries and keys are normalised; each head's answer is normalised
+and then gated with SiLU. Queries and keys have 3/4 E channels, values 3/2 E, in heads of 128 and 256 where E allows.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import TitansConfig
+from ..linear import linear_scan
+from ..memory import PackedRows
+from .costs import Workload
+from .linear import (
+    LinearSpec,
+    LinearState,
+    convolved,
+    initial_dt_bias,
+    initial_taps,
+    key_norm,
+    widened,
+    wider,
+)
+from .parts import FromParts, Parts, heads_of, linear, rms_norm
+from .spec import register
+
+
+class GatedDeltaNetMixer(FromParts):
+    """The gated delta rule.
+
+    Args:
+        config: The model's settings.
+        parts: Makes the parameters.
+    """
+
+    def __init__(self, config: TitansConfig, parts: Parts) -> None:
+        super().__init__()
+        heads, keys, values = self.shape = GatedDeltaNet().shape(config)
+        self.parts, self.eps = parts.with_heads(heads), config.norm_eps
+        # A head: query, key, value, output gate, and a number each for beta and for the decay.
+        self.projection = self.parts.column(config.dim, 2 * (keys + values) + 2)
+        self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
+        # Uniform up to 16; from 0.01 on, since the logarithm of 0 is none.
+        self.A_log = self.parts.per_head(torch.empty(heads).uniform_(0.01, 16.0).log())
+        self.dt_bias = self.parts.per_head(initial_dt_bias(heads))
+        self.output_norm = self.parts.per_head(torch.ones(heads, values))
+        self.output = self.parts.last_row(heads * values, config.dim)
+
+    def forward(
+        self, x: Tensor, state: LinearState | None, rows: PackedRows | None = None
+    ) -> tuple[Tensor, LinearState]:
+        """Mix x as the block holds it; the state of None begins a sequence."""
+        _, keys, values = self.shape
+        projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
+        tokens, gate, beta, step = projected.split([2 * keys + values, values, 1, 1], -1)
+        tokens, tail = convolved(tokens, None if state is None else state.tail, self.kernel, rows)
+        q, k, v = tokens.split([keys, keys, values], -1)
+        log_decay = -widened(self.A_log).exp() * F.softplus(widened(step.squeeze(-1)) + widened(self.dt_bias))
+        read, matrix = linear_scan(
+            key_norm(q),
+            key_norm(k),
+            v,
+            log_decay,
+            widened(beta.squeeze(-1)).sigmoid(),
+            scale=keys**-0.5,
+            state=None if state is None else state.matrix,
+            rows=rows,
+        )
+        answer = rms_norm(read, self.output_norm, self.eps) * F.silu(gate)
+        return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail)
+
+
+@register
+class GatedDeltaNet(LinearSpec):
+    """The delta rule with a decay."""
+
+    name = "gated_deltanet"
+    title = "Gated DeltaNet"
+    paper = "Gated DeltaNet"
+    module = GatedDeltaNetMixer
+    width = 128
+    delta = True
+
+    def channels(self, config: TitansConfig) -> dict[str, int]:
+        """Values are twice as wide as keys."""
+        keys = config.dim * 3 // 4
+        return {"keys": keys, "values": 2 * keys}
+
+    def kept(self, work: Workload) -> float:
+        """Projections, tokens before and behind convolution and SiLU, normalised keys; reads up to the product."""
+        keys, values, gathers = self.on_rank(work)
+        return work.w * 10 * (keys + values) + gathers + wider(work) * (2 * keys + values)

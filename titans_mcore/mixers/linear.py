@@ -1,0 +1,192 @@
+"""What mixers of a linear recurrence have in common: heads, convolution, initial values, state and costs.
+
+Their heads are of the published width where the model is wide enough; how wide, each says itself. Matrices begin like
+all of the project's, and convolutions as PyTorch's do, which is what the released implementations leave them at.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import TitansConfig
+from ..linear.scan import CHUNK, SPAN
+from ..memory import PackedRows, TensorTree
+from .costs import FLOAT32, Workload
+from .kept import causal_conv
+from .spec import Heads, MixerSpec
+
+
+class LinearShape(NamedTuple):
+    """Heads of a linear recurrence.
+
+    Attributes:
+        heads: H of them.
+        keys: K, the width of a head's queries and keys.
+        values: V, the width of its values.
+    """
+
+    heads: int
+    keys: int
+    values: int
+
+
+@dataclass
+class LinearState(TensorTree):
+    """What such a mixer carries through time.
+
+    Attributes:
+        matrix: S of every head, (B, H, K, V), float32 at least.
+        tail: The last tokens that went into the convolution, (B, taps - 1, H, F); None without one.
+        shared_tail: Likewise of what all heads share, (B, taps - 1, 1, F); None where they share nothing.
+    """
+
+    matrix: Tensor
+    tail: Tensor | None = None
+    shared_tail: Tensor | None = None
+
+
+def linear_heads(config: TitansConfig, channels: int, width: int) -> int:
+    """Heads that so many channels make: as the settings say, or of the largest width up to `width` that goes."""
+    return config.linear_heads or next(channels // each for each in range(width, 0, -1) if channels % each == 0)
+
+
+def convolved(
+    x: Tensor, tail: Tensor | None, kernel: Tensor, rows: PackedRows | None, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """SiLU of a causal depthwise convolution.
+
+    Args:
+        x: (B, T, H, F).
+        tail: What an earlier piece left; None at the start of a sequence.
+        kernel: (H, F, taps), the last tap is the token's own.
+        rows: Documents and padding.
+        bias: (H, F); None for none.
+
+    Returns:
+        (B, T, H, F), and the tail for the next piece.
+    """
+    if tail is None:
+        tail = x.new_zeros(len(x), kernel.shape[-1] - 1, *x.shape[2:])
+    out, tail = causal_conv(x, tail, kernel, rows)
+    return F.silu(out if bias is None else out + bias), tail
+
+
+def key_norm(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6) over the last axis, as the released DeltaNet and Gated DeltaNet have it."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32 at least: gates and rates are exponentials of what half precision would round."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def wider(work: Workload) -> int:
+    """Bytes of a float32 copy of an activation, which there is where activations are narrower."""
+    return FLOAT32 if work.w < FLOAT32 else 0
+
+
+def initial_taps(heads: int, channels: int, taps: int) -> Tensor:
+    """Kernels (H, F, taps) of a convolution, uniform between +-1 / sqrt(taps)."""
+    return (2.0 * torch.rand(heads, channels, taps) - 1.0) / math.sqrt(taps)
+
+
+def initial_dt_bias(*shape: int) -> Tensor:
+    """Biases whose softplus is log-uniform from 1e-3 to 1e-1, Mamba's initial time steps."""
+    step = torch.exp(torch.empty(*shape).uniform_(math.log(1e-3), math.log(1e-1)))
+    return step + torch.log(-torch.expm1(-step))
+
+
+class LinearSpec(MixerSpec):
+    """A mixer of a linear recurrence, which has neither attention nor a memory that is a network.
+
+    Operations of the scan count as those of attention and memory do (costs.py), with b tokens in a chunk, for one token
+    and head of K x V: scores 2 b K and their sum over values 2 b V, reading and adding to the state 2 K V each; the
+    delta rule has scores of keys 2 b K, a triangular system 2 b (K + V), taken as the product that it saves, and what
+    the state holds of a key, 2 K V. Heads that share keys have their scores once.
+
+    Attributes:
+        width: Of a head's keys, as published.
+        delta: Whether it follows the delta rule.
+        shared: Whether all heads share queries and keys, which tensor-parallel ranks then hold whole.
+    """
+
+    state = LinearState
+    width: int
+    delta = False
+    shared = False
+
+    def channels(self, config: TitansConfig) -> dict[str, int]:
+        """Of all heads' keys and values."""
+        raise NotImplementedError
+
+    def shape(self, config: TitansConfig) -> LinearShape:
+        """Its heads: as many as the settings say, or of the largest width up to the published one that goes."""
+        keys, values = self.channels(config).values()
+        heads = linear_heads(config, keys, self.width)
+        return LinearShape(heads, keys // heads, values // heads)
+
+    def convolved_channels(self, config: TitansConfig) -> tuple[int, int]:
+        """Channels that are convolved: of all heads, and shared ones."""
+        heads, keys, values = self.shape(config)
+        return heads * (2 * keys + values), 0
+
+    def check(self, config: TitansConfig) -> None:
+        """Whether heads divide the channels.
+
+        Raises:
+            ValueError: They do not.
+        """
+        heads = self.shape(config).heads
+        for of, channels in self.channels(config).items():
+            if channels % heads:
+                raise ValueError(
+                    f"linear_heads is {heads}, and {self.name} has {channels} channels of {of} at dim {config.dim}, "
+                    f"which {heads} does not divide; change one of them"
+                )
+
+    def heads(self, config: TitansConfig) -> dict[str, Heads]:
+        """Its own."""
+        heads, keys, _ = self.shape(config)
+        return {self.title: Heads("linear_heads", heads, keys)}
+
+    def flops(self, config: TitansConfig, length: int, tokens: int, persistent: int) -> dict[str, int]:
+        """Operations of the scan."""
+        (heads, keys, values), size = self.shape(config), min(CHUNK, length)
+        found = 2 * size * ((1 if self.shared else heads) * keys + heads * values) + 4 * heads * keys * values
+        if self.delta:
+            found += heads * (2 * size * (2 * keys + values) + 2 * keys * values)
+        return {"scan": tokens * found}
+
+    def state_bytes(self, work: Workload) -> float:
+        """S of every head."""
+        heads, keys, values = self.shape(work.config)
+        return FLOAT32 * work.rows * heads * keys * values / work.ranks
+
+    def states_kept(self, work: Workload) -> float:
+        """One for each span of the scan."""
+        return self.state_bytes(work) * math.ceil(work.length / SPAN)
+
+    def at_work(self, work: Workload) -> float:
+        """One span, forth and back: tokens in chunks and what becomes of them, masks and scores, a state a chunk."""
+        (heads, keys, values), size = self.shape(work.config), min(CHUNK, work.length)
+        each = heads * (3 * keys + 8 * values + (7 if self.delta else 4) * size + 2 * keys * values / size)
+        return 2 * FLOAT32 * work.rows * min(work.length, SPAN) * each / work.ranks
+
+    def message(self, work: Workload) -> int:
+        """S and the tokens that convolutions keep."""
+        own, shared = self.convolved_channels(work.config)
+        tails = work.rows * work.w * (work.config.conv_kernel - 1) * (own // work.ranks + shared)
+        return int(self.state_bytes(work)) + tails
+
+    def on_rank(self, work: Workload) -> tuple[float, float, float]:
+        """Channels of keys and of values on a rank, and bytes of a token's gathers for the convolution's taps."""
+        heads, keys, values = self.shape(work.config)
+        own, shared = self.convolved_channels(work.config)
+        gathers = (work.config.conv_kernel - 1) * work.w * (own / work.ranks + shared) if work.documents else 0.0
+        return keys * (1 if self.shared else heads / work.ranks), heads * values / work.ranks, gathers
