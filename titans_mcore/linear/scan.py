@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..memory import PackedRows
-from .recomputed import Recomputed
+from ..memory.checkpoint import Recomputed
 
 CHUNK = 64  # tokens
 SPAN = 2048  # tokens between two states that are kept for the backward pass, which works out what is inside again

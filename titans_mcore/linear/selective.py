@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..memory import PackedRows
-from .recomputed import Recomputed
+from ..memory.checkpoint import Recomputed
 
 SELECTIVE_CHUNK = 16  # tokens
 SELECTIVE_SPAN = 512  # tokens whose states, N numbers a channel each, are in memory at a time

@@ -23,7 +23,6 @@ through a group again on its way back, so that the states of only some chunks ar
 Letters: L matrices, N = B H memories, b tokens of a chunk.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .checkpoint import Recomputed
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens, Writes
 from .layout import Chunks, group_size
 from .network import (
@@ -169,33 +169,8 @@ def _again(
         return reads, *end.tensors()
 
     tensors = [*norm, *tokens.tensors(), *state.tensors(), *begun, *memory.initial]
-    reads, *end = _Again.apply(run, *tensors) if torch.is_grad_enabled() else run(*tensors)
+    reads, *end = Recomputed.apply(run, *tensors) if torch.is_grad_enabled() else run(*tensors)
     return reads, Matrices(end[:depth], end[depth:])
-
-
-class _Again(torch.autograd.Function):
-    """run(*tensors), of which the way back keeps the arguments alone."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.run = run
-        ctx.save_for_backward(*tensors)
-        return run(*tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        with torch.enable_grad():
-            leaves = [
-                None if x is None else x.detach().requires_grad_(want)
-                for x, want in zip(ctx.saved_tensors, wanted, strict=True)
-            ]
-            results = ctx.run(*leaves)
-        leaf = [x for x in leaves if x is not None and x.requires_grad]
-        # A document may begin in no chunk of the group, and M_0 be nothing that anything leads to.
-        found = iter(torch.autograd.grad(results, leaf, of_results, allow_unused=True))
-        return None, *(next(found) if want else None for want in wanted)
 
 
 def flat(matrices: Matrices) -> Matrices:
