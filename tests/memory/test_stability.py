@@ -18,10 +18,9 @@ from . import long_streams
 WIDTH = 8
 NETWORKS = ("residual_norm", "plain")
 # network, depth, chunk size, theta, eta
-MEMORISING = [
-    *(("residual_norm", d, 16, *g) for d, g in itertools.product((1, 2, 3), ((0.1, 0.5), (1.0, 0.5)))),
-    *(("plain", d, b, *g) for d, b, g in itertools.product((1, 2, 3), (16, 64), ((0.1, 0.5), (1.0, 0.5), (1.0, 0.9)))),
-]
+MEMORISING = list(
+    itertools.product(NETWORKS, (1, 2, 3), (16, 64), (0.1, 1.0), (0.5, 0.9)),
+)
 
 
 def initial(network: str, depth: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -63,9 +62,9 @@ def missed(reads: Tensor, values: Tensor, last: int = 1) -> float:
     return float((reads - values)[:, -last:].square().sum() / values[:, -last:].square().sum())
 
 
-def within_shell(state: MemoryState, network: str) -> bool:
-    limit = Rule.of("stable", 1, residual_norm=network == "residual_norm").rms_limit
-    return all(bool((x.square().mean((-1, -2)).sqrt() <= 1.001 * limit).all()) for x in state.tensors())
+def within_shell(state: MemoryState, network: str, share: float = 1.001) -> bool:
+    limit = share * Rule.of("stable", 1, residual_norm=network == "residual_norm").rms_limit
+    return all(bool((x.square().mean((-1, -2)).sqrt() <= limit).all()) for x in state.tensors())
 
 
 def learning_error(network: str, depth: int, state: MemoryState | None = None) -> float:
@@ -85,8 +84,7 @@ def test_one_key_is_written_to_its_value_and_then_to_another(
     settings = {"network": network, "depth": depth, "chunk_size": chunk_size}
     reads, _ = run(key.expand_as(values), values, (theta, eta, 0.0), **settings)
     assert missed(reads[:, :512], values[:, :512]) < 0.01
-    if network == "plain" or theta == 1.0:
-        assert missed(reads, values) < 0.02
+    assert missed(reads, values) < 0.02
 
 
 def test_the_literal_rule_loses_the_key_that_the_stable_one_holds() -> None:
@@ -104,11 +102,12 @@ def double_pairs(length: int) -> tuple[Tensor, Tensor]:
     return keys.double(), values.double()
 
 
-@pytest.mark.parametrize("gates", [(1.0, 0.5, 0.0), (0.1, 0.9, 0.01), (0.1, 0.0, 0.1)])
-def test_a_plain_matrix_does_not_depend_on_the_chunk_size(gates: tuple[float, float, float]) -> None:
-    keys, values = double_pairs(200)
-    (reads, end), *others = (run(keys, values, gates, network="plain", depth=1, chunk_size=b) for b in (1, 16, 64))
-    assert end.weights[0].square().mean().sqrt() < 8.0  # half of what the shell lets through
+@pytest.mark.parametrize("gates", [(0.1, 0.5, 0.0), (0.1, 0.9, 0.01), (0.1, 0.0, 0.1)])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_single_matrix_does_not_depend_on_the_chunk_size(network: str, gates: tuple[float, float, float]) -> None:
+    keys, values = double_pairs(100)
+    (reads, end), *others = (run(keys, values, gates, network=network, depth=1, chunk_size=b) for b in (1, 16, 64))
+    assert within_shell(end, network, share=0.9)
     for other, _ in others:
         torch.testing.assert_close(other, reads, rtol=0.0, atol=1e-9)
 
