@@ -20,7 +20,9 @@ KERNELS = {
 TOKENS = {"queries", "keys", "values", "reads", "of_reads", "of_queries", "of_keys", "of_values"}
 OPTIONAL = {"scale", "shift", "kept", "factors", "fresh", "anchors", "of_fresh", "of_anchors", "restarts", "closed"}
 OPTIONAL |= {"alike", "aims", "known"}
-LEFT_OUT = {"scan": ["factors", "narrow", "known"], "walk": ["reads"]}
+HOLDING = {"mass", "of_mass", "held"}  # of memories of two matrices
+OPTIONAL |= HOLDING
+LEFT_OUT = {"scan": ["factors", "narrow", "known", "held"], "walk": ["reads"]}
 
 
 def signature(kernel: Any, constants: dict[str, Any], tokens: str, optional: bool) -> dict[str, str]:
@@ -49,6 +51,8 @@ def main(kernel_name: str, depth: int, width: int, hidden: int, block: int, oper
     on_chip = shape.on_chip if kernel_name in LEFT_OUT else shape.gradient_on_chip
     constants = launch.constants(shape, getattr(torch, operands), on_chip)
     constants |= dict.fromkeys(LEFT_OUT.get(kernel_name, ()))
+    if depth == 1:
+        constants |= dict.fromkeys(HOLDING.intersection(kernel.arg_names))
     if kernel_name != "reads":
         constants |= {"LIMIT": limit, "EXACT": shape.exact, "ON_CHIP": on_chip}
     if constants["tiles"] > 1:

@@ -1,18 +1,20 @@
 """Problems for the fused kernels, and their answer by the literal loop of memory/naive.py, chunk after chunk."""
 
 import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from titans_mcore.kernels import Borders, fused_scan
-from titans_mcore.memory import MemoryState, memory_scan
-from titans_mcore.memory.fused import gates_of
-from titans_mcore.memory.network import initial_weights
-from titans_mcore.memory.rule import Rule
+from titans_mcore.memory.fused import chunk_mass, gates_of
+from titans_mcore.memory.inputs import Matrices, Tokens
+from titans_mcore.memory.naive import naive_scan
+from titans_mcore.memory.network import Network, initial_weights
+from titans_mcore.memory.rule import Memory, Rule
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Sizes:
     network: str = "residual_norm"
     rule: str = "stable"
     forgets: bool = True
+
+    @property
+    def residual_norm(self) -> bool:
+        return self.network == "residual_norm"
+
+    @property
+    def rule_of_updates(self) -> Rule:
+        return Rule.of(self.rule, self.block, residual_norm=self.residual_norm, forgets=self.forgets)
 
     def __str__(self) -> str:
         hidden = f"-F{self.hidden}" if self.hidden else ""
@@ -89,7 +99,7 @@ def make_problem(sizes: Sizes, *, theta: float = 0.05, seed: int = 0) -> Problem
         gates[2] = torch.zeros_like(gates[2])
     widths = [width, *[sizes.hidden or width] * (sizes.depth - 1), width]
     pairs = list(itertools.pairwise(widths))
-    residual = sizes.network == "residual_norm"
+    residual = sizes.residual_norm
     initial = [w.double() for w in initial_weights(heads, widths, residual_norm=residual, generator=generator)]
     weights = [w + 0.1 * normal(batch, heads, *pair) for w, pair in zip(initial, pairs, strict=True)]
     momentum = [0.01 * normal(batch, heads, *pair) for pair in pairs]
@@ -102,29 +112,18 @@ def by_oracle(problem: Problem) -> list[Tensor]:
     """Reads, weights and momentum at the end, a chunk at a time."""
     sizes, depth = problem.sizes, problem.sizes.depth
     weights, momentum, reads = problem.weights, problem.momentum, []
-    settings = dict(zip(("norm_weight", "norm_bias"), problem.norm, strict=False))
+    network, rule = Network(sizes.residual_norm, *problem.norm), sizes.rule_of_updates
     for chunk in range(problem.chunks):
         if problem.restarts is not None:
             here = problem.restarts[chunk].bool()[:, None, None, None]
             weights = [torch.where(here, a, b) for a, b in zip(problem.fresh[:depth], weights, strict=True)]
             momentum = [torch.where(here, a, b) for a, b in zip(problem.fresh[depth:], momentum, strict=True)]
         span = slice(chunk * sizes.block, (chunk + 1) * sizes.block)
-        found = [
-            memory_scan(
-                *(x[:, span] for x in problem.tokens),
-                problem.initial,
-                network=sizes.network,
-                **settings,
-                rule=sizes.rule,
-                forgets=sizes.forgets,
-                chunk_size=chunk_size,  # of one token more, the chunk is not full and no shell behind it
-                close=True,
-                state=MemoryState(weights, momentum),
-                backend="oracle",
-            )
-            for chunk_size in (sizes.block, sizes.block + 1)
-        ]
-        (read, within), (_, free) = found
+        tokens = Tokens(*(x[:, span] for x in problem.tokens))
+        (read, within), (_, free) = (
+            naive_scan(Memory(network, of_chunk, problem.initial), tokens, Matrices(weights, momentum))
+            for of_chunk in (rule, replace(rule, rms_limit=math.inf))
+        )
         reads.append(read)
         closed = problem.closed
         is_closed = closed[chunk].bool() if isinstance(closed, Tensor) else torch.full((sizes.batch,), closed)
@@ -134,13 +133,14 @@ def by_oracle(problem: Problem) -> list[Tensor]:
     return [torch.cat(reads, 1), *weights, *momentum]
 
 
-def by_kernels(problem: Problem, *, exact: bool | None = None) -> list[Tensor]:
-    """The same by fused_scan, with the rule's errors if no others are asked for."""
+def by_kernels(problem: Problem, *, exact: bool | None = None, holds: bool = True) -> list[Tensor]:
+    """The same by fused_scan, with the rule's errors if no others are asked for; steps may be taken unheld."""
     queries, keys, values, *gates = problem.tokens
     sizes, depth = problem.sizes, problem.sizes.depth
     scale, shift = problem.norm or (None, None)
     split = [x.unflatten(1, (-1, sizes.block)).permute(4, 1, 0, 3, 2).flatten(2, 3) for x in gates]
-    rule = Rule.of(sizes.rule, sizes.block, residual_norm=sizes.network == "residual_norm", forgets=sizes.forgets)
+    rule = sizes.rule_of_updates
+    exact = rule.exact if exact is None else exact
     reads, weights, momentum = fused_scan(
         queries,
         keys,
@@ -148,8 +148,9 @@ def by_kernels(problem: Problem, *, exact: bool | None = None) -> list[Tensor]:
         gates_of(*split),
         problem.weights,
         problem.momentum,
-        residual_norm=sizes.network == "residual_norm",
-        exact=rule.exact if exact is None else exact,
+        residual_norm=sizes.residual_norm,
+        exact=exact,
+        mass=chunk_mass(rule, *split[:2]) if exact and holds else None,
         norm_weight=scale,
         norm_bias=shift,
         borders=Borders(

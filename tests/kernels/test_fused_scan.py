@@ -65,6 +65,22 @@ def test_errors_are_those_at_the_tokens_own_last_matrix(sizes: Sizes, device: st
     assert kernels_differ(problem, device) < FLOAT32
 
 
+HELD = [Sizes(heads=1), replace(TILED, batch=2), Sizes(heads=1, width=32, hidden=64, length=64, block=32)]
+
+
+@pytest.mark.parametrize("sizes", HELD, ids=str)
+def test_lower_steps_are_held(sizes: Sizes, device: str) -> None:
+    problem = make_problem(sizes, theta=2.0)
+    problem.restarts = torch.zeros(problem.chunks, sizes.batch, dtype=torch.bool)
+    problem.restarts[1, 1] = True
+    problem.closed = torch.ones(problem.chunks, sizes.batch, dtype=torch.bool)
+    problem.closed[-1] = False
+    leave_empty(problem, torch.arange(sizes.length) >= sizes.length - 5)
+    moved, expected = problem.cast(torch.float32, device), by_oracle(problem)
+    assert max(differences(by_kernels(moved, holds=False), expected)) > 0.01
+    assert kernels_differ(problem, device) < FLOAT32
+
+
 @pytest.mark.parametrize("sizes", [Sizes(batch=1, heads=1, length=112), replace(TILED, length=80)], ids=str)
 def test_gradient_goes_through_several_groups_of_chunks(sizes: Sizes, device: str) -> None:
     assert kernels_differ(make_problem(sizes), device) < FLOAT32
@@ -81,6 +97,13 @@ def test_kernels_equal_the_chunked_form(sizes: Sizes, device: str) -> None:
     )
     ours = by_kernels(problem.cast(torch.float32, device))
     assert max(differences(ours, [reads, *state.weights, *state.momentum])) < FLOAT32
+
+
+def leave_empty(problem: Problem, slots: torch.Tensor) -> None:
+    """Make slots (B or 1, T) ones without a token: theta 0, eta 1, alpha 0, and nothing happens to the state."""
+    fill = (0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+    mask = slots.expand(problem.sizes.batch, -1)[..., None, None]
+    problem.tokens = [x.masked_fill(mask, value) for x, value in zip(problem.tokens, fill, strict=True)]
 
 
 def outside_the_shell(sizes: Sizes) -> Problem:
@@ -126,10 +149,9 @@ def test_chunks_that_are_not_full_write_what_they_hold_and_meet_no_shell(sizes: 
     problem.closed[-1] = problem.closed[0, 1] = False
     problem.restarts = torch.zeros(problem.chunks, sizes.batch, dtype=torch.bool)
     problem.restarts[1, 1] = True
-    empty = torch.zeros(sizes.batch, sizes.length, 1, 1, dtype=torch.bool)
+    empty = torch.zeros(sizes.batch, sizes.length, dtype=torch.bool)
     empty[:, -5:] = empty[1, 3 : sizes.block] = True
-    fill = (0.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # theta 0, eta 1, alpha 0: what happens to the state is nothing
-    problem.tokens = [x.masked_fill(empty, value) for x, value in zip(problem.tokens, fill, strict=True)]
+    leave_empty(problem, empty)
     assert kernels_differ(problem, device) < FLOAT32
 
 

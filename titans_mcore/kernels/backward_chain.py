@@ -13,7 +13,7 @@ scratch `wide`, where backward_reads.py has begun them; a tile is a few kilobyte
 import triton
 import triton.language as tl
 
-from .errors import centre, deltas_gradient, load_known, own_outputs_gradient
+from .errors import centre, deltas_gradient, load_known, lower_share_gradient, own_outputs_gradient
 from .network import (
     before,
     contiguous_tokens,
@@ -43,10 +43,12 @@ def chain_backward_kernel(
     end,
     writes,
     write,
+    mass,
     of_read,  # gradients at the gates' coefficients, of their shapes; added to here, EXACT only, like of_writes
     of_writes,
-    of_end,  # written here, like of_write
+    of_end,  # written here, like of_write and of_mass
     of_write,
+    of_mass,
     scale,
     shift,
     anchors,
@@ -60,6 +62,7 @@ def chain_backward_kernel(
     wide,
     narrow,
     known,
+    held,
     of_norm,
     stride_b,
     stride_t,
@@ -134,6 +137,12 @@ def chain_backward_kernel(
         if DEPTH == 2:
             now1 = tl.load(write + row1 * BLOCK * 2 + rows * 2)
             later1 = tl.load(write + row1 * BLOCK * 2 + rows * 2 + 1)
+        if mass is not None:
+            # The first delta is written scaled. What the scale owes to its size goes up to the last one as well, and
+            # how much that is is known only when all tiles have been seen.
+            share = tl.load(held + place * 2 * BLOCK + rows)
+            of_share = tl.full((BLOCK,), 0.0, tl.float32)
+            by_size = tl.full((BLOCK, D), 0.0, tl.float32)
         of_delta = tl.load(narrow + BLOCK * D + narrow_at)
         of_k_now = tl.full((BLOCK, D), 0.0, tl.float32)
         of_k_later = tl.full((BLOCK, D), 0.0, tl.float32)
@@ -165,6 +174,11 @@ def chain_backward_kernel(
                 of_delta1 -= product(k * now1[:, None], of_w1, OPERAND)
                 of_delta1 -= product(k * later1[:, None], of_s1, OPERAND)
                 tl.store(wide + BLOCK * HIDDEN + wide_at + tile * TILE, of_delta1)
+                if mass is not None:
+                    of_share += tl.sum(of_delta1 * delta1, 1)
+                    by_size += product(delta1 * slope, w2, OPERAND)
+                    delta1 *= share[:, None]
+                    of_delta1 *= share[:, None]
                 of_delta += product(of_delta1 * slope, w2, OPERAND)
                 of_k_now += product(delta1, tl.trans(of_w1), OPERAND)
                 of_k_later += product(delta1, tl.trans(of_s1), OPERAND)
@@ -207,10 +221,32 @@ def chain_backward_kernel(
         else:
             of_k = tl.full((BLOCK, D), 0.0, tl.float32)
 
+        if mass is not None:
+            mass_here, key_square = tl.load(mass + row1 * BLOCK + rows), tl.sum(k * k, 1)
+            delta_square = tl.load(held + (place * 2 + 1) * BLOCK + rows)
+            of_loss, of_mass_here, of_key_square, of_delta_square = lower_share_gradient(
+                of_share, share, mass_here, key_square, delta_square
+            )
+            tl.store(of_mass + row1 * BLOCK + rows, of_mass_here)
+            of_k += 2.0 * of_key_square[:, None] * k
+            of_delta += 2.0 * of_delta_square[:, None] * by_size
         of_delta = centre(of_delta, NORM)
         if EXACT:
             deltas_here, known_here = narrow + (place * 5 + 3) * BLOCK * D, known + place * 4 * BLOCK
             alike_here, writes_here = alike + place * BLOCK * BLOCK, writes + row2 * BLOCK * BLOCK
+            above = (rows[:, None] > 0) & (rows[None, :] < rows[:, None])
+            if mass is not None:
+                # A loss is |error / 2|^2 at the token's own answer: what it owes to the output does not depend on
+                # of_delta, so what earlier tokens get of it is added here for all of them.
+                normed = tl.load(narrow + 4 * BLOCK * D + narrow_at)
+                v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
+                error = 2.0 * (k + normed * gamma[None, :] + beta[None, :] - v)
+                of_normed = centre(of_loss[:, None] * error * gamma[None, :], NORM)
+                of_normed -= normed * (tl.sum(of_normed * normed, 1) / D)[:, None]
+                of_raw_by_loss = tl.load(known_here + rows)[:, None] * of_normed
+                reach = tl.load(alike_here + square_at)
+                reach *= tl.load(writes_here + square_at - BLOCK, mask=above, other=0.0)
+                of_delta -= product(tl.trans(reach), of_raw_by_loss, OPERAND)
             of_delta = own_outputs_gradient(
                 of_delta, deltas_here, deltas_here + BLOCK * D, known_here, alike_here, writes_here, gamma, BLOCK, D
             )
@@ -220,8 +256,12 @@ def chain_backward_kernel(
             of_aim, of_raw = deltas_gradient(of_delta, delta, normed, inverse_std, along, tilt, along_slope, gamma)
             # The error is 2 (k + scale n + shift - v), and scale times it the aim and what n adds.
             of_error = of_aim * gamma[None, :]
+            if mass is not None:
+                of_raw += of_raw_by_loss
             v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
             error = 2.0 * (k + normed * gamma[None, :] + beta[None, :] - v)
+            if mass is not None:
+                of_error += 0.5 * of_loss[:, None] * error
             part = of_norm + row1 * 2 * D + columns
             tl.store(part, tl.load(part) + tl.sum(of_aim * error + 2.0 * of_error * normed, 0))
             tl.store(part + D, tl.load(part + D) + tl.sum(2.0 * of_error, 0))
@@ -231,7 +271,6 @@ def chain_backward_kernel(
         if EXACT:
             # What a token meets of its chunk, and with which coefficients: those of the token before, a row further up.
             of_reach = -product(of_raw, tl.trans(delta), OPERAND)
-            above = (rows[:, None] > 0) & (rows[None, :] < rows[:, None])
             of_writes_at = of_writes + row2 * BLOCK * BLOCK + square_at - BLOCK
             of_own_writes = of_reach * tl.load(alike_here + square_at)
             tl.store(of_writes_at, tl.load(of_writes_at, mask=above, other=0.0) + of_own_writes, mask=above)
@@ -298,6 +337,8 @@ def chain_backward_kernel(
                 slope, bend = gelu_slope(z), gelu_bend(z)
                 arriving = product(delta, tl.trans(w2), OPERAND)
                 of_delta1 = tl.load(wide + BLOCK * HIDDEN + wide_at + tile * TILE)
+                if mass is not None:
+                    of_delta1 = of_delta1 * share[:, None] + 2.0 * of_delta_square[:, None] * arriving * slope
                 new_w2 += product(tl.trans(of_delta1 * slope), delta, OPERAND)
                 of_z = of_h * slope + of_delta1 * arriving * bend
                 of_k += product(of_z, tl.trans(w1), OPERAND)

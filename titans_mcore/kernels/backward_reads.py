@@ -37,7 +37,8 @@ def reads_backward_kernel(
     scale,
     anchors,
     states,  # (g + 1, N, SIZE) states with which the group's chunks begin
-    wide,  # (g, N, 4, b, HIDDEN): gradients at the keys' h and first delta; the queries' x and gradient at first z
+    wide,  # (g, N, 4, b, HIDDEN): gradients at the keys' h and first delta (held); the queries' x and gradient at z
+    held,  # (g, N, 2, b), see forward.py; None where no steps are held
     narrow,  # (g, N, 5, b, D): gradients at keys, last delta, queries' raw answer; last delta and LayerNorm's value
     of_norm,  # (C, N, 2, D) parts of the gradients at scale and shift
     stride_b,
@@ -76,6 +77,8 @@ def reads_backward_kernel(
     # The keys, and the delta that the walk has found for them.
     k = tl.load(tokens(keys, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
     delta = tl.load(narrow + 3 * BLOCK * D + narrow_at)
+    if held is not None:
+        share = tl.load(held + place * 2 * BLOCK + rows)
 
     # The queries' answers.
     q = tl.load(tokens(queries, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
@@ -99,6 +102,8 @@ def reads_backward_kernel(
             z = product(k, w1, OPERAND)
             h = gelu(z)
             delta1 = product(delta, tl.trans(w2), OPERAND) * gelu_slope(z)
+            if held is not None:
+                delta1 *= share[:, None]
             m1 = None if anchors is None else tl.load(first(anchor, tile, D, HIDDEN, TILE))
             met = meet(q, w1, s1, m1, read_keep1, read_carried1, OPERAND)
             x = gelu(met - product(attended1, delta1, OPERAND))
@@ -144,6 +149,8 @@ def reads_backward_kernel(
             z = product(k, w1, OPERAND)
             h = gelu(z)
             delta1 = product(delta, tl.trans(w2), OPERAND) * gelu_slope(z)
+            if held is not None:
+                delta1 *= share[:, None]
             m1 = None if anchors is None else tl.load(first(anchor, tile, D, HIDDEN, TILE))
             met = meet(q, w1, s1, m1, read_keep1, read_carried1, OPERAND)
             query_z = met - product(attended1, delta1, OPERAND)

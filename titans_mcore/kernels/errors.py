@@ -5,6 +5,9 @@ aim + slope n, n the LayerNorm of the output and slope 2 scale^2; in a plain net
 those at the chunk's start or, EXACT, those of the last matrix as the token before has left it. Then they follow one
 upon the other, and a loop takes token after token out of a tile of all.
 
+Where steps of the first of two matrices are held, its deltas are scaled with the factor on the step: whoever writes
+or attends to them takes them so.
+
 LayerNorm sees neither a mean of what it normalises nor one of the aim, and a delta has none. So both are taken out once
 a chunk, and of a single token all sums over channels are known in one step, where each one costs the program barriers.
 """
@@ -123,6 +126,33 @@ def own_outputs_gradient(of_delta, deltas, normed, known, alike, writes, scale, 
         _, of_own = deltas_gradient(own, delta, own_normed, inverse_std, along, tilt, along_slope, scale)
         of_delta -= reach[:, None] * of_own
     return of_delta
+
+
+@triton.jit
+def lower_share(loss, mass, key_square, delta_square):
+    """Factor (b,) on the steps of the first of two matrices. Twin of lower_step_share in memory/rule.py.
+
+    Args:
+        loss: |M(k) - v|^2, (b,) like what follows.
+        mass: Of all steps of a chunk, were they like the token's.
+        key_square: |k|^2.
+        delta_square: |delta|^2 at the first matrix.
+    """
+    allowed, asked = 4.0 * loss, mass * key_square * delta_square
+    held = asked > allowed
+    return tl.where(held, allowed / tl.where(held, asked, 1.0), 1.0)
+
+
+@triton.jit
+def lower_share_gradient(of_share, share, mass, key_square, delta_square):
+    """Gradients at the arguments of lower_share, in their order."""
+    held = share < 1.0
+    # Where steps are held none of the three factors is zero; the loss may be.
+    mass, key_square = tl.where(held, mass, 1.0), tl.where(held, key_square, 1.0)
+    delta_square = tl.where(held, delta_square, 1.0)
+    of_loss = tl.where(held, 4.0 * of_share / (mass * key_square * delta_square), 0.0)
+    less = tl.where(held, -of_share * share, 0.0)
+    return of_loss, less / mass, less / key_square, less / delta_square
 
 
 @triton.jit

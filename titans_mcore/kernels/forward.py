@@ -7,7 +7,8 @@ Where things are:
 - The state is in registers over the whole loop when ON_CHIP: one tile holds each matrix (L = 1, and L = 2 up to
   64 x 64). Else it is float32 in the global buffer `after`, in place. One memory's state is read and written by one
   program only, and there are at most some hundred of 16 * D * HIDDEN bytes: it stays in the L2 cache. Each chunk
-  streams it by tiles, weights twice (answer; read and write), momentum once, and writes it once.
+  streams it by tiles, weights twice (answer; read and write), momentum once, and writes it once. Weights a third time
+  where steps are held: by how much is known only when all tiles have been seen.
 - M_0, to which forgetting leads, is one for all rows, and each chunk streams it once.
 - Errors that are EXACT take a second time the last matrix' momentum and M_0, and of what is b tokens wide the products
   of inputs and the aims from global scratch, a few kilobytes that stay in the L1 cache.
@@ -19,12 +20,13 @@ Where things are:
 import triton
 import triton.language as tl
 
-from .errors import aims_of, centre, deltas_of, own_outputs
+from .errors import aims_of, centre, deltas_of, lower_share, own_outputs
 from .network import (
     answer_of,
     before,
     contiguous_tokens,
     first,
+    first_delta_square,
     gelu,
     gelu_slope,
     last,
@@ -52,6 +54,7 @@ def scan_kernel(
     end,  # (L, C, N, 2, 2)
     writes,  # (L, C, N, b, b)
     write,  # (L, C, N, b, 2)
+    mass,  # (C, N, b) of a chunk's steps, see lower_share in errors.py; None where none are held
     scale,  # (H, D) or None
     shift,  # (H, D) or None
     start,  # (N, SIZE) state before chunk_begin
@@ -62,6 +65,7 @@ def scan_kernel(
     alike,  # (., N, b, b) likewise products of the keys' inputs of the last matrix; of each chunk in a walk
     narrow,  # see backward_reads.py: a walk leaves the keys' delta and n there, and the rest of deltas_of in `known`
     known,  # (., N, 4, b); None, like narrow, if this is no walk
+    held,  # (., N, 2, b) factor on the first matrix' steps, and |delta|^2 there; None if no walk or no mass
     fresh,  # (N or H, SIZE) state in which a document begins, or None
     anchors,  # (H, SIZE / 2), M_0, or None where forgetting leads to zero
     restarts,  # (C, B) int8, which chunks begin a document, or None
@@ -153,6 +157,14 @@ def scan_kernel(
                 tl.store(known_at + BLOCK, along)
                 tl.store(known_at + 2 * BLOCK, tilt)
                 tl.store(known_at + 3 * BLOCK, along_slope)
+        if mass is not None:
+            delta_square = first_delta_square(k, delta, w1, w2, state, tiles, BLOCK, D, HIDDEN, TILE, ON_CHIP, OPERAND)
+            missed = k + normed * gamma[None, :] + beta[None, :] - v
+            mass_here = tl.load(mass + row1 * BLOCK + rows)
+            share = lower_share(tl.sum(missed * missed, 1), mass_here, tl.sum(k * k, 1), delta_square)
+            if held is not None:
+                tl.store(held + walked * 2 * BLOCK + rows, share)
+                tl.store(held + (walked * 2 + 1) * BLOCK + rows, delta_square)
         now2 = tl.load(write + row2 * BLOCK * 2 + rows * 2)
         later2 = tl.load(write + row2 * BLOCK * 2 + rows * 2 + 1)
         keep2 = tl.load(end + row2 * 4)
@@ -195,6 +207,8 @@ def scan_kernel(
                 z = product(k, old_w1, OPERAND)
                 h = gelu(z)
                 delta1 = product(delta, tl.trans(old_w2), OPERAND) * gelu_slope(z)
+                if mass is not None:
+                    delta1 *= share[:, None]
                 m1 = None if anchors is None else tl.load(first(anchor, tile, D, HIDDEN, TILE))
                 if reads is not None:
                     met = meet(q, old_w1, old_s1, m1, read_keep1, read_carried1, OPERAND)

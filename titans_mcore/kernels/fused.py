@@ -98,6 +98,7 @@ def fused_scan(
     *,
     residual_norm: bool,
     exact: bool = False,
+    mass: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     borders: Borders | None = None,
@@ -115,6 +116,7 @@ def fused_scan(
         residual_norm: Whether the network is x + LayerNorm(MLP(x)); else it is the MLP.
         exact: Whether errors are those at the token's own last matrix, with LayerNorm only; else those at the chunk's
             start.
+        mass: What fused.chunk_mass gives, for two matrices with LayerNorm: steps of the first are held. None for none.
         norm_weight: LayerNorm's scale (H, D); None is 1.
         norm_bias: LayerNorm's shift (H, D); None is 0.
         borders: What happens between chunks; None is no state shell and forgetting to zero.
@@ -130,6 +132,7 @@ def fused_scan(
     if reason := fused_fits(queries, weights, block):
         raise ValueError(reason)
     assert residual_norm or not exact
+    assert mass is None or (exact and depth == 2 and mass.shape == gates.write.shape[1:-1])
     heads, length = queries.shape[2], queries.shape[1]
     _check(queries, keys, values, gates, weights, momentum, borders.anchors)
     has_shell = borders.closed is not False and math.isfinite(borders.rms_limit)
@@ -155,8 +158,8 @@ def fused_scan(
     anchors = _pack(borders.anchors) if borders.anchors else None
     tokens = _alike(queries, keys, values)
     coefficients = [x.float().contiguous() for x in gates]
-    norm = [None if x is None else x.float().contiguous() for x in (norm_weight, norm_bias)]
-    tensors = (*tokens, *coefficients, *norm, start, fresh, anchors)
+    optional = [None if x is None else x.float().contiguous() for x in (mass, norm_weight, norm_bias)]
+    tensors = (*tokens, *coefficients, *optional, start, fresh, anchors)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     keep_every = group_size(shape.chunks) if differentiated else 0
     reads, end = _FusedScan.apply(shape, keep_every, closed, restarts, *tensors)

@@ -24,6 +24,7 @@ class Arguments(NamedTuple):
     end: Tensor
     writes: Tensor
     write: Tensor
+    mass: Tensor | None
     scale: Tensor | None
     shift: Tensor | None
     start: Tensor
@@ -47,7 +48,7 @@ def scan(shape: Shape, tensors: Arguments, keep_every: int) -> tuple[Tensor, Ten
 def scan_gradient(
     shape: Shape, tensors: Arguments, kept: Tensor, every: int, of_reads: Tensor, of_end: Tensor
 ) -> list[Tensor | None]:
-    """Gradients at the first 12 of the arguments.
+    """Gradients at the first 13 of the arguments.
 
     Args:
         shape: Of the scan, like tensors.
@@ -57,7 +58,7 @@ def scan_gradient(
         of_end: Gradient at the last states, (N, size).
     """
     found = _Gradients(shape, tensors, of_end)
-    scratch = _Scratch(shape, tensors.start, min(every, shape.chunks))
+    scratch = _Scratch(shape, tensors.start, min(every, shape.chunks), holds=tensors.mass is not None)
     of_reads = of_reads.contiguous()
     for begin in reversed(range(0, shape.chunks, every)):
         span = slice(begin, min(begin + every, shape.chunks))
@@ -74,6 +75,7 @@ class _Gradients:
             torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors[:3]
         )
         self.read, self.end, self.writes, self.write = (torch.empty_like(x) for x in tensors[3:7])
+        self.mass = None if tensors.mass is None else torch.empty_like(tensors.mass)
         self.state = of_end.clone(memory_format=torch.contiguous_format)
         self.fresh = None if tensors.fresh is None else torch.zeros_like(tensors.start)
         self.anchors = None
@@ -91,20 +93,21 @@ class _Gradients:
             parts = zip((tensors.scale, tensors.shift), by_head.unbind(1), strict=True)
             norm = [None if x is None else part for x, part in parts]
         fresh, anchors = _as_given(self.fresh, tensors.fresh), _as_given(self.anchors, tensors.anchors)
-        gates = [self.read, self.end, self.writes, self.write]
+        gates = [self.read, self.end, self.writes, self.write, self.mass]
         return [self.queries, self.keys, self.values, *gates, *norm, self.state, fresh, anchors]
 
 
 class _Scratch:
     """What the kernels of one group hand on; (g, N) first. Shapes in backward_reads.py."""
 
-    def __init__(self, shape: Shape, like: Tensor, group: int) -> None:
+    def __init__(self, shape: Shape, like: Tensor, group: int, *, holds: bool) -> None:
         first = (group, shape.memories)
         self.states = like.new_empty(group + 1, shape.memories, shape.size)
         self.factors = None if shape.rms_limit is None else like.new_empty(*first, 4)
         self.wide = like.new_empty(*first, 4, shape.block, shape.hidden)
         self.narrow = like.new_empty(*first, 5, shape.block, shape.width)
         self.known = like.new_empty(*first, 4, shape.block) if shape.residual_norm else None
+        self.held = like.new_empty(*first, 2, shape.block) if holds else None
         self.alike = _products(shape, like, group)
 
 
@@ -132,14 +135,14 @@ def _launch_scan(
     keep_every: int,
 ) -> None:
     t = tensors
-    factors, narrow, known, alike = None, None, None, _products(shape, start, 1)
+    factors, narrow, known, held, alike = None, None, None, None, _products(shape, start, 1)
     if walk is not None:
-        factors, narrow, known, alike = walk.factors, walk.narrow, walk.known, walk.alike
+        factors, narrow, known, held, alike = walk.factors, walk.narrow, walk.known, walk.held, walk.alike
     aims = start.new_empty(shape.memories, shape.block, shape.width) if shape.exact else None
     scan_kernel[(shape.memories,)](
         t.queries, t.keys, t.values, reads,
-        t.read, t.end, t.writes, t.write, t.scale, t.shift,
-        start, after, kept, factors, aims, alike, narrow, known, t.fresh, t.anchors, t.restarts, t.closed,
+        t.read, t.end, t.writes, t.write, t.mass, t.scale, t.shift,
+        start, after, kept, factors, aims, alike, narrow, known, held, t.fresh, t.anchors, t.restarts, t.closed,
         *t.queries.stride()[:3], shape.memories, shape.heads, shape.chunks,
         _count(span.start), _count(span.stop), keep_every, 1 if t.fresh is None else len(t.fresh),
         LIMIT=shape.rms_limit, EXACT=shape.exact, ON_CHIP=shape.on_chip, **_settings(shape, t, shape.on_chip),
@@ -162,16 +165,16 @@ def _launch_gradient(
     reads_backward_kernel[(shape.memories, group)](
         t.queries, t.keys, of_reads, found.queries,
         t.read, t.writes, found.read, found.writes, t.scale, t.anchors,
-        states, scratch.wide, scratch.narrow, found.norm,
+        states, scratch.wide, scratch.held, scratch.narrow, found.norm,
         *strides, shape.memories, shape.heads, shape.chunks, span.start,
         **_settings(shape, t, shape.gradient_on_chip),
     )  # fmt: skip
     chain_backward_kernel[(shape.memories,)](
         t.queries, t.keys, t.values, found.keys, found.values,
-        t.read, t.end, t.writes, t.write, found.read, found.writes, found.end, found.write,
+        t.read, t.end, t.writes, t.write, t.mass, found.read, found.writes, found.end, found.write, found.mass,
         t.scale, t.shift, t.anchors,
         states, found.state, scratch.factors, scratch.alike, found.fresh, found.anchors, t.restarts,
-        scratch.wide, scratch.narrow, scratch.known, found.norm,
+        scratch.wide, scratch.narrow, scratch.known, scratch.held, found.norm,
         *strides, shape.memories, shape.heads, shape.chunks, span.start, _count(group),
         LIMIT=shape.rms_limit, EXACT=shape.exact, ON_CHIP=shape.gradient_on_chip,
         **_settings(shape, t, shape.gradient_on_chip),

@@ -233,6 +233,31 @@ def meet_keys(
 
 
 @triton.jit
+def first_delta_square(
+    keys,
+    delta,
+    first_weights,
+    last_weights,
+    state,
+    tiles,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """|delta|^2 at the first of two matrices, (b,), for the deltas (b, D) of the last; arguments as for meet_keys."""
+    square = tl.full((BLOCK,), 0.0, tl.float32)
+    for tile in range(tiles):
+        z = product(keys, matrix(first_weights, first(state, tile, D, HIDDEN, TILE), ON_CHIP), OPERAND)
+        weights = matrix(last_weights, last(state + 2 * D * HIDDEN, tile, D, TILE), ON_CHIP)
+        delta1 = product(delta, tl.trans(weights), OPERAND) * gelu_slope(z)
+        square += tl.sum(delta1 * delta1, 1)
+    return square
+
+
+@triton.jit
 def vector(pointer, fill: tl.constexpr, D: tl.constexpr):
     """D floats behind a pointer of which there may be none; then `fill`."""
     if pointer is not None:

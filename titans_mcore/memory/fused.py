@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .chunk import coefficients
 from .inputs import Matrices, Tokens
 from .layout import Chunks
-from .rule import Memory
+from .rule import Memory, Rule, step_mass
 
 # By name: this file travels with an exported model, which uses the kernels where the package is installed.
 _KERNELS = "titans_mcore.kernels"
@@ -49,6 +49,15 @@ def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = No
         writes,
         torch.stack([writes[..., -1, :], part.decay[..., -1, :] * theta], -1),
     )
+
+
+def chunk_mass(rule: Rule, theta: Tensor, eta: Tensor) -> Tensor | None:
+    """b theta / (1 - eta) of the first of two matrices, (g, N, b), from gates (L, g, N, b).
+
+    All that a chunk of steps like the token's will ever make; None where the rule holds no step of a lower matrix. What
+    the first of two matrices pulls is this times |k|^2 |delta|^2, which the kernels know.
+    """
+    return rule.chunk_size * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
 
 
 def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded: bool) -> str:
@@ -101,6 +110,7 @@ def fused_scan(
         start.momentum,
         residual_norm=network.residual_norm,
         exact=rule.exact,
+        mass=chunk_mass(rule, theta, eta),
         norm_weight=network.norm_weight,
         norm_bias=network.norm_bias,
         borders=borders,
