@@ -75,10 +75,11 @@ class TitansConfig:
     memory_network: Literal["residual_norm", "plain"] = "residual_norm"
     """residual_norm: x + LayerNorm(MLP(x)), as in the camera-ready paper; plain: MLP(x)."""
     memory_rule: Literal["stable", "literal"] = "stable"
-    """stable: forgetting leads back to M_0, and the memory stays finite on every stream (memory/STABILITY.md); literal:
-    the paper's rule in chunks and nothing else."""
+    """stable: the last matrix learns token by token, steps below it are held, forgetting leads back to M_0
+    (memory/STABILITY.md); literal: the paper's rule in chunks and nothing else."""
     chunk_size: int = 16
-    """Tokens b whose inner gradients are taken at the same memory state; part of the model, not a speed setting."""
+    """Tokens b whose inner gradients are taken at the same memory state, but for those of the last matrix under the
+    stable rule; part of the model, not a speed setting."""
     theta_max: float = 1.0
     """Largest inner learning rate: theta = theta_max * sigmoid(linear(x))."""
     gate_margin: float = 0.0

@@ -16,6 +16,9 @@ from titans_mcore.hf.flatten import PACKAGE_FOLDER, flatten_code
 ROOMS = {"memory": "titans_memory", "attention": "titans_attention", "mixers": "titans_mixers"}
 PARTS = {
     "config.py": "configuration_titans",
+    "linear/__init__.py": "titans_mixers",  # without its oracle
+    "linear/scan.py": "titans_mixers",
+    "linear/selective.py": "titans_mixers",
     "hf/cache_names_titans.py": "configuration_titans",
     "hf/configuration_titans.py": "configuration_titans",
     "hf/modeling_titans.py": "modeling_titans",

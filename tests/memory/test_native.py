@@ -24,7 +24,7 @@ from titans_mcore.native import build, operation
 
 from . import test_packed_rows as packed
 from .streams import by_channel, make_stream
-from .test_chunk_backward import gradients, leaving_the_shell
+from .test_chunk_gradients import gradients, leaving_the_shell
 from .test_dual_form import largest_difference, results
 
 needs_library = pytest.mark.skipif(bool(build.why_not_built()), reason=build.why_not_built())

@@ -11,7 +11,7 @@ from titans_mcore.parallel.memory_shard import TPShard, split_axis
 
 from .shared import Meeting, part, part_of
 from .streams import Stream, by_channel, make_stream
-from .test_chunk_backward import leaving_the_shell
+from .test_chunk_gradients import leaving_the_shell
 from .test_packed_rows import first_state, masks, piece_of
 
 CHUNK, HEADS, WIDTH = 4, 2, 8

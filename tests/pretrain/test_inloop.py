@@ -255,7 +255,7 @@ def test_haystacks_are_answered_as_the_evaluation_of_a_checkpoint_answers(config
     logits, states = read(stream, prompts.split(50, 1), lambda tokens: None)
     ids = answer(stream, logits, states, ANSWER_TOKENS, end, lambda: None)
     assert mine.texts == [probe.processor.decode(row) for row in ids]
-    assert len(set(mine.texts)) == 3
+    assert len(set(mine.texts)) > 1  # what is asked matters
     losses = value_losses(stream, logits, states, [sample.value_ids for sample in samples])
     assert (mine.losses_BT * mine.real_BT).sum(1).tolist() == pytest.approx(losses, rel=1e-5)
 

@@ -30,6 +30,7 @@ _FILES = {
     "hf/configuration_titans": "configuration_titans",
     "hf/cache_names_titans": "configuration_titans",  # the rest of hf needs the mixers, which need the configuration
     "config": "configuration_titans",
+    "linear": "titans_mixers",
 }
 """Modules and rooms that go into another file than titans_<room>."""
 _WHOLE = {"mixers"}

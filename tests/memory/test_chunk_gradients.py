@@ -1,4 +1,4 @@
-"""The dual form's own backward: gradients where the shell acts, through carried states, and what it keeps in memory."""
+"""Gradients of the chunk form: where the shell acts, through carried states, and what it keeps in memory."""
 
 from collections.abc import Callable
 
