@@ -35,6 +35,15 @@ def by_head(weight: Tensor, *widths: int) -> list[Tensor]:
     return [part.flatten(0, 1) for part in weight.unflatten(0, (HEADS, -1)).split(list(widths), 1)]
 
 
+def assert_same(ours: torch.nn.Module, theirs: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """With all of their weights as given, and not for want of an answer."""
+    assert state.keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(state)
+    found = ours(inputs(), None)[0]
+    assert found.std() > 0.1
+    torch.testing.assert_close(found, theirs(inputs()), **CLOSE)
+
+
 @torch.no_grad()
 def test_mamba2_is_that_of_transformers() -> None:
     mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
@@ -55,11 +64,7 @@ def test_mamba2_is_that_of_transformers() -> None:
         "out_proj.weight": ours.output.weight,
         **{name: ours.get_parameter(name) for name in ("A_log", "D", "dt_bias")},
     }
-    assert state.keys() == theirs.state_dict().keys()
-    theirs.load_state_dict(state)
-    found = ours(inputs(), None)[0]
-    assert found.std() > 0.1
-    torch.testing.assert_close(found, theirs(inputs()), **CLOSE)
+    assert_same(ours, theirs, state)
 
 
 @torch.no_grad()
@@ -79,11 +84,7 @@ def test_mamba_is_that_of_transformers() -> None:
         "A_log": ours.A_log,
         "D": ours.D,
     }
-    assert state.keys() == theirs.state_dict().keys()
-    theirs.load_state_dict(state)
-    found = ours(inputs(), None)[0]
-    assert found.std() > 0.1
-    torch.testing.assert_close(found, theirs(inputs()), **CLOSE)
+    assert_same(ours, theirs, state)
 
 
 @torch.no_grad()
@@ -115,11 +116,7 @@ def test_gated_deltanet_is_that_of_transformers() -> None:
         "A_log": ours.A_log,
         "dt_bias": ours.dt_bias,
     }
-    assert state.keys() == theirs.state_dict().keys()
-    theirs.load_state_dict(state)
-    found = ours(inputs(), None)[0]
-    assert found.std() > 0.1
-    torch.testing.assert_close(found, theirs(inputs()), **CLOSE)
+    assert_same(ours, theirs, state)
 
 
 @torch.no_grad()

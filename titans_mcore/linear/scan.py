@@ -114,12 +114,7 @@ def in_chunks(
     (batch, length, heads, width), groups, wide = values.shape, keys.shape[2], state.dtype
     size = min(CHUNK, length)
     padding = -length % size
-
-    def chunked(x: Tensor) -> Tensor:
-        """(B, T, ...) to (B, n, C, ...), with zeros behind the last token."""
-        if padding:
-            x = torch.cat([x, x.new_zeros(batch, padding, *x.shape[2:])], 1)
-        return x.unflatten(1, (-1, size))
+    chunked = partial(in_chunks_of, size)
 
     def by_head(x: Tensor) -> Tensor:
         """(B, T, H) to (B, n, G, R, C)."""
@@ -165,6 +160,13 @@ def in_chunks(
     read = read + from_before * torch.einsum("bngtk,bngrkv->bngrtv", q, torch.stack(states, 1))
     read = read.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)[:, :length]
     return read.to(values.dtype), matrix.flatten(1, 2)
+
+
+def in_chunks_of(size: int, x: Tensor) -> Tensor:
+    """(B, T, ...) to (B, n, C, ...) of that size C, with zeros behind the last token."""
+    if padding := -x.shape[1] % size:
+        x = torch.cat([x, x.new_zeros(len(x), padding, *x.shape[2:])], 1)
+    return x.unflatten(1, (-1, size))
 
 
 class _Masks(NamedTuple):

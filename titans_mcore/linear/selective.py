@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..memory import PackedRows
 from ..memory.checkpoint import Recomputed
+from .scan import in_chunks_of
 
 SELECTIVE_CHUNK = 16  # tokens
 SELECTIVE_SPAN = 512  # tokens whose states, N numbers a channel each, are in memory at a time
@@ -77,15 +78,9 @@ def _span(
     marks: Marks, state: Tensor, rates: Tensor, values: Tensor, steps: Tensor, inputs: Tensor, outputs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """selective_scan of one span; shapes inside are (B, n, C, F, N)."""
-    (batch, length), wide = values.shape[:2], state.dtype
+    length, wide = values.shape[1], state.dtype
     size = min(SELECTIVE_CHUNK, length)
-    padding = -length % size
-
-    def chunked(x: Tensor) -> Tensor:
-        """(B, T, ...) to (B, n, C, ...), with zeros behind the last token."""
-        if padding:
-            x = torch.cat([x, x.new_zeros(batch, padding, *x.shape[2:])], 1)
-        return x.unflatten(1, (-1, size))
+    chunked = partial(in_chunks_of, size)
 
     if marks.real is not None:
         steps = steps.masked_fill(~marks.real.unsqueeze(-1), 0.0)

@@ -241,7 +241,7 @@ def _group(
                 inside = inside.joined(after, lambda a, b, where=where: torch.where(where, a, b))  # type: ignore[misc]
             after = inside
         state = after
-    together = Work(memory, Writes.one_after_another(works), torch.empty(0), gates)
+    together = Work(memory, Writes.one_after_another(works), gates)
     reads = together.read(every.queries, Matrices.one_after_another(states))
     return chunks.join(reads.unflatten(0, (count, -1)), batch), state
 
@@ -253,13 +253,11 @@ class Work:
     Attributes:
         memory: The memory.
         writes: What they write.
-        held: Where the rule has made a step smaller, (N, n) for the tokens that were new.
         gates: For each matrix its coefficients, over (N, 1) or by channel (N, d_in).
     """
 
     memory: Memory
     writes: Writes
-    held: Tensor
     gates: list[Coefficients]
 
     def read(self, queries: Tensor, state: Matrices) -> Tensor:
@@ -353,8 +351,7 @@ def work_out(
         share = _lower_share(memory, tokens, inputs, deltas, (error / LOSS_SLOPE).square().sum(-1)).unsqueeze(-1)
         steps = torch.cat([steps[..., :-1] * share, steps[..., -1:]], -1)
     writes = Writes(inputs, deltas, steps)
-    held = (steps < tokens.theta).any(-1)
-    return Work(memory, writes if before is None else writes.behind(before), held, gates)
+    return Work(memory, writes if before is None else writes.behind(before), gates)
 
 
 def gates_of_chunk(memory: Memory, tokens: Tokens, real: Tensor | None = None) -> list[Coefficients]:

@@ -35,7 +35,7 @@ class Gates(NamedTuple):
 
 
 def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = None) -> Gates:
-    """From gates (L, g, N, b); the one part of the dual form that autograd differentiates.
+    """From gates (L, g, N, b); what autograd differentiates around the kernels.
 
     Where real (g, N, b) is False there is no token, and theta must be 0.
     """

@@ -97,7 +97,7 @@ class Network:
 
 
 class Normed(NamedTuple):
-    """The MLP's output (N, b, D) and what LayerNorm makes of it; for a plain network nothing is made.
+    """The MLP's output (N, b, D) and what LayerNorm makes of it.
 
     Attributes:
         raw: The MLP's output.

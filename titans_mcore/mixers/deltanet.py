@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..config import TitansConfig
-from ..linear import linear_scan
 from ..memory import PackedRows
 from .costs import Workload
-from .linear import LinearSpec, LinearState, convolved, initial_taps, key_norm, widened, wider
+from .linear import LinearSpec, LinearState, convolved, delta_scan, initial_taps, wider
 from .parts import FromParts, Parts, heads_of, linear, rms_norm
 from .spec import register
 
@@ -44,16 +43,7 @@ class DeltaNetMixer(FromParts):
         projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
         tokens, beta = projected.split([2 * keys + values, 1], -1)
         tokens, tail = convolved(tokens, None if state is None else state.tail, self.kernel, rows)
-        q, k, v = tokens.split([keys, keys, values], -1)
-        read, matrix = linear_scan(
-            key_norm(q),
-            key_norm(k),
-            v,
-            beta=widened(beta.squeeze(-1)).sigmoid(),
-            scale=keys**-0.5,
-            state=None if state is None else state.matrix,
-            rows=rows,
-        )
+        read, matrix = delta_scan(tokens, beta, None, self.shape, state, rows)
         answer = rms_norm(read, self.output_norm, self.eps)
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail)
 

@@ -12,16 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..linear import linear_scan
 from ..memory import PackedRows
 from .costs import Workload
 from .linear import (
     LinearSpec,
     LinearState,
     convolved,
+    delta_scan,
     initial_dt_bias,
     initial_taps,
-    key_norm,
     widened,
     wider,
 )
@@ -58,18 +57,8 @@ class GatedDeltaNetMixer(FromParts):
         projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
         tokens, gate, beta, step = projected.split([2 * keys + values, values, 1, 1], -1)
         tokens, tail = convolved(tokens, None if state is None else state.tail, self.kernel, rows)
-        q, k, v = tokens.split([keys, keys, values], -1)
         log_decay = -widened(self.A_log).exp() * F.softplus(widened(step.squeeze(-1)) + widened(self.dt_bias))
-        read, matrix = linear_scan(
-            key_norm(q),
-            key_norm(k),
-            v,
-            log_decay,
-            widened(beta.squeeze(-1)).sigmoid(),
-            scale=keys**-0.5,
-            state=None if state is None else state.matrix,
-            rows=rows,
-        )
+        read, matrix = delta_scan(tokens, beta, log_decay, self.shape, state, rows)
         answer = rms_norm(read, self.output_norm, self.eps) * F.silu(gate)
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail)
 

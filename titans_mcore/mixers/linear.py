@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..linear.scan import CHUNK, SPAN
+from ..linear.scan import CHUNK, SPAN, linear_scan
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Workload
 from .kept import causal_conv
@@ -79,6 +79,40 @@ def key_norm(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + 1e-6) over the last axis, as the released DeltaNet and Gated DeltaNet have it."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def delta_scan(
+    tokens: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    shape: LinearShape,
+    state: LinearState | None,
+    rows: PackedRows | None,
+) -> tuple[Tensor, Tensor]:
+    """The delta rule over normalised queries and keys.
+
+    Args:
+        tokens: Queries, keys and values behind their convolution, (B, T, H, 2 K + V).
+        beta: Before its sigmoid, (B, T, H, 1).
+        log_decay: (B, T, H); None where nothing decays.
+        shape: K and V.
+        state: What an earlier piece left.
+        rows: Documents and padding.
+
+    Returns:
+        What linear_scan does.
+    """
+    q, k, v = tokens.split([shape.keys, shape.keys, shape.values], -1)
+    return linear_scan(
+        key_norm(q),
+        key_norm(k),
+        v,
+        log_decay,
+        widened(beta.squeeze(-1)).sigmoid(),
+        scale=shape.keys**-0.5,
+        state=None if state is None else state.matrix,
+        rows=rows,
+    )
 
 
 def widened(x: Tensor) -> Tensor:
