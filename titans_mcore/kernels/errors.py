@@ -134,7 +134,7 @@ def lower_share(loss, mass, key_square, delta_square):
 
     Args:
         loss: |M(k) - v|^2, (b,) like what follows.
-        mass: Of all steps of a chunk, were they like the token's.
+        mass: Of its steps, times Rule.crowd.
         key_square: |k|^2.
         delta_square: |delta|^2 at the first matrix.
     """

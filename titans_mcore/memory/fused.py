@@ -52,12 +52,12 @@ def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = No
 
 
 def chunk_mass(rule: Rule, theta: Tensor, eta: Tensor) -> Tensor | None:
-    """b theta / (1 - eta) of the first of two matrices, (g, N, b), from gates (L, g, N, b).
+    """Rule.crowd times theta / (1 - eta) of the first of two matrices, (g, N, b), from gates (L, g, N, b).
 
-    All that a chunk of steps like the token's will ever make; None where the rule holds no step of a lower matrix. What
+    None where the rule holds no step of a lower matrix. What
     the first of two matrices pulls is this times |k|^2 |delta|^2, which the kernels know.
     """
-    return rule.chunk_size * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
+    return rule.crowd(2) * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
 
 
 def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded: bool) -> str:

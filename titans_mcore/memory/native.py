@@ -122,7 +122,7 @@ def _setting(operation: Any, memory: Memory, chunks: Chunks, count: int = 1) -> 
         exact=rule.exact,
         holds_last=rule.holds_last,
         rms_limit=rule.rms_limit,
-        rule_chunk=rule.chunk_size,
+        crowd=rule.crowd(len(memory.initial)),
         smallest_decay=SMALLEST_DECAY,
         epsilon=LAYER_NORM_EPS,
     )

@@ -6,7 +6,8 @@
   (b = 1), not at the chunk's start: a chunk does not write the same correction b times. The network is linear in its
   last matrix, so that takes no more than products of keys; see chunk.py.
 - The steps of the matrices below, whose gradients are those at the chunk's start, are *held*: each removes at most
-  2 / b of its token's error, since all b may pull the same way.
+  2 / b of its token's error, since all b may pull the same way, and where chunks are long or memories deep at most
+  (8 / (b (L_M - 1)))^2, since what they make of the features is new to the last matrix at the next chunk.
 - Forgetting leads back to the learned M_0 instead of to zero: M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t.
 - The *state shell*: after a chunk's last token a matrix, or its momentum, whose root mean square is above a limit is
   scaled back to it. To a LayerNorm the size of a matrix is no information: what is stored stays, and what comes can
@@ -53,6 +54,10 @@ class Rule:
         limit = 3.0 if residual_norm else 16.0
         return cls(anchored=forgets, exact=True, holds_last=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
 
+    def crowd(self, depth: int) -> float:
+        """For L_M matrices: a step of those below the last removes at most 2 / crowd of its token's error."""
+        return max(self.chunk_size, (self.chunk_size * (depth - 1)) ** 2 / 32)
+
     def beyond(self, mean_square: Tensor) -> Tensor:
         """Where the state shell acts, for mean squares of matrices."""
         return mean_square > self.rms_limit**2
@@ -91,18 +96,17 @@ def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:
     return (LOSS_SLOPE * mass * input_square).clamp_min(1.0).reciprocal()
 
 
-def lower_step_share(loss: Tensor, pull: Tensor, chunk_size: int) -> Tensor:
+def lower_step_share(loss: Tensor, pull: Tensor, crowd: float) -> Tensor:
     """Factor on theta of the matrices below the last, the same for all of them; any shape.
 
-    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error. All b steps of a chunk may pull the
-    same way, and more than twice the error is what a memory does not come back from, so each removes 2 / b at most.
+    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error; 2 / crowd of it is the most.
 
     Args:
         loss: |M(k) - v|^2.
         pull: Sum over the matrices of theta / (1 - eta) |gradient|^2.
-        chunk_size: Tokens b.
+        crowd: Rule.crowd.
     """
-    allowed, asked = 4.0 * loss, chunk_size * pull
+    allowed, asked = 4.0 * loss, crowd * pull
     held = asked > allowed
     return torch.where(held, allowed / asked.masked_fill(~held, 1.0), 1.0)
 

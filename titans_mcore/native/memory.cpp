@@ -30,9 +30,9 @@
 // What operation.py passes; tensors are contiguous, N = rows * heads memories.
 struct Problem {
   int64_t rows, heads, chunks, size, group, depth, width[5];  // width: d_in of each matrix, then D
-  int64_t norm, anchored, exact, holds_last, closed, rule_chunk;
+  int64_t norm, anchored, exact, holds_last, closed;
   int64_t old;  // tokens of an open chunk that are worked out already
-  double rms_limit, smallest_decay, epsilon;
+  double rms_limit, crowd, smallest_decay, epsilon;
   const void *queries, *keys, *values, *theta, *eta, *alpha;  // (B, C b, H, D) and (B, C b, H, L)
   const void *scale, *shift;                                  // (H, D) or null
   const void* anchors[4];                                     // (H, d_in, d_out)
@@ -491,7 +491,7 @@ struct Walk {
   // the last one or all below it. A matrix asks for `slope` mass |h|^2; the share of all is allowed / asked.
   T slope_of(const Found& f, int l, int t) const {
     const T* d = f.delta[l] + t * ldo[l];
-    return l == L - 1 ? 2 : T(p.rule_chunk) * dot(ldo[l], d, d);
+    return l == L - 1 ? 2 : T(p.crowd) * dot(ldo[l], d, d);
   }
   T asked(const Found& f, int first, int end, int t) const {
     T all = 0;
@@ -655,7 +655,7 @@ struct Walk {
         of_mass[l][t] += of_asked * slope * square;
         add(ldi[l], 2 * of_asked * slope * f.mass[l][t], h, of_input[l] + t * ldi[l]);
         if (end == L) continue;
-        const T of_square = of_asked * T(p.rule_chunk) * f.mass[l][t] * square;
+        const T of_square = of_asked * T(p.crowd) * f.mass[l][t] * square;
         add(ldo[l], 2 * of_square, f.delta[l] + t * ldo[l], of_delta[l] + t * ldo[l]);
       }
     }

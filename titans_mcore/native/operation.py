@@ -22,8 +22,8 @@ _LINE = 64  # bytes; working memory begins with a line of the cache
 _FIELDS = {
     **dict.fromkeys(("rows", "heads", "chunks", "size", "group", "depth"), 1),
     "width": 5,
-    **dict.fromkeys(("norm", "anchored", "exact", "holds_last", "closed", "rule_chunk", "old"), 1),
-    **dict.fromkeys(("rms_limit", "smallest_decay", "epsilon"), 1),
+    **dict.fromkeys(("norm", "anchored", "exact", "holds_last", "closed", "old"), 1),
+    **dict.fromkeys(("rms_limit", "crowd", "smallest_decay", "epsilon"), 1),
     **dict.fromkeys(("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift"), 1),
     **dict.fromkeys(("anchors", "weights", "momentum", "fresh_weights", "fresh_momentum"), 4),
     **dict.fromkeys(("counts", "restarts"), 1),
@@ -52,7 +52,7 @@ class Setting(NamedTuple):
         exact: The rule's.
         holds_last: The rule's.
         rms_limit: The rule's.
-        rule_chunk: The rule's chunk_size.
+        crowd: The rule's, for its matrices.
         smallest_decay: Least 1 - eta of a step's mass.
         epsilon: LayerNorm's.
     """
@@ -64,7 +64,7 @@ class Setting(NamedTuple):
     exact: bool
     holds_last: bool
     rms_limit: float
-    rule_chunk: int
+    crowd: float
     smallest_decay: float
     epsilon: float
 
@@ -73,7 +73,7 @@ _ARGUMENTS = (
     "Tensor queries, Tensor keys, Tensor values, Tensor theta, Tensor eta, Tensor alpha, Tensor? scale, Tensor? shift,"
     " Tensor[] anchors, Tensor[] weights, Tensor[] momentum, Tensor[] fresh_weights, Tensor[] fresh_momentum,"
     " Tensor? counts, Tensor? restarts, int size, int group, bool closed, bool norm, bool exact, bool holds_last,"
-    " float rms_limit, int rule_chunk, float smallest_decay, float epsilon"
+    " float rms_limit, float crowd, float smallest_decay, float epsilon"
 )
 _TENSORS = 15  # arguments in front of the settings
 _NAMES = ("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift")
@@ -93,7 +93,7 @@ class _Call:
         queries, weights = tensors[0], tensors[9]
         batch, slots, heads, width = queries.shape
         self.like, self.held = queries, list[Tensor]()
-        size, group, closed, norm, exact, holds_last, rms_limit, rule_chunk, *rest = setting
+        size, group, closed, norm, exact, holds_last, *rest = setting
         widths = [*(w.shape[-2] for w in weights), width]
         for matrices in tensors[9:13]:
             for i, x in enumerate(matrices):
@@ -102,8 +102,8 @@ class _Call:
         # A list of words, not a ctypes.Structure, which takes longer to fill than a token to compute.
         self.memories, padding = batch * heads, [0] * (5 - len(widths))
         self.words = [batch, heads, slots // size, size, group, len(weights), *widths, *padding]
-        self.words += [int(norm), int(bool(tensors[8])), int(exact), int(holds_last), int(closed), rule_chunk, old]
-        self.words += struct.unpack("3q", struct.pack("3d", rms_limit, *rest))
+        self.words += [int(norm), int(bool(tensors[8])), int(exact), int(holds_last), int(closed), old]
+        self.words += struct.unpack("4q", struct.pack("4d", *rest))
         self.words += [0] * (_WORDS - len(self.words))
         for name, value in zip((*_NAMES, *_LISTS, "counts", "restarts"), tensors, strict=True):
             self.set(name, value)
