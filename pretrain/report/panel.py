@@ -1,5 +1,6 @@
 """A run as a panel in a terminal."""
 
+import itertools
 import statistics
 
 from rich.console import Group, RenderableType
@@ -14,6 +15,7 @@ from pretrain.report.step_line import clock
 
 _EVENTS = 5
 _OFTEN_HELD = 0.2
+_EVEN = 0.8  # of early_late
 
 
 def panel_of(name: str, history: History, now: float | None = None) -> RenderableType:
@@ -108,14 +110,26 @@ def _memory(history: History) -> Table:
 
 
 def memory_warnings(record: Record) -> list[str]:
-    """What is to be said of a look into the memories: blocks in which the safeguard acts more than seldom."""
-    shares = enumerate(record.get("held") or [])
-    blocks = [f"{block} ({share:.0%})" for block, share in shares if share is not None and share > _OFTEN_HELD]
-    if not blocks:
+    """What is to be said of a look into the memories: blocks in which the safeguard acts more than seldom, and where.
+
+    Held steps cost little where they are held all along a chunk alike, and much where a chunk's last tokens hardly
+    write; `early_late` tells the two apart.
+    """
+    shares, evenness = record.get("held") or [], record.get("early_late") or []
+    blocks = enumerate(itertools.zip_longest(shares, evenness))
+    often = [(block, share, late) for block, (share, late) in blocks if share is not None and share > _OFTEN_HELD]
+    if not often:
         return []
-    return [
+    held = (
         f"memory: steps are held, or weights scaled back, for more than {_OFTEN_HELD:.0%} of the tokens in block "
-        f"{', '.join(blocks)}: theta is not the step that is taken; lower model.theta_max or shorten model.chunk_size"
+        f"{', '.join(f'{block} ({share:.0%})' for block, share, _ in often)}"
+    )
+    uneven = [f"{block} ({late:.0%})" for block, _, late in often if late is not None and late < _EVEN]
+    if not uneven:
+        return [f"{held}, all along a chunk alike: theta is the most that a step can be"]
+    return [
+        f"{held}; a chunk's last quarter writes little beside its first in block {', '.join(uneven)}: "
+        "lower model.theta_max or shorten model.chunk_size"
     ]
 
 

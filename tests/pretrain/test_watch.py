@@ -13,7 +13,7 @@ from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
 from pretrain.report.history import History, Series, sparkline, thinned
 from pretrain.report.metrics import Metrics
-from pretrain.report.panel import panel_of
+from pretrain.report.panel import memory_warnings, panel_of
 from pretrain.report.plots import panels_of
 from pretrain.report.records import Follower, read_metrics, read_records
 
@@ -51,6 +51,26 @@ def watch(run_dir, *arguments, **environment) -> Job:
     names = [f"{name}={value}" for name, value in environment.items()]
     command = ["env", "-u", "DISPLAY", *names, sys.executable, "-m", "pretrain.watch", str(run_dir), *arguments]
     return Job(command, ROOT)
+
+
+@pytest.mark.parametrize(
+    ("held", "early_late", "words"),
+    [
+        ([0.1, 0.2], [0.5, 0.5], None),
+        ([0.1, 0.6], [0.5, 0.9], "block 1 (60%), all along a chunk alike"),
+        (
+            [0.3, 0.6],
+            [0.9, 0.5],
+            "block 0 (30%), 1 (60%); a chunk's last quarter writes little beside its first in block 1",
+        ),
+    ],
+)
+def test_blocks_whose_steps_are_often_held_are_named_and_whether_it_is_for_a_chunks_last_tokens(
+    held, early_late, words
+):
+    found = memory_warnings({"held": [*held, None], "early_late": [*early_late, None]})
+    assert len(found) == (words is not None)
+    assert all(words in sentence for sentence in found)
 
 
 def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_path):
