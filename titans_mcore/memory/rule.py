@@ -6,8 +6,8 @@
   (b = 1), not at the chunk's start: a chunk does not write the same correction b times. The network is linear in its
   last matrix, so that takes no more than products of keys; see chunk.py.
 - The steps of the matrices below, whose gradients are those at the chunk's start, are *held*: each removes at most
-  2 / b of its token's error, since all b may pull the same way, and behind a LayerNorm where chunks are long or memories
-  deep at most (8 / (b (L_M - 1)))^2, since what they make of its inputs is new to the last matrix at the next chunk.
+  2 / b of its token's error, since all b may pull the same way, and behind a LayerNorm, where chunks are long or
+  memories deep, at most 64 / (b^2 (L_M - 1)): what they make of its inputs is new to the last matrix at the next chunk.
 - Forgetting leads back to the learned M_0 instead of to zero: M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t.
 - The *state shell*: after a chunk's last token a matrix, or its momentum, whose root mean square is above a limit is
   scaled back to it. To a LayerNorm the size of a matrix is no information: what is stored stays, and what comes can
@@ -57,7 +57,7 @@ class Rule:
     def crowd(self, depth: int) -> float:
         """For L_M matrices: a step of those below the last removes at most 2 / crowd of its token's error."""
         b = self.chunk_size
-        return b if self.holds_last else max(b, (b * (depth - 1)) ** 2 / 32)
+        return b if self.holds_last else max(b, b**2 * (depth - 1) / 32)
 
     def beyond(self, mean_square: Tensor) -> Tensor:
         """Where the state shell acts, for mean squares of matrices."""
