@@ -63,5 +63,5 @@ class DeltaNet(LinearSpec):
 
     def kept(self, work: Workload) -> float:
         """Tokens before and behind convolution and SiLU, normalised keys; reads, normalised, scaled."""
-        keys, values, gathers = self.on_rank(work)
-        return work.w * (8 * keys + 6 * values) + gathers + wider(work) * (2 * keys + values)
+        keys, values, beside = self.on_rank(work)
+        return work.w * (8 * keys + 6 * values) + beside + wider(work) * (2 * keys + values)

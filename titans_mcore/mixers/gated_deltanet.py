@@ -80,5 +80,5 @@ class GatedDeltaNet(LinearSpec):
 
     def kept(self, work: Workload) -> float:
         """Projections, tokens before and behind convolution and SiLU, normalised keys; reads up to the product."""
-        keys, values, gathers = self.on_rank(work)
-        return work.w * 10 * (keys + values) + gathers + wider(work) * (2 * keys + values)
+        keys, values, beside = self.on_rank(work)
+        return work.w * 10 * (keys + values) + beside + wider(work) * (2 * keys + values)

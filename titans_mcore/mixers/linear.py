@@ -244,14 +244,13 @@ class LinearSpec(MixerSpec):
         return FLOAT32 * work.rows * heads * keys * values / work.ranks
 
     def states_kept(self, work: Workload) -> float:
-        """One for each span of the scan."""
-        return self.state_bytes(work) * math.ceil(work.length / SPAN)
+        """One for each span of the scan, and the one in front that comes from another rank."""
+        columns = self.columns(work) / self.shape(work.config).values
+        return self.state_bytes(work) * (columns * math.ceil(work.length / SPAN) + (work.before > 0))
 
     def at_work(self, work: Workload) -> float:
         """One span, forth and back: tokens in chunks and what becomes of them, masks and scores, a state a chunk."""
-        (heads, keys, values), size = self.shape(work.config), min(CHUNK, work.length)
-        if self.delta and work.before:
-            values += keys  # columns that stand for the state in front
+        (heads, keys, _), values, size = self.shape(work.config), self.columns(work), min(CHUNK, work.length)
         each = heads * (3 * keys + 8 * values + (7 if self.delta else 4) * size + 2 * keys * values / size)
         return 2 * FLOAT32 * work.rows * min(work.length, SPAN) * each / work.ranks
 
@@ -260,6 +259,11 @@ class LinearSpec(MixerSpec):
         own, shared = self.convolved_channels(work.config)
         tails = work.rows * work.w * (work.config.conv_kernel - 1) * (own // work.ranks + shared)
         return int(self.state_bytes(work)) + tails
+
+    def columns(self, work: Workload) -> int:
+        """Of a head's state in the scan: V, and K with the delta rule where the state in front is not there yet."""
+        _, keys, values = self.shape(work.config)
+        return values + (keys if self.delta and work.before else 0)
 
     def messages(self, config: TitansConfig) -> int:
         """One for S and one for each convolution."""
@@ -271,8 +275,13 @@ class LinearSpec(MixerSpec):
         return tokens * heads * (2 * keys * values + ((2 * size + 6 * keys) * keys if self.delta else 0))
 
     def on_rank(self, work: Workload) -> tuple[float, float, float]:
-        """Channels of keys and of values on a rank, and bytes of a token's gathers for the convolution's taps."""
+        """Channels of keys and of values on a rank, and bytes of a token's gathers for the convolution's taps.
+
+        Beside these, what the delta rule reads of a state in front that is not there yet, and what it reads else.
+        """
         heads, keys, values = self.shape(work.config)
         own, shared = self.convolved_channels(work.config)
-        gathers = (work.config.conv_kernel - 1) * work.w * (own / work.ranks + shared) if work.documents else 0.0
-        return keys * (1 if self.shared else heads / work.ranks), heads * values / work.ranks, gathers
+        beside = (work.config.conv_kernel - 1) * work.w * (own / work.ranks + shared) if work.documents else 0.0
+        if (columns := self.columns(work)) > values:
+            beside += work.w * heads * columns / work.ranks
+        return keys * (1 if self.shared else heads / work.ranks), heads * values / work.ranks, beside

@@ -121,17 +121,18 @@ class Mamba(LinearSpec):
         return 2 * FLOAT32 * tokens * 6 * _NUMBERS * 2 * work.config.dim / work.ranks
 
     def states_kept(self, work: Workload) -> float:
-        """One for each span of the scan."""
-        return self.state_bytes(work) * math.ceil(work.length / SELECTIVE_SPAN)
+        """One for each span of the scan, and the one in front that comes from another rank."""
+        return self.state_bytes(work) * (math.ceil(work.length / SELECTIVE_SPAN) + (work.before > 0))
 
     def kept(self, work: Workload) -> float:
         """u and z, u on its way through convolution and SiLU, its sum with the reads, the gate's SiLU, the product; in
-        float32 what time steps are made of, and they.
+        float32 what time steps are made of, and they; their sums where a state in front is read.
         """
         channels = 2 * work.config.dim / work.ranks
         _, _, gathers = self.on_rank(work)
         selected = time_step_rank(work.config) + 2 * _NUMBERS
-        return work.w * (8 * channels + selected) + 2 * FLOAT32 * channels + gathers
+        steps = (3 if work.before else 2) * FLOAT32 * channels
+        return work.w * (8 * channels + selected) + steps + gathers
 
     def reductions(self, work: Workload) -> Sums:
         """What W_x makes of all channels, and its gradient."""
