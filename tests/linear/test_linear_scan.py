@@ -80,6 +80,41 @@ def test_chunks_are_the_recurrence(kind: str, rows: tuple[bool, bool] | None) ->
     check(with_gradients(linear_scan, tokens, **given), with_gradients(linear_scan_naive, tokens, **given))
 
 
+class Late:
+    """A Handover of a state that is there when the tokens have been scanned without it."""
+
+    first, given = False, None
+
+    def __init__(self, state: Tensor) -> None:
+        self.state, self.sent = state, torch.empty(0)
+
+    def receive(self, like: Tensor) -> Tensor:
+        assert (like.shape, like.dtype, like.requires_grad) == (self.state.shape, self.state.dtype, True)
+        return self.state
+
+    def pass_on(self, state: Tensor, ahead: Tensor) -> Tensor:
+        self.sent = state
+        return ahead
+
+
+@pytest.mark.parametrize("rows", [None, (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_comes_after_the_tokens_were_scanned_counts_as_if_before(
+    kind: str, rows: tuple[bool, bool] | None
+) -> None:
+    tokens, given = problem(kind), {} if rows is None else {"rows": packed(*rows)}
+    if rows is not None and rows[0]:
+        given["rows"].starts[1, 0] = False  # a row whose first document goes on
+
+    def late(*, state: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        handover = Late(state)
+        read, after = linear_scan(**more, state=handover)
+        assert handover.sent is after
+        return read, after
+
+    check(with_gradients(late, tokens, **given), with_gradients(linear_scan, tokens, **given))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sequence_begins_with_nothing(kind: str) -> None:
     tokens = problem(kind)
