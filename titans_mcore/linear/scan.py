@@ -19,9 +19,9 @@ the chunk, e^(L_C - L) for those of one that ends inside it, e^L_C where another
 writes nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,21 +121,39 @@ class _Scan:
             reads.append(read)
         return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
 
+    def cut(self, begin: int, end: int) -> "_Scan":
+        """Some of the tokens."""
+        if (begin, end) == (0, self.values.shape[1]):
+            return self
+
+        def part(x: Any) -> Any:
+            return None if x is None else x[:, begin:end]
+
+        names = ("queries", "keys", "values", "log_decay", "beta")
+        rows = None if self.rows is None else PackedRows(part(self.rows.starts), part(self.rows.real))
+        return replace(self, **{name: part(getattr(self, name)) for name in names}, rows=rows)
+
+    @property
+    def goes_on(self) -> int:
+        """Tokens that have to do with a state before."""
+        return self.values.shape[1] if self.rows is None else self.rows.goes_on
+
     def fading(self) -> Opened:
         """Without a state before, of which tokens do nothing but let it fade: P_t is e^L_t."""
         reads, state = self.whole(None)
-        rates = self.values.new_zeros(self.values.shape[:3]) if self.log_decay is None else self.log_decay
-        rates = rates.to(self.wide)
-        if self.real is not None:
-            rates = rates.masked_fill(~self.real.unsqueeze(-1), 0.0)
+        length, rates = self.values.shape[1], self.log_decay
+        rates = self.values.new_zeros(self.values.shape[:3]) if rates is None else rates
+        queries, rates = (x[:, : self.goes_on] for x in (self.queries, rates.to(self.wide)))
+        if (real := self.real) is not None:
+            rates = rates.masked_fill(~real[:, : self.goes_on, None], 0.0)
         total = rates.cumsum(1)
         if (document := self.document) is not None:
-            total = total.masked_fill((document > 0).unsqueeze(-1), -torch.inf)
+            total = total.masked_fill(document[:, : self.goes_on, None] > 0, -torch.inf)
 
         def added(before: Tensor) -> Tensor:
-            spans = zip(self.queries.split(SPAN, 1), total.split(SPAN, 1), strict=True)
+            spans = zip(queries.split(SPAN, 1), total.split(SPAN, 1), strict=True)
             found = [Recomputed.apply(partial(_read_faded, self.scale), before, q, sums)[0] for q, sums in spans]
-            return found[0] if len(found) == 1 else torch.cat(found, 1)
+            return F.pad(torch.cat(found, 1), (0, 0, 0, 0, 0, length - self.goes_on))
 
         return Opened(reads, state, lambda before: total[:, -1, :, None, None].exp() * before, added)
 
@@ -144,17 +162,20 @@ class _Scan:
 
         They are scanned beside those of V, in which tokens write.
         """
-        width, like = self.values.shape[-1], self.nothing()
+        (length, _, width), like = self.values.shape[1:], self.nothing()
         eye = torch.eye(like.shape[-2], dtype=like.dtype, device=like.device)
-        reads, state = self.whole(torch.cat([like, eye.expand(*like.shape[:2], -1, -1)], -1))
-        own, through = state.split([width, len(eye)], -1)
-        seen = reads[..., width:]  # of I: what a state before is asked for
-        return Opened(
-            reads[..., :width],
-            own,
-            lambda before: through @ before,
-            lambda before: torch.einsum("bthk,bhkv->bthv", seen, before.to(seen.dtype)),
-        )
+        front = self.cut(0, self.goes_on)
+        both, state = front.whole(torch.cat([like, eye.expand(*like.shape[:2], -1, -1)], -1))
+        (reads, seen), (state, through) = (x.split([width, len(eye)], -1) for x in (both, state))
+        if self.goes_on < length:
+            behind, state = self.cut(self.goes_on, length).whole(state)
+            reads = torch.cat([reads, behind], 1)
+
+        def added(before: Tensor) -> Tensor:
+            found = torch.einsum("bthk,bhkv->bthv", seen, before.to(seen.dtype))
+            return F.pad(found, (0, 0, 0, 0, 0, length - self.goes_on))
+
+        return Opened(reads, state, lambda before: through @ before, added)
 
 
 class Layout(NamedTuple):

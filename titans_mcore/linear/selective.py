@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..memory import PackedRows
 from ..memory.checkpoint import Recomputed
@@ -68,7 +69,8 @@ def selective_scan(
     whole = partial(_whole, marks, rates, tokens)
     if state is None or isinstance(state, Tensor):
         return whole(state)
-    return handed_over(state, whole, partial(_opened, marks, rates, tokens))
+    goes_on = values.shape[1] if rows is None else rows.goes_on
+    return handed_over(state, whole, partial(_opened, marks, rates, tokens, goes_on))
 
 
 def _whole(marks: Marks, rates: Tensor, tokens: list[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,15 +86,13 @@ def _whole(marks: Marks, rates: Tensor, tokens: list[Tensor], state: Tensor | No
     return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
 
 
-def _opened(marks: Marks, rates: Tensor, tokens: list[Tensor]) -> Opened:
+def _opened(marks: Marks, rates: Tensor, tokens: list[Tensor], goes_on: int) -> Opened:
     """Without a state before: what P leaves of it after t tokens is exp(A sum D), each number by itself."""
-    _, steps, _, outputs = tokens
     reads, state = _whole(marks, rates, tokens, None)
-    steps = steps.to(state.dtype)
-    if marks.real is not None:
-        steps = steps.masked_fill(~marks.real.unsqueeze(-1), 0.0)
-    total = steps.cumsum(1)
-    over = None if marks.starts is None else marks.starts.cumsum(1) > 0
+    starts, real = (None if x is None else x[:, :goes_on] for x in marks)
+    steps, outputs = tokens[1][:, :goes_on].to(state.dtype), tokens[3][:, :goes_on]
+    total = (steps if real is None else steps.masked_fill(~real.unsqueeze(-1), 0.0)).cumsum(1)
+    over = None if starts is None else starts.cumsum(1) > 0
 
     def through(before: Tensor) -> Tensor:
         kept = (total[:, -1].unsqueeze(-1) * rates.to(total.dtype)).exp()
@@ -101,7 +101,8 @@ def _opened(marks: Marks, rates: Tensor, tokens: list[Tensor]) -> Opened:
     def added(before: Tensor) -> Tensor:
         spans = zip(total.split(SELECTIVE_SPAN, 1), outputs.split(SELECTIVE_SPAN, 1), strict=True)
         found = torch.cat([Recomputed.apply(_read_faded, before, rates, *span)[0] for span in spans], 1)
-        return found if over is None else found.masked_fill(over.unsqueeze(-1), 0.0)
+        found = found if over is None else found.masked_fill(over.unsqueeze(-1), 0.0)
+        return F.pad(found, (0, 0, 0, reads.shape[1] - goes_on))
 
     return Opened(reads, state, through, added)
 
