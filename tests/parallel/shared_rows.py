@@ -134,15 +134,15 @@ def rows_of(ranks: int, found: dict[str, Any]) -> list[dict[str, Any]]:
 PAGE = """# Ranks that share a row: at once, and as a wavefront
 
 One row of {tokens:,} tokens, forward and backward, {num_layers} layers, dim {dim}, float32, one thread a process; the
-least of {repeats} steps, in turn. `{command}`, {date}, on two cores that
-others used, too.
+least of {repeats} steps, in turn (`{command}`, {date}). On two cores
+that ten other processes used, too: what the clock says is mostly theirs.
 
 ```text
 {table}
 ```
 
 - efficiency: seconds of one process over the ranks' seconds times their number, as clocked. Four processes on two cores
-  cannot have more than 0.5.
+  cannot have more than 0.5; more than 1 is noise.
 - work: CPU seconds of all ranks over those of one process.
 - simulated: the efficiency that the ranks' CPU seconds have in the order of the work (`pretrain/plan/wavefront.py`)
   with a core for each and messages that take no time.

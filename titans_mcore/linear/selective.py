@@ -100,14 +100,14 @@ def _opened(marks: Marks, rates: Tensor, tokens: list[Tensor], goes_on: int) -> 
 
     def added(before: Tensor) -> Tensor:
         spans = zip(total.split(SELECTIVE_SPAN, 1), outputs.split(SELECTIVE_SPAN, 1), strict=True)
-        found = torch.cat([Recomputed.apply(_read_faded, before, rates, *span)[0] for span in spans], 1)
+        found = torch.cat([Recomputed.apply(_read_channels, before, rates, *span)[0] for span in spans], 1)
         found = found if over is None else found.masked_fill(over.unsqueeze(-1), 0.0)
         return F.pad(found, (0, 0, 0, reads.shape[1] - goes_on))
 
     return Opened(reads, state, through, added)
 
 
-def _read_faded(state: Tensor, rates: Tensor, total: Tensor, outputs: Tensor) -> tuple[Tensor]:
+def _read_channels(state: Tensor, rates: Tensor, total: Tensor, outputs: Tensor) -> tuple[Tensor]:
     """What is read of h (B, F, N) after time steps that come to total (B, T, F)."""
     held = (total.unsqueeze(-1) * rates.to(total.dtype)).exp() * state.unsqueeze(1)
     return ((held @ outputs.to(total.dtype).unsqueeze(-1)).squeeze(-1),)
