@@ -8,6 +8,7 @@ Writes OUTPUT/at_once.json and OUTPUT/at_once.md. Under torchrun the module is o
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -134,8 +135,8 @@ def rows_of(ranks: int, found: dict[str, Any]) -> list[dict[str, Any]]:
 PAGE = """# Ranks that share a row: at once, and as a wavefront
 
 One row of {tokens:,} tokens, forward and backward, {num_layers} layers, dim {dim}, float32, one thread a process; the
-least of {repeats} steps, in turn (`{command}`, {date}). On two cores
-that ten other processes used, too: what the clock says is mostly theirs.
+least of {repeats} steps, in turn (`{command}`, {date}).
+On {cores} cores under a load of {load:.0f}: where that is more than the ranks, the clock says what others did.
 
 ```text
 {table}
@@ -143,7 +144,8 @@ that ten other processes used, too: what the clock says is mostly theirs.
 
 - efficiency: seconds of one process over the ranks' seconds times their number, as clocked. Four processes on two cores
   cannot have more than 0.5; more than 1 is noise.
-- work: CPU seconds of all ranks over those of one process.
+- work: CPU seconds of all ranks over those of one process. A wavefront does no more than that: what it has above 1 is
+  short parts, and cores that are shared.
 - simulated: the efficiency that the ranks' CPU seconds have in the order of the work (`pretrain/plan/wavefront.py`)
   with a core for each and messages that take no time.
 """
@@ -170,10 +172,12 @@ def main() -> None:
     if asked.ranks == [0]:
         worker(asked.output, asked.tokens, asked.repeats)
         return
-    report: dict[str, Any] = {"command": f"python -m tests.parallel.shared_rows --output {asked.output}"}
+    report: dict[str, Any] = {"command": f"python -m tests.parallel.shared_rows {shlex.join(sys.argv[1:])}"}
     report |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "tokens": asked.tokens, "repeats": asked.repeats, "rows": []}
+    report |= {"cores": os.cpu_count(), "load": 0.0}
     for ranks in asked.ranks:
         report["rows"] += rows_of(ranks, run(ranks, asked.tokens, asked.repeats))
+        report["load"] = os.getloadavg()[2]
         asked.output.mkdir(parents=True, exist_ok=True)
         (asked.output / "at_once.json").write_text(json.dumps(report, indent=2) + "\n")
         (asked.output / "at_once.md").write_text(page(report))
