@@ -192,6 +192,18 @@ def test_half_precision_is_computed_in_float32() -> None:
     check([read, state], [wide.bfloat16(), expected], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_comes_late_is_read_in_float32_too(kind: str) -> None:
+    tokens = {name: x.detach().bfloat16() for name, x in problem(kind).items()}
+    state = tokens.pop("state").float()
+    state = state.requires_grad_()
+    tokens["values"].requires_grad_()  # a state that is received has its gradient from one that depends on it
+    (late, after), (read, expected) = (linear_scan(**tokens, state=s) for s in (Late(state), state))
+    assert (late.dtype, after.dtype) == (torch.bfloat16, torch.float32)
+    check([after], [expected], rtol=1e-5, atol=1e-5)
+    check([late], [read], rtol=2e-2, atol=2e-2)
+
+
 def test_nothing_but_what_came_is_kept_for_the_backward_pass() -> None:
     tokens = problem("gated_deltanet")
     kept: list[Tensor] = []

@@ -172,7 +172,7 @@ class _Scan:
             reads = torch.cat([reads, behind], 1)
 
         def added(before: Tensor) -> Tensor:
-            found = torch.einsum("bthk,bhkv->bthv", seen, before.to(seen.dtype))
+            found = Recomputed.apply(_read_replaced, before, seen)[0]
             return F.pad(found, (0, 0, 0, 0, 0, length - self.goes_on))
 
         return Opened(reads, state, lambda before: through @ before, added)
@@ -267,6 +267,11 @@ def _read_faded(scale: float, state: Tensor, queries: Tensor, total: Tensor) -> 
     asked = queries.to(state.dtype) * scale
     read = torch.einsum("btgk,bgrkv->btgrv", asked, state.unflatten(1, (groups, -1))).flatten(2, 3)
     return (read * total.exp().unsqueeze(-1),)
+
+
+def _read_replaced(state: Tensor, seen: Tensor) -> tuple[Tensor]:
+    """What is read of S (B, H, K, V) by what is read of I, (B, T, H, K)."""
+    return (torch.einsum("bthk,bhkv->bthv", seen.to(state.dtype), state),)
 
 
 def in_chunks_of(size: int, x: Tensor) -> Tensor:
