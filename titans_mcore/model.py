@@ -19,7 +19,7 @@ from .layers.norm import RMSNorm
 from .memory import PackedRows
 from .memory.checkpoint import keeping_scans
 from .parallel import padded_vocab_size
-from .parallel.context import ContextRelay, with_gradients
+from .parallel.context import ContextRelay, SharedState, with_gradients
 
 
 class TitansModel(MegatronModule):
@@ -87,7 +87,8 @@ class TitansModel(MegatronModule):
             starts: (B, T) bool, tokens that begin a document; memory, convolution and attention begin anew there.
                 None if none does.
             states: For rows that go on from pass to pass: what the pass before returned, which gets no gradient; an
-                empty list begins. None for rows that are whole.
+                empty list begins. None for rows that are whole. Of ranks that share rows, the first one's count, and
+                the last one's are returned to be gone on with.
 
         Returns:
             With labels the cross-entropy of each token in nats, float32 (B, T); without, the logits (B, T, V). Where
@@ -128,7 +129,6 @@ class TitansModel(MegatronModule):
 
     def _blocks(self, tokens: Tensor, states: list[Any] | None, rows: PackedRows | None) -> tuple[Tensor, list[Any]]:
         if self.relay is not None:
-            assert not states  # the rank before has them
             self.relay.begin()
         hidden = self.embedding(tokens)
         if not self.config.sequence_parallel:  # else Megatron has made it its layout, (T / TP, B, E)
@@ -138,10 +138,13 @@ class TitansModel(MegatronModule):
             state = states[index] if states else None
             if self.relay is not None or states is not None:
                 hidden = with_gradients(hidden, layer, mixer.beginnings)
-            if self.relay is not None:
-                state = self.relay.receive(mixer.state, hidden)
-            hidden, state = self._block(layer, hidden, state, rows)
-            if self.relay is not None:
+            if self.relay is None:
+                hidden, state = self._block(layer, hidden, state, rows)
+            elif mixer.composes:
+                hidden, state = self._block(layer, hidden, SharedState(self.relay, state), rows)
+            else:
+                state = self.relay.receive(mixer.state, hidden) if self.relay.rank else state
+                hidden, state = self._block(layer, hidden, state, rows)
                 hidden = self.relay.pass_on(state, hidden)
             after.append(state)
         return self.final_norm(hidden), after

@@ -216,7 +216,7 @@ class ParallelConfig:
     every head's matrices, which costs a sum over the ranks in every chunk; auto: heads where their number divides."""
     context: int = 1
     """Ranks that share the tokens of a row (context parallelism): each reads its part and hands the state of every
-    layer on to the next."""
+    layer on to the next, when it has read it or, where states compose (linear recurrences), before."""
     pipeline: int = 1
     """Always 1: pipeline parallelism is not supported."""
     zero_stage: int = 1

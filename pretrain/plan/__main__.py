@@ -160,7 +160,7 @@ def _notes(request: Request, bytes_on_rank: int) -> list[str]:
         pieces = request.config.model.vocab_size
         notes.append(f"a vocabulary of {pieces:,} pieces is assumed; --data.path DIR takes the data's")
     context, layers = request.config.parallel.context, request.config.model.num_layers
-    if context > layers:
+    if context > layers and not all(mixer.composes for mixer in request.config.model.mixers):
         notes.append(
             f"parallel.context {context} is more than {layers} layers: the wavefront gives at most {layers} times the "
             "speed of one rank, further ranks little but memory"

@@ -24,8 +24,9 @@ Ranks that share the memory's matrices ("hidden") gather the gradient of what it
 they have E channels in all, for each pass over the tokens, and sum inside it.
 
 Context group, for each micro-batch and layer: the state to the next rank behind a header that says what it is, its
-gradients to the rank before. Calls and bytes are what a rank sends that has both neighbours; bytes are the most, where
-the window is wider than a rank's tokens. Documents inside rows add masks and the chunk that a document has opened.
+gradients to the rank before. States that compose have no header, and convolutions' tails go by themselves. Calls and
+bytes are what a rank sends that has both neighbours; bytes are the most, where the window is wider than a rank's
+tokens. Documents inside rows add masks and the chunk that a document has opened.
 
 Data group, data x context ranks, with N numbers on a tensor-parallel rank, w bytes each as the backward pass makes
 them, n micro-batches:
@@ -147,9 +148,11 @@ def _hidden_memories(config: RunConfig, layout: Layout) -> _Part:
 
 def _context_group(config: RunConfig, layout: Layout) -> list[Collective]:
     n, work, mixers = layout.micro_batches, workload_of(config, layout), config.model.blocks
-    calls, size = n * len(mixers), n * sum(mixer.message(work) for mixer in mixers)
+    headers = n * sum(not mixer.composes for mixer in mixers)
+    calls, size = total_sums([(n * mixer.messages(config.model), n * mixer.message(work)) for mixer in mixers])
+    found = [Collective("context", "send", "headers, to the next rank", headers, headers * HEADER_BYTES)]
     return [
-        Collective("context", "send", "headers, to the next rank", calls, calls * HEADER_BYTES),
+        *(found if headers else []),
         Collective("context", "send", "states, to the next rank", calls, size),
         Collective("context", "send", "gradients of states, to the rank before", calls, size),
     ]

@@ -4,6 +4,7 @@
 
 A layer takes its share of the blocks' operations on one rank, twice that in the backward pass and once more where it is
 recomputed; the head all of its own. Messages go at the network's speed; other collectives are part of the utilisation.
+Ranks whose layers' states compose do more than one rank would, evenly over the layers, which counts as waiting.
 
 Operations are of floating-point numbers; a multiplication and an addition each count one:
 
@@ -66,8 +67,14 @@ def step_time(config: RunConfig, layout: Layout, parameters: list[Parameter], gp
     if layout.context > 1:
         # Of a layer, on average.
         size = sum(mixer.message(workload_of(config, layout)) for mixer in config.model.blocks) // layers
-        link = Link(size, size, gpu.network_bytes, _LATENCY_SECONDS)
-        efficiency = simulate([[work] * layout.context], link).efficiency
+        at_once = [block for block, mixer in enumerate(config.model.blocks) if mixer.composes]
+        link = Link(size, size, gpu.network_bytes, _LATENCY_SECONDS, at_once)
+        tokens = config.train.tokens_per_step
+        more = sum(mixer.composing_flops(config.model, tokens) for mixer in config.model.blocks) / layers / rate
+        passes = 1 if config.train.recompute == "none" else 2
+        longer = work._replace(forward=[forward + more] * layers, backward=[backward + (1 + passes) * more] * layers)
+        found = simulate([[longer] * layout.context], link)
+        efficiency = work.seconds / found.seconds
     return StepTime(layout.micro_batches * work.seconds / efficiency, again, efficiency)
 
 

@@ -15,10 +15,19 @@ no gaps. With equal times f and b of a layer, messages that take none, and no em
     efficiency = work of all ranks / (C x time of the step) = L / (L + C - 1)
 
 so that the time approaches 1 / L of one rank's, and more ranks than layers bring little but memory.
+
+Where a layer's states compose, a rank waits at the layer's end and not before it, and its state goes on when the one in
+front of it has come:
+
+    forward    start(r, l) = end(r, l - 1), end(r, l) = max(start + seconds, arrival of the state from rank r - 1)
+
+and in the backward pass likewise. Equal layers that are all so take L (f + b), and the messages of C - 1 ranks once
+each way. Among layers that are not, they do not shorten a wavefront of equal layers: every rank is behind its neighbour
+by the longest layer that it cannot begin before, whatever the others do.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,12 +65,14 @@ class Link(NamedTuple):
         backward_bytes: Bytes of its gradients.
         bytes_per_second: What one direction carries.
         latency_seconds: From the last byte's departure to its arrival.
+        at_once: Layers whose states compose.
     """
 
     forward_bytes: int = 0
     backward_bytes: int = 0
     bytes_per_second: float = math.inf
     latency_seconds: float = 0.0
+    at_once: Collection[int] = ()
 
 
 class Task(NamedTuple):
@@ -73,7 +84,7 @@ class Task(NamedTuple):
         direction: FORWARD or BACKWARD.
         layer: From 0.
         start: Seconds after the step's beginning.
-        end: Likewise.
+        end: Likewise; of a layer whose states compose, with what it waits.
     """
 
     micro_batch: int
@@ -142,8 +153,8 @@ def _pass(
         seconds, size = (own.forward, link.forward_bytes) if forth else (own.backward, link.backward_bytes)
         now, sent = free[rank] + (own.before if forth else own.head), 0.0
         for layer in range(len(seconds)) if forth else reversed(range(len(seconds))):
-            start = max(now, arrivals[layer])
-            now = start + seconds[layer]
+            start = now if layer in link.at_once else max(now, arrivals[layer])
+            now = max(start + seconds[layer], arrivals[layer])
             tasks.append(Task(micro_batch, rank, direction, layer, start, now))
             sent = max(now, sent) + size / link.bytes_per_second
             arrivals[layer] = sent + link.latency_seconds

@@ -80,6 +80,41 @@ def test_chunks_are_the_recurrence(kind: str, rows: tuple[bool, bool] | None) ->
     check(with_gradients(linear_scan, tokens, **given), with_gradients(linear_scan_naive, tokens, **given))
 
 
+class Late:
+    """A Handover of a state that is there when the tokens have been scanned without it."""
+
+    first, given = False, None
+
+    def __init__(self, state: Tensor) -> None:
+        self.state, self.sent = state, torch.empty(0)
+
+    def receive(self, like: Tensor) -> Tensor:
+        assert (like.shape, like.dtype, like.requires_grad) == (self.state.shape, self.state.dtype, True)
+        return self.state
+
+    def pass_on(self, state: Tensor, ahead: Tensor) -> Tensor:
+        self.sent = state
+        return ahead
+
+
+@pytest.mark.parametrize("rows", [None, (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_comes_after_the_tokens_were_scanned_counts_as_if_before(
+    kind: str, rows: tuple[bool, bool] | None
+) -> None:
+    tokens, given = problem(kind), {} if rows is None else {"rows": packed(*rows)}
+    if rows is not None and rows[0]:
+        given["rows"].starts[1, 0] = False  # a row whose first document goes on
+
+    def late(*, state: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        handover = Late(state)
+        read, after = linear_scan(**more, state=handover)
+        assert handover.sent is after
+        return read, after
+
+    check(with_gradients(late, tokens, **given), with_gradients(linear_scan, tokens, **given))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sequence_begins_with_nothing(kind: str) -> None:
     tokens = problem(kind)
@@ -155,6 +190,18 @@ def test_half_precision_is_computed_in_float32() -> None:
     wide, expected = linear_scan(**{name: x.float() for name, x in tokens.items()})
     assert (read.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     check([read, state], [wide.bfloat16(), expected], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_comes_late_is_read_in_float32_too(kind: str) -> None:
+    tokens = {name: x.detach().bfloat16() for name, x in problem(kind).items()}
+    state = tokens.pop("state").float()
+    state = state.requires_grad_()
+    tokens["values"].requires_grad_()  # a state that is received has its gradient from one that depends on it
+    (late, after), (read, expected) = (linear_scan(**tokens, state=s) for s in (Late(state), state))
+    assert (late.dtype, after.dtype) == (torch.bfloat16, torch.float32)
+    check([after], [expected], rtol=1e-5, atol=1e-5)
+    check([late], [read], rtol=2e-2, atol=2e-2)
 
 
 def test_nothing_but_what_came_is_kept_for_the_backward_pass() -> None:

@@ -10,7 +10,7 @@ from titans_mcore.linear import selective, selective_scan
 from titans_mcore.linear.naive import selective_scan_naive
 from titans_mcore.memory import PackedRows
 
-from .test_linear_scan import LENGTH, REAL, ROWS, check, packed
+from .test_linear_scan import LENGTH, REAL, ROWS, Late, check, packed
 
 CHANNELS, NUMBERS = 6, 3
 
@@ -52,6 +52,16 @@ def with_gradients(function: Any, tokens: dict[str, Any], rows: PackedRows | Non
 def test_chunks_are_the_recurrence(rows: tuple[bool, bool] | None) -> None:
     given = None if rows is None else packed(*rows)
     check(with_gradients(selective_scan, problem(), given), with_gradients(selective_scan_naive, problem(), given))
+
+
+@pytest.mark.parametrize("rows", [None, (True, False), (False, True), (True, True)])
+def test_a_state_that_comes_after_the_tokens_were_scanned_counts_as_if_before(rows: tuple[bool, bool] | None) -> None:
+    given = None if rows is None else packed(*rows)
+
+    def late(*, state: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        return selective_scan(**more, state=Late(state))
+
+    check(with_gradients(late, problem(), given), with_gradients(selective_scan, problem(), given))
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [8] * 6 + [5], [1, 23, 2, 27]])

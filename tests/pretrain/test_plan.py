@@ -195,6 +195,22 @@ def test_ranks_that_share_a_row_wait_as_the_wavefront_says():
         assert shared["ranks"][0]["parts"][part] == pytest.approx(alone["ranks"][0]["parts"][part] / 8, rel=1e-6)
 
 
+@pytest.mark.parametrize("variant", [name for name, mixer in MIXERS.items() if mixer.composes])
+def test_ranks_whose_states_compose_lose_what_they_do_more_and_a_messages_way(variant):
+    ranks, length = 8, 2**18
+    words = ("--gpus", str(ranks), "--parallel.context", str(ranks), "--train.global-batch", "1")
+    words += ("--train.sequence-length", str(length), "--train.micro-batch", "1", "--config")
+    found = planned(*words, f"{variant}_340m")
+    model, total = MIXERS[variant], found["step"]["flops"]["total"]
+    more = 3 * 24 * model.composing_flops(TitansConfig(variant=variant, dim=1024, num_heads=16), length)
+    assert found["time"]["wavefront_efficiency"] == pytest.approx(total / (total + more), rel=0.01)
+    # One block of two is attention, which ends the advantage; many ranks are no fault of a model that has it.
+    assert planned(*words, "samba_340m")["time"]["wavefront_efficiency"] < 0.8
+    many = planned(*words, f"{variant}_340m", "--gpus", "64", "--parallel.context", "64")
+    assert many["time"]["wavefront_efficiency"] > 2.5 * 24 / (24 + 63)
+    assert not any("wavefront" in note for note in many["notes"])
+
+
 def test_messages_between_ranks_do_not_grow_with_the_row():
     def sent(length: int) -> list[dict]:
         found = planned(

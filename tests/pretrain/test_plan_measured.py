@@ -69,7 +69,7 @@ HIDDEN = [
     for variant in MEMORY
 ]
 CONTEXT = [
-    *(f"--parallel.context 2 --model.variant {variant}" for variant in ATTENTION + LINEAR),
+    *(f"--parallel.context 2 --model.variant {variant}" for variant in [*ATTENTION, *LINEAR, "mamba2+transformer"]),
     "--parallel.context 2 --model.variant lmm --train.precision bf16",
 ]
 DATA = [
@@ -235,13 +235,14 @@ def test_the_tensor_groups_collectives_are_counted_to_the_byte(measured, planned
 
 @pytest.mark.parametrize("layout", CONTEXT)
 def test_the_messages_between_context_parallel_ranks_are_counted_to_the_byte(everyones, planned, layout):
-    # The first of two ranks sends states behind headers, the last sends gradients.
-    rows = [row for row in planned(2, *layout.split())["collectives"] if row["group"] == "context"]
-    headers, states, gradients = ({"calls": row["calls"], "sent": row["bytes"]} for row in rows)
-    for kind in ("calls", "sent"):
+    # The first of two ranks sends states, some behind headers, the last sends gradients.
+    rows = {row["purpose"]: row for row in planned(2, *layout.split())["collectives"] if row["group"] == "context"}
+    for kind, of_row in (("calls", "calls"), ("sent", "bytes")):
         first, last = (everyones[rank][layout][kind] for rank in (0, 1))
-        assert (first["header send"], first["context send"]) == (headers[kind], states[kind])
-        assert last["context send"] == gradients[kind]
+        headers = rows.get("headers, to the next rank", {of_row: 0})
+        assert first.get("header send", 0) == headers[of_row]
+        assert first["context send"] == rows["states, to the next rank"][of_row]
+        assert last["context send"] == rows["gradients of states, to the rank before"][of_row]
 
 
 @pytest.mark.parametrize("layout", HIDDEN)

@@ -25,7 +25,8 @@ def any_work(draw: st.DrawFn, micro_batches: int = 2) -> list[list[Work]]:
 
 
 def any_link(bytes_per_second: float = 1e9) -> st.SearchStrategy[Link]:
-    return st.builds(Link, st.integers(0, 10**9), st.integers(0, 10**9), st.just(bytes_per_second), SECONDS)
+    sizes, at_once = st.integers(0, 10**9), st.frozensets(st.integers(0, 3))
+    return st.builds(Link, sizes, sizes, st.just(bytes_per_second), SECONDS, at_once)
 
 
 @pytest.mark.parametrize(("layers", "ranks", "n"), list(product((1, 3, 24), (1, 2, 8, 512), (1, 3))))
@@ -42,6 +43,21 @@ def test_the_head_of_all_ranks_but_the_last_hides_in_their_waiting():
 def test_a_message_delays_every_rank_behind_it():
     link = Link(forward_bytes=10, backward_bytes=20, bytes_per_second=100, latency_seconds=0.05)
     assert simulate(equal(4, 3), link).seconds == pytest.approx((4 + 3 - 1) * 3 + 2 * (0.15 + 0.25))
+
+
+@pytest.mark.parametrize(("layers", "ranks"), list(product((1, 3, 24), (1, 2, 8, 512))))
+def test_layers_whose_states_compose_wait_for_messages_alone_and_once_each_way(layers, ranks):
+    link = Link(10, 20, bytes_per_second=100, latency_seconds=0.05, at_once=range(layers))
+    assert simulate(equal(layers, ranks)).seconds == pytest.approx((layers + ranks - 1) * 3)
+    assert simulate(equal(layers, ranks), link).seconds == pytest.approx(layers * 3 + (ranks - 1) * (0.15 + 0.25))
+
+
+def test_one_layer_whose_state_does_not_compose_makes_a_wavefront_of_equal_layers():
+    mixed = simulate(equal(24, 8), Link(at_once=range(23)))
+    assert mixed.seconds == pytest.approx((24 + 8 - 1) * 3)
+    # A short one makes a short one.
+    work = Work([1.0] * 23 + [0.1], [2.0] * 23 + [0.2])
+    assert simulate([[work] * 8], Link(at_once=range(23))).seconds == pytest.approx(23 * 3 + 8 * 0.3)
 
 
 def test_a_link_that_is_slower_than_the_layers_sets_the_pace():
@@ -63,6 +79,7 @@ def test_efficiency_is_a_share_and_idle_time_is_the_rest_of_it(work, link):
 @given(any_work(), any_link())
 def test_no_task_begins_before_what_it_needs(work, link):
     ends = {(t.micro_batch, t.rank, t.direction, t.layer): t.end for t in simulate(work, link).tasks}
+    seconds = link.latency_seconds
     for task in simulate(work, link).tasks:
         step = 1 if task.direction == FORWARD else -1
         at = (task.micro_batch, task.direction, task.layer)
@@ -71,7 +88,9 @@ def test_no_task_begins_before_what_it_needs(work, link):
         turned = (task.micro_batch, task.rank, FORWARD, task.layer) if task.direction == BACKWARD else None
         for needed in (own, neighbour, turned):
             if needed in ends:
-                assert task.start >= ends[needed] - 1e-9
+                # Where states compose the neighbour's is needed at the end.
+                late = needed == neighbour and task.layer in link.at_once
+                assert (task.end - seconds if late else task.start) >= ends[needed] - 1e-9
 
 
 @given(any_work(1), any_link(), st.data())

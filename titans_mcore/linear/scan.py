@@ -19,14 +19,17 @@ the chunk, e^(L_C - L) for those of one that ends inside it, e^L_C where another
 writes nothing.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..memory import PackedRows
 from ..memory.checkpoint import Recomputed
+from .handover import Handover, Opened, handed_over
 
 CHUNK = 64  # tokens
 SPAN = 2048  # tokens between two states that are kept for the backward pass, which works out what is inside again
@@ -40,7 +43,7 @@ def linear_scan(
     beta: Tensor | None = None,
     *,
     scale: float = 1.0,
-    state: Tensor | None = None,
+    state: Tensor | Handover | None = None,
     rows: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Writes and reads every token.
@@ -53,7 +56,8 @@ def linear_scan(
         beta: How much of what a key stands for is replaced, (B, T, H), for the delta rule, which wants G = H; None for
             a state that is added to.
         scale: Of what is read.
-        state: S before the first token, (B, H, K, V); None is 0.
+        state: S before the first token, (B, H, K, V); None is 0. Or where it comes from, when the tokens have been read
+            without it: handover.py.
         rows: Documents and padding. Padding may stand anywhere, and what is read there means nothing.
 
     Returns:
@@ -62,23 +66,116 @@ def linear_scan(
     Raises:
         ValueError: Shapes do not fit together.
     """
-    _check(queries, keys, values, log_decay, beta, state)
-    wide = torch.promote_types(values.dtype, torch.float32)
-    if state is None:
-        state = values.new_zeros(len(values), values.shape[2], keys.shape[-1], values.shape[-1], dtype=wide)
-    tokens = [queries, keys, values, log_decay, beta]
-    document = None if rows is None or rows.starts is None else rows.starts.to(values.device).cumsum(1)
-    real = None if rows is None or rows.real is None else rows.real.to(values.device)
-    reads = []
-    for begin in range(0, values.shape[1], SPAN):
-        span = slice(begin, begin + SPAN)
-        part = [None if x is None else x[:, span] for x in tokens]
-        before = None if document is None else document[:, begin - 1] if begin else document[:, 0] * 0
-        here, there = (None if x is None else x[:, span] for x in (document, real))
-        layout = Layout(scale, here, there, before)
-        read, state = Recomputed.apply(partial(in_chunks, layout), state.to(wide), *part)
-        reads.append(read)
-    return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
+    held = state if state is None or isinstance(state, Tensor) else state.given
+    _check(queries, keys, values, log_decay, beta, held)
+    scan = _Scan(queries, keys, values, log_decay, beta, scale, rows)
+    if state is None or isinstance(state, Tensor):
+        return scan.whole(state)
+    return handed_over(state, scan.whole, scan.fading if beta is None else scan.replacing)
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """linear_scan of its arguments."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    scale: float
+    rows: PackedRows | None
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.values.dtype, torch.float32)
+
+    @property
+    def document(self) -> Tensor | None:
+        """Number of each token's, 0 for the one that goes on from before."""
+        starts = None if self.rows is None else self.rows.starts
+        return None if starts is None else starts.to(self.values.device).cumsum(1)
+
+    @property
+    def real(self) -> Tensor | None:
+        real = None if self.rows is None else self.rows.real
+        return None if real is None else real.to(self.values.device)
+
+    def nothing(self) -> Tensor:
+        """The state before a sequence."""
+        batch, _, heads, width = self.values.shape
+        return self.values.new_zeros(batch, heads, self.keys.shape[-1], width, dtype=self.wide)
+
+    def whole(self, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Span by span from a state."""
+        state = self.nothing() if state is None else state
+        tokens = [self.queries, self.keys, self.values, self.log_decay, self.beta]
+        document, real, reads = self.document, self.real, []
+        for begin in range(0, self.values.shape[1], SPAN):
+            span = slice(begin, begin + SPAN)
+            part = [None if x is None else x[:, span] for x in tokens]
+            before = None if document is None else document[:, begin - 1] if begin else document[:, 0] * 0
+            here, there = (None if x is None else x[:, span] for x in (document, real))
+            layout = Layout(self.scale, here, there, before)
+            read, state = Recomputed.apply(partial(in_chunks, layout), state.to(self.wide), *part)
+            reads.append(read)
+        return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
+
+    def cut(self, begin: int, end: int) -> "_Scan":
+        """Some of the tokens."""
+        if (begin, end) == (0, self.values.shape[1]):
+            return self
+
+        def part(x: Any) -> Any:
+            return None if x is None else x[:, begin:end]
+
+        names = ("queries", "keys", "values", "log_decay", "beta")
+        rows = None if self.rows is None else PackedRows(part(self.rows.starts), part(self.rows.real))
+        return replace(self, **{name: part(getattr(self, name)) for name in names}, rows=rows)
+
+    @property
+    def goes_on(self) -> int:
+        """Tokens that have to do with a state before."""
+        return self.values.shape[1] if self.rows is None else self.rows.goes_on
+
+    def fading(self) -> Opened:
+        """Without a state before, of which tokens do nothing but let it fade: P_t is e^L_t."""
+        reads, state = self.whole(None)
+        length, rates = self.values.shape[1], self.log_decay
+        rates = self.values.new_zeros(self.values.shape[:3]) if rates is None else rates
+        queries, rates = (x[:, : self.goes_on] for x in (self.queries, rates.to(self.wide)))
+        if (real := self.real) is not None:
+            rates = rates.masked_fill(~real[:, : self.goes_on, None], 0.0)
+        total = rates.cumsum(1)
+        if (document := self.document) is not None:
+            total = total.masked_fill(document[:, : self.goes_on, None] > 0, -torch.inf)
+
+        def added(before: Tensor) -> Tensor:
+            spans = zip(queries.split(SPAN, 1), total.split(SPAN, 1), strict=True)
+            found = [Recomputed.apply(partial(_read_faded, self.scale), before, q, sums)[0] for q, sums in spans]
+            return F.pad(torch.cat(found, 1), (0, 0, 0, 0, 0, length - self.goes_on))
+
+        return Opened(reads, state, lambda before: total[:, -1, :, None, None].exp() * before, added)
+
+    def replacing(self) -> Opened:
+        """Without a state before, of which the delta rule replaces parts: what it makes of K columns of I, is P.
+
+        They are scanned beside those of V, in which tokens write.
+        """
+        (length, _, width), like = self.values.shape[1:], self.nothing()
+        eye = torch.eye(like.shape[-2], dtype=like.dtype, device=like.device)
+        front = self.cut(0, self.goes_on)
+        both, state = front.whole(torch.cat([like, eye.expand(*like.shape[:2], -1, -1)], -1))
+        (reads, seen), (state, through) = (x.split([width, len(eye)], -1) for x in (both, state))
+        if self.goes_on < length:
+            behind, state = self.cut(self.goes_on, length).whole(state)
+            reads = torch.cat([reads, behind], 1)
+
+        def added(before: Tensor) -> Tensor:
+            found = Recomputed.apply(_read_replaced, before, seen)[0]
+            return F.pad(found, (0, 0, 0, 0, 0, length - self.goes_on))
+
+        return Opened(reads, state, lambda before: through @ before, added)
 
 
 class Layout(NamedTuple):
@@ -109,7 +206,8 @@ def in_chunks(
     """linear_scan of one span: everything but the loop over states at once for all n chunks of C tokens.
 
     Shapes inside are (B, n, G, C, K) for queries and keys, (B, n, G, R, C, V) for the values of the R heads of a group,
-    (B, n, G, R, C) for a number a token, and (B, G, R, K, V) for states.
+    (B, n, G, R, C) for a number a token, and (B, G, R, K, V) for states. With the delta rule states may have more
+    columns than values: nothing is written in these.
     """
     (batch, length, heads, width), groups, wide = values.shape, keys.shape[2], state.dtype
     size = min(CHUNK, length)
@@ -151,6 +249,7 @@ def in_chunks(
         sides = torch.cat([rate * v, rate * from_before * own_keys], -1)
         solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
         alone, through = solved.split([width, k.shape[-1]], -1)
+        alone = F.pad(alone, (0, state.shape[-1] - width))
         for chunk in range(v.shape[1]):
             states.append(matrix)
             writes.append(alone[:, chunk] - through[:, chunk] @ matrix)
@@ -158,8 +257,21 @@ def in_chunks(
         written = torch.stack(writes, 1)
     read = (q @ k.mT).unsqueeze(3) * decay @ written
     read = read + from_before * torch.einsum("bngtk,bngrkv->bngrtv", q, torch.stack(states, 1))
-    read = read.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, width)[:, :length]
+    read = read.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, state.shape[-1])[:, :length]
     return read.to(values.dtype), matrix.flatten(1, 2)
+
+
+def _read_faded(scale: float, state: Tensor, queries: Tensor, total: Tensor) -> tuple[Tensor]:
+    """scale e^L Q S, (B, T, H, V), of S (B, H, K, V), Q (B, T, G, K) and L (B, T, H)."""
+    groups = queries.shape[2]
+    asked = queries.to(state.dtype) * scale
+    read = torch.einsum("btgk,bgrkv->btgrv", asked, state.unflatten(1, (groups, -1))).flatten(2, 3)
+    return (read * total.exp().unsqueeze(-1),)
+
+
+def _read_replaced(state: Tensor, seen: Tensor) -> tuple[Tensor]:
+    """What is read of S (B, H, K, V) by what is read of I, (B, T, H, K)."""
+    return (torch.einsum("bthk,bhkv->bthv", seen.to(state.dtype), state),)
 
 
 def in_chunks_of(size: int, x: Tensor) -> Tensor:

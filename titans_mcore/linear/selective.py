@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..memory import PackedRows
 from ..memory.checkpoint import Recomputed
+from .handover import Handover, Opened, handed_over
 from .scan import in_chunks_of
 
 SELECTIVE_CHUNK = 16  # tokens
@@ -43,7 +45,7 @@ def selective_scan(
     inputs: Tensor,
     outputs: Tensor,
     *,
-    state: Tensor | None = None,
+    state: Tensor | Handover | None = None,
     rows: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Writes and reads every token.
@@ -54,24 +56,61 @@ def selective_scan(
         rates: A (F, N), 0 or less.
         inputs: B (B, T, N).
         outputs: C (B, T, N).
-        state: h before the first token, (B, F, N); None is 0.
+        state: h before the first token, (B, F, N); None is 0. Or where it comes from, when the tokens have been read
+            without it: handover.py.
         rows: Documents and padding. Padding may stand anywhere, and what is read there means nothing.
 
     Returns:
         y (B, T, F) in the dtype of the values, and h after the last token, float32 (float64 where values are).
     """
-    wide = torch.promote_types(values.dtype, torch.float32)
+    masks = (None, None) if rows is None else (rows.starts, rows.real)
+    marks = Marks(*(None if x is None else x.to(values.device) for x in masks))
+    tokens = [values, steps, inputs, outputs]
+    whole = partial(_whole, marks, rates, tokens)
+    if state is None or isinstance(state, Tensor):
+        return whole(state)
+    goes_on = values.shape[1] if rows is None else rows.goes_on
+    return handed_over(state, whole, partial(_opened, marks, rates, tokens, goes_on))
+
+
+def _whole(marks: Marks, rates: Tensor, tokens: list[Tensor], state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Span by span from a state."""
+    values, wide, reads = tokens[0], torch.promote_types(tokens[0].dtype, torch.float32), []
     if state is None:
         state = values.new_zeros(len(values), *rates.shape, dtype=wide)
-    marks = (None, None) if rows is None else (rows.starts, rows.real)
-    reads = []
     for begin in range(0, values.shape[1], SELECTIVE_SPAN):
         span = slice(begin, begin + SELECTIVE_SPAN)
-        part = [x[:, span] for x in (values, steps, inputs, outputs)]
-        here = Marks(*(None if x is None else x[:, span].to(values.device) for x in marks))
-        read, state = Recomputed.apply(partial(_span, here), state.to(wide), rates, *part)
+        here = Marks(*(None if x is None else x[:, span] for x in marks))
+        read, state = Recomputed.apply(partial(_span, here), state.to(wide), rates, *(x[:, span] for x in tokens))
         reads.append(read)
     return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
+
+
+def _opened(marks: Marks, rates: Tensor, tokens: list[Tensor], goes_on: int) -> Opened:
+    """Without a state before: what P leaves of it after t tokens is exp(A sum D), each number by itself."""
+    reads, state = _whole(marks, rates, tokens, None)
+    starts, real = (None if x is None else x[:, :goes_on] for x in marks)
+    steps, outputs = tokens[1][:, :goes_on].to(state.dtype), tokens[3][:, :goes_on]
+    total = (steps if real is None else steps.masked_fill(~real.unsqueeze(-1), 0.0)).cumsum(1)
+    over = None if starts is None else starts.cumsum(1) > 0
+
+    def through(before: Tensor) -> Tensor:
+        kept = (total[:, -1].unsqueeze(-1) * rates.to(total.dtype)).exp()
+        return before * (kept if over is None else kept.masked_fill(over[:, -1, None, None], 0.0))
+
+    def added(before: Tensor) -> Tensor:
+        spans = zip(total.split(SELECTIVE_SPAN, 1), outputs.split(SELECTIVE_SPAN, 1), strict=True)
+        found = torch.cat([Recomputed.apply(_read_channels, before, rates, *span)[0] for span in spans], 1)
+        found = found if over is None else found.masked_fill(over.unsqueeze(-1), 0.0)
+        return F.pad(found, (0, 0, 0, reads.shape[1] - goes_on))
+
+    return Opened(reads, state, through, added)
+
+
+def _read_channels(state: Tensor, rates: Tensor, total: Tensor, outputs: Tensor) -> tuple[Tensor]:
+    """What is read of h (B, F, N) after time steps that come to total (B, T, F)."""
+    held = (total.unsqueeze(-1) * rates.to(total.dtype)).exp() * state.unsqueeze(1)
+    return ((held @ outputs.to(total.dtype).unsqueeze(-1)).squeeze(-1),)
 
 
 def _span(

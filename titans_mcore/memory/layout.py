@@ -168,6 +168,14 @@ class PackedRows:
         return self.documents.amax(1).clamp_min(0)
 
     @cached_property
+    def goes_on(self) -> int:
+        """Tokens up to which some row is in the document from before: behind, none is. All, if one has no other."""
+        if self.starts is None:
+            return self.shape[1]
+        first = torch.where(self.starts.any(1), self.starts.long().argmax(1) + 1, self.shape[1])
+        return int(first.max())
+
+    @cached_property
     def positions(self) -> Tensor:
         """Place of each token in its document, counted from the piece's first token for one that goes on, (B, T)."""
         place = torch.arange(self.shape[1], device=self.documents.device).expand(self.shape)

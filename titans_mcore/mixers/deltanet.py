@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import TitansConfig
 from ..memory import PackedRows
 from .costs import Workload
-from .linear import LinearSpec, LinearState, convolved, delta_scan, initial_taps, wider
+from .linear import Earlier, LinearSpec, LinearState, convolved, delta_scan, initial_taps, wider
 from .parts import FromParts, Parts, heads_of, linear, rms_norm
 from .spec import register
 
@@ -35,14 +35,12 @@ class DeltaNetMixer(FromParts):
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
         self.output = self.parts.last_row(heads * values, config.dim)
 
-    def forward(
-        self, x: Tensor, state: LinearState | None, rows: PackedRows | None = None
-    ) -> tuple[Tensor, LinearState]:
+    def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         _, keys, values = self.shape
         projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
         tokens, beta = projected.split([2 * keys + values, 1], -1)
-        tokens, tail = convolved(tokens, None if state is None else state.tail, self.kernel, rows)
+        tokens, tail = convolved(tokens, None if state is None else state.part("tail"), self.kernel, rows)
         read, matrix = delta_scan(tokens, beta, None, self.shape, state, rows)
         answer = rms_norm(read, self.output_norm, self.eps)
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail)
@@ -65,5 +63,5 @@ class DeltaNet(LinearSpec):
 
     def kept(self, work: Workload) -> float:
         """Tokens before and behind convolution and SiLU, normalised keys; reads, normalised, scaled."""
-        keys, values, gathers = self.on_rank(work)
-        return work.w * (8 * keys + 6 * values) + gathers + wider(work) * (2 * keys + values)
+        keys, values, beside = self.on_rank(work)
+        return work.w * (8 * keys + 6 * values) + beside + wider(work) * (2 * keys + values)

@@ -15,6 +15,7 @@ from ..config import TitansConfig
 from ..memory import PackedRows
 from .costs import Workload
 from .linear import (
+    Earlier,
     LinearSpec,
     LinearState,
     convolved,
@@ -49,14 +50,12 @@ class GatedDeltaNetMixer(FromParts):
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
         self.output = self.parts.last_row(heads * values, config.dim)
 
-    def forward(
-        self, x: Tensor, state: LinearState | None, rows: PackedRows | None = None
-    ) -> tuple[Tensor, LinearState]:
+    def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         _, keys, values = self.shape
         projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
         tokens, gate, beta, step = projected.split([2 * keys + values, values, 1, 1], -1)
-        tokens, tail = convolved(tokens, None if state is None else state.tail, self.kernel, rows)
+        tokens, tail = convolved(tokens, None if state is None else state.part("tail"), self.kernel, rows)
         log_decay = -widened(self.A_log).exp() * F.softplus(widened(step.squeeze(-1)) + widened(self.dt_bias))
         read, matrix = delta_scan(tokens, beta, log_decay, self.shape, state, rows)
         answer = rms_norm(read, self.output_norm, self.eps) * F.silu(gate)
@@ -81,5 +80,5 @@ class GatedDeltaNet(LinearSpec):
 
     def kept(self, work: Workload) -> float:
         """Projections, tokens before and behind convolution and SiLU, normalised keys; reads up to the product."""
-        keys, values, gathers = self.on_rank(work)
-        return work.w * 10 * (keys + values) + gathers + wider(work) * (2 * keys + values)
+        keys, values, beside = self.on_rank(work)
+        return work.w * 10 * (keys + values) + beside + wider(work) * (2 * keys + values)

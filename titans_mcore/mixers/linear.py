@@ -5,14 +5,16 @@ all of the project's, and convolutions as PyTorch's do, which is what the releas
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import TitansConfig
+from ..linear.handover import Handover
 from ..linear.scan import CHUNK, SPAN, linear_scan
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Workload
@@ -39,7 +41,7 @@ class LinearState(TensorTree):
     """What such a mixer carries through time.
 
     Attributes:
-        matrix: S of every head, (B, H, K, V), float32 at least.
+        matrix: S of every head, (B, H, K, V), float32 at least; of Mamba (B, F, N).
         tail: The last tokens that went into the convolution, (B, taps - 1, H, F); None without one.
         shared_tail: Likewise of what all heads share, (B, taps - 1, 1, F); None where they share nothing.
     """
@@ -48,6 +50,18 @@ class LinearState(TensorTree):
     tail: Tensor | None = None
     shared_tail: Tensor | None = None
 
+    def part(self, name: str, sent: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """See Earlier."""
+        found: Tensor | None = getattr(self, name)
+        return found
+
+
+class Earlier(Protocol):
+    """The state before a piece: a LinearState, or one that other ranks are still at work on."""
+
+    def part(self, name: str, sent: Callable[[Tensor], Tensor] | None = None) -> Tensor | Handover | None:
+        """A part of it, or where it comes from; `sent` is done to the one behind the piece before that goes on."""
+
 
 def linear_heads(config: TitansConfig, channels: int, width: int) -> int:
     """Heads that so many channels make: as the settings say, or of the largest width up to `width` that goes."""
@@ -55,13 +69,17 @@ def linear_heads(config: TitansConfig, channels: int, width: int) -> int:
 
 
 def convolved(
-    x: Tensor, tail: Tensor | None, kernel: Tensor, rows: PackedRows | None, bias: Tensor | None = None
+    x: Tensor,
+    tail: Tensor | Handover | None,
+    kernel: Tensor,
+    rows: PackedRows | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """SiLU of a causal depthwise convolution.
 
     Args:
         x: (B, T, H, F).
-        tail: What an earlier piece left; None at the start of a sequence.
+        tail: What an earlier piece left, or where it comes from; None at the start of a sequence.
         kernel: (H, F, taps), the last tap is the token's own.
         rows: Documents and padding.
         bias: (H, F); None for none.
@@ -69,10 +87,32 @@ def convolved(
     Returns:
         (B, T, H, F), and the tail for the next piece.
     """
-    if tail is None:
-        tail = x.new_zeros(len(x), kernel.shape[-1] - 1, *x.shape[2:])
-    out, tail = causal_conv(x, tail, kernel, rows)
+    kept = kernel.shape[-1] - 1
+    nothing = x.new_zeros(len(x), kept, *x.shape[2:])
+    if tail is None or isinstance(tail, Tensor) or not kept:
+        out, tail = causal_conv(x, tail if isinstance(tail, Tensor) else nothing, kernel, rows)
+    else:
+        out, tail = _handed_tail(tail, x, nothing, kernel, rows)
     return F.silu(out if bias is None else out + bias), tail
+
+
+def _handed_tail(
+    handover: Handover, x: Tensor, nothing: Tensor, kernel: Tensor, rows: PackedRows | None
+) -> tuple[Tensor, Tensor]:
+    """causal_conv of a piece whose tail comes from elsewhere, `nothing` at the start of a sequence."""
+    kept = nothing.shape[1]
+    if handover.first:
+        out, tail = causal_conv(x, nothing if handover.given is None else handover.given, kernel, rows)
+        return handover.pass_on(tail, out), tail
+    if x.shape[1] < kept or (rows is not None and rows.real is not None):
+        before = handover.receive(torch.cat([nothing, x], 1)[:, -kept:])
+        out, tail = causal_conv(x, before, kernel, rows)
+        return handover.pass_on(tail, out), tail
+    # The last tokens are the piece's own: they go on before those in front of it have come.
+    starts = None if rows is None or rows.starts is None else PackedRows(rows.starts[:, -kept:])
+    _, tail = causal_conv(x[:, -kept:], nothing, kernel, starts)
+    x = handover.pass_on(tail, x)
+    return causal_conv(x, handover.receive(tail), kernel, rows)
 
 
 def key_norm(x: Tensor) -> Tensor:
@@ -86,7 +126,7 @@ def delta_scan(
     beta: Tensor,
     log_decay: Tensor | None,
     shape: LinearShape,
-    state: LinearState | None,
+    state: Earlier | None,
     rows: PackedRows | None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule over normalised queries and keys.
@@ -110,7 +150,7 @@ def delta_scan(
         log_decay,
         widened(beta.squeeze(-1)).sigmoid(),
         scale=shape.keys**-0.5,
-        state=None if state is None else state.matrix,
+        state=None if state is None else state.part("matrix"),
         rows=rows,
     )
 
@@ -151,6 +191,7 @@ class LinearSpec(MixerSpec):
     """
 
     state = LinearState
+    composes = True
     width: int
     delta = False
     shared = False
@@ -203,12 +244,13 @@ class LinearSpec(MixerSpec):
         return FLOAT32 * work.rows * heads * keys * values / work.ranks
 
     def states_kept(self, work: Workload) -> float:
-        """One for each span of the scan."""
-        return self.state_bytes(work) * math.ceil(work.length / SPAN)
+        """One for each span of the scan, and the one in front that comes from another rank."""
+        columns = self.columns(work) / self.shape(work.config).values
+        return self.state_bytes(work) * (columns * math.ceil(work.length / SPAN) + (work.before > 0))
 
     def at_work(self, work: Workload) -> float:
         """One span, forth and back: tokens in chunks and what becomes of them, masks and scores, a state a chunk."""
-        (heads, keys, values), size = self.shape(work.config), min(CHUNK, work.length)
+        (heads, keys, _), values, size = self.shape(work.config), self.columns(work), min(CHUNK, work.length)
         each = heads * (3 * keys + 8 * values + (7 if self.delta else 4) * size + 2 * keys * values / size)
         return 2 * FLOAT32 * work.rows * min(work.length, SPAN) * each / work.ranks
 
@@ -218,9 +260,28 @@ class LinearSpec(MixerSpec):
         tails = work.rows * work.w * (work.config.conv_kernel - 1) * (own // work.ranks + shared)
         return int(self.state_bytes(work)) + tails
 
+    def columns(self, work: Workload) -> int:
+        """Of a head's state in the scan: V, and K with the delta rule where the state in front is not there yet."""
+        _, keys, values = self.shape(work.config)
+        return values + (keys if self.delta and work.before else 0)
+
+    def messages(self, config: TitansConfig) -> int:
+        """One for S and one for each convolution."""
+        return 1 + (config.conv_kernel > 1) * sum(channels > 0 for channels in self.convolved_channels(config))
+
+    def composing_flops(self, config: TitansConfig, tokens: int) -> int:
+        """What tokens read of the state that comes; with the delta rule they scan K columns more."""
+        (heads, keys, values), size = self.shape(config), CHUNK
+        return tokens * heads * (2 * keys * values + ((2 * size + 6 * keys) * keys if self.delta else 0))
+
     def on_rank(self, work: Workload) -> tuple[float, float, float]:
-        """Channels of keys and of values on a rank, and bytes of a token's gathers for the convolution's taps."""
+        """Channels of keys and of values on a rank, and bytes of a token's gathers for the convolution's taps.
+
+        Beside these, what the delta rule reads of a state in front that is not there yet, and what it reads else.
+        """
         heads, keys, values = self.shape(work.config)
         own, shared = self.convolved_channels(work.config)
-        gathers = (work.config.conv_kernel - 1) * work.w * (own / work.ranks + shared) if work.documents else 0.0
-        return keys * (1 if self.shared else heads / work.ranks), heads * values / work.ranks, gathers
+        beside = (work.config.conv_kernel - 1) * work.w * (own / work.ranks + shared) if work.documents else 0.0
+        if (columns := self.columns(work)) > values:
+            beside += work.w * heads * columns / work.ranks
+        return keys * (1 if self.shared else heads / work.ranks), heads * values / work.ranks, beside

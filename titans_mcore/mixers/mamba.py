@@ -18,7 +18,7 @@ from ..linear import selective_scan
 from ..linear.selective import SELECTIVE_SPAN
 from ..memory import PackedRows
 from .costs import FLOAT32, Sums, Workload
-from .linear import LinearShape, LinearSpec, LinearState, convolved, initial_dt_bias, initial_taps, widened
+from .linear import Earlier, LinearShape, LinearSpec, LinearState, convolved, initial_dt_bias, initial_taps, widened
 from .parts import FromParts, Parts, heads_of, linear
 from .spec import Heads, register
 
@@ -70,19 +70,17 @@ class MambaMixer(FromParts):
         self.D = self.parts.per_head(torch.ones(channels))
         self.output = self.parts.last_row(channels, config.dim)
 
-    def forward(
-        self, x: Tensor, state: LinearState | None, rows: PackedRows | None = None
-    ) -> tuple[Tensor, LinearState]:
+    def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         u, z = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads).split(1, -1)
-        u, tail = convolved(u, None if state is None else state.tail, self.kernel, rows, self.bias)
+        u, tail = convolved(u, None if state is None else state.part("tail"), self.kernel, rows, self.bias)
         u, z = u.squeeze(-1), z.squeeze(-1)
         selected = self.parts.enter(linear(self.selection, u))
         r, b, c = selected.split([self.rank, _NUMBERS, _NUMBERS], -1)
-        before = None if state is None else state.matrix.squeeze(-1)
+        before = None if state is None else state.part("matrix")
         y, held = selective_scan(u, self.steps(r), -widened(self.A_log).exp(), b, c, state=before, rows=rows)
         answer = (y + self.D * u) * F.silu(z)
-        return self.parts.finish(self.output, answer), LinearState(held.unsqueeze(-1), tail)
+        return self.parts.finish(self.output, answer), LinearState(held, tail)
 
 
 @register
@@ -113,23 +111,28 @@ class Mamba(LinearSpec):
         """None that count: nothing in the scan is a product of matrices."""
         return {}
 
+    def composing_flops(self, config: TitansConfig, tokens: int) -> int:
+        """None that count, either."""
+        return 0
+
     def at_work(self, work: Workload) -> float:
         """One span, forth and back: decays, writes, states twice, and what chunks keep, 16 numbers a channel each."""
         tokens = work.rows * min(work.length, SELECTIVE_SPAN)
         return 2 * FLOAT32 * tokens * 6 * _NUMBERS * 2 * work.config.dim / work.ranks
 
     def states_kept(self, work: Workload) -> float:
-        """One for each span of the scan."""
-        return self.state_bytes(work) * math.ceil(work.length / SELECTIVE_SPAN)
+        """One for each span of the scan, and the one in front that comes from another rank."""
+        return self.state_bytes(work) * (math.ceil(work.length / SELECTIVE_SPAN) + (work.before > 0))
 
     def kept(self, work: Workload) -> float:
         """u and z, u on its way through convolution and SiLU, its sum with the reads, the gate's SiLU, the product; in
-        float32 what time steps are made of, and they.
+        float32 what time steps are made of, and they; their sums where a state in front is read.
         """
         channels = 2 * work.config.dim / work.ranks
         _, _, gathers = self.on_rank(work)
         selected = time_step_rank(work.config) + 2 * _NUMBERS
-        return work.w * (8 * channels + selected) + 2 * FLOAT32 * channels + gathers
+        steps = (3 if work.before else 2) * FLOAT32 * channels
+        return work.w * (8 * channels + selected) + steps + gathers
 
     def reductions(self, work: Workload) -> Sums:
         """What W_x makes of all channels, and its gradient."""

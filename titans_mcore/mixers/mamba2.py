@@ -17,6 +17,7 @@ from ..linear import linear_scan
 from ..memory import PackedRows
 from .costs import FLOAT32, Sums, Workload
 from .linear import (
+    Earlier,
     LinearShape,
     LinearSpec,
     LinearState,
@@ -54,16 +55,14 @@ class Mamba2Mixer(FromParts):
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
         self.output = self.parts.last_row(heads * values, config.dim)
 
-    def forward(
-        self, x: Tensor, state: LinearState | None, rows: PackedRows | None = None
-    ) -> tuple[Tensor, LinearState]:
+    def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         heads, _, values = self.shape
         x = self.parts.open(x)
         z, u, dt = heads_of(linear(self.projection, x), self.parts.heads).split([values, values, 1], -1)
-        u, tail = convolved(u, None if state is None else state.tail, self.kernel, rows, self.bias)
+        u, tail = convolved(u, None if state is None else state.part("tail"), self.kernel, rows, self.bias)
         shared = heads_of(linear(self.shared, x), 1)
-        before = None if state is None else state.shared_tail
+        before = None if state is None else state.part("shared_tail")
         shared, shared_tail = convolved(shared, before, self.shared_kernel, rows, self.shared_bias)
         b, c = self.parts.enter(shared).chunk(2, -1)
         step = F.softplus(widened(dt.squeeze(-1)) + widened(self.dt_bias))
@@ -72,7 +71,7 @@ class Mamba2Mixer(FromParts):
             b,
             u * step.unsqueeze(-1),
             -step * widened(self.A_log).exp(),
-            state=None if state is None else state.matrix,
+            state=None if state is None else state.part("matrix"),
             rows=rows,
         )
         y = (read + self.D.unsqueeze(-1) * u) * F.silu(z)

@@ -17,7 +17,7 @@ from ..config import TitansConfig
 from ..linear import linear_scan
 from ..memory import PackedRows
 from .costs import Workload
-from .linear import LinearSpec, LinearState, wider
+from .linear import Earlier, LinearSpec, LinearState, wider
 from .parts import FromParts, Parts, heads_of, linear, rms_norm
 from .spec import register
 
@@ -38,26 +38,24 @@ class RetNetMixer(FromParts):
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
         self.output = self.parts.last_row(heads * values, config.dim)
 
-    def forward(
-        self, x: Tensor, state: LinearState | None, rows: PackedRows | None = None
-    ) -> tuple[Tensor, LinearState]:
+    def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         heads, keys, values = self.shape
         projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
         q, k, v, gate = projected.split([keys, keys, values, values], -1)
         decays = torch.log1p(-(2.0 ** -(5.0 + torch.arange(heads, dtype=torch.float64, device=x.device))))
         log_decay = self.parts.own(decays).to(torch.promote_types(x.dtype, torch.float32)).expand(*v.shape[:3])
+        passed = x.new_full((len(v),), v.shape[1], dtype=torch.long) if rows is None else rows.ends.to(x.device)
         read, matrix = linear_scan(
             rotate(q, 0, self.config.rope_base),
             rotate(k, 0, self.config.rope_base),
             v,
             log_decay,
             scale=keys**-0.5,
-            state=None if state is None else state.matrix,
+            state=None if state is None else state.part("matrix", lambda matrix: self._turned(matrix, -passed)),
             rows=rows,
         )
         answer = rms_norm(read, self.output_norm, self.config.norm_eps) * F.silu(gate)
-        passed = x.new_full((len(v),), v.shape[1], dtype=torch.long) if rows is None else rows.ends.to(x.device)
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(self._turned(matrix, -passed))
 
     def _turned(self, matrix: Tensor, by: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class MixerSpec:
         attention: Beginnings of the names of attention's maps, into it and out of it; none without attention.
         memory: Whether it has a NeuralMemory, as `memory`.
         persistent: Whether it has persistent tokens.
+        composes: Whether its state is a linear map of the one before, which it takes as an Earlier (linear.py): ranks
+            that share a row work on it at the same time.
         beginnings: Parts of the names of parameters that only the beginning of a sequence reads.
         uses: How often a linear map is applied to each token, and to each persistent token once a micro-batch, where it
             is not (1, 0).
@@ -72,6 +74,7 @@ class MixerSpec:
     attention: tuple[str, ...] = ()
     memory = False
     persistent = False
+    composes = False
     beginnings: tuple[str, ...] = ()
     uses: dict[str, tuple[int, int]] = {}  # noqa: RUF012 - replaced, never changed
     border = 2
@@ -163,6 +166,14 @@ class MixerSpec:
         """Bytes of the state that a context-parallel rank hands on; its gradients come back in the same size."""
         memory = memory_message(work) if self.memory else 0
         return memory + (attention_message(work, self._prefix(work.config)) if self.attention else 0)
+
+    def messages(self, config: TitansConfig) -> int:
+        """Messages that it comes in; where states compose nothing stands in front of them, else a header each."""
+        return 1
+
+    def composing_flops(self, config: TitansConfig, tokens: int) -> int:
+        """Operations of a rank that reads its tokens before the state in front of them is there, forward, beside."""
+        return 0
 
     def reductions(self, work: Workload) -> Sums:
         """All-reduces of tensor-parallel ranks inside the mixer, forward and backward, beside those at its border."""

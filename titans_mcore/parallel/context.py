@@ -3,9 +3,14 @@
 A rank waits for its left neighbour's state of a layer, reads its own tokens, and sends the state on. While it works on
 layer l, the next rank works on layer l - 1: layers flow as a wavefront, and nothing is gathered. In the backward pass
 the gradients of the states go the other way. What is sent does not depend on the length of the rows.
+
+Layers whose states compose (linear/handover.py) are no wavefront: a rank reads its tokens before it asks for the state
+in front of them, and sends the one behind them on as soon as that has come. From rank to rank goes the same message,
+which waits for nothing but two small products on each, and ranks work on the same layer at the same time.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +38,8 @@ class ContextRelay:
     def begin(self) -> None:
         """Called at the start of a pass: waits until what this process sent before has arrived.
 
-        It costs nothing: the pass's first state comes from the left neighbour, which took those gradients first.
+        It costs nothing: the pass's first state comes from the left neighbour, which took those gradients first. Where
+        states compose it costs no more than the neighbours are behind.
         """
         while _SENT:
             work, _ = _SENT.pop()
@@ -52,7 +58,7 @@ class ContextRelay:
         # On the host, which need not wait for a device to know what will come; the world's group takes host tensors.
         dist.recv(header, dist.get_global_rank(self.group, self.rank - 1))
         layout = _Layout.read(header)
-        parts = _Receive.apply(self, layout, hidden.device, hidden)
+        parts = _Receive.apply(self, layout, self._take_state(layout, hidden), hidden)
         return kind.from_state_dict(dict(zip(layout.names, parts, strict=True)))
 
     def pass_on(self, state: TensorTree, hidden: Tensor) -> Tensor:
@@ -70,7 +76,11 @@ class ContextRelay:
         tensors = state.state_dict()
         layout = _Layout.of(tensors)
         self._send(layout.header(), self.rank + 1, dist.group.WORLD)
+        self._send(layout.pack(list(tensors.values())), self.rank + 1)
         return _PassOn.apply(self, layout, hidden, *tensors.values())
+
+    def _take_state(self, layout: "_Layout", like: Tensor) -> Tensor:
+        return self._take(torch.empty(layout.bytes(), dtype=torch.uint8, device=like.device), self.rank - 1)
 
     def _send(self, message: Tensor, to: int, group: dist.ProcessGroup | None = None) -> None:
         work = dist.isend(message, dist.get_global_rank(self.group, to), group=group or self.group)
@@ -80,6 +90,69 @@ class ContextRelay:
     def _take(self, message: Tensor, source: int) -> Tensor:
         dist.recv(message, dist.get_global_rank(self.group, source), group=self.group)
         return message
+
+
+class SharedState:
+    """The state before this rank's tokens in one layer whose states compose; ranks are at work on it in one pass.
+
+    A block that is computed again finds what has come, and sends nothing.
+
+    Args:
+        relay: This rank's place in the chain.
+        given: What the first rank's tokens go on with; None begins a sequence.
+    """
+
+    def __init__(self, relay: ContextRelay, given: TensorTree | None = None) -> None:
+        self.relay, self.given = relay, given
+        self.came: dict[str, Tensor] = {}
+        self.sent: set[str] = set()
+
+    def part(self, name: str, sent: Callable[[Tensor], Tensor] | None = None) -> "SharedPart":
+        """See mixers.linear.Earlier."""
+        return SharedPart(self, name, sent)
+
+
+class SharedPart:
+    """One tensor of a SharedState: a linear.handover.Handover.
+
+    Args:
+        state: The state.
+        name: Its name there.
+        sent: What is done to it before it goes on.
+    """
+
+    def __init__(self, state: SharedState, name: str, sent: Callable[[Tensor], Tensor] | None) -> None:
+        self.state, self.name, self.sent, self.relay = state, name, sent, state.relay
+
+    @property
+    def first(self) -> bool:
+        """See Handover."""
+        return self.relay.rank == 0
+
+    @property
+    def given(self) -> Tensor | None:
+        """See Handover."""
+        return None if self.state.given is None else getattr(self.state.given, self.name)
+
+    def receive(self, like: Tensor) -> Tensor:
+        """See Handover. No header says what comes: it is what this rank sends on."""
+        layout = _Layout.of({self.name: like})
+        if self.name not in self.state.came:
+            self.state.came[self.name] = self.relay._take_state(layout, like)
+        found: Tensor = _Receive.apply(self.relay, layout, self.state.came[self.name], like)[0]
+        return found
+
+    def pass_on(self, state: Tensor, ahead: Tensor) -> Tensor:
+        """See Handover."""
+        relay = self.relay
+        if relay.rank == relay.ranks - 1:
+            return ahead
+        state = state if self.sent is None else self.sent(state)
+        layout = _Layout.of({self.name: state})
+        if self.name not in self.state.sent:
+            self.state.sent.add(self.name)
+            relay._send(layout.pack([state]), relay.rank + 1)
+        return _PassOn.apply(relay, layout, ahead, state)
 
 
 class _Layout:
@@ -139,13 +212,12 @@ class _Layout:
 
 
 class _Receive(torch.autograd.Function):
-    """Takes a state from the rank before; its gradients go back there."""
+    """A state that has come from the rank before; its gradients go back there."""
 
     @staticmethod
-    def forward(ctx: Any, relay: ContextRelay, layout: _Layout, device: torch.device, hidden: Tensor) -> Any:
+    def forward(ctx: Any, relay: ContextRelay, layout: _Layout, message: Tensor, hidden: Tensor) -> Any:
         ctx.relay, ctx.layout = relay, layout
-        message = torch.empty(layout.bytes(), dtype=torch.uint8, device=device)
-        parts = layout.unpack(relay._take(message, relay.rank - 1))
+        parts = layout.unpack(message)
         ctx.mark_non_differentiable(*(x for x in parts if not x.is_floating_point()))
         return tuple(parts)
 
@@ -157,12 +229,11 @@ class _Receive(torch.autograd.Function):
 
 
 class _PassOn(torch.autograd.Function):
-    """Sends a state to the next rank; its gradients come from there."""
+    """A state that has gone to the next rank; its gradients come from there."""
 
     @staticmethod
     def forward(ctx: Any, relay: ContextRelay, layout: _Layout, hidden: Tensor, *parts: Tensor) -> Tensor:
         ctx.relay, ctx.layout = relay, layout
-        relay._send(layout.pack(list(parts)), relay.rank + 1)
         return hidden.view_as(hidden)
 
     @staticmethod
