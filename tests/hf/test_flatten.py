@@ -19,6 +19,7 @@ PARTS = {
     "linear/__init__.py": "titans_mixers",  # without its oracle
     "linear/scan.py": "titans_mixers",
     "linear/selective.py": "titans_mixers",
+    "linear/ttt.py": "titans_mixers",
     "hf/cache_names_titans.py": "configuration_titans",
     "hf/configuration_titans.py": "configuration_titans",
     "hf/modeling_titans.py": "modeling_titans",

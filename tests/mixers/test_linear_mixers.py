@@ -1,4 +1,4 @@
-"""RetNet, Mamba, Mamba2, DeltaNet and Gated DeltaNet are the published layers: functions, sizes, initial values."""
+"""RetNet, Mamba, Mamba2, DeltaNet, Gated DeltaNet and TTT are the published layers: functions, sizes, beginnings."""
 
 import math
 from typing import Any
@@ -158,8 +158,12 @@ PUBLISHED = {
     "mamba2": [(24, 128, 64), (32, 128, 64), (48, 128, 64), (64, 128, 64)],
     "deltanet": [(6, 128, 128), (8, 128, 128), (12, 128, 128), (16, 128, 128)],
     "gated_deltanet": [(6, 96, 192), (6, 128, 256), (9, 128, 256), (12, 128, 256)],
+    "ttt_linear": [(12, 64, 64), (16, 64, 64), (24, 64, 64), (32, 64, 64)],
+    "ttt_mlp": [(12, 64, 64), (16, 64, 64), (24, 64, 64), (32, 64, 64)],
 }
 SQUARES = {"retnet": 8.0, "mamba": 6.3, "mamba2": 6.2, "deltanet": 4.0, "gated_deltanet": 6.0}  # parameters over E^2
+SQUARES |= {"ttt_linear": 4.0, "ttt_mlp": 4.0}
+CHANNELS = {"ttt_linear": 64.0, "ttt_mlp": 8 * 64.0}  # over E: the weights that a sequence begins with
 
 
 @pytest.mark.parametrize("variant", LINEAR)
@@ -172,7 +176,7 @@ def test_heads_and_parameters_are_as_many_as_published(variant: str) -> None:
         with torch.device("meta"):
             made = mixer.module(config, PlainParts(config))
         numbers = sum(p.numel() for p in made.parameters())
-        assert numbers == pytest.approx(SQUARES[variant] * dim**2, rel=0.03)
+        assert numbers == pytest.approx(SQUARES[variant] * dim**2 + CHANNELS.get(variant, 0.0) * dim, rel=0.03)
 
 
 @pytest.mark.parametrize("variant", ["mamba", "mamba2", "gated_deltanet"])
