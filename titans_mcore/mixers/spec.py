@@ -57,6 +57,8 @@ class MixerSpec:
         attention: Beginnings of the names of attention's maps, into it and out of it; none without attention.
         memory: Whether it has a NeuralMemory, as `memory`.
         persistent: Whether it has persistent tokens.
+        front: Whether its module has another one, `front`, that takes (x, state, rows) to (x with what it adds, state)
+            before the block's norm.
         beginnings: Parts of the names of parameters that only the beginning of a sequence reads.
         uses: How often a linear map is applied to each token, and to each persistent token once a micro-batch, where it
             is not (1, 0).
@@ -72,6 +74,7 @@ class MixerSpec:
     attention: tuple[str, ...] = ()
     memory = False
     persistent = False
+    front = False
     beginnings: tuple[str, ...] = ()
     uses: dict[str, tuple[int, int]] = {}  # noqa: RUF012 - replaced, never changed
     border = 2

@@ -4,13 +4,13 @@
     r_j = base / K sigmoid(w x_j + c)             i_t = max(0, 1 / t + d_t), t = 1 to 16
 
 base is 1 with a linear f and 0.1 with an MLP of width 4 K. Around it stands what the paper calls the Mamba backbone:
-one projection makes queries and keys, each by a convolution with bias of its own; the heads' answers pass a LayerNorm
-over all E channels, whose sums tensor-parallel ranks add up, and are gated with GELU(W_g x). Heads are 64 wide where E
-allows.
+x + conv(RMSNorm(x)) before the block's norm; one projection makes queries and keys, each by a convolution of its own;
+the heads' answers pass a LayerNorm over all E channels, whose sums tensor-parallel ranks add up, and are gated with
+GELU(W_g x). All three convolutions have a bias and nothing behind. Heads are 64 wide where E allows.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from ..linear.ttt import MINI_BATCH, TTT_EPS, TTT_SPAN, FastWeights
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Sums, Workload
 from .kept import causal_conv
-from .linear import LinearShape, LinearSpec, initial_taps, linear_heads, widened, wider
-from .parts import FromParts, Parts, heads_of, linear
+from .linear import LinearShape, LinearSpec, initial_taps, linear_heads, widened
+from .parts import FromParts, Parts, heads_of, linear, rms_norm
 from .spec import register
 
 _START_STD = 0.02  # of the weights that a sequence begins with
@@ -34,12 +34,47 @@ class TTTState(TensorTree):
     """What such a mixer carries through time.
 
     Attributes:
-        fast: Weights of every head, and what an open mini-batch has written.
-        tail: The last tokens that went into both convolutions, (B, taps - 1, H, K).
+        fast: Weights of every head, and what an open mini-batch has written; None before the first token.
+        tail: The last tokens that went into the convolutions of queries and keys, (B, taps - 1, H, K); likewise.
+        front_tail: Those that went into the one before the block's norm, (B, taps - 1, 1, E).
     """
 
-    fast: FastWeights
-    tail: Tensor
+    fast: FastWeights | None = None
+    tail: Tensor | None = None
+    front_tail: Tensor | None = None
+
+
+def biased_conv(
+    x: Tensor, tail: Tensor | None, kernel: Tensor, bias: Tensor, rows: PackedRows | None
+) -> tuple[Tensor, Tensor]:
+    """A causal depthwise convolution with bias, as linear.convolved but without what follows it there."""
+    if tail is None:
+        tail = x.new_zeros(len(x), kernel.shape[-1] - 1, *x.shape[2:])
+    out, tail = causal_conv(x, tail, kernel, rows)
+    return out + bias, tail
+
+
+class ResidualConv(FromParts):
+    """x + conv(RMSNorm(x)), which every tensor-parallel rank computes alike.
+
+    Args:
+        config: The model's settings.
+        parts: Makes the parameters.
+    """
+
+    def __init__(self, config: TitansConfig, parts: Parts) -> None:
+        super().__init__()
+        self.parts, self.eps = parts, config.norm_eps
+        self.norm = parts.replicated(torch.ones(config.dim))
+        self.kernel = parts.replicated(initial_taps(1, config.dim, config.conv_kernel))
+        self.bias = parts.replicated(initial_taps(1, config.dim, config.conv_kernel)[..., 0])
+
+    def forward(self, x: Tensor, state: TTTState | None, rows: PackedRows | None = None) -> tuple[Tensor, TTTState]:
+        """x as the block holds it, (B, T', E), and the state with what the next piece needs of these tokens."""
+        state = state or TTTState()
+        normed = rms_norm(self.parts.reopen(x), self.norm, self.eps).unsqueeze(2)
+        out, tail = biased_conv(normed, state.front_tail, self.kernel, self.bias, rows)
+        return x + self.parts.close(out.squeeze(2)), replace(state, front_tail=tail)
 
 
 def fast_widths(keys: int, expansion: int) -> list[tuple[int, int]]:
@@ -63,6 +98,7 @@ class TTTMixer(FromParts):
         heads, keys, _ = self.shape = ttt_shape(config)
         self.config, self.parts, taps = config, parts.with_heads(heads), config.conv_kernel
         per_head = self.parts.per_head
+        self.front = ResidualConv(config, self.parts)
         self.projection = self.parts.column(config.dim, 3 * keys + 1)  # a head: query and key, value, gate, rate
         self.query_kernel, self.key_kernel = (per_head(initial_taps(heads, keys, taps)) for _ in range(2))
         self.query_bias, self.key_bias = (per_head(initial_taps(heads, keys, taps)[..., 0]) for _ in range(2))
@@ -80,14 +116,13 @@ class TTTMixer(FromParts):
 
     def forward(self, x: Tensor, state: TTTState | None, rows: PackedRows | None = None) -> tuple[Tensor, TTTState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
-        keys = self.shape.keys
+        keys, state = self.shape.keys, state or TTTState()
         projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
         shared, values, gate, rate = projected.split([keys, keys, keys, 1], -1)
-        before = state.tail if state else shared.new_zeros(len(x), self.config.conv_kernel - 1, *shared.shape[2:])
-        queries, tail = causal_conv(shared, before, self.query_kernel, rows)
+        queries, tail = biased_conv(shared, state.tail, self.query_kernel, self.query_bias, rows)
         read, fast = ttt_scan(
-            queries + self.query_bias,
-            causal_conv(shared, before, self.key_kernel, rows)[0] + self.key_bias,
+            queries,
+            biased_conv(shared, state.tail, self.key_kernel, self.key_bias, rows)[0],
             values,
             self.base_rate / keys * (widened(rate.squeeze(-1)) + widened(self.rate_bias)).sigmoid(),
             self._places(),
@@ -95,11 +130,11 @@ class TTTMixer(FromParts):
             self.norm_bias,
             list(self.initial_weights),
             rope_base=self.config.rope_base,
-            state=state.fast if state else None,
+            state=state.fast,
             rows=rows,
         )
         answer = F.gelu(gate, approximate="tanh") * self._normed(read)
-        return self.parts.finish(self.output, answer.flatten(2)), TTTState(fast, tail)
+        return self.parts.finish(self.output, answer.flatten(2)), TTTState(fast, tail, state.front_tail)
 
     def _places(self) -> Tensor:
         """i, which all heads of all ranks share."""
@@ -132,6 +167,7 @@ class TTTSpec(LinearSpec):
     paper = "TTT"
     state = TTTState
     module: type[TTTMixer]
+    front = True
     beginnings = ("initial_weights",)
     rotary = True
 
@@ -144,8 +180,8 @@ class TTTSpec(LinearSpec):
         return ttt_shape(config)
 
     def convolved_channels(self, config: TitansConfig) -> tuple[int, int]:
-        """What queries and keys are made of."""
-        return config.dim, 0
+        """What queries and keys are made of; hidden states, which all ranks hold whole."""
+        return config.dim, config.dim
 
     def widths(self, config: TitansConfig) -> list[tuple[int, int]]:
         """Inputs and outputs of a head's matrices."""
@@ -180,9 +216,13 @@ class TTTSpec(LinearSpec):
         return super().message(work) + cut * (int(self.state_bytes(work)) + 8 * work.rows)
 
     def kept(self, work: Workload) -> float:
-        """Projections, both convolutions' inputs and results; reads up to the gated product."""
-        keys, values, gathers = self.on_rank(work)
-        return work.w * (8 * keys + 8 * values) + 2 * gathers + wider(work) * values
+        """Projections, inputs and results of the convolutions of queries and keys, the gate, reads up to the product;
+        in float32 the reads, with and without their mean. In front, whole: what is normalised, in float32, that, and
+        the convolution's input. With documents the taps' gathers, and values in mini-batches.
+        """
+        whole, own, taps = work.config.dim, work.e, work.config.conv_kernel - 1
+        documents = work.w * (taps * (2 * own + whole) + own) if work.documents else 0.0
+        return work.w * (11 * own + 2 * whole) + FLOAT32 * (2 * own + whole) + documents
 
     def reductions(self, work: Workload) -> Sums:
         """The norm's two sums, forth and back, in float32, and the gradient of the places in a mini-batch."""
