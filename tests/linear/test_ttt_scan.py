@@ -20,10 +20,10 @@ OPENED = (5, 0)  # tokens that the open mini-batch of each row has
 TOKENS = ("queries", "keys", "values", "rates")
 
 
-@pytest.fixture(autouse=True, params=[2, 16], ids=["spans", "one-span"])
-def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spans of which several make a row, and the real ones."""
-    monkeypatch.setattr(ttt, "TTT_SPAN", request.param)
+@pytest.fixture(autouse=True)
+def spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans of which several make a row, which they do not divide."""
+    monkeypatch.setattr(ttt, "TTT_SPAN", 3)
 
 
 def problem(kind: str, opened: bool = True, length: int = LENGTH) -> dict[str, Any]:
