@@ -225,8 +225,8 @@ class TTTSpec(LinearSpec):
         return work.w * (11 * own + 2 * whole) + FLOAT32 * (2 * own + whole) + documents
 
     def reductions(self, work: Workload) -> Sums:
-        """The norm's two sums, forth and back, in float32, and the gradient of the places in a mini-batch."""
-        return 3, 4 * FLOAT32 * work.tokens + work.w * MINI_BATCH
+        """The norm's two sums, forth and back, in float32; the gradients of 16 places are too few to count."""
+        return 2, 4 * FLOAT32 * work.tokens
 
 
 class TTTLinearMixer(TTTMixer):
