@@ -116,6 +116,18 @@ def test_pieces_of_any_length_give_one_pass_and_its_gradients(kind: str, rows: b
     check(with_gradients(in_pieces, tokens, given), with_gradients(ttt_scan, tokens, given))
 
 
+@pytest.mark.parametrize("length", [4, 11, 30])
+def test_a_piece_behind_a_state_without_gradients_has_those_of_its_own(length: int) -> None:
+    """As a step has that goes on from the one before, also where it ends inside the mini-batch that it begins in."""
+    tokens = problem("ttt_mlp", length=length)
+    tokens["state"] = tokens["state"].map(lambda x: x[:1].detach())
+    tokens |= {name: tokens[name][:1].detach().requires_grad_() for name in TOKENS}
+    read, _ = ttt_scan(**tokens, rope_base=BASE)
+    expected, _ = ttt_scan_naive(**tokens, rope_base=BASE)
+    own = [tokens[name] for name in (*TOKENS, "places", "norm_weight", "norm_bias")]
+    check(*(torch.autograd.grad(x.sin().sum(), own) for x in (read, expected)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_document_is_what_it_is_alone_and_padding_neither_writes_nor_counts(kind: str) -> None:
     tokens, rows = problem(kind, opened=False), packed(real=True)
