@@ -44,7 +44,8 @@ class TitansConfig:
     variant: str = "mac"
     """Token mixer of every block, a name in mixers/: memory as context (mac), as gate (mag), as layer (mal), the memory
     alone (lmm), the attention baseline Transformer++ (transformer), linear recurrences (retnet, mamba, mamba2,
-    deltanet, gated_deltanet); or several, joined by +, that take turns over the blocks, as in lmm+transformer."""
+    deltanet, gated_deltanet), weights that learn by the token (ttt_linear, ttt_mlp); or several, joined by +, that take
+    turns over the blocks, as in lmm+transformer."""
     vocab_size: int = 32_000
     """Pieces of the tokenizer, before padding."""
     num_layers: int = 12
@@ -108,8 +109,8 @@ class TitansConfig:
     window: int = 2_048
     """mag, mal, transformer: tokens each query sees, itself included; 0 means all earlier tokens."""
     linear_heads: int = 0
-    """retnet, mamba2, deltanet, gated_deltanet: heads; 0 makes them as wide as published, or the next narrower width
-    that divides their channels."""
+    """retnet, mamba2, deltanet, gated_deltanet, ttt_linear, ttt_mlp: heads; 0 makes them as wide as published, or the
+    next narrower width that divides their channels."""
     rope_base: float = 10_000.0
     """Base of the rotary position embedding."""
 

@@ -135,7 +135,8 @@ def _mixers(config: RunConfig, layout: Layout) -> _Part:
     border = crossings, crossings * hidden
     if not layout.sequence:
         return _Part("mixers", total_sums([inside, border]))
-    return _Part("mixers", inside, (len(mixers) * 2, len(mixers) * 2 * hidden), border)
+    gathers = 2 * (len(mixers) + sum(mixer.front for mixer in mixers))
+    return _Part("mixers", inside, (gathers, gathers * hidden), border)
 
 
 def _hidden_memories(config: RunConfig, layout: Layout) -> _Part:

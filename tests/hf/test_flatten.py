@@ -20,6 +20,7 @@ PARTS = {
     "linear/handover.py": "titans_mixers",
     "linear/scan.py": "titans_mixers",
     "linear/selective.py": "titans_mixers",
+    "linear/ttt.py": "titans_mixers",
     "hf/cache_names_titans.py": "configuration_titans",
     "hf/configuration_titans.py": "configuration_titans",
     "hf/modeling_titans.py": "modeling_titans",

@@ -1,4 +1,4 @@
-"""RetNet, Mamba, Mamba2, DeltaNet and Gated DeltaNet are the published layers: functions, sizes, initial values."""
+"""RetNet, Mamba, Mamba2, DeltaNet, Gated DeltaNet and TTT are the published layers: functions, sizes, beginnings."""
 
 import math
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from titans_mcore.attention import rotate
 from titans_mcore.config import TitansConfig
 from titans_mcore.division import check_divisible
+from titans_mcore.linear.naive import ttt_scan_naive
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.linear import LinearSpec
 from titans_mcore.mixers.parts import PlainParts
@@ -138,6 +139,56 @@ def test_retnet_is_attention_with_decays_in_place_of_the_softmax() -> None:
     torch.testing.assert_close(mixer(x, None)[0], expected, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("variant", ["ttt_linear", "ttt_mlp"])
+@torch.no_grad()
+def test_ttt_is_its_rule_in_the_papers_backbone(variant: str) -> None:
+    """The released code's layer, written out around the oracle, with the residual convolution in front of the norm."""
+    mixer = mixer_to_compare(variant).mixer.double()
+    x = inputs(torch.float64)
+
+    def convolved(given: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+        """A causal convolution of (B, T, C) by channel."""
+        padded = nn.functional.pad(given.mT, (3, 0))
+        return nn.functional.conv1d(padded, kernel.flatten(0, 1).unsqueeze(1), bias.flatten(), groups=24).mT
+
+    front = mixer.front
+    normed = nn.functional.rms_norm(x, (24,), front.norm, 1e-5)
+    expected_front = x + convolved(normed, front.kernel, front.bias)
+    found_front, state = front(x, None)
+    torch.testing.assert_close(found_front, expected_front, rtol=1e-9, atol=1e-10)
+
+    shared, v, gate, rate = (x @ weight.T for weight in by_head(mixer.projection.weight, 8, 8, 8, 1))
+    q = convolved(shared, mixer.query_kernel, mixer.query_bias)
+    k = convolved(shared, mixer.key_kernel, mixer.key_bias)
+    base = {"ttt_linear": 1.0, "ttt_mlp": 0.1}[variant]
+    read, _ = ttt_scan_naive(
+        *(each.unflatten(-1, (HEADS, 8)) for each in (q, k, v)),
+        base / 8 * torch.sigmoid(rate + mixer.rate_bias),
+        (1.0 / torch.arange(1, 17, dtype=torch.float64) + mixer.places).clamp_min(0.0),
+        mixer.norm_weight,
+        mixer.norm_bias,
+        list(mixer.initial_weights),
+        rope_base=10_000.0,
+    )
+    scale, shift = mixer.output_norm.flatten(), mixer.output_bias.flatten()
+    answer = nn.functional.layer_norm(read.flatten(2), (24,), scale, shift, 1e-6)
+    answer = answer * nn.functional.gelu(gate, approximate="tanh")
+    expected = answer @ mixer.output.weight.T
+    torch.testing.assert_close(mixer(x, state)[0], expected, rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_ttt_begins_as_published() -> None:
+    torch.manual_seed(0)
+    config = TitansConfig(variant="ttt_mlp", dim=1024)
+    mixer: Any = MIXERS["ttt_mlp"].module(config, PlainParts(config))
+    matrices, biases = list(mixer.initial_weights)[::2], list(mixer.initial_weights)[1::2]
+    assert [x.std().item() for x in matrices] == pytest.approx([0.02, 0.02], rel=0.02)
+    zeros = [*biases, mixer.norm_bias, mixer.output_bias, mixer.rate_bias, mixer.places]
+    assert not any(bool(x.any()) for x in zeros)
+    assert all(bool((x == 1.0).all()) for x in (mixer.norm_weight, mixer.output_norm, mixer.front.norm))
+
+
 @torch.no_grad()
 def test_retnets_positions_keep_their_precision_far_into_a_text() -> None:
     """A state turned on by 64 pieces of 2^18 tokens, and back by 2^24 at once, which float32 hardly counts, stays."""
@@ -158,8 +209,12 @@ PUBLISHED = {
     "mamba2": [(24, 128, 64), (32, 128, 64), (48, 128, 64), (64, 128, 64)],
     "deltanet": [(6, 128, 128), (8, 128, 128), (12, 128, 128), (16, 128, 128)],
     "gated_deltanet": [(6, 96, 192), (6, 128, 256), (9, 128, 256), (12, 128, 256)],
+    "ttt_linear": [(12, 64, 64), (16, 64, 64), (24, 64, 64), (32, 64, 64)],
+    "ttt_mlp": [(12, 64, 64), (16, 64, 64), (24, 64, 64), (32, 64, 64)],
 }
 SQUARES = {"retnet": 8.0, "mamba": 6.3, "mamba2": 6.2, "deltanet": 4.0, "gated_deltanet": 6.0}  # parameters over E^2
+SQUARES |= {"ttt_linear": 4.0, "ttt_mlp": 4.0}
+CHANNELS = {"ttt_linear": 64.0, "ttt_mlp": 8 * 64.0}  # over E: the weights that a sequence begins with
 
 
 @pytest.mark.parametrize("variant", LINEAR)
@@ -172,7 +227,7 @@ def test_heads_and_parameters_are_as_many_as_published(variant: str) -> None:
         with torch.device("meta"):
             made = mixer.module(config, PlainParts(config))
         numbers = sum(p.numel() for p in made.parameters())
-        assert numbers == pytest.approx(SQUARES[variant] * dim**2, rel=0.03)
+        assert numbers == pytest.approx(SQUARES[variant] * dim**2 + CHANNELS.get(variant, 0.0) * dim, rel=0.03)
 
 
 @pytest.mark.parametrize("variant", ["mamba", "mamba2", "gated_deltanet"])
@@ -205,6 +260,7 @@ def test_time_steps_and_rates_begin_as_published(variant: str) -> None:
         ),
         ({"variant": "mamba2", "dim": 96, "linear_heads": 5}, "mamba2 has 192 channels of values"),
         ({"variant": "retnet", "dim": 96, "linear_heads": 32}, "retnet's heads are 3 wide at dim 96; rotary positions"),
+        ({"variant": "ttt_mlp", "dim": 96, "linear_heads": 32}, "ttt_mlp's heads are 3 wide at dim 96; rotary"),
         ({"variant": "retnet", "linear_heads": -1}, "linear_heads is -1; it must be 0 or more"),
     ],
 )

@@ -1,5 +1,7 @@
 """The four variants and the baseline: causal, the same in pieces, every parameter learning, constant state."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,7 +31,20 @@ def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: objec
             **settings,
         }
     )
-    return config.blocks[0].module(config, PlainParts(config)).to(dtype)
+    mixer = config.blocks[0].module(config, PlainParts(config)).to(dtype)
+    return WithFront(mixer) if config.blocks[0].front else mixer
+
+
+class WithFront(torch.nn.Module):
+    """A mixer behind what it adds in front, as in a block but for the norm between them."""
+
+    def __init__(self, mixer: Any) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Any, state: Any, rows: Any = None) -> Any:
+        x, state = self.mixer.front(x, state, rows)
+        return self.mixer(x, state, rows)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:

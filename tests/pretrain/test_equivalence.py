@@ -17,12 +17,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 RELATIVE = {"loss": 1e-4, "grad_norm": 1e-3, "heldout": 1e-4}
 MODEL = "--model.num-heads 4 --model.segment-length 8"
 
-# Every mixer with a memory or attention, and some that take turns, among them every linear recurrence.
+# Every mixer with a memory or attention, and some that take turns, among them every linear recurrence and TTT.
 VARIANTS = {
     **{name: "" for name, mixer in MIXERS.items() if mixer.memory or mixer.attention},
     "lmm+transformer": "--model.num-layers 2",
     "mamba2+gated_deltanet": "--model.num-layers 2",
     "mamba+retnet+deltanet": "--model.num-layers 3",
+    "ttt_linear+ttt_mlp": "--model.num-layers 2",
 }
 # name: processes, settings. Every way to divide and every ZeRO stage meets every variant.
 LAYOUTS = {

@@ -239,6 +239,7 @@ def test_a_rank_has_its_share_of_what_is_divided(variant, memory):
     for parameter in shared:
         held_whole = parameter.name.endswith(("norm.weight", "persistent.tokens", "attention_norm", "memory_norm"))
         held_whole |= variant == "mamba2" and ".mixer.shared" in parameter.name
+        held_whole |= ".mixer.front." in parameter.name or parameter.name.endswith(".mixer.places")  # TTT's
         if ".memory." in parameter.name:
             held_whole = memory == "hidden" and ".initial_weights." not in parameter.name
         if variant == "mag" and parameter.name.endswith(("attention_norm", "memory_norm")):

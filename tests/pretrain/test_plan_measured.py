@@ -62,7 +62,10 @@ LINEAR = [name for name in MIXERS if name not in ATTENTION + MEMORY]
 TENSOR = [
     *(f"--parallel.tensor 2 --model.variant {variant}" for variant in ATTENTION if variant in MEMORY),
     *(f"--parallel.tensor 2 --model.variant {variant}" for variant in LINEAR),
-    *(f"--parallel.tensor 2 --parallel.sequence true --model.variant {variant}" for variant in [*ATTENTION, "mamba2"]),
+    *(
+        f"--parallel.tensor 2 --parallel.sequence true --model.variant {variant}"
+        for variant in [*ATTENTION, "mamba2", "ttt_linear"]
+    ),
 ]
 HIDDEN = [
     f"--parallel.tensor 2 --parallel.memory-parallel hidden --model.theta-max 0.001 --model.variant {variant}"

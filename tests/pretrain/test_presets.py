@@ -38,6 +38,12 @@ def test_a_preset_has_the_parameters_and_tokens_of_its_name(system: str, size: s
     assert config.train.steps * config.train.tokens_per_step == pytest.approx(TOKENS[size], rel=1e-3)
 
 
+@pytest.mark.parametrize("system", ["ttt_linear", "ttt_mlp"])
+def test_ttt_has_as_many_heads_as_published(system: str) -> None:
+    models = [build(*read_config(f"{system}_{size}")).model for size in SIZES]
+    assert [model.mixers[0].heads(model).popitem()[1].number for model in models] == [12, 16, 16, 16, 32]
+
+
 @pytest.mark.parametrize(("system", "size"), list(product(SYSTEMS, SIZES)))
 def test_a_long_context_stage_is_the_same_model_on_longer_rows(system: str, size: str) -> None:
     first, long = (build(*read_config(name)) for name in (f"{system}_{size}", f"{system}_{size}_long"))

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from pretrain.schedule import Portion
 from titans_mcore.attention import attend
 from titans_mcore.attention.attend import visible
 from titans_mcore.config import TitansConfig
-from titans_mcore.linear import linear_scan
+from titans_mcore.linear import linear_scan, ttt_scan
+from titans_mcore.linear import ttt as ttt_form
 from titans_mcore.linear.scan import Layout, in_chunks
 from titans_mcore.memory import memory_read, memory_scan
 from titans_mcore.memory.chunk import gates_of_chunk, work_out
@@ -111,6 +113,18 @@ class Counted:
         torch.testing.assert_close(found[0], read)
         return found
 
+    def ttt_scan(self, *arguments, **named):
+        """Of a backward pass that works nothing out again."""
+        *tensors, weights = arguments
+        with FlopCounterMode(display=False) as counter, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ttt_form, "Recomputed", SimpleNamespace(apply=lambda function, *given: function(*given)))
+            read, end = ttt_scan(*map(leaf, tensors), [leaf(w) for w in weights], **named)
+            (read.sum() + sum(x.sum() for x in end.weights)).backward()
+        self.operations["scan"] += counter.get_total_flops()
+        found = ttt_scan(*arguments, **named)
+        torch.testing.assert_close(found[0], read)
+        return found
+
 
 def product_of_system(matrix_shape, sides_shape, *_, **__) -> int:
     return 2 * math.prod(sides_shape) * matrix_shape[-1]
@@ -136,8 +150,9 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(variant, memory, o
     monkeypatch.setattr(neural_memory, "memory_scan", counted.memory_scan)
     monkeypatch.setattr(neural_memory, "memory_read", counted.memory_read)
     for name, module in list(sys.modules.items()):
-        if name.startswith("titans_mcore.mixers.") and hasattr(module, "linear_scan"):
-            monkeypatch.setattr(module, "linear_scan", counted.linear_scan)
+        for scan in ("linear_scan", "ttt_scan"):
+            if name.startswith("titans_mcore.mixers.") and hasattr(module, scan):
+                monkeypatch.setattr(module, scan, getattr(counted, scan))
     torch.manual_seed(0)
     model = TitansModel(config, transformer_config(config), one_process)
     tokens = torch.randint(0, config.vocab_size, (ROWS, LENGTH))

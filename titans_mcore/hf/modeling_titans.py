@@ -55,18 +55,21 @@ class TitansMLP(nn.Module):
 
 
 class TitansBlock(nn.Module):
-    """x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x))."""
+    """x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x)); some mixers add something before."""
 
     def __init__(self, config: TitansConfig, block: int) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mixer = _make_mixer(config, block)
+        self.mixer, self.fronted = _make_mixer(config, block), config.blocks[block].front
         self.pre_mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = TitansMLP(config)
 
     def forward(self, hidden: Tensor, state: Any = None, rows: PackedRows | None = None) -> tuple[Tensor, Any]:
         """Hidden states (B, T, E) and the mixer's state after them; a state of None begins a sequence."""
-        mixed, state = self.mixer(self.input_norm(hidden), state, rows_on(hidden.device, rows))
+        rows = rows_on(hidden.device, rows)
+        if self.fronted:
+            hidden, state = self.mixer.get_submodule("front")(hidden, state, rows)
+        mixed, state = self.mixer(self.input_norm(hidden), state, rows)
         hidden = hidden + mixed
         return hidden + self.mlp(self.pre_mlp_norm(hidden)), state
 

@@ -141,10 +141,12 @@ class MegatronParts(OwnedHeads):
 
     def open(self, x: Tensor) -> Tensor:
         """See mixers.parts.Parts."""
-        if not self.config.sequence_parallel:
-            return self.enter(x)
-        whole = tensor_parallel.gather_from_sequence_parallel_region(x.transpose(0, 1).contiguous(), group=self.group)
-        return whole.transpose(0, 1)
+        return self._gathered(x, summed=True) if self.config.sequence_parallel else self.enter(x)
+
+    def _gathered(self, x: Tensor, *, summed: bool) -> Tensor:
+        """All tokens from every rank's share; the share's gradient is the ranks' sum, or what each has of it."""
+        share = x.transpose(0, 1).contiguous()
+        return tensor_parallel.gather_from_sequence_parallel_region(share, summed, self.group).transpose(0, 1)
 
     def enter(self, x: Tensor) -> Tensor:
         """See mixers.parts.Parts."""
@@ -161,6 +163,10 @@ class MegatronParts(OwnedHeads):
         if not self.config.sequence_parallel:
             return x
         return tensor_parallel.scatter_to_sequence_parallel_region(x.transpose(0, 1), group=self.group).transpose(0, 1)
+
+    def reopen(self, x: Tensor) -> Tensor:
+        """See mixers.parts.Parts."""
+        return self._gathered(x, summed=False) if self.config.sequence_parallel else x
 
     def replicated(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""

@@ -1,4 +1,4 @@
-"""One block: x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x))."""
+"""One block: x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x)); some mixers add something before."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,8 @@ class TitansLayer(MegatronModule):
         size, eps = config.hidden_size, config.layernorm_epsilon
         self.input_norm = build_module(submodules.input_norm, config=config, hidden_size=size, eps=eps)
         parts = MegatronParts(config, submodules.mixer, titans_config, pg_collection, memory_parallel)
-        self.mixer = titans_config.blocks[block].module(titans_config, parts)
+        spec = titans_config.blocks[block]
+        self.mixer, self.fronted = spec.module(titans_config, parts), spec.front
         self.pre_mlp_norm = build_module(submodules.pre_mlp_norm, config=config, hidden_size=size, eps=eps)
         self.mlp = build_module(submodules.mlp, config=config, tp_group=pg_collection.tp)
 
@@ -63,6 +64,9 @@ class TitansLayer(MegatronModule):
             state: What an earlier piece returned; None begins the sequences.
             rows: Documents and padding of the whole piece, T tokens.
         """
+        if self.fronted:
+            added, state = self.mixer.get_submodule("front")(hidden_states.transpose(0, 1), state, rows)
+            hidden_states = added.transpose(0, 1)
         mixed, state = self.mixer(self.input_norm(hidden_states).transpose(0, 1), state, rows)
         hidden_states = hidden_states + mixed.transpose(0, 1)
         output, _ = self.mlp(self.pre_mlp_norm(hidden_states))

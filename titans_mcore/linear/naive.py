@@ -1,9 +1,14 @@
-"""Linear recurrences token by token, as the papers write them: what everything faster is compared with."""
+"""Recurrences token by token, as the papers write them: what everything faster is compared with."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..attention import rotate
 from ..memory import PackedRows
+from .ttt import MINI_BATCH, TTT_EPS, FastWeights, OpenMiniBatch
 
 
 def linear_scan_naive(
@@ -69,3 +74,62 @@ def selective_scan_naive(
         held = after
         found.append((held * outputs[:, t].unsqueeze(1)).sum(-1))
     return torch.stack(found, 1), held
+
+
+def ttt_scan_naive(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rates: Tensor,
+    places: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    rope_base: float,
+    state: FastWeights | None = None,
+    rows: PackedRows | None = None,
+) -> tuple[Tensor, FastWeights]:
+    """W_t = W - i_t sum_(j <= t) r_j dl_j/dW (W), with dl_j/dW by autograd, and o_t = q_t + LN(f(q_t; W_t)).
+
+    Arguments and results are those of ttt_scan, in the dtype that comes.
+    """
+    (batch, length), width = values.shape[:2], values.shape[-1:]
+    first = [w.expand(batch, *w.shape) for w in weights]
+    held = first if state is None else state.weights
+    sums, filled = [torch.zeros_like(w) for w in held], torch.zeros(batch, dtype=torch.long)
+    if state is not None and state.opened is not None:
+        sums, filled = state.opened.sums, state.opened.filled
+
+    def predicted(net: Sequence[Tensor], x: Tensor) -> Tensor:
+        """LN(f(x; W)), (B, H, 1, K)."""
+        x = x @ net[0] + net[1]
+        for matrix, bias in zip(net[2::2], net[3::2], strict=True):
+            x = F.gelu(x, approximate="tanh") @ matrix + bias
+        return F.layer_norm(x, width, eps=TTT_EPS) * norm_weight.unsqueeze(1) + norm_bias.unsqueeze(1)
+
+    def loss(net: Sequence[Tensor], k: Tensor, v: Tensor) -> Tensor:
+        return 0.5 * (predicted(net, k) - (v - k)).square().sum()
+
+    def chosen(which: Tensor, those: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.where(which[:, None, None, None], a, b) for a, b in zip(those, others, strict=True)]
+
+    found = []
+    for t in range(length):
+        if rows is not None and rows.starts is not None:
+            begins = rows.starts[:, t]
+            held, filled = chosen(begins, first, held), torch.where(begins, 0, filled)
+            sums = chosen(begins, [torch.zeros_like(w) for w in sums], sums)
+        q, k = (rotate(x[:, t : t + 1], filled, rope_base).transpose(1, 2) for x in (queries, keys))
+        gradients = torch.func.grad(loss)(held, k, values[:, t].unsqueeze(2))
+        rate = rates[:, t, :, None, None]
+        added = [s + rate * gradient for s, gradient in zip(sums, gradients, strict=True)]
+        now = [w - places[filled, None, None, None] * s for w, s in zip(held, added, strict=True)]
+        found.append((q + predicted(now, q)).squeeze(2))
+        real = torch.ones(batch, dtype=torch.bool) if rows is None or rows.real is None else rows.real[:, t]
+        over = real & (filled == MINI_BATCH - 1)
+        held = chosen(over, now, held)
+        sums = chosen(over, [torch.zeros_like(w) for w in sums], chosen(real, added, sums))
+        filled = torch.where(real, (filled + 1) % MINI_BATCH, filled)
+    opened = OpenMiniBatch(sums, filled) if bool(filled.any()) else None
+    return torch.stack(found, 1), FastWeights(held, opened)

@@ -35,7 +35,10 @@ class Recomputed(torch.autograd.Function):
                 for x, of in zip(ctx.saved_tensors, wanted, strict=True)
             ]
             inputs = [x for x in tensors if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad(ctx.function(*tensors), inputs, gradients, allow_unused=True))
+            # What is handed on as it came may have no gradient: the weights of a carried state, say.
+            given = [pair for pair in zip(ctx.function(*tensors), gradients, strict=True) if pair[0].requires_grad]
+            outputs, gradients = zip(*given, strict=True)
+            found = iter(torch.autograd.grad(outputs, inputs, gradients, allow_unused=True))
         return None, *(next(found) if of else None for of in wanted)
 
 

@@ -188,13 +188,15 @@ class LinearSpec(MixerSpec):
         width: Of a head's keys, as published.
         delta: Whether it follows the delta rule.
         shared: Whether all heads share queries and keys, which tensor-parallel ranks then hold whole.
+        rotary: Whether queries and keys carry rotary positions.
     """
 
-    state = LinearState
+    state: type[TensorTree] = LinearState
     composes = True
     width: int
     delta = False
     shared = False
+    rotary = False
 
     def channels(self, config: TitansConfig) -> dict[str, int]:
         """Of all heads' keys and values."""
@@ -212,18 +214,23 @@ class LinearSpec(MixerSpec):
         return heads * (2 * keys + values), 0
 
     def check(self, config: TitansConfig) -> None:
-        """Whether heads divide the channels.
+        """Whether heads divide the channels, and are of an even width where they carry positions.
 
         Raises:
-            ValueError: They do not.
+            ValueError: They do not, or are not.
         """
-        heads = self.shape(config).heads
+        heads, keys, _ = self.shape(config)
         for of, channels in self.channels(config).items():
             if channels % heads:
                 raise ValueError(
                     f"linear_heads is {heads}, and {self.name} has {channels} channels of {of} at dim {config.dim}, "
                     f"which {heads} does not divide; change one of them"
                 )
+        if self.rotary and keys % 2:
+            raise ValueError(
+                f"{self.name}'s heads are {keys} wide at dim {config.dim}; rotary positions need an even head width: "
+                "change linear_heads or dim"
+            )
 
     def heads(self, config: TitansConfig) -> dict[str, Heads]:
         """Its own."""

@@ -86,6 +86,9 @@ class Parts(Protocol):
     def close(self, x: Tensor) -> Tensor:
         """x (B, T, E) as the block holds it, (B, T', E)."""
 
+    def reopen(self, x: Tensor) -> Tensor:
+        """x (B, T', E) as the block holds it, (B, T, E), for what every rank computes alike and then closes."""
+
     def per_head(self, full: Tensor) -> nn.Parameter:
         """A parameter whose first axis is heads, from its value for all H heads."""
 
@@ -170,6 +173,10 @@ class PlainParts(PlainHeads):
         return linear(row, x)
 
     def close(self, x: Tensor) -> Tensor:
+        """See Parts."""
+        return x
+
+    def reopen(self, x: Tensor) -> Tensor:
         """See Parts."""
         return x
 

@@ -76,6 +76,7 @@ class RetNet(LinearSpec):
     paper = "RetNet"
     module = RetNetMixer
     width = 256
+    rotary = True
 
     def channels(self, config: TitansConfig) -> dict[str, int]:
         """Values are twice as wide as keys."""
@@ -84,19 +85,6 @@ class RetNet(LinearSpec):
     def convolved_channels(self, config: TitansConfig) -> tuple[int, int]:
         """None."""
         return 0, 0
-
-    def check(self, config: TitansConfig) -> None:
-        """Heads must be of an even width, too.
-
-        Raises:
-            ValueError: They are not.
-        """
-        super().check(config)
-        if self.shape(config).keys % 2:
-            raise ValueError(
-                f"retnet's heads are {self.shape(config).keys} wide at dim {config.dim}; rotary positions need an even "
-                "head width: change linear_heads or dim"
-            )
 
     def kept(self, work: Workload) -> float:
         """Projections, queries and keys with positions, and their angles; reads up to the gated product."""

@@ -59,6 +59,8 @@ class MixerSpec:
         persistent: Whether it has persistent tokens.
         composes: Whether its state is a linear map of the one before, which it takes as an Earlier (linear.py): ranks
             that share a row work on it at the same time.
+        front: Whether its module has another one, `front`, that takes (x, state, rows) to (x with what it adds, state)
+            before the block's norm.
         beginnings: Parts of the names of parameters that only the beginning of a sequence reads.
         uses: How often a linear map is applied to each token, and to each persistent token once a micro-batch, where it
             is not (1, 0).
@@ -75,6 +77,7 @@ class MixerSpec:
     memory = False
     persistent = False
     composes = False
+    front = False
     beginnings: tuple[str, ...] = ()
     uses: dict[str, tuple[int, int]] = {}  # noqa: RUF012 - replaced, never changed
     border = 2
