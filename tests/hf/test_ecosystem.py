@@ -16,6 +16,7 @@ from titans_mcore.hf.flatten import flatten_code
 
 from .hf_runs import WORDS, save_run, tiny
 from .local_hub import local_hub
+from .models import make
 
 TEXTS = ["the memory", "a model learns at test time", "surprise tells the memory of a model", "keep"]
 
@@ -69,6 +70,21 @@ def test_trainer_fine_tunes_every_parameter_and_goes_on_from_its_checkpoint(fold
     trainer(again, 6).train(resume_from_checkpoint=str(tmp_path / "tuned" / "checkpoint-3"))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(dict(again.named_parameters())[name], parameter, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["mac", "lmm"])
+def test_trainer_fine_tunes_under_autocast(variant: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 'titans-mcore[evals]'")
+    from transformers import Trainer, TrainingArguments
+
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, bf16=True, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    model, rows = make(variant), [{"input_ids": torch.tensor([3, 4]), "labels": torch.tensor([3, 4])}]
+    loss = model(input_ids=rows[0]["input_ids"][None], labels=rows[0]["labels"][None]).loss.item()
+    assert Trainer(model=model, args=settings, train_dataset=rows).train().training_loss == pytest.approx(
+        loss, rel=0.02
+    )
 
 
 def test_trainer_predicts_logits_and_no_cache(folder: Path, tmp_path: Path) -> None:
