@@ -31,10 +31,10 @@ class Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[1:]
-        with torch.enable_grad(), fixed_precision(*ctx.saved_tensors):
+        saved = ctx.saved_tensors  # once: a checkpoint around gives them out a single time
+        with torch.enable_grad(), fixed_precision(*saved):
             tensors = [
-                None if x is None else x.detach().requires_grad_(of)
-                for x, of in zip(ctx.saved_tensors, wanted, strict=True)
+                None if x is None else x.detach().requires_grad_(of) for x, of in zip(saved, wanted, strict=True)
             ]
             inputs = [x for x in tensors if x is not None and x.requires_grad]
             pairs = zip(ctx.function(*tensors), gradients, strict=True)
