@@ -39,6 +39,7 @@ from pretrain.run import Run, lock_run_folder
 from pretrain.schedule import tokens_after
 from titans_mcore.memory.native import why_not_native
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
+from tokenization.command_line import try_output
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -51,6 +52,7 @@ def train(arguments: Sequence[str]) -> None:
     began = time.monotonic()
     with mistakes_as_sentences():
         command = parse(arguments)
+        try_output(command.run_dir, "--run-dir", folder=True)
         run, done = open_run(command.config, command.run_dir, verify=command.verify_resume)
     if run is None:
         return
