@@ -17,7 +17,7 @@ from pretrain.config.command_line import parse
 from pretrain.config.files import write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import Batches
-from pretrain.data.folders import keep_tokenizer, open_data, open_samples
+from pretrain.data.folders import check_shards, keep_tokenizer, open_data, open_samples
 from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
 from pretrain.evaluate.evaluations import Evaluations
 from pretrain.launch.status import follow_launcher, record_success
@@ -139,6 +139,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     on_rank_0(lambda: withdraw_requeue(run_dir))
     on_rank_0(lambda: sweep(run_dir))
     on_rank_0(lambda: keep_tokenizer(data, run_dir))
+    checked = on_rank_0(lambda: check_shards(config, data))
     point = find_resume_point(config, data.fingerprint, run_dir)
     progress = point.progress if point else Progress()
     rewinds = on_rank_0(lambda: Rewinds.read(run_dir))
@@ -150,6 +151,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     batches = Batches(samples, config, data_rank, data_parallel, say_stalled)
     model = build_model(config, groups)
     describe(model, config, data_parallel)
+    say(checked)
     if config.train.weights_from and not point:
         say(f"beginning with the weights of {begin_with(model, config)}")
     engine = build_engine(model, config, data_parallel)

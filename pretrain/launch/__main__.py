@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.config.command_line import parse
 from pretrain.config.run_config import RunConfig
-from pretrain.launch.status import EXIT_MISTAKE, REQUEUE_FILE, STATUS_DIR
+from pretrain.launch.status import EXIT_MISTAKE, LAUNCHER, REQUEUE_FILE, STATUS_DIR
 from titans_mcore.division import check_divisible, check_world
 from tokenization.command_line import CommandError, remedy_of, try_output
 
@@ -86,7 +86,7 @@ def _start(own: argparse.Namespace, config: RunConfig, run_dir: Path, processes:
     if not hosts.alone:
         check_hosts(store, hosts, facts_of_this_host(config, run_dir, processes, words), run_dir)
     with tempfile.TemporaryDirectory(prefix="titans-") as folder:
-        os.environ[STATUS_DIR] = folder
+        os.environ[STATUS_DIR], os.environ[LAUNCHER] = folder, str(os.getpid())
         worker = ["-m", "pretrain.train", *words]
         workers = Workers(worker, processes, own.max_restarts, own.shutdown_timeout, Path(folder))
         run_agent(workers, Rendezvous.over(store, hosts), hosts)
