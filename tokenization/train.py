@@ -41,7 +41,7 @@ class TrainSettings(SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("--vocab-size", self.vocab_size, 300, 10_000_000)
+        check_range("--vocab-size", self.vocab_size, 1, 10_000_000)
         check_range("--sample-bytes", self.sample_bytes, 1, 1_000_000_000_000)
         if self.output.is_dir():
             raise TokenizationError(f"--output {self.output}: is a folder; give the name of a file")
