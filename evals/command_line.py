@@ -13,8 +13,24 @@ class EvaluationError(CommandError):
     """Of a model, its data or what is asked of both."""
 
 
+# What nothing here is made for; a number beyond is a slip, and would take memory until something dies.
+_MOST = {
+    "lengths": 16_777_216,
+    "length": 16_777_216,
+    "max_length": 1_048_576,
+    "max_new_tokens": 1_048_576,
+    "decode_tokens": 1_048_576,
+    "piece": 1_048_576,
+    "batch": 65_536,
+    "depths": 10_001,
+    "threads": 4_096,
+    "tokens": 1_000_000_000_000,
+}
+_MOST_OTHERS = 100_000_000
+
+
 def check_at_least(least: int, settings: object, *names: str) -> None:
-    """Refuses settings that are smaller.
+    """Refuses settings that are smaller, or larger than anything here is made for.
 
     Args:
         least: What each has to be; of a list the smallest number counts, and None is nothing that was asked for.
@@ -25,7 +41,9 @@ def check_at_least(least: int, settings: object, *names: str) -> None:
         EvaluationError: Names the first one.
     """
     for name in names:
-        value = getattr(settings, name)
+        value, most = getattr(settings, name), _MOST.get(name.rpartition("growth_")[2], _MOST_OTHERS)
+        if value is not None and (max(value, default=most) if isinstance(value, tuple) else value) > most:
+            raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at most {most:,}")
         if value is not None and (min(value, default=least) if isinstance(value, tuple) else value) < least:
             raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
 

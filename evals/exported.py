@@ -1,11 +1,9 @@
-"""An exported Hugging Face folder as a model under evaluation: the folder's own code, weights and tokenizer."""
+"""An exported Hugging Face folder as a model under evaluation: its weights and tokenizer, and this package's code."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from evals.command_line import EvaluationError
@@ -20,17 +18,17 @@ class ExportedNetwork(nn.Module):
         """Takes the `TitansForCausalLM` that transformers loaded."""
         super().__init__()
         self.model = model
-        self._cache = sys.modules[type(model).__module__].TitansCache
 
     def stream(self, tokens: Tensor, states: Any, last: int | None = None) -> tuple[Tensor, Any]:
         """Logits (B, last or T, V) of the next piece (B, T), and the states after it; states of None begin."""
-        cache = self._cache(len(self.model.model.layers))
-        for block, state in zip(cache.layers, states or [], strict=bool(states)):
+        from titans_mcore.hf.cache_titans import TitansCache
+
+        cache = TitansCache(len(self.model.model.layers))
+        for block, state in zip(cache.blocks, states or [], strict=bool(states)):
             if state is not None:
                 block.advance(state, 1)
-        # Folders that were exported before transformers 5.24 know the cache by this name alone.
-        logits = self.model(input_ids=tokens, past_key_values=cache, logits_to_keep=last or 0).logits
-        return logits, [block.state for block in cache.layers]
+        logits = self.model(input_ids=tokens, cache=cache, logits_to_keep=last or 0).logits
+        return logits, [block.state for block in cache.blocks]
 
 
 class ExportedTokenizer:
@@ -61,38 +59,27 @@ class ExportedTokenizer:
         return len(self._tokenizer)
 
 
-def load_exported(folder: Path, tokenizer: Tokenizer | None) -> EvalModel:
-    """The model of an exported folder, fp32, on the GPU when there is one.
+def load_exported(folder: Path, tokenizer: Tokenizer | None, *, verify: bool = True) -> EvalModel:
+    """The model of an exported folder, fp32, on the GPU when there is one. The code in the folder does not run.
 
     Args:
         folder: What `python -m titans_mcore.hf.convert` wrote.
         tokenizer: In place of the folder's own.
+        verify: Compare the folder's files with the checksums in its proof.json.
 
     Raises:
         EvaluationError: It is no export of a Titans model, or files are missing or damaged.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from titans_mcore import parallel
-    from titans_mcore.hf.folder import is_export
 
-    if not is_export(folder):
-        raise EvaluationError(
-            f"--checkpoint {folder}: its config.json is not that of an exported Titans model; "
-            "export a run with `python -m titans_mcore.hf.convert`"
-        )
     start_processes()
     logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-        if tokenizer is None:
-            own = ExportedTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
-            tokenizer = Tokenizer(own, sha256_of(folder / "tokenizer.json"))
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise EvaluationError(f"--checkpoint {folder}: cannot be loaded ({reason}); export the run again") from error
+    model, own = open_exported(folder, verify=verify, own_tokenizer=tokenizer is None)
+    if own is not None:
+        tokenizer = Tokenizer(ExportedTokenizer(own), sha256_of(folder / "tokenizer.json"))
+    assert tokenizer is not None
     return EvalModel(
         ExportedNetwork(model).to(parallel.device()).eval(),
         model.config.to_titans(),
@@ -102,6 +89,17 @@ def load_exported(folder: Path, tokenizer: Tokenizer | None) -> EvalModel:
         _trained_length(folder),
         parallel.device(),
     )
+
+
+def open_exported(folder: Path, *, verify: bool = True, own_tokenizer: bool = True) -> tuple[Any, Any]:
+    """Model and tokenizer of an exported folder as transformers has them; see load_exported."""
+    from titans_mcore.hf.errors import ExportError
+    from titans_mcore.hf.exported import open_model, open_tokenizer
+
+    try:
+        return open_model(folder, verify=verify), open_tokenizer(folder) if own_tokenizer else None
+    except ExportError as error:
+        raise EvaluationError(f"--checkpoint: {error}") from error
 
 
 def _trained_length(folder: Path) -> int | None:

@@ -1,5 +1,6 @@
 """A trained model ready to be evaluated: weights, tokenizer, and what identifies both."""
 
+import json
 import os
 import tomllib
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class EvalModel:
         return self.network.stream(tokens.to(self.device, torch.int64), states, last)
 
 
-def load_model(path: Path, tokenizer: Path | None = None, *, spread: bool = False) -> EvalModel:
+def load_model(path: Path, tokenizer: Path | None = None, *, spread: bool = False, verify: bool = True) -> EvalModel:
     """A trained model, in fp32, on the GPU when there is one.
 
     Args:
@@ -76,6 +77,7 @@ def load_model(path: Path, tokenizer: Path | None = None, *, spread: bool = Fals
             folder. Checkpoints of any tensor-parallel size are read.
         tokenizer: Tokenizer file; None takes RUN/tokenizer/tokenizer.model, or the exported folder's own.
         spread: The evaluation spreads its samples: under torchrun every process gets a model of its own.
+        verify: Compare the files of the weights with the checksums that were noted when they were written.
 
     Raises:
         EvaluationError: Checkpoint or tokenizer are missing, damaged, or do not belong together; several processes,
@@ -88,11 +90,11 @@ def load_model(path: Path, tokenizer: Path | None = None, *, spread: bool = Fals
     if (path / "config.json").is_file():
         from evals.exported import load_exported
 
-        return load_exported(path, load_tokenizer(tokenizer) if tokenizer else None)
-    return _load_native(path, tokenizer)
+        return load_exported(path, load_tokenizer(tokenizer) if tokenizer else None, verify=verify)
+    return _load_native(path, tokenizer, verify)
 
 
-def _load_native(path: Path, tokenizer: Path | None) -> EvalModel:
+def _load_native(path: Path, tokenizer: Path | None, verify: bool) -> EvalModel:
     from titans_mcore import weights
 
     try:
@@ -108,9 +110,9 @@ def _load_native(path: Path, tokenizer: Path | None) -> EvalModel:
             f"the tokenizer has {pieces:,} pieces but the model of {checkpoint} {config.vocab_size:,}; "
             "give the tokenizer of this run with --tokenizer"
         )
-    network, device = _build(checkpoint, config)
+    network, device = _build(checkpoint, config, verify)
     digest = hash_files((checkpoint / weights.WEIGHTS_FOLDER).iterdir())
-    return EvalModel(network, config, loaded, str(checkpoint), digest, _trained_length(run), device)
+    return EvalModel(network, config, loaded, str(checkpoint), digest, _trained_length(run, checkpoint), device)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -128,12 +130,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(processor, sha256_of(path))
 
 
-def _build(checkpoint: Path, config: TitansConfig) -> tuple[StreamingModel, torch.device]:
+def _build(checkpoint: Path, config: TitansConfig, verify: bool) -> tuple[StreamingModel, torch.device]:
     from titans_mcore import weights
 
     model, device = _random(config)
     try:
-        weights.load_into(model, weights.load_full(checkpoint)[1])
+        weights.load_into(model, weights.load_full(checkpoint, verify=verify)[1])
     except ValueError as error:
         raise EvaluationError(f"--checkpoint: {error}") from error
     return model.to(device).eval(), device
@@ -165,9 +167,14 @@ def start_processes() -> None:
         parallel.start(1, seed=0, timeout_seconds=_LONGEST_WAIT_SECONDS)
 
 
-def _trained_length(run: Path) -> int | None:
+def _trained_length(run: Path, checkpoint: Path) -> int | None:
+    """Tokens of a training sequence as the checkpoint says, or else the run's config.toml, which may be edited."""
+    from titans_mcore.weights import MARKER
+
     try:
-        length = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["train"]["sequence_length"]
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+        settings = record.get("settings") or tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        length = settings["train"]["sequence_length"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return length if isinstance(length, int) else None

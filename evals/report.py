@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenization.io import bytes_text as bytes_text
 from tokenization.io import write_file_atomically as write_bytes
 
 if TYPE_CHECKING:
@@ -36,15 +37,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, *rows]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def bytes_text(size: float) -> str:
-    """A size in the unit that keeps it short."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.{0 if size >= 100 or unit == 'B' else 1}f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def seconds_text(seconds: float) -> str:

@@ -71,7 +71,8 @@ for name in ${NODE_RANK:+NODE_RANK} MASTER_PORT JOIN_SECONDS MAX_RESTARTS SHUTDO
     if [[ ! ${!name} =~ ^[0-9]+$ ]]; then fail "$name is '${!name}'; it must be a whole number"; fi
 done
 
-# A warning of torch's at length otherwise; each process takes its share of the cores later.
+# What the user has set wins. Otherwise a warning of torch's at length; each process takes its share of the cores later.
+if [[ -n ${OMP_NUM_THREADS:-} ]]; then export TITANS_THREADS=$OMP_NUM_THREADS; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m pretrain.launch ${hosts[@]+"${hosts[@]}"} --max-restarts "$MAX_RESTARTS" \
     --shutdown-timeout "$SHUTDOWN_SECONDS" --requeue-status "$REQUEUE_STATUS" -- "$@"

@@ -17,7 +17,7 @@ from pretrain.config.command_line import parse
 from pretrain.config.files import write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import Batches
-from pretrain.data.folders import keep_tokenizer, open_data, open_samples
+from pretrain.data.folders import check_shards, keep_tokenizer, open_data, open_samples
 from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
 from pretrain.evaluate.evaluations import Evaluations
 from pretrain.launch.status import follow_launcher, record_success
@@ -39,6 +39,7 @@ from pretrain.run import Run, lock_run_folder
 from pretrain.schedule import tokens_after
 from titans_mcore.memory.native import why_not_native
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
+from tokenization.command_line import try_output
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -51,6 +52,7 @@ def train(arguments: Sequence[str]) -> None:
     began = time.monotonic()
     with mistakes_as_sentences():
         command = parse(arguments)
+        try_output(command.run_dir, "--run-dir", folder=True)
         run, done = open_run(command.config, command.run_dir, verify=command.verify_resume)
     if run is None:
         return
@@ -137,6 +139,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     on_rank_0(lambda: withdraw_requeue(run_dir))
     on_rank_0(lambda: sweep(run_dir))
     on_rank_0(lambda: keep_tokenizer(data, run_dir))
+    checked = on_rank_0(lambda: check_shards(config, data))
     point = find_resume_point(config, data.fingerprint, run_dir)
     progress = point.progress if point else Progress()
     rewinds = on_rank_0(lambda: Rewinds.read(run_dir))
@@ -148,6 +151,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     batches = Batches(samples, config, data_rank, data_parallel, say_stalled)
     model = build_model(config, groups)
     describe(model, config, data_parallel)
+    say(checked)
     if config.train.weights_from and not point:
         say(f"beginning with the weights of {begin_with(model, config)}")
     engine = build_engine(model, config, data_parallel)

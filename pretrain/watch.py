@@ -62,6 +62,9 @@ def watch(settings: WatchSettings) -> None:
                 live.update(panel_of(name, history), refresh=True)
                 if history.finished or time.monotonic() - drawn > _PNG_SECONDS:
                     drawn = _draw(history, picture)
+    if follower.left_out:
+        file = settings.run / METRICS_FILE
+        console.print(f"note: {follower.left_out} lines of {file} were cut off and are left out", soft_wrap=True)
     if picture.is_file():
         console.print(f"plot: {picture}", soft_wrap=True)
 

@@ -213,6 +213,8 @@ def test_damage_is_named(tmp_path):
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert damage(folder) is None
     assert "tp-01-of-02.safetensors has changed" in damage(folder, read_files=True)
+    with pytest.raises(ValueError, match=r"tp-01-of-02.safetensors has changed since it was written"):
+        load_full(folder)
     shard.write_bytes(content[:-1])
     assert "bytes instead of" in damage(folder)
     with pytest.raises(ValueError, match=r"cannot read the weights in .*tp-01-of-02"):

@@ -165,11 +165,12 @@ class Shard(NamedTuple):
     rules: dict[str, Split | None]
 
 
-def read_shards(checkpoint: Path) -> list[Shard]:
+def read_shards(checkpoint: Path, *, verify: bool = True) -> list[Shard]:
     """The files of the weights, in the order of the tensor-parallel ranks that wrote them.
 
     Args:
         checkpoint: A checkpoint folder, or its `weights` folder.
+        verify: Compare their checksums with those that the checkpoint has noted; for who has not done so before.
 
     Raises:
         ValueError: Files are missing or damaged.
@@ -184,19 +185,22 @@ def read_shards(checkpoint: Path) -> list[Shard]:
             shards.append(Shard(file, tensors, rules_from_json(metadata["rules"])))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"cannot read the weights in {file}: {error!r}") from error
+    if verify:
+        _check_sums(folder)
     return shards
 
 
-def load_full(checkpoint: Path) -> tuple[TitansConfig, dict[str, Tensor]]:
+def load_full(checkpoint: Path, *, verify: bool = True) -> tuple[TitansConfig, dict[str, Tensor]]:
     """The whole weights, fp32, whatever the number of tensor-parallel ranks that wrote them.
 
     Args:
         checkpoint: A checkpoint folder, or its `weights` folder.
+        verify: See read_shards.
 
     Raises:
         ValueError: Files are missing or damaged, or the ranks disagree about a tensor that all of them hold.
     """
-    folder, shards = _weights_folder(checkpoint), read_shards(checkpoint)
+    folder, shards = _weights_folder(checkpoint), read_shards(checkpoint, verify=verify)
     state = {}
     for name, rule in shards[-1].rules.items():
         parts = [_tensor(shard.tensors, name, folder) for shard in shards]
@@ -338,6 +342,21 @@ def file_sha256(file: Path) -> str:
     """Checksum of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_sums(folder: Path) -> None:
+    """Compares the files of a `weights` folder with what its checkpoint, the folder around, says of them."""
+    try:
+        files = json.loads((folder.parent / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # weights by themselves; a checkpoint without a readable record is refused where it is looked for
+    for file in sorted(folder.iterdir()):
+        noted = files.get(f"{folder.name}/{file.name}", {}).get("sha256")
+        if noted and file_sha256(file) != noted:
+            raise ValueError(
+                f"{file} has changed since it was written (its sha256 differs); take another checkpoint or a whole "
+                "copy of this one (--no-verify reads it as it is)"
+            )
 
 
 def _weights_folder(checkpoint: Path) -> Path:

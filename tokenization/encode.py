@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from tokenization.assemble import assemble, remove_work
-from tokenization.command_line import TokenizationError, parse_settings, run_command
+from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
 from tokenization.io import exclusive, sha256_of, sweep_partial_files, write_file_atomically
 from tokenization.manifest import HELDOUT, TOKENIZER_NAME, TRAIN, Manifest
-from tokenization.output import claim_output
+from tokenization.output import claim_output, mark_failed
 from tokenization.plan import Plan
 from tokenization.progress import Progress
 from tokenization.settings import EncodingSettings
@@ -64,19 +64,14 @@ class EncodeSettings(SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.workers < 1:
-            raise TokenizationError(f"--workers is {self.workers}; give at least 1")
+        check_range("--workers", self.workers, 1, MOST_WORKERS)
         if not 0 < self.heldout_fraction < 1:
             raise TokenizationError(
                 f"--heldout-fraction is {self.heldout_fraction}; give a number above 0 and below 1, such as 0.01"
             )
-        for option, value in (
-            ("--shard-tokens", self.shard_tokens),
-            ("--max-document-mb", self.max_document_mb),
-            ("--unit-mb", self.unit_mb),
-        ):
-            if not (value > 0 and math.isfinite(value)):
-                raise TokenizationError(f"{option} is {value}; give a number above 0")
+        check_range("--shard-tokens", self.shard_tokens, 1, 1_000_000_000_000)
+        check_range("--max-document-mb", self.max_document_mb, 1e-6, 100_000)
+        check_range("--unit-mb", self.unit_mb, 1e-6, 1_000_000)
         parse_share(self.max_rejected)
         parse_shard(self.shard)
 
@@ -132,7 +127,12 @@ def encode(settings: EncodeSettings) -> Manifest | None:
     if hosts > 1 and not settings.merge:
         print(f"{output}: --shard {settings.shard} is done; when all {hosts} are, run once with --merge")
         return None
-    manifest = assemble(plan, output, settings.workers, parse_share(settings.max_rejected))
+    try:
+        manifest = assemble(plan, output, settings.workers, parse_share(settings.max_rejected))
+    except TokenizationError:
+        if not settings.merge:  # all units are done, so that the text itself is the fault
+            mark_failed(output)
+        raise
     summarize(output, manifest)
     return manifest
 

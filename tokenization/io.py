@@ -15,6 +15,15 @@ from pathlib import Path
 from tokenization.command_line import TokenizationError
 
 
+def bytes_text(size: float) -> str:
+    """A size in the unit that keeps it short."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.{0 if size >= 100 or unit == 'B' else 1}f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def write_file_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that a crash at any moment leaves the old one or the new one, never a part.
 

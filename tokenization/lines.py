@@ -1,4 +1,4 @@
-"""Reading .jsonl, .jsonl.gz and .jsonl.zst: a line at a time, whatever its length."""
+"""Reading .jsonl, .jsonl.gz, .jsonl.zst, .json.gz and .json.zst: a line at a time, whatever its length."""
 
 import json
 import zlib
@@ -14,7 +14,10 @@ _BLOCK_BYTES = 1 << 20
 # Compressed bytes at once, so that even what is mostly repetition (1,000 times smaller as gzip, 30,000 times as
 # Zstandard) comes in blocks below 64 MB.
 _GZIP_BLOCK_BYTES, _ZSTD_BLOCK_BYTES = 1 << 14, 1 << 11
+# What zstd --long=31 looks back, and a worker then holds: the most that the format's own tool writes.
+_ZSTD_WINDOW_BYTES = 1 << 31
 _NO_LIMIT = 1 << 62
+_MOST_DIGITS = 300
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -123,7 +126,7 @@ def _next_line_start(file: BinaryIO, start: int) -> int:
 
 def _text_field(line: bytes, columns: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = _parsed(line.decode("utf-8"))
     except UnicodeDecodeError as fault:
         return Kind("invalid_utf8", detail=f"{fault.reason} at byte {fault.start:,}"), {}
     except (ValueError, RecursionError) as fault:
@@ -131,7 +134,19 @@ def _text_field(line: bytes, columns: tuple[str, ...]) -> tuple[Any, dict[str, A
     if not isinstance(record, dict):
         return Kind("bad_json", detail=f"a {type(record).__name__}, not an object"), {}
     fields = record if columns == ("*",) else {name: record.get(name) for name in columns}
-    return record.get("text"), fields
+    if "text" not in record:
+        return Kind("missing_text", detail=f"the fields are {', '.join(sorted(record))}"[:200]), fields
+    return record["text"], fields
+
+
+def _parsed(text: str) -> Any:
+    """The value of a line; a whole number of more digits than Python reads at once becomes a float."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, parse_int=lambda digits: float(digits) if len(digits) > _MOST_DIGITS else int(digits))
 
 
 def _plain(file: BinaryIO) -> Iterator[bytes]:
@@ -151,8 +166,9 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
     """The decompressor object knows whether the frame ended; zstandard's stream reader takes a cut file for whole."""
     import zstandard
 
+    begin = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj
     try:
-        yield from _frames(file, zstandard.ZstdDecompressor().decompressobj, _ZSTD_BLOCK_BYTES)
+        yield from _frames(file, begin, _ZSTD_BLOCK_BYTES)
     except zstandard.ZstdError as fault:
         raise BrokenFile(str(fault)) from fault
 
@@ -175,5 +191,7 @@ _DECOMPRESSORS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {
     ".jsonl": _plain,
     ".jsonl.gz": _gunzipped,
     ".jsonl.zst": _unzstd,
+    ".json.gz": _gunzipped,
+    ".json.zst": _unzstd,
 }
 LINE_SUFFIXES = frozenset(_DECOMPRESSORS)

@@ -194,6 +194,19 @@ class Manifest:
         if sha256_of(path) != self.tokenizer.sha256:
             raise ManifestError(f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back")
 
+    def check_sums(self, folder: str | Path) -> None:
+        """Compares the checksum of every token file: a second for each gigabyte or so.
+
+        Raises:
+            ManifestError: Naming the first file that differs.
+        """
+        for name, info in self.token_files().items():
+            if sha256_of(Path(folder, name)) != info.sha256:
+                raise ManifestError(
+                    f"{Path(folder, name)}: not the file that the manifest lists (SHA-256 differs); copy it again, or "
+                    "encode again"
+                )
+
     def train_prefixes(self, folder: str | Path) -> list[str]:
         """Returns the paths of the train split's datasets in order, without suffix, as Megatron-core takes them."""
         return [str(Path(folder, shard.prefix)) for shard in self.splits[TRAIN].datasets]

@@ -17,6 +17,7 @@ from tokenization.tokenizer import TokenizerInfo
 
 # What --overwrite may delete; `cache` is where Megatron-core keeps its sample indices beside the shards.
 _OWN_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, PLAN_NAME, REJECTED_NAME, "work", "cache"}
+_FAILED = "work/failed"
 _SHARD_FILE = re.compile(rf"({TRAIN}|{HELDOUT})(-\d+)?\.(bin|idx|rows)")
 
 
@@ -71,6 +72,14 @@ def claim_output(
     return saved, None
 
 
+def mark_failed(output: Path) -> None:
+    """Notes that what was begun in a folder cannot be ended: other text may take its place without being asked.
+
+    The same command still goes on with what is done, for another --max-rejected.
+    """
+    (output / _FAILED).touch()
+
+
 def _names(output: Path) -> set[str]:
     """What lies in the folder; hidden files are what a killed process was writing."""
     return {path.name for path in output.iterdir() if not path.name.startswith(".")} if output.exists() else set()
@@ -111,7 +120,7 @@ def _make_room(output: Path, difference: str, replace: bool) -> None:
     """Deletes what is in the way if that is wanted, the files that make it look whole first."""
     if foreign := sorted(name for name in _names(output) if name not in _OWN_NAMES and not _SHARD_FILE.fullmatch(name)):
         raise TokenizationError(f"--output {output}: holds {foreign[0]}, which is not of a shard folder; give another")
-    if not replace:
+    if not (replace or (output / _FAILED).exists()):
         raise TokenizationError(
             f"--output {output}: holds other shards, {difference}; give another folder, or --overwrite to replace them"
         )

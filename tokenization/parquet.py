@@ -1,5 +1,6 @@
 """Reading Parquet by row groups and small batches, local or on the hub; one damaged row group costs itself alone."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,11 @@ def _group_rows(file: Any, index: int, row: int, columns: tuple[str, ...], share
     import pyarrow
 
     group = file.metadata.row_group(index)
-    last, names = row + group.num_rows, set(file.schema_arrow.names)
+    counted = Counter(file.schema_arrow.names)
+    # Of two columns of one name neither can be asked for.
+    last, names = row + group.num_rows, {name for name, count in counted.items() if count == 1}
+    if counted["text"] > 1:
+        raise BrokenFile("two of its columns are called text; rename one")
     if "text" not in names:
         detail = f"the columns are {', '.join(sorted(names))}"[:200]
         yield Record(last - 1, Kind("missing_text", group.num_rows, detail), share)

@@ -26,7 +26,7 @@ PLAN_NAME = "plan.json"
 PLAN_VERSION = 1
 _FOOTERS_AT_ONCE = 16
 # A compressed .jsonl holds about so many bytes of text a byte; only weighs units against each other.
-_EXPANSION = {".jsonl.gz": 3, ".jsonl.zst": 3}
+_EXPANSION = {".jsonl.gz": 3, ".jsonl.zst": 3, ".json.gz": 3, ".json.zst": 3}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ Bad data is counted, listed one by one in rejected.jsonl, and weighed against --
     unreadable_file      a file that the system refuses to read
 
 What the user asked to leave out is counted alone: filtered_score, filtered_language, filtered_short, filtered_long,
-duplicate (a text that came before), repeated_file (a file named twice).
+duplicate (a text that came before), repeated_file (a file named twice). So is what is not read in a folder that was
+named: shard_folder (what encode wrote is no text), other_type.pdf and so on (files that are no text here).
 """
 
 from collections import Counter
@@ -25,7 +26,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 _ASKED_FOR = frozenset(
-    {"filtered_score", "filtered_language", "filtered_short", "filtered_long", "duplicate", "repeated_file"}
+    {
+        "filtered_score",
+        "filtered_language",
+        "filtered_short",
+        "filtered_long",
+        "duplicate",
+        "repeated_file",
+        "shard_folder",
+    }
 )
 
 
@@ -66,7 +75,7 @@ class Skipped:
 
 def is_bad(kind: str) -> bool:
     """Says whether a kind is bad data rather than something the user asked to leave out."""
-    return kind not in _ASKED_FOR
+    return kind not in _ASKED_FOR and not kind.startswith("other_type")
 
 
 def rejected_documents(counts: Mapping[str, int]) -> int:

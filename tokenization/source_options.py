@@ -14,8 +14,9 @@ class SourceOptions:
     """Which text is read."""
 
     input: tuple[str, ...] = ()
-    """Files or folders: .txt and .md (one document a file), .jsonl, .jsonl.gz, .jsonl.zst and .parquet (a `text` field
-    or column), or the word stdlib for the sources of the running Python's standard library."""
+    """Files or folders: .txt and .md (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (.json.gz and .json.zst as
+    well) and .parquet (a `text` field or column), or the word stdlib for the sources of the running Python's standard
+    library."""
     dataset: str | None = None
     """Instead of --input: a dataset of the Hugging Face hub, streamed, such as HuggingFaceFW/fineweb-edu; or a folder
     laid out like one."""

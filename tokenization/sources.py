@@ -10,7 +10,11 @@ from tokenization.command_line import TokenizationError
 from tokenization.skipped import Skipped
 
 STDLIB = "stdlib"
-SUFFIXES: tuple[str, ...] = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES: tuple[str, ...] = (
+    *(".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"),
+    *(".json.gz", ".json.zst"),  # compressed, they are lines of JSON nearly always
+)
+OTHER = "other_type"
 STDLIB_SUFFIXES: tuple[str, ...] = (".py", ".txt", ".rst", ".md")
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
@@ -32,8 +36,9 @@ class Source:
 def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
     """Lists the files behind the `--input` arguments, arguments in their order, folders by sorted path.
 
-    A folder is searched with everything below it, symbolic links included; names that start with a dot and files of
-    other types are left alone. A file that is reached twice is read once and counted as `repeated_file`.
+    A folder is searched with everything below it, symbolic links included; names that start with a dot, and folders of
+    shards, are left alone, files of other types are counted by their suffix. A file that is reached twice is read once
+    and counted as `repeated_file`.
 
     Args:
         inputs: Paths of files or folders, or the word `stdlib` for the running Python's standard library.
@@ -70,6 +75,8 @@ def _sources_of(argument: str, skipped: Skipped) -> list[Source]:
         root = Path(sysconfig.get_path("stdlib"))
         return _sources_below(root, STDLIB_SUFFIXES, _STDLIB_LEFT_OUT, skipped)
     path = Path(argument)
+    if _spelled(argument) != argument:
+        raise TokenizationError(f"--input {_spelled(argument)}: its name is not UTF-8; rename it")
     if path.is_dir():
         return _sources_below(path, SUFFIXES, frozenset(), skipped)
     if not path.exists():
@@ -82,6 +89,11 @@ def _sources_of(argument: str, skipped: Skipped) -> list[Source]:
     return [_local(path, suffix)]
 
 
+def _spelled(name: str) -> str:
+    """A name as it can be written down: bytes that are no UTF-8 as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _local(path: Path, suffix: str) -> Source:
     status = path.stat()
     return Source(os.path.abspath(path), suffix, status.st_size, status.st_mtime_ns)
@@ -89,14 +101,20 @@ def _local(path: Path, suffix: str) -> Source:
 
 def _sources_below(root: Path, suffixes: Iterable[str], left_out: frozenset[str], skipped: Skipped) -> list[Source]:
     found: list[Source] = []
-    for path in sorted(_files_below(root, left_out), key=lambda path: path.relative_to(root).parts):
-        suffix = suffix_of(path.name, suffixes)
+    for path in sorted(_files_below(root, left_out, skipped), key=lambda path: path.relative_to(root).parts):
+        suffix, name = suffix_of(path.name, suffixes), _spelled(str(path))
         if suffix is None:
+            if not left_out:
+                skipped.add(OTHER + "".join(Path(_spelled(path.name)).suffixes[-2:]).lower()[:20], name)
             continue
-        if path.is_file() and os.access(path, os.R_OK):
+        if name != str(path):
+            skipped.add("unreadable_file", name, detail="its name is not UTF-8; rename it")
+        elif path.is_file() and os.access(path, os.R_OK):
             found.append(_local(path, suffix))
         else:
             skipped.add("unreadable_file", str(path), detail="no file, or no right to read it")
+    if not found and is_shard_folder(root):
+        raise TokenizationError(f"--input {root}: holds shards, not text; give what they were made of")
     if not found:
         raise TokenizationError(
             f"--input {root}: the folder holds no readable file of the types {', '.join(suffixes)}; give another folder"
@@ -104,7 +122,12 @@ def _sources_below(root: Path, suffixes: Iterable[str], left_out: frozenset[str]
     return found
 
 
-def _files_below(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
+def is_shard_folder(folder: Path) -> bool:
+    """Whether `encode` has begun to write there: its plan, lists and tokenizer are no text."""
+    return (folder / "plan.json").is_file() and (folder / "tokenizer.model").is_file()
+
+
+def _files_below(root: Path, left_out: frozenset[str], skipped: Skipped) -> Iterator[Path]:
     visited: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -112,5 +135,9 @@ def _files_below(root: Path, left_out: frozenset[str]) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(real)
+        if is_shard_folder(Path(folder)):
+            skipped.add("shard_folder", folder)
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if name not in left_out and not name.startswith("."))
         yield from (Path(folder, name) for name in files if not name.startswith("."))

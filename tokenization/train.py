@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenization.command_line import TokenizationError, parse_settings, run_command
+from tokenization.command_line import TokenizationError, check_range, parse_settings, run_command
 from tokenization.documents import Document, Reader
 from tokenization.io import write_file_atomically
 from tokenization.plan import plan_units
@@ -41,10 +41,8 @@ class TrainSettings(SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_size < 1:
-            raise TokenizationError(f"--vocab-size is {self.vocab_size}; give at least 300")
-        if self.sample_bytes < 1:
-            raise TokenizationError(f"--sample-bytes is {self.sample_bytes}; give at least 1")
+        check_range("--vocab-size", self.vocab_size, 1, 10_000_000)
+        check_range("--sample-bytes", self.sample_bytes, 1, 1_000_000_000_000)
         if self.output.is_dir():
             raise TokenizationError(f"--output {self.output}: is a folder; give the name of a file")
 
@@ -145,7 +143,7 @@ def _explain(fault: str, vocab_size: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
-    train(parse_settings(TrainSettings, "python -m tokenization.train", arguments))
+    train(parse_settings(TrainSettings, "python -m tokenization.train", arguments, folder=False))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy
 from tyro.conf import Positional
 
 from tokenization.assemble import entropy_of
-from tokenization.command_line import TokenizationError, parse_settings, run_command
+from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
 from tokenization.io import sha256_of
 from tokenization.manifest import HELDOUT, ORIGIN, TOKENIZER_NAME, TRAIN, FileInfo, Manifest, ManifestError, Shard
 from tokenization.progress import Progress
@@ -174,8 +174,7 @@ class VerifySettings:
     """Processes that check; one shard each at a time."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise TokenizationError(f"--workers is {self.workers}; give at least 1")
+        check_range("--workers", self.workers, 1, MOST_WORKERS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ def main() -> None:
     from evals.models import load_model
 
     return_large_blocks()
-    report = evaluate(load_model(settings.checkpoint, settings.tokenizer), settings)
+    report = evaluate(load_model(settings.checkpoint, settings.tokenizer, verify=not settings.no_verify), settings)
     print(describe(report))
     print(report_table(report))
     print(f"{settings.output / 'babilong.json'}, babilong.md, babilong.csv, babilong.png, babilong.jsonl")

@@ -45,6 +45,8 @@ class BabilongSettings:
     fastest."""
     batch: int = 16
     """Most samples read side by side; those of one task with prompts of one length are."""
+    no_verify: bool = False
+    """Do not compare the weights' files with the checksums that were noted when they were written."""
     tokenizer: Path | None = None
     """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 
@@ -56,4 +58,5 @@ class BabilongSettings:
             raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give {which}")
         if not self.lengths or min(self.lengths) < 0:
             raise EvaluationError(f"--lengths {self.lengths}; give at least one, 0 or more")
+        check_at_least(0, self, "lengths")
         check_at_least(1, self, "samples", "max_new_tokens", "piece", "batch")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, check_at_least
 
 SECTIONS = ("side-by-side", "growth", "gpu")
 
@@ -61,12 +61,8 @@ class MemorySettings:
         for name in ("lengths", "growth_lengths"):
             if not getattr(self, name):
                 raise EvaluationError(f"--{name.replace('_', '-')} is empty; give at least one length")
-            if min(getattr(self, name)) < 1:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
-        for name in ("batch", "heads", "width", "depth", "expansion", "chunk_size", "repeats", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        check_at_least(1, self, "lengths", "growth_lengths")
+        check_at_least(1, self, "batch", "heads", "width", "depth", "expansion", "chunk_size", "repeats", "threads")
         for name in ("limit_seconds", "limit_gigabytes"):
             if not getattr(self, name) > 0:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give more than 0")
@@ -106,11 +102,7 @@ class ContextSettings:
             raise EvaluationError("--checkpoint is empty; name at least one run folder")
         if not self.lengths:
             raise EvaluationError("--lengths is empty; give at least one number of tokens")
-        for name in ("decode_tokens", "piece", "threads"):
-            if getattr(self, name) < 1:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give at least 1")
-        if min(self.lengths) < 1:
-            raise EvaluationError(f"--lengths has {min(self.lengths)}; give at least 1")
+        check_at_least(1, self, "lengths", "decode_tokens", "piece", "threads")
         for name in ("limit_gigabytes", "limit_minutes"):
             if not getattr(self, name) > 0:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")

@@ -18,7 +18,19 @@ Request = tuple[Any, list[int], list[int]]
 """Something that names the request, tokens of its context, tokens whose likelihood is asked for."""
 
 
-class NativeLM(TemplateLM):
+class WholeAnswers:
+    """Where text and answer share their last token, so that lm-eval finds no token of the answer, that one is it."""
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context, and those behind it."""
+        before, behind = super()._encode_pair(context, continuation)  # type: ignore[misc]
+        if behind or not continuation:
+            return before, behind
+        whole = self.tok_encode(context + continuation)  # type: ignore[attr-defined]
+        return whole[:-1], whole[-1:]
+
+
+class NativeLM(WholeAnswers, TemplateLM):
     """Every text begins with one start token, as in training.
 
     Args:
@@ -66,6 +78,12 @@ class NativeLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
         """For each request the log-likelihood of its last tokens, and whether each of them was the most likely one."""
+        for _, context, answer in requests:
+            if not context or not 0 < len(answer) <= self._max_length:
+                raise EvaluationError(
+                    f"a request asks for the likelihood of {len(answer)} tokens behind {len(context)}; it must be 1 to "
+                    f"{self._max_length} (--max-length) behind at least one"
+                )
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1] + requests[index][2]))
         results = [(0.0, True)] * len(requests)
         bar = tqdm(total=len(requests), desc="requests", disable=kwargs.get("disable_tqdm", False))

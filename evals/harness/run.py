@@ -99,7 +99,7 @@ def _language_model(settings: HarnessSettings) -> tuple[dict[str, Any], Any]:
     from evals.harness.language_model import NativeLM
     from evals.models import load_model
 
-    model = load_model(settings.checkpoint, settings.tokenizer)
+    model = load_model(settings.checkpoint, settings.tokenizer, verify=not settings.no_verify)
     return {"backend": "native", **model.facts()}, NativeLM(model, settings.max_length, settings.batch, settings.piece)
 
 
@@ -112,19 +112,20 @@ def _exported_model(settings: HarnessSettings, exported: bool) -> tuple[dict[str
     import torch
     from lm_eval.models.huggingface import HFLM
 
+    from evals.exported import open_exported
+    from evals.harness.language_model import WholeAnswers
+
+    class ExportedLM(WholeAnswers, HFLM):
+        """lm-eval's own."""
+
     folder = str(settings.checkpoint)
-    try:
-        model = HFLM(
-            pretrained=folder,
-            trust_remote_code=True,
-            max_length=settings.max_length,
-            batch_size=settings.batch,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            dtype="float32",
-        )
-    except (OSError, ValueError, ImportError) as error:
-        fault = " ".join(str(error).split())
-        raise EvaluationError(f"--checkpoint {folder}: cannot be loaded ({fault}); export the run again") from error
+    network, tokenizer = open_exported(settings.checkpoint, verify=not settings.no_verify)
+    model = ExportedLM(
+        pretrained=network.to("cuda" if torch.cuda.is_available() else "cpu").eval(),
+        tokenizer=tokenizer,
+        max_length=settings.max_length,
+        batch_size=settings.batch,
+    )
     identity = {
         "backend": "hf",
         "checkpoint": folder,

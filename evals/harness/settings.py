@@ -34,6 +34,8 @@ class HarnessSettings:
     """Requests read side by side."""
     piece: int = 512
     """native: tokens of each request read at a time; bounds the memory, results do not depend on it."""
+    no_verify: bool = False
+    """Do not compare the weights' files with the checksums that were noted when they were written."""
     tokenizer: Path | None = None
     """native: tokenizer file; by default RUN/tokenizer/tokenizer.model."""
 

@@ -15,7 +15,9 @@ def main() -> None:
     from evals.report import table
 
     return_large_blocks()
-    report = evaluate(load_model(settings.checkpoint, settings.tokenizer, spread=True), settings)
+    report = evaluate(
+        load_model(settings.checkpoint, settings.tokenizer, spread=True, verify=not settings.no_verify), settings
+    )
     if report is not None:
         print(table(HEADER, table_rows(report)))
         print(f"{settings.output}: {', '.join(FILES)}")

@@ -47,6 +47,8 @@ class NiahSettings:
     fastest."""
     batch: int = 16
     """Most samples read side by side."""
+    no_verify: bool = False
+    """Do not compare the weights' files with the checksums that were noted when they were written."""
     tokenizer: Path | None = None
     """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 

@@ -176,7 +176,7 @@ def _other_words(generator: random.Random) -> str:
 
 def main() -> None:
     """Runs the command line; see `--help`."""
-    settings = parse_settings(TrainingDataSettings, "python -m evals.niah.training_data")
+    settings = parse_settings(TrainingDataSettings, "python -m evals.niah.training_data", folder=False)
     try:
         settings.output.parent.mkdir(parents=True, exist_ok=True)
         with settings.output.open("w", encoding="utf-8") as stream:

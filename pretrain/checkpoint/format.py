@@ -31,6 +31,7 @@ from pretrain.engine import resolve_precision
 from pretrain.schedule import portion_of, tokens_after
 from titans_mcore.parallel import device, memory_split, sample_place
 from titans_mcore.weights import MARKER
+from tokenization.command_line import remedy_of
 
 OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"
@@ -151,7 +152,7 @@ def on_rank_0(function: Callable[[], T]) -> T:
         try:
             answer[0] = function()
         except (ValueError, OSError) as error:
-            answer[1] = str(error)
+            answer[1] = (remedy_of(error) if isinstance(error, OSError) else None) or str(error)
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise FailedOnRank0(answer[1])

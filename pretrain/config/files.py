@@ -6,9 +6,11 @@ beside it. The resolved tree is written to `RUN/config.toml`, from which resumin
 """
 
 import difflib
+import json
+import sys
 import tomllib
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import tomli_w
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import TEXTS
 from titans_mcore.config import with_memory_heads
+from titans_mcore.weights import MARKER, checkpoints_newest_first, damage
 from tokenization.io import write_file_atomically
 
 _PRESETS = Path(__file__).with_name("presets")
@@ -82,7 +85,10 @@ def write_run_config(config: RunConfig, run_dir: Path) -> None:
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
-    """The configuration of a run folder, as it was resolved.
+    """The configuration of a run folder, as it was resolved: that of its newest checkpoint, which has a checksum.
+
+    RUN/config.toml counts where there is no checkpoint yet; where it says something else than the checkpoint, that is
+    printed.
 
     Raises:
         ValueError: It is not there, or holds something illegal.
@@ -90,10 +96,40 @@ def load_run_config(run_dir: Path) -> RunConfig:
     file = Path(run_dir) / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{run_dir} is not a run folder: it has no {CONFIG_FILE}")
-    tree = read_toml(file)
+    noted = _noted_settings(Path(run_dir))
+    if noted is None:
+        return _built(read_toml(file), str(file))
+    config = _built(noted[1], str(noted[0]))
+    try:
+        there = _built(read_toml(file), str(file))
+    except ValueError as error:
+        print(f"note: {error}; the settings of {noted[0]} are taken", file=sys.stderr)
+        return config
+    # Shards may have been moved; that they are the same is known by their fingerprint.
+    config = replace(config, data=replace(config.data, path=there.data.path, blend=there.data.blend))
+    trained, edited = asdict(config), asdict(there)
+    names = [f"{a}.{b}" for a, section in trained.items() for b in section if edited[a][b] != section[b]]
+    if names:
+        print(
+            f"note: {file} is not what {noted[0]} was trained with, whose settings are taken: {', '.join(names)}",
+            file=sys.stderr,
+        )
+    return config
+
+
+def _noted_settings(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run and the settings in its record; None where there is none."""
+    for folder in checkpoints_newest_first(run_dir):
+        if damage(folder) is None:
+            settings = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("settings")
+            return (folder, settings) if settings else None
+    return None
+
+
+def _built(tree: dict[str, Any], source: str) -> RunConfig:
     if isinstance(tree.get("model"), dict):
         tree["model"] = with_memory_heads(tree["model"])
-    return build(tree, str(file))
+    return build(tree, source)
 
 
 def read_toml(file: Path) -> dict[str, Any]:

@@ -86,6 +86,22 @@ def open_data(config: RunConfig) -> RunData:
     return data
 
 
+def check_shards(config: RunConfig, data: RunData) -> str:
+    """Reads the shards where data.verify asks for it.
+
+    Returns:
+        A sentence that says what of them was checked.
+
+    Raises:
+        ValueError: One is not what its manifest lists.
+    """
+    if not config.data.verify:
+        return "shards: sizes are those of the manifest, contents were not compared (--data.verify true reads them)"
+    for folder in data.folders:
+        folder.manifest.check_sums(folder.path)
+    return "shards: checksums of all files are those of the manifest"
+
+
 def keep_tokenizer(data: RunData, run_dir: Path) -> None:
     """Puts the data's tokenizer into RUN/tokenizer/, where evaluation and export look for it.
 

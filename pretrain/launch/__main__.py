@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from pretrain.config.command_line import parse
 from pretrain.config.run_config import RunConfig
-from pretrain.launch.status import EXIT_MISTAKE, REQUEUE_FILE, STATUS_DIR
+from pretrain.launch.status import EXIT_MISTAKE, LAUNCHER, REQUEUE_FILE, STATUS_DIR
 from titans_mcore.division import check_divisible, check_world
+from tokenization.command_line import CommandError, remedy_of, try_output
 
 if TYPE_CHECKING:
     from pretrain.launch.rendezvous import Hosts
@@ -33,12 +34,14 @@ def main() -> None:
     try:
         asked, words = _take_nproc(words)
         command = parse(words)
+        try_output(command.run_dir, "--run-dir", folder=True)
         config, parallel = command.config, command.config.parallel
         processes = asked or _gpus() or parallel.tensor * parallel.context
         check_sizes(config, processes, *_range(own.nnodes))
         _start(own, config, command.run_dir, processes, words)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, CommandError) as error:
+        sentence = remedy_of(error) if isinstance(error, OSError) else None
+        print(f"error: {sentence or error}", file=sys.stderr)
         raise SystemExit(EXIT_MISTAKE) from None
     if own.requeue_status and (command.run_dir / REQUEUE_FILE).exists():
         raise SystemExit(own.requeue_status)
@@ -83,7 +86,7 @@ def _start(own: argparse.Namespace, config: RunConfig, run_dir: Path, processes:
     if not hosts.alone:
         check_hosts(store, hosts, facts_of_this_host(config, run_dir, processes, words), run_dir)
     with tempfile.TemporaryDirectory(prefix="titans-") as folder:
-        os.environ[STATUS_DIR] = folder
+        os.environ[STATUS_DIR], os.environ[LAUNCHER] = folder, str(os.getpid())
         worker = ["-m", "pretrain.train", *words]
         workers = Workers(worker, processes, own.max_restarts, own.shutdown_timeout, Path(folder))
         run_agent(workers, Rendezvous.over(store, hosts), hosts)

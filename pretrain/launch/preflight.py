@@ -30,6 +30,7 @@ from pretrain.config.run_config import RunConfig
 from pretrain.launch.rendezvous import Hosts, own_address
 from titans_mcore.config import TitansConfig
 from titans_mcore.weights import checkpoints_newest_first
+from tokenization.io import bytes_text
 
 _PACKAGES = ("titans_mcore", "pretrain", "tokenization")
 _VERSIONS = ("torch", "deepspeed", "megatron-core")
@@ -147,8 +148,8 @@ def check_room(config: RunConfig, run_dir: Path, words: Sequence[str]) -> None:
     size = _checkpoint_bytes(config, words)
     if free < missing * size:
         raise ValueError(
-            f"{folder} has {free / 1e9:.1f} GB free, and {missing} more checkpoint{'s' if missing > 1 else ''} of "
-            f"{size / 1e9:.1f} GB are to be written there; make room, lower checkpoint.keep, or use another --run-dir"
+            f"{folder} has {bytes_text(free)} free, and {missing} more checkpoint{'s' if missing > 1 else ''} of "
+            f"{bytes_text(size)} are to be written there; make room, lower checkpoint.keep, or use another --run-dir"
         )
 
 

@@ -16,7 +16,7 @@ FINAL = (EXIT_MISTAKE, EXIT_GIVEN_UP)
 """After these a start with the same settings ends the same way: nothing is tried again."""
 REQUEUE_FILE = "requeue.json"
 """In the run folder of a run that was stopped before its end, in order."""
-STATUS_DIR = "TITANS_STATUS_DIR"
+STATUS_DIR, LAUNCHER = "TITANS_STATUS_DIR", "TITANS_LAUNCHER"
 """Variable with the folder in which each worker of a host leaves a file when it ended well."""
 _PR_SET_PDEATHSIG = 1
 
@@ -25,6 +25,9 @@ def follow_launcher() -> None:
     """Called by a worker at its start: it is to save and end when the launcher is killed, not to train on alone."""
     if os.environ.get(STATUS_DIR) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        # It may have been killed while this process imported, for which nobody sends a signal.
+        if str(os.getppid()) != os.environ.get(LAUNCHER, ""):
+            raise SystemExit("error: the launcher has ended; nothing is trained without it")
 
 
 def record_success() -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pretrain.checkpoint.format import checkpoint_folder
 from pretrain.launch.status import EXIT_FAILED, EXIT_GIVEN_UP, EXIT_MISTAKE, REQUEUE_FILE
 from titans_mcore.parallel import stop
+from tokenization.command_line import CommandError, remedy_of
 from tokenization.io import write_file_atomically
 
 _WAIT_FOR_RANK_0_SECONDS = 20
@@ -99,7 +100,7 @@ def mistakes_as_sentences() -> Iterator[None]:
     """Ends the process with one sentence for what a user can mend; every other exception keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CommandError) as error:
         end_with(error, EXIT_MISTAKE)
 
 
@@ -109,6 +110,7 @@ def end_with(error: Exception, status: int) -> NoReturn:
         # Most mistakes are every rank's. The first process that ends has the others killed: let it be the one that
         # says why. Where rank 0 is fine, nobody kills this one, and it speaks for itself.
         time.sleep(_WAIT_FOR_RANK_0_SECONDS)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    sentence = remedy_of(error) if isinstance(error, OSError) else None
+    print(f"error: {sentence or error}", file=sys.stderr, flush=True)
     stop()
     raise SystemExit(status) from error

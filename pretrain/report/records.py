@@ -73,9 +73,14 @@ def resolve(records: Iterable[Record]) -> list[Record]:
 
 
 class Follower:
-    """A run's records while they are being written: every line is read once."""
+    """A run's records while they are being written: every line is read once.
+
+    Attributes:
+        left_out: Lines so far that are no record: cut off by a kill, or by a disk that was full.
+    """
 
     def __init__(self, run_dir: Path) -> None:
+        self.left_out = 0
         self._file = run_dir / METRICS_FILE
         self._place, self._written = 0, list[Record]()
 
@@ -86,7 +91,9 @@ class Follower:
             data = stream.read()
         whole = data[: data.rfind(b"\n") + 1]  # the last line may be half written
         self._place += len(whole)
-        self._written += [record for line in whole.splitlines() if (record := _parse(line)) is not None]
+        found = [_parse(line) for line in whole.splitlines()]
+        self._written += [record for record in found if record is not None]
+        self.left_out += found.count(None)
         return resolve(self._written)
 
 

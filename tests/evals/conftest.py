@@ -98,3 +98,24 @@ def write_heldout(folder: Path, tokens: np.ndarray, lengths: list[int]) -> None:
     for document in np.split(tokens, np.cumsum(lengths)[:-1]):
         builder.add_document(document.astype(np.uint16), [len(document)])
     builder.finalize(str(folder / "heldout.idx"))
+
+
+def spoil_code(folder: Path) -> Path:
+    """Has an exported folder's code leave a file when it runs, by every way that transformers knows.
+
+    Returns:
+        The file that must not appear.
+    """
+    ran = folder / "ran"
+    line = f"\nopen({str(ran)!r}, 'w').close()\n"
+    for file in folder.glob("*.py"):
+        file.write_text(file.read_text() + line)
+    (folder / "other.py").write_text(line)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(line + "def generate(*_, **__): ...\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        ways = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")
+        content["auto_map"] = dict.fromkeys(ways, "other.Other") | {"AutoTokenizer": ["other.Other", "other.Other"]}
+        (folder / name).write_text(json.dumps(content))
+    return ran

@@ -81,12 +81,17 @@ def test_each_fault_is_one_sentence(
     assert "--lengths 100: too short" in says("--lengths", 100, 2000)
     assert "--samples is 0" in says("--samples", 0)
     assert "--lengths is (0,)" in says("--lengths", 0)
+    assert "--lengths is (99999999999,); give at most 16,777,216" in says("--lengths", 99999999999)
+    assert "--samples is 1000000000; give at most 100,000,000" in says("--samples", 1_000_000_000)
     assert "--budget is 0.0" in says("--budget", 0)
     assert "--text /nowhere.txt: cannot be read" in says("--tasks", "n", "--text", "/nowhere.txt")
     assert "--lengths 900: too short" in says("--tasks", "n", "--lengths", 900, "--fill", "ruler_2024")
     assert not (tmp_path / "out").exists(), "a fault left files behind"
     (tmp_path / "file").touch()
-    assert "cannot write niah.jsonl" in says("--lengths", 500, output=tmp_path / "file")
+    assert "file: is a file; give a folder" in says("--lengths", 500, output=tmp_path / "file")
+    assert "file is a file; give another path" in says(output=tmp_path / "file" / "below")
+    assert "the name is too long for this file system" in says(output=tmp_path / ("x" * 300))
+    assert "--output /proc/sys/out: cannot be written (" in says(output=Path("/proc/sys/out"))
 
 
 def test_tokenizer_with_another_vocabulary_is_refused(mac_run: Path, tmp_path: Path) -> None:
@@ -99,7 +104,12 @@ def test_damaged_weights_are_named(make_run: MakeRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(make_run("mac"), run)
     shard = next(run.rglob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-1])
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2] + bytes(2))
+    with pytest.raises(EvaluationError, match=f"{shard} has changed since it was written .*--no-verify"):
+        load_model(run)
+    load_model(run, verify=False)
+    shard.write_bytes(content[:-1])
     with pytest.raises(EvaluationError, match="safetensors"):
         load_model(run)
 

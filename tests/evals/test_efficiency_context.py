@@ -55,7 +55,11 @@ def test_memory_is_compared_from_64k_tokens_on():
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
-    [({"lengths": ()}, "--lengths is empty"), ({"lengths": (0,)}, "--lengths has 0"), ({"piece": 0}, "--piece is 0")],
+    [
+        ({"lengths": ()}, "--lengths is empty"),
+        ({"lengths": (0,)}, r"--lengths is \(0,\)"),
+        ({"piece": 0}, "--piece is 0"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, setting, sentence):
     with pytest.raises(EvaluationError, match=sentence):

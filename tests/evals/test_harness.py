@@ -19,6 +19,7 @@ from evals.harness.settings import HarnessSettings
 from evals.harness.summary import summarise
 from evals.models import EvalModel, load_model
 
+from .conftest import spoil_code
 from .harness_data import GOLD, ROWS, write_rows
 from .planted import plant
 
@@ -47,7 +48,7 @@ class Reader:
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, model: EvalModel, tmp_path: Path, **settings: Any) -> dict[str, Any]:
-    monkeypatch.setattr("evals.models.load_model", lambda *_: model)
+    monkeypatch.setattr("evals.models.load_model", lambda *_, **__: model)
     data = write_rows(tmp_path / "rows")
     return run.evaluate(HarnessSettings(Path("planted"), tmp_path / "out", data=data, piece=7, batch=3, **settings))
 
@@ -90,14 +91,12 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary_a_token(
     assert math.log(wiki["value"]) == pytest.approx(tokens * math.log(360) / words)
 
 
-def test_native_model_and_its_export_give_one_table(
-    mac_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_native_model_and_its_export_give_one_table(mac_run: Path, tmp_path: Path) -> None:
     from titans_mcore.hf.convert import export
 
     export(mac_run, tmp_path / "hf", skip_proof=True)
+    ran = spoil_code(tmp_path / "hf")
     data = write_rows(tmp_path / "rows")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     native = run.evaluate(HarnessSettings(mac_run, tmp_path / "native", data=data, piece=16, batch=3, max_length=24))
     exported = run.evaluate(HarnessSettings(tmp_path / "hf", tmp_path / "exported", data=data, max_length=24))
     assert (native["backend"], exported["backend"]) == ("native", "hf")
@@ -106,6 +105,7 @@ def test_native_model_and_its_export_give_one_table(
         assert one["value"] == pytest.approx(other["value"], rel=1e-4), one["title"]
         assert one["stderr"] == pytest.approx(other["stderr"], rel=1e-3), one["title"]
     assert native["average"]["value"] == pytest.approx(exported["average"]["value"], rel=1e-6)
+    assert not ran.exists()
 
 
 def test_standard_errors_are_those_of_the_documents() -> None:
@@ -167,3 +167,23 @@ def test_loaded_model_is_scored_by_whole_texts_alone(mac_run: Path) -> None:
             losses = model.network.forward(tokens[:, :-1], tokens[:, 1:])  # type: ignore[attr-defined]
         assert value == pytest.approx(-losses[0, len(context) - 1 :].sum().item(), rel=1e-4)
         assert streamed == pytest.approx(value, rel=1e-4)
+
+
+def test_an_answer_that_shares_its_token_with_the_text_is_scored_and_nothing_is_never_right(mac_run: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from evals.harness.language_model import NativeLM
+
+    model = NativeLM(load_model(mac_run), 100, 1, 100)
+    processor = model._processor
+    word = next(piece for piece in ("number", "special", "learns", "hidden") if len(processor.encode(piece)) == 1)
+    text, answer = word[:-1], word[-1]
+    assert len(processor.encode(text)) >= len(processor.encode(word)) == 1
+    ((value, _),) = model.loglikelihood([Instance("loglikelihood", {}, (text, answer), 0)], disable_tqdm=True)
+    ((expected, _),) = model._loglikelihood_tokens([(None, [1], processor.encode(word))], disable_tqdm=True)
+    assert value == expected < 0.0
+    for asked in ([], list(range(3, 104))):
+        with pytest.raises(
+            EvaluationError, match=f"asks for the likelihood of {len(asked)} tokens behind 1; it must be"
+        ):
+            model._loglikelihood_tokens([(None, [1], asked)], disable_tqdm=True)

@@ -1,6 +1,7 @@
 """What else reads an exported folder: Trainer, accelerate's device maps, lm-eval's `hf` model, a hub."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.flatten import flatten_code
+from titans_mcore.hf.modeling_titans import TitansForCausalLM
 
 from .hf_runs import WORDS, save_run, tiny
 from .local_hub import local_hub
+from .models import make
 
 TEXTS = ["the memory", "a model learns at test time", "surprise tells the memory of a model", "keep"]
 
@@ -71,6 +74,21 @@ def test_trainer_fine_tunes_every_parameter_and_goes_on_from_its_checkpoint(fold
         torch.testing.assert_close(dict(again.named_parameters())[name], parameter, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["mac", "lmm"])
+def test_trainer_fine_tunes_under_autocast(variant: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 'titans-mcore[evals]'")
+    from transformers import Trainer, TrainingArguments
+
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, bf16=True, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    model, rows = make(variant), [{"input_ids": torch.tensor([3, 4]), "labels": torch.tensor([3, 4])}]
+    loss = model(input_ids=rows[0]["input_ids"][None], labels=rows[0]["labels"][None]).loss.item()
+    assert Trainer(model=model, args=settings, train_dataset=rows).train().training_loss == pytest.approx(
+        loss, rel=0.02
+    )
+
+
 def test_trainer_predicts_logits_and_no_cache(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="Trainer needs accelerate: pip install 'titans-mcore[evals]'")
     from transformers import Trainer, TrainingArguments
@@ -112,6 +130,36 @@ def test_a_device_map_changes_no_logit(folder: Path, tokens: dict[str, Any], dev
     assert torch.equal(generated, load(folder).generate(**tokens, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.parametrize("asked", ["eager", "sdpa"])
+def test_transformers_names_of_attention_are_taken(folder: Path, tokens: dict[str, Any], asked: str) -> None:
+    backend = {"eager": "dense", "sdpa": "sdpa"}[asked]
+    loaded = TitansForCausalLM.from_pretrained(folder, attn_implementation=asked)
+    for model in (load(folder, attn_implementation=asked), loaded):
+        assert model.config.to_titans().attention_backend == backend
+        with torch.no_grad():
+            torch.testing.assert_close(model(**tokens).logits, load(folder)(**tokens).logits, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'; Titans models have eager, sdpa, fl"):
+        TitansForCausalLM.from_pretrained(folder, attn_implementation="flex_attention")
+
+
+def test_the_cards_code_runs_as_it_stands(folder: Path, tmp_path: Path) -> None:
+    """Where nobody answers questions, and without a warning of transformers' own."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    place = tmp_path / "path" / "to" / "this"
+    place.mkdir(parents=True)
+    (place / "folder").symlink_to(folder)
+    # An export uses the compiled memory of the package where that is installed: of this one, not of another version.
+    root = str(Path(__file__).resolve().parents[2])
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": root}
+    command = [sys.executable, "-P", "-c", code]
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("['The")
+    assert not re.search(r"y/N|model of type|model type", result.stdout + result.stderr)
+
+
 def test_offloading_is_refused_in_a_sentence(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="device_map needs accelerate: pip install 'titans-mcore[evals]'")
     parts = dict.fromkeys(("model.embedding", "model.layers.1", "model.final_norm", "lm_head"), "cpu")
@@ -142,6 +190,22 @@ def test_lm_eval_scores_and_generates_as_the_model_does(folder: Path) -> None:
         full = model.generate(**start, max_new_tokens=5, do_sample=False)
         expected = tokenizer.decode(full[0, start.input_ids.shape[1] :], skip_special_tokens=True)
         assert answer == expected.partition("\n")[0]
+
+
+def test_lm_eval_scores_whole_texts_with_one_start_token_as_the_card_says(folder: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'titans-mcore[evals]'")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    (setting,) = set(re.findall(r"`(add_bos_token)=False`", (folder / "README.md").read_text()))
+    served = HFLM(pretrained=load(folder), tokenizer=AutoTokenizer.from_pretrained(folder), **{setting: False})
+    asked = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(TEXTS)]
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), load(folder)
+    for text, score in zip(TEXTS, served.loglikelihood_rolling(asked), strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids  # one start token
+        with torch.no_grad():
+            expected = -float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        assert score == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_model_pushed_to_a_hub_lies_there_with_its_code(folder: Path, tokens: Any, tmp_path: Path) -> None:

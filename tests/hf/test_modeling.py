@@ -257,6 +257,13 @@ def test_misuse_gets_a_sentence(tokens: Tensor) -> None:
     foreign.update(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4), 0)
     with pytest.raises(ValueError, match="DynamicCache of another model"):
         model(tokens, cache=foreign)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="there are no tokens to read; give at least one"):
+            call(tokens[:, :0])
+        with pytest.raises(ValueError, match="input_ids hold 330; the vocabulary has 330 tokens, 0 to 329"):
+            call(torch.cat([tokens, torch.full_like(tokens, 330)], 1))
+    with pytest.raises(ValueError, match="cache_implementation is 'static'; a Titans cache has a constant size"):
+        model.generate(tokens, cache_implementation="static")
     with pytest.raises(ValueError, match=r"\(B, T\)"):
         model(tokens, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
     with pytest.raises(ValueError, match="20 columns; give one for each of the 21 tokens"):

@@ -93,10 +93,58 @@ def test_gradients_of_a_padded_batch_are_the_sum_of_the_rows(variant: str) -> No
 
 def test_a_mask_of_ones_is_no_padding_and_costs_nothing() -> None:
     hidden = torch.zeros(2, 3, 4)
-    assert padding_of(torch.ones(2, 8), hidden, 5) is None
-    assert padding_of(None, hidden, 0) is None
-    assert padding_of(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), hidden, 1) is None  # padding that was read before
-    found = padding_of(torch.tensor([[0, 1, 0], [1, 1, 1]]), hidden, 0)
+    assert padding_of(torch.ones(2, 8), hidden, 5, {}) is None
+    assert padding_of(None, hidden, 0, {}) is None
+    assert padding_of(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]), hidden, 1, {}) is None  # padding that was read before
+    found = padding_of(torch.tensor([[0, 1, 0], [1, 1, 1]]), hidden, 0, {})
     assert found is not None
     assert found.order.tolist() == [[1, 0, 2], [0, 1, 2]]
     assert torch.equal(found.to_places(found.to_front(hidden)), hidden)
+
+
+@pytest.mark.parametrize("variant", MIXERS)
+def test_a_row_of_several_sequences_gives_what_they_give_alone(variant: str) -> None:
+    """Logits, loss and gradients, as the collator without padding says where they begin, in each of its ways."""
+    from transformers import DataCollatorWithFlattening
+
+    model, rows = make(variant).double(), prompts()
+    alone = [model(row, labels=row, num_items_in_batch=1) for row in rows if row.shape[1] > 1]
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(sum(output.loss for output in alone), parameters)
+    collator = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)
+    batch = collator([{"input_ids": row[0].tolist()} for row in rows])
+    for name in ("position_ids", "seq_idx", "cu_seq_lens_q"):
+        output = model(batch["input_ids"], labels=batch["input_ids"], num_items_in_batch=1, **{name: batch[name]})
+        pieces = output.logits.split(list(LENGTHS), 1)
+        for piece, one in zip([x for x in pieces if x.shape[1] > 1], alone, strict=True):
+            torch.testing.assert_close(piece, one.logits, rtol=0, atol=1e-9)
+    for ours, theirs in zip(torch.autograd.grad(output.loss, parameters), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # the loss itself is fp32
+    assert torch.equal(model(**batch).logits, output.logits)
+
+
+@torch.no_grad()
+def test_documents_begin_in_padded_rows_too() -> None:
+    model, rows = make().double(), prompts()
+    ids, mask = padded([torch.cat([rows[2], rows[1]], 1), rows[0]], "left")
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    positions[0, -1] = 0  # the second row's one token
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[0, -1:], model(rows[1]).logits[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(logits[0, -13:-1], model(rows[2]).logits[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(logits[1], model(rows[0]).logits[0], rtol=0, atol=1e-9)
+
+
+def test_what_cannot_be_meant_is_refused_in_a_sentence() -> None:
+    model, ids = make(), torch.arange(3, 9)[None]
+    plain = torch.arange(6)[None]
+    assert torch.equal(model(ids, position_ids=plain + 40).logits, model(ids).logits)
+    for given, sentence in (
+        ({"position_ids": plain * 2}, "position_ids leave numbers out"),
+        ({"position_ids": plain[:, 1:]}, r"position_ids is \(1, 5\); it must be \(B, T\), \(1, 6\)"),
+        ({"position_ids": plain % 3, "seq_idx": plain // 2}, "seq_idx and position_ids let documents begin at differ"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 7])}, "cu_seq_lens_q must run from 0 to the 6 tokens"),
+        ({"token_type_ids": plain}, "token_type_ids is no argument of Titans models"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            model(ids, **given)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.mapping import to_exported
-from titans_mcore.hf.proof import native_logits
+from titans_mcore.hf.modeling_titans import TitansForCausalLM
+from titans_mcore.hf.proof import files_of, native_logits
 from titans_mcore.hf.to_native import import_run, main
 from titans_mcore.mixers import MIXERS
 from titans_mcore.weights import damage, find_checkpoint, load_full
@@ -126,7 +128,8 @@ def test_what_save_pretrained_wrote_comes_back_too(
 
 def fails(capsys: pytest.CaptureFixture[str], folder: Path, output: Path) -> str:
     assert main(["--folder", str(folder), "--output", str(output)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *notes, line = capsys.readouterr().err.strip().splitlines()
+    assert all(note.endswith("has no proof.json, so its files are not compared with checksums") for note in notes)
     assert line.startswith("error: ")
     return line
 
@@ -162,6 +165,30 @@ def test_a_damaged_folder_gets_a_sentence(mac_run: Path, tmp_path: Path, capsys:
     config.unlink()
     assert "config.json is missing" in fails(capsys, folder, output)
     assert not output.exists()
+
+
+def test_an_export_that_is_not_what_was_proven_is_refused(
+    mac_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(mac_run, tmp_path / "hf", skip_proof=True).output
+    (folder / "proof.json").write_text(json.dumps({"files": files_of(folder)}))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-2] + bytes(2))
+    assert f"{weights} is not the file that was exported" in fails(capsys, folder, tmp_path / "run")
+    assert import_run(folder, tmp_path / "run", no_verify=True).is_dir()
+
+
+def test_a_folder_of_pickles_is_refused_in_a_sentence(
+    mac_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = export(mac_run, tmp_path / "hf", skip_proof=True).output
+    with pytest.raises(ValueError, match="use_safetensors is False"):
+        TitansForCausalLM.from_pretrained(folder, use_safetensors=False)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    says = r"holds its weights as pickle \(pytorch_model.bin\), which may run code"
+    assert re.search(says, fails(capsys, folder, tmp_path / "run"))
+    with pytest.raises(OSError, match=says):
+        TitansForCausalLM.from_pretrained(folder)
 
 
 def test_weights_of_another_model_are_named(

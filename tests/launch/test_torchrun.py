@@ -1,5 +1,9 @@
 """launch/torchrun.sh and `python -m pretrain.train` as a user meets them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pretrain.config.files import load_run_config
@@ -8,6 +12,17 @@ from tests.pretrain.jobs import ROOT, Job
 
 SCRIPT = ROOT / "launch" / "torchrun.sh"
 SHORT = ["--variant", "transformer", "--train.steps", "2"]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_worker_whose_launcher_was_killed_while_it_imported_does_not_train_on(tmp_path, alive):
+    """Nobody sends it a signal then: it has to look."""
+    launcher = os.getpid() if alive else os.getppid()
+    names = {"TITANS_STATUS_DIR": str(tmp_path), "TITANS_LAUNCHER": str(launcher), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "from pretrain.launch.status import follow_launcher; follow_launcher()"]
+    ended = subprocess.run(command, env=os.environ | names, capture_output=True, text=True)
+    assert ended.returncode == (0 if alive else 1), ended.stderr
+    assert ended.stderr.strip() == ("" if alive else "error: the launcher has ended; nothing is trained without it")
 
 
 def test_help_needs_nothing(tmp_path):
@@ -67,9 +82,10 @@ def test_one_process_trains_without_torchrun(train, tmp_path):
     assert err == ""
     lines = out.splitlines()
     assert "tensor 1 x data 1, ZeRO 1" in lines[0]
-    assert lines[1].startswith("step 1/2 | loss 4.")
-    assert "tokens/s" in lines[1]
-    assert "ETA 0:00:0" in lines[1]
+    assert lines[1].startswith("shards: sizes are those of the manifest, contents were not compared")
+    assert lines[2].startswith("step 1/2 | loss 4.")
+    assert "tokens/s" in lines[2]
+    assert "ETA 0:00:0" in lines[2]
     assert lines[-1].startswith("done: held-out loss 4.")
     assert load_run_config(tmp_path / "run").model.variant == "transformer"
     (first, second) = read_metrics(tmp_path / "run")

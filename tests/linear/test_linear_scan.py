@@ -204,6 +204,14 @@ def test_a_state_that_comes_late_is_read_in_float32_too(kind: str) -> None:
     check([late], [read], rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_around_a_scan_changes_nothing(kind: str) -> None:
+    tokens = {name: x.detach().float().requires_grad_() for name, x in problem(kind).items()}
+    expected = with_gradients(linear_scan, tokens, rows=packed(real=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        check(with_gradients(linear_scan, tokens, rows=packed(real=True)), expected, rtol=0, atol=0)
+
+
 def test_nothing_but_what_came_is_kept_for_the_backward_pass() -> None:
     tokens = problem("gated_deltanet")
     kept: list[Tensor] = []

@@ -80,6 +80,13 @@ def test_pieces_of_any_length_give_one_pass_and_its_gradients(pieces: list[int])
     check(with_gradients(in_pieces, problem(), rows), with_gradients(selective_scan, problem(), rows))
 
 
+def test_autocast_around_a_scan_changes_nothing() -> None:
+    tokens = {name: x.detach().float().requires_grad_() for name, x in problem().items()}
+    expected = with_gradients(selective_scan, tokens, packed(real=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        check(with_gradients(selective_scan, tokens, packed(real=True)), expected, rtol=0, atol=0)
+
+
 def test_nothing_but_what_came_is_kept_for_the_backward_pass() -> None:
     tokens = problem()
     kept: list[Tensor] = []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from titans_mcore.memory import MemoryState, memory_scan
+from titans_mcore.memory import MemoryState, memory_read, memory_scan
 
 from .streams import Stream, by_channel, make_stream
 
@@ -114,6 +114,22 @@ def test_states_are_not_kept_for_every_chunk() -> None:
         memory_scan(*inputs, weights, network="plain")
     every_state = length // 16 * 2 * 2 * width * hidden * 4  # weights and momentum of two matrices
     assert sum(saved.values()) < every_state / 8
+
+
+@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+@pytest.mark.parametrize("backend", ["chunked", "native", "oracle"])
+def test_autocast_around_a_scan_changes_nothing(backend: str, network: str) -> None:
+    """Forward and backward, with a chunk that is left open and gone on in."""
+    stream = make_stream(45, 2, network, dtype=torch.float32)
+
+    def found() -> list[torch.Tensor]:
+        scanned = results(stream, backend, 8, [13, 32])
+        reads = memory_read(stream.queries, stream.weights, **stream.settings)
+        return [*scanned, reads, *torch.autograd.grad(reads.square().sum(), [stream.queries, *stream.weights])]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert largest_difference(found(), expected) < 1e-6  # bf16 alone is off by 1e-2; sums may come in another order
 
 
 def test_full_forgetting_leads_to_the_initial_memory_and_literally_to_zero() -> None:

@@ -55,6 +55,19 @@ def test_parameters_gradients_of_packed_rows_are_those_of_the_documents(variant:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("rows", [None, packed()], ids=["whole", "packed"])
+@pytest.mark.parametrize("variant", MIXERS)
+def test_a_mixer_learns_under_autocast_what_it_learns_without(variant: str, rows: PackedRows | None) -> None:
+    mixer, x = mixer_of(variant), inputs()
+    expected, _ = mixer(x, None, rows)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), list(mixer.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = mixer(x, None, rows)
+        gradients = torch.autograd.grad(output.float().square().sum(), list(mixer.parameters()))
+    for ours, theirs in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        assert (ours - theirs).norm() < 0.2 * theirs.norm()  # bf16 has 8 bits; another function is off by all of it
+
+
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 4 + [11], [5, 1, 30, 2, 37]])
 @pytest.mark.parametrize("variant", MIXERS)
 def test_packed_rows_in_pieces_give_one_pass(variant: str, pieces: list[int]) -> None:

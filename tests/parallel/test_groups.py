@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from titans_mcore.parallel import DeepSpeedGroups, start, stop
+from titans_mcore.parallel import DeepSpeedGroups, groups, start, stop
 
 LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3"}
 
@@ -30,6 +30,23 @@ assert mpu.get_model_parallel_rank() == mpu.get_tensor_model_parallel_rank() == 
 assert torch.get_num_threads() >= 1
 stop()
 """
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_the_number_of_threads_that_was_asked_for_wins(monkeypatch, launched):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    if launched:  # by launch/torchrun.sh, which hands on what it was called with
+        for name, value in LAUNCHER.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TITANS_THREADS", "3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1" if launched else "3")
+    before = torch.get_num_threads()
+    try:
+        groups._share_cores()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_one_process_starts_without_a_launcher(monkeypatch):

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
 from pretrain.data.batches import Batches, Samples
-from pretrain.data.folders import keep_tokenizer, open_data
+from pretrain.data.folders import check_shards, keep_tokenizer, open_data
 from titans_mcore.config import TitansConfig
 
 from .tiny_shards import BOS, EOS, write_shards
@@ -203,6 +203,20 @@ def run_config(shards: Path, **model) -> RunConfig:
 
 def test_matching_data_is_opened(shards):
     assert open_data(run_config(shards)).tokenizer.vocab_size == 96
+
+
+def test_a_flipped_byte_of_a_shard_is_found_where_it_is_asked_for(tmp_path):
+    shards = write_shards(tmp_path / "shards")
+    config = run_config(shards)
+    asked = dataclasses.replace(config, data=dataclasses.replace(config.data, verify=True))
+    assert "checksums of all files are those of the manifest" in check_shards(asked, open_data(asked))
+    file = next(shards.glob("train*.bin"))
+    content = bytearray(file.read_bytes())
+    content[7] ^= 1
+    file.write_bytes(content)
+    assert "contents were not compared" in check_shards(config, open_data(config))
+    with pytest.raises(ValueError, match=f"{file}: not the file that the manifest lists"):
+        check_shards(asked, open_data(asked))
 
 
 def test_a_model_with_another_vocabulary_is_refused(shards):

@@ -1,6 +1,7 @@
 """Settings: from file and flags to a run folder and back, and every way to get them wrong."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -163,3 +164,26 @@ def test_the_quickstart_configuration_is_legal():
     config = build(*read_config("quickstart"))
     assert config.parallel.tensor == 2
     assert dataclasses.replace(config.model, variant="lmm").variant == "lmm"
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda text: text.replace("steps = 20\n", "steps = 21\n"), lambda text: text[:40] + "["]
+)
+def test_an_edited_or_damaged_file_gives_way_to_the_checkpoint(tmp_path, tiny_toml, capsys, damage):
+    config = parse(arguments(tiny_toml, tmp_path)).config
+    write_run_config(config, tmp_path)
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    folder.mkdir(parents=True)
+    record = {"files": {}, "settings": dataclasses.asdict(config)}
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    assert load_run_config(tmp_path) == config
+    assert not capsys.readouterr().err
+    file = tmp_path / "config.toml"
+    before = file.read_text()
+    file.write_text(damage(before))
+    assert file.read_text() != before
+    assert load_run_config(tmp_path) == config
+    said = capsys.readouterr().err
+    assert said.startswith("note: ")
+    assert str(file) in said
+    assert str(folder) in said

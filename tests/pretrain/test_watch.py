@@ -75,6 +75,8 @@ def test_blocks_whose_steps_are_often_held_are_named_and_whether_it_is_for_a_chu
 
 def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_path):
     write(begin(tmp_path / "run"), range(1, 12))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "lo\n')  # as a full disk leaves it
     status, out, err = watch(tmp_path / "run", "--once").wait(120)
     assert (status, err) == (0, "")
     for words in (
@@ -86,6 +88,7 @@ def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_pat
         "niah_single_1 accuracy by lengths at step 10   4,096: 100%  8,192: 25%",
     ):
         assert words in out
+    assert f"note: 1 lines of {tmp_path / 'run' / 'metrics.jsonl'} were cut off and are left out" in out
     assert f"plot: {tmp_path / 'run' / 'watch.png'}" in out
     assert (tmp_path / "run" / "watch.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob(".*"))

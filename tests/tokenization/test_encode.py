@@ -15,8 +15,8 @@ import pytest
 import sentencepiece
 import zstandard
 
-from tokenization.command_line import TokenizationError
-from tokenization.encode import encode, token_type
+from tokenization.command_line import CommandError, TokenizationError
+from tokenization.encode import encode, main, token_type
 from tokenization.manifest import Manifest
 from tokenization.selection import hash_position
 from tokenization.shards import import_indexed_dataset
@@ -209,6 +209,30 @@ def test_unusable_settings_are_one_sentence_and_status_2(fails, corpus, tokenize
 
 
 @pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        ("file", "file: is a file; give a folder"),
+        ("file/below", "file is a file; give another path"),
+        ("x" * 300, "the name is too long for this file system; give a shorter one"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_first(tmp_path, corpus, tokenizer, place, sentence):
+    (tmp_path / "file").touch()
+    words = ["--input", corpus, "--tokenizer", tokenizer, "--output", tmp_path / place]
+    with pytest.raises(CommandError, match=f"--output .*{sentence}"):
+        main(list(map(str, words)))
+
+
+def test_an_output_inside_the_input_is_no_text(tmp_path, texts, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [*texts, "one"])
+    words = ["--input", tmp_path, "--tokenizer", tokenizer, "--output", tmp_path / "shards", "--workers", 1]
+    main(list(map(str, words)))
+    first = Manifest.load(tmp_path / "shards")
+    main([*map(str, words), "--overwrite", "--seed", "1"])
+    assert [source.path for source in Manifest.load(tmp_path / "shards").sources] == [first.sources[0].path]
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"workers": 0}, "--workers is 0"),
@@ -217,6 +241,8 @@ def test_unusable_settings_are_one_sentence_and_status_2(fails, corpus, tokenize
         ({"shard": "3/3"}, "--shard is '3/3'"),
         ({"shard": "1"}, "--shard is '1'"),
         ({"shard_tokens": 0}, "--shard-tokens is 0"),
+        ({"workers": 1_000_000}, "--workers is 1000000; give 1 to 4,096"),
+        ({"max_document_mb": 1e12}, "--max-document-mb is 1"),
         ({"unit_mb": float("nan")}, "--unit-mb is nan"),
         ({"max_rejected": "many"}, "--max-rejected is 'many'"),
         ({"max_rejected": "101%"}, "--max-rejected is '101%'"),
@@ -234,11 +260,14 @@ def test_unusable_settings_are_refused_by_name(tmp_path, corpus, tokenizer, chan
 @pytest.mark.parametrize(
     ("data", "sentence"), [("the only document", "one document"), ("  ", "1 of 1 documents are bad .*1 empty_text")]
 )
-def test_too_few_documents_are_told(tmp_path, tokenizer, data, sentence):
+def test_too_few_documents_are_told(tmp_path, texts, tokenizer, data, sentence):
     (tmp_path / "a.txt").write_text(data)
     with pytest.raises(TokenizationError, match=sentence):
         encode(encode_settings(tmp_path / "a.txt", tokenizer, tmp_path / "out"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+    # What failed is not in the way of other text.
+    encode(encode_settings(write_jsonl(tmp_path / "b.jsonl", texts), tokenizer, tmp_path / "out"))
+    verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("data", "sentence"), [(None, "no such file"), (b"", "not a"), (b"text\n" * 99, "not a")])

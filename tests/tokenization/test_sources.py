@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -233,3 +234,49 @@ def test_unusable_inputs_are_refused_by_name(tmp_path, name, sentence):
     with pytest.raises(TokenizationError, match=sentence) as fault:
         find_sources([str(tmp_path / name)] if name else [], Skipped())
     assert name is None or name in str(fault.value)
+
+
+def test_what_is_not_read_in_a_folder_is_counted_by_its_suffix_and_compressed_json_is_lines(tmp_path, texts):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(jsonl(texts[:2])))
+    (tmp_path / "b.json").write_bytes(jsonl(texts))
+    (tmp_path / "c.PDF").touch()
+    (tmp_path / os.fsdecode(b"d\xff.txt")).write_text("a name that is no UTF-8")
+    (tmp_path / "e.txt").write_text("last")
+    (tmp_path / "shards").mkdir()
+    for name in ("plan.json", "tokenizer.model", "rejected.jsonl"):
+        (tmp_path / "shards" / name).write_text("{}")
+    counted = {"other_type.json": 1, "other_type.pdf": 1, "unreadable_file": 1, "shard_folder": 1}
+    assert read(tmp_path) == ([*texts[:2], "last"], counted)
+    with pytest.raises(TokenizationError, match="shards: holds shards, not text"):
+        find_sources([str(tmp_path / "shards")], Skipped())
+    with pytest.raises(TokenizationError, match=r"d\\xff.txt: its name is not UTF-8; rename it"):
+        find_sources([os.fsdecode(os.fsencode(tmp_path) + b"/d\xff.txt")], Skipped())
+
+
+def test_a_zstandard_frame_may_look_back_as_far_as_the_format_can(tmp_path, texts):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=31)
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(frame.compress(jsonl(texts)) + frame.flush())
+    assert read(tmp_path) == (texts, {})
+
+
+def test_columns_and_fields_that_cannot_be_meant_cost_their_file_or_nothing(tmp_path):
+    column = pyarrow.array(["one", "two"])
+    for name, names in (("a", ["text", "text"]), ("b", ["score", "score", "text"]), ("c", ["content", "url"])):
+        table = pyarrow.Table.from_arrays([column] * len(names), names)
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+    long = b"9" * 5_000
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "good", "n": ' + long + b'}\n{"content": "none", "id": 1}\n')
+    listed = []
+    skipped, found = Skipped(list_rejected=listed.append), []
+    for source in find_sources([str(tmp_path)], skipped):
+        reader = Reader(source, skipped=skipped)
+        found += [document.text for document in reader]
+    assert found == ["one", "two", "good"]
+    assert skipped.counts == {"broken_file": 1, "missing_text": 3}
+    details = [rejected.detail for rejected in listed]
+    assert details == [
+        "two of its columns are called text; rename one",
+        "the columns are content, url",
+        "the fields are content, id",
+    ]

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from titans_mcore.config import TitansConfig
 from titans_mcore.hf.proof import Proof
 from titans_mcore.weights import BEGINS, MARKER
@@ -61,6 +63,8 @@ print(tokenizer.batch_decode(model.generate(**tokens, max_new_tokens=50), skip_s
 What has been read is kept in a state of constant size: `cache = model(**tokens).cache` is continued by
 `model(..., cache=cache)`, and kept in a file by `cache.save(file)` and `type(cache).load(file)`. Its name in older
 versions of transformers, `past_key_values`, means the same.
+With lm-eval, give `trust_remote_code=True` among the `--model_args`, and for tasks that score whole texts (wikitext)
+`add_bos_token=False` too: there lm-eval puts a start token in front itself, and the tokenizer's would be a second one.
 `proof.json` holds logits of the trained model, with which `python -m titans_mcore.hf.verify path/to/this/folder` of the
 titans-mcore package compares this folder."""
 
@@ -114,11 +118,13 @@ def _numbers(report: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _training(checkpoint: Path) -> str:
-    """The run's resolved configuration."""
+    """The run's resolved configuration: what the checkpoint has noted, or the run's file, which may be edited."""
+    noted = _json(checkpoint / MARKER).get("settings")
     try:
-        settings = (_run_of(checkpoint) / "config.toml").read_text(encoding="utf-8").strip()
+        settings = tomli_w.dumps(noted) if noted else (_run_of(checkpoint) / "config.toml").read_text(encoding="utf-8")
     except OSError:
         return ""
+    settings = settings.strip()
     return f"## Training\n\nThe configuration of the run (`pretrain.train --config`):\n\n```toml\n{settings}\n```"
 
 

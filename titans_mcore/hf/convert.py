@@ -45,6 +45,8 @@ class ExportSettings:
     """The sentencepiece model of the run's data; by default tokenizer/tokenizer.model in the run folder."""
     overwrite: bool = False
     """Replace the output folder even if it is not an earlier export."""
+    no_verify: bool = False
+    """Do not compare the checkpoint's files with the checksums that were noted when they were written."""
     skip_proof: bool = False
     """Do not compare the exported model with the trained one."""
     prompt: str = "The"
@@ -79,6 +81,7 @@ def export(
     *,
     tokenizer: Path | str | None = None,
     overwrite: bool = False,
+    no_verify: bool = False,
     skip_proof: bool = False,
     prompt: str = "The",
     new_tokens: int = 32,
@@ -99,7 +102,7 @@ def export(
     if not re.fullmatch(r"\d+ ?[KMGT]B", max_shard_size):
         raise ExportError(f"--max-shard-size is {max_shard_size!r}; give a size such as 5GB or 300MB")
     pieces = read_tokenizer(tokenizer_file)
-    config, native = _load(folder)
+    config, native = _load(folder, verify=not no_verify)
     _check_vocabulary(pieces, config)
     exported = to_exported(config, native)
     with staged_folder(output) as staging:
@@ -127,10 +130,10 @@ def _find_checkpoint(path: Path) -> Path:
         raise ExportError(str(error)) from error
 
 
-def _load(folder: Path) -> tuple[TitansConfig, dict[str, Tensor]]:
+def _load(folder: Path, *, verify: bool) -> tuple[TitansConfig, dict[str, Tensor]]:
     """Settings and whole weights; how a run computed its memory and attention is no part of an export."""
     try:
-        config, native = load_full(folder)
+        config, native = load_full(folder, verify=verify)
         to_exported(config, native)  # names only: views of the same tensors
     except ValueError as error:
         raise ExportError(str(error)) from error

@@ -1,18 +1,32 @@
-"""Reading an exported folder, with a sentence for whatever may be wrong with it."""
+"""Reading an exported folder, with a sentence for whatever may be wrong with it.
+
+The code in it is for those who do not have this package. Here it never runs: the package's own classes compute.
+"""
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from titans_mcore.config import TitansConfig, with_memory_heads
 from titans_mcore.hf.errors import ExportError
+from titans_mcore.hf.files_titans import no_safetensors
 from titans_mcore.tensor_files import read_tensors
+from titans_mcore.weights import file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from titans_mcore.hf.modeling_titans import TitansForCausalLM
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-SENTENCEPIECE = "tokenizer.model"
+SENTENCEPIECE, TOKENIZER = "tokenizer.model", "tokenizer.json"
+PROOF = "proof.json"
 
 
 def read_config(folder: Path) -> TitansConfig:
@@ -45,7 +59,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        raise ExportError(f"{folder} has no {SINGLE} (nor {INDEX}); copy or export the folder again")
+        raise ExportError(no_safetensors(folder))
     names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
     for name in names:
         if not (folder / name).is_file():
@@ -53,7 +67,69 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def check_sums(folder: Path) -> None:
+    """Compares the files that make the model what it is with the checksums in the folder's proof.json.
+
+    A folder without one, which save_pretrained may have written, is taken as it is, and that is said.
+
+    Raises:
+        ExportError: One has changed.
+    """
+    if not (folder / PROOF).is_file():
+        print(f"note: {folder} has no {PROOF}, so its files are not compared with checksums", file=sys.stderr)
+        return
+    noted = _json(folder / PROOF).get("files", {})
+    for file in (folder / CONFIG, folder / TOKENIZER, *weight_files(folder)):
+        if file.name in noted and not (file.is_file() and file_sha256(file) == noted[file.name]["sha256"]):
+            raise ExportError(
+                f"{file} is not the file that was exported (its sha256 differs from {PROOF}'s); copy or export the "
+                "folder again (--no-verify reads it as it is)"
+            )
+
+
+def open_model(folder: Path, *, verify: bool = True) -> "TitansForCausalLM":
+    """The model of an exported folder, fp32, by the package's classes.
+
+    Args:
+        folder: What `python -m titans_mcore.hf.convert` or save_pretrained wrote.
+        verify: See check_sums.
+
+    Raises:
+        ExportError: A file is missing, damaged or another's.
+    """
+    from titans_mcore.hf.configuration_titans import TitansHFConfig
+    from titans_mcore.hf.modeling_titans import TitansForCausalLM
+
+    read_config(folder)
+    weight_files(folder)
+    if verify:
+        check_sums(folder)
+    config = TitansHFConfig.from_dict(with_memory_heads(_json(folder / CONFIG)))
+    settings: dict[str, Any] = {"config": config, "dtype": torch.float32, "local_files_only": True}
+    try:
+        return cast("TitansForCausalLM", TitansForCausalLM.from_pretrained(folder, **settings))
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ExportError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+
+
+def open_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of an exported folder.
+
+    Raises:
+        ExportError: It is missing or damaged.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / TOKENIZER).is_file():
+        raise ExportError(f"{folder / TOKENIZER} is missing; copy or export the folder again")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(f"{folder / TOKENIZER} cannot be read ({reason}); copy or export the folder again") from error
+
+
+def read_weights(folder: Path, *, verify: bool = True) -> dict[str, Tensor]:
     """All tensors of an exported folder by name; their values come from the disk when they are used.
 
     Raises:
@@ -65,6 +141,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             tensors |= read_tensors(file, "weights")[0]
         except ValueError as error:
             raise ExportError(f"{error}; copy or export the folder again") from error
+    if verify:
+        check_sums(folder)
     return tensors
 
 

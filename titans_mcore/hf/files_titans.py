@@ -10,8 +10,10 @@ def check_weight_files(folder: Path) -> None:
     """Whether every file of weights is there, and as long as it says itself.
 
     Raises:
-        OSError: One is not; the message names it.
+        OSError: One is not, or weights are there as pickle alone; the message names it.
     """
+    if (folder / "config.json").is_file() and not any((folder / name).is_file() for name in (_SINGLE, _INDEX)):
+        raise OSError(no_safetensors(folder))
     for file in _named_files(folder):
         if not file.is_file():
             raise OSError(f"{file} is missing, which {_INDEX} names; copy the folder again")
@@ -22,6 +24,17 @@ def check_weight_files(folder: Path) -> None:
                 + (f" instead of {told}" if told else " and no header")
                 + "; copy the folder again"
             )
+
+
+def no_safetensors(folder: Path) -> str:
+    """What to do with a folder that has no weights that can be read."""
+    pickled = sorted(file.name for file in folder.glob("*.bin"))
+    if pickled:
+        return (
+            f"{folder} holds its weights as pickle ({pickled[0]}), which may run code when it is opened; "
+            f"have save_pretrained write them as {_SINGLE}"
+        )
+    return f"{folder} has no {_SINGLE} (nor {_INDEX}); copy or export the folder again"
 
 
 def _named_files(folder: Path) -> list[Path]:

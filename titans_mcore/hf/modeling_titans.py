@@ -4,7 +4,9 @@ In the package this file imports the mathematics from its neighbours; an exporte
 files beside it.
 """
 
+import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..config import TitansConfig
@@ -24,7 +26,7 @@ from .cache_names_titans import CACHE_NAMES, CacheByBothNames, cache_field, give
 from .cache_titans import TitansCache
 from .configuration_titans import TitansHFConfig
 from .files_titans import check_weight_files
-from .padding_titans import padding_of, predicted, rows_on
+from .padding_titans import check_arguments, padding_of, predicted, rows_on
 
 
 class RMSNorm(nn.Module):
@@ -101,12 +103,37 @@ def _named(cache: Cache | None) -> dict[str, Any]:
     return {} if cache is None else {CACHE_FIELD: cache}
 
 
+_NO_TOKENS = "there are no tokens to read; give at least one, such as the start token"
+_ATTENTION = {"eager": "dense", "sdpa": "sdpa", "flash_attention_2": "flash"}
+
+
+def _attention_backend(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of from_pretrained()'s arguments is another one where attn_implementation, transformers' name, is given."""
+    config = given.get("config")
+    asked = given.get("attn_implementation")
+    if asked is None and config is not None and not isinstance(config, str | PathLike):
+        asked = config._attn_implementation  # where one of the Auto classes has read it first
+    if asked is None:
+        return {}
+    if asked not in _ATTENTION:
+        raise ValueError(
+            f"attn_implementation is {asked!r}; Titans models have {', '.join(_ATTENTION)}, or leave it out for the "
+            "fastest that there is"
+        )
+    if config is None or isinstance(config, str | PathLike):
+        return {"attention_backend": _ATTENTION[asked]}
+    config = copy.deepcopy(config)
+    config.attention_backend = _ATTENTION[asked]
+    return {"config": config}
+
+
 class TitansPreTrainedModel(PreTrainedModel):
     """Initial weights, and what transformers asks of every model."""
 
     config_class = TitansHFConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = True
     _no_split_modules = ["TitansBlock"]  # noqa: RUF012 - the base class declares it so
     _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
 
@@ -118,10 +145,15 @@ class TitansPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: A file of weights is missing or damaged.
-            ValueError: The device map leaves parts of the model where they cannot compute.
+            ValueError: The device map leaves parts of the model where they cannot compute, pickle is asked for, or an
+                attention that there is not.
         """
+        kwargs |= _attention_backend(kwargs)
         if pretrained_model_name_or_path is not None and not kwargs.get("variant"):
             check_weight_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        # A pickle runs what is in it.
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("use_safetensors is False; Titans models are read from safetensors alone, leave it out")
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         check_device_map(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -192,25 +224,31 @@ class TitansModel(TitansPreTrainedModel):
             input_ids: (B, T).
             attention_mask: 1 for tokens and 0 for padding, on any side, (B, T) or (B, all tokens so far). A padded row
                 computes what it computes alone; what comes out for padding means nothing.
-            cache: A TitansCache, which is brought forward in place, or an empty cache of any kind.
+            cache: A TitansCache, which is brought forward in place, or an empty DynamicCache.
             inputs_embeds: (B, T, E) instead of input_ids.
             use_cache: Return a cache; by default the configuration's use_cache, and not while training.
             output_hidden_states: Return the hidden states between blocks too.
             return_dict: False for a tuple.
             past_key_values: The other name of cache.
-            **kwargs: Ignored, as transformers hands every model settings of others.
+            **kwargs: Where the documents of a row begin, as collators without padding say it: position_ids, seq_idx or
+                cu_seq_lens_q. The rest is ignored, as transformers hands every model settings of others; a tensor that
+                nothing here would look at is refused.
 
         Raises:
-            ValueError: The mask has another shape, the cache is another model's or comes under both its names, or
-                attention weights are asked for.
+            ValueError: The mask has another shape, documents cannot begin as they are said to, the cache is another
+                model's or comes under both its names, there are no tokens or one beyond the vocabulary, or attention
+                weights are asked for.
         """
+        check_arguments(kwargs)
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: Titans models do not give attention weights; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         cache = self._open_cache(given_cache(cache, past_key_values), use_cache)
-        hidden = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        padding = padding_of(attention_mask, hidden, 0 if cache is None else cache.get_seq_length())
+        hidden = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
+        if not hidden.shape[1]:
+            raise ValueError(_NO_TOKENS)
+        padding = padding_of(attention_mask, hidden, 0 if cache is None else cache.get_seq_length(), kwargs)
         rows = None if padding is None else padding.rows
         between = []
         hidden = hidden if padding is None else padding.to_front(hidden)
@@ -230,6 +268,18 @@ class TitansModel(TitansPreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
+    def _embedded(self, input_ids: Tensor | None) -> Tensor:
+        try:
+            return self.embedding(input_ids)
+        except IndexError as error:  # a GPU has its own way of saying so
+            assert input_ids is not None
+            rows = self.embedding.num_embeddings
+            beyond = input_ids[(input_ids < 0) | (input_ids >= rows)]
+            raise ValueError(
+                f"input_ids hold {int(beyond[0])}; the vocabulary has {rows} tokens, 0 to {rows - 1}: is it the "
+                "tokenizer of this model?"
+            ) from error
+
     def _run(self, block: nn.Module, hidden: Tensor, state: Any, rows: PackedRows | None) -> tuple[Tensor, Any]:
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(block, hidden, state, rows)
@@ -240,8 +290,8 @@ class TitansModel(TitansPreTrainedModel):
             if len(given.layers) != len(self.layers):
                 raise ValueError(f"cache has {len(given.layers)} layers; this model has {len(self.layers)}")
             return given
-        # generate() brings an empty cache of its own kind, which holds keys and values only.
-        if given is not None and given.get_seq_length():
+        # generate() brings an empty DynamicCache, which holds keys and values only.
+        if given is not None and (type(given) is not DynamicCache or given.get_seq_length()):
             raise ValueError(f"cache is a {type(given).__name__} of another model; give a TitansCache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -323,14 +373,14 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            output_attentions=kwargs.get("output_attentions"),
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             count = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
-            labels = predicted(labels, attention_mask)
+            labels = predicted(labels, attention_mask, kwargs)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **count)
         output = TitansCausalLMOutput(
             loss=loss,
@@ -352,6 +402,16 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             **kwargs: As they are.
 
         Raises:
-            ValueError: A cache comes under both.
+            ValueError: A cache comes under both, or of a kind that holds keys and values; there are no tokens.
         """
+        prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if isinstance(prompt, Tensor) and prompt.dim() == 2 and not prompt.shape[1] and "inputs_embeds" not in kwargs:
+            raise ValueError(_NO_TOKENS)
+        kind = kwargs.get("cache_implementation") or getattr(
+            kwargs.get("generation_config"), "cache_implementation", None
+        )
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {kind!r}; a Titans cache has a constant size by itself, leave it out"
+            )
         return super().generate(*args, **kwargs, **_named(given_cache(cache, past_key_values)))

@@ -28,9 +28,11 @@ class ImportSettings:
     """The exported folder; after fine-tuning, what save_pretrained wrote."""
     output: Path
     """Run folder to write; it may not exist yet."""
+    no_verify: bool = False
+    """Do not compare the folder's files with the checksums in its proof.json."""
 
 
-def import_run(folder: Path, output: Path) -> Path:
+def import_run(folder: Path, output: Path, *, no_verify: bool = False) -> Path:
     """Writes a run folder with one checkpoint; see ImportSettings.
 
     Returns:
@@ -39,9 +41,10 @@ def import_run(folder: Path, output: Path) -> Path:
     Raises:
         ExportError: The folder is not a whole export, or something stands where the run should go.
     """
-    config, exported = read_config(folder), read_weights(folder)
     if output.exists():
         raise ExportError(f"--output {output} exists; name a run folder that does not")
+    config = read_config(folder)
+    exported = read_weights(folder, verify=not no_verify)
     try:
         tensors = to_native(config, {name: tensor.float() for name, tensor in exported.items()})
     except ValueError as error:
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        checkpoint = import_run(settings.folder, settings.output)
+        checkpoint = import_run(**vars(settings))
     except ExportError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return EXIT_MISTAKE

@@ -16,11 +16,11 @@ import tyro
 from torch import Tensor
 
 from titans_mcore.hf.errors import ExportError, ProofFailed
+from titans_mcore.hf.exported import PROOF
 from titans_mcore.hf.proof import FORMAT, READINGS, Answer, Question, ask_exported, places_of, same_choices
 from titans_mcore.weights import file_sha256
 
 EXIT_FAILED, EXIT_MISTAKE = 1, 2
-PROOF = "proof.json"
 
 
 @dataclass(frozen=True)

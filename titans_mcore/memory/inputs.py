@@ -13,7 +13,7 @@ class TensorTree:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same tree with every tensor replaced by function(tensor)."""
-        values = {field.name: _map(getattr(self, field.name), function) for field in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: map_tensors(getattr(self, field.name), function) for field in fields(self)}  # type: ignore[arg-type]
         return type(self)(**values)
 
     def joined(self, other: Self, function: Callable[[Tensor, Tensor], Tensor]) -> Self:
@@ -225,11 +225,12 @@ def _columns(rows: Iterable[list[Tensor]]) -> list[Tensor]:
     return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, a tree or a list of such with every tensor replaced; whatever else as it is."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, TensorTree):
         return value.map(function)
     if isinstance(value, list):
-        return [_map(item, function) for item in value]
+        return [map_tensors(item, function) for item in value]
     return value

@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checkpoint import in_fixed_precision
 from .chunk import chunk_scan, go_on
 from .fused import fused_scan, why_not_fused
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens
@@ -79,7 +81,8 @@ def memory_scan(
 
     Returns:
         The reads (B, T, H, D) in the queries' dtype, and the state after the last token. The computation and the state
-        are float32, or float64 when the queries are; fused multiplies half-precision tokens as such.
+        are float32, or float64 when the queries are, whatever autocast is on around; fused multiplies half-precision
+        tokens as such.
 
     Raises:
         ValueError: An argument does not fit; the message names it, what came and what is allowed.
@@ -89,11 +92,41 @@ def memory_scan(
     _check_shapes(queries, keys, values, weights, shard)
     _check_gates(theta, eta, alpha, queries, weights, shard)
     _check_rows(rows, start, queries, close)
-    dtype = torch.promote_types(queries.dtype, torch.float32)
     residual_norm = network == "residual_norm"
-    net = Network(residual_norm, _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard.differentiable())
-    weights = [w.to(dtype) for w in weights]
-    memory = Memory(net, Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets), weights)
+    setting = Rule.of(rule, chunk_size, residual_norm=residual_norm, forgets=forgets)
+
+    def scan(
+        tokens: Tokens,
+        weights: list[Tensor],
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        state: MemoryState | None,
+        start: MemoryState | None,
+    ) -> list[Any]:
+        dtype = torch.promote_types(tokens.queries.dtype, torch.float32)
+        net = Network(residual_norm, _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard.differentiable())
+        memory = Memory(net, setting, [w.to(dtype) for w in weights])
+        return list(_scan(memory, tokens, state, start, rows, close, backend, probe))
+
+    alphas = alpha if isinstance(alpha, Tensor) else list(alpha)
+    tokens = Tokens(queries, keys, values, theta, eta, alphas)
+    reads, end = in_fixed_precision(scan, tokens, weights, norm_weight, norm_bias, state, start)
+    return reads, end
+
+
+def _scan(
+    memory: Memory,
+    tokens: Tokens,
+    state: MemoryState | None,
+    start: MemoryState | None,
+    rows: PackedRows | None,
+    close: bool,
+    backend: str,
+    probe: Probe | None,
+) -> tuple[Tensor, MemoryState]:
+    """memory_scan of checked arguments, in the precision of the memory's matrices."""
+    queries, alpha, weights = tokens.queries, tokens.alpha, memory.initial
+    dtype = weights[0].dtype
     backend = _chosen(backend, memory, queries, channelwise=not isinstance(alpha, Tensor))
     run = _BACKENDS[backend]
     if probe is not None:
@@ -101,10 +134,10 @@ def memory_scan(
     wide = queries.dtype if backend == "fused" else dtype
     tokens = Tokens(
         queries.to(wide),
-        keys.to(wide),
-        values.to(wide),
-        theta.to(dtype),
-        eta.to(dtype),
+        tokens.keys.to(wide),
+        tokens.values.to(wide),
+        tokens.theta.to(dtype),
+        tokens.eta.to(dtype),
         alpha.to(dtype) if isinstance(alpha, Tensor) else [x.to(dtype) for x in alpha],
     )
     packed = rows is not None or (
@@ -141,14 +174,19 @@ def memory_read(
     Returns:
         (B, T, H, D) in the queries' dtype, computed in float32 at least.
     """
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    net = Network(
-        network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard.differentiable()
-    )
-    batch, _, heads, _ = queries.shape
-    flat = [w.to(dtype).expand(batch, *w.shape[-3:]).flatten(0, 1) for w in weights]
-    x = queries.to(dtype).transpose(1, 2).flatten(0, 1)
-    return forward(net, flat, x).unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
+
+    def read(queries: Tensor, weights: list[Tensor], norm_weight: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        net = Network(
+            network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard.differentiable()
+        )
+        batch, _, heads, _ = queries.shape
+        flat = [w.to(dtype).expand(batch, *w.shape[-3:]).flatten(0, 1) for w in weights]
+        x = queries.to(dtype).transpose(1, 2).flatten(0, 1)
+        return forward(net, flat, x).unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
+
+    read_out: Tensor = in_fixed_precision(read, queries, list(weights), norm_weight, norm_bias)
+    return read_out
 
 
 def _naive_chunks(memory: Memory, tokens: Tokens, start: Matrices, *_: object) -> tuple[Tensor, Matrices]:

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d
 from titans_mcore.division import check_world
 from titans_mcore.parallel.cpu import enable_cpu
 
+_ASKED_THREADS = "TITANS_THREADS"
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -131,9 +132,15 @@ def _check_layout(tensor_parallel: int, context_parallel: int) -> int:
 
 
 def _share_cores() -> None:
-    """torchrun gives each process one thread; an even share of the cores is faster and starves nobody."""
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _launched() else 1
-    threads = max(1, len(os.sched_getaffinity(0)) // local_processes)
+    """As many threads as the user asked for, or an even share of the cores, which starves nobody.
+
+    torchrun itself sets OMP_NUM_THREADS to 1 where nobody has; launch/torchrun.sh hands on what was set before.
+    """
+    launched = _launched()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
+    asked = os.environ.get(_ASKED_THREADS if launched else "OMP_NUM_THREADS", "")
+    threads = int(asked) if asked.isdecimal() else len(os.sched_getaffinity(0)) // local_processes
+    threads = max(1, threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
 
