@@ -258,6 +258,17 @@ def test_what_native_does_not_cover_is_named_and_computed_otherwise() -> None:
 
 
 @needs_library
+def test_an_installed_operation_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which an exported folder, with its own copy of the rule, may find."""
+    monkeypatch.setattr("titans_mcore.native.VERSION", -1)
+    stream = make_stream(20, 2, "residual_norm")
+    with pytest.raises(ValueError, match="another version's"):
+        results(stream, "native", 8, [20])
+    found, chunked = (results(stream, backend, 8, [20]) for backend in ("auto", "chunked"))
+    assert all(torch.equal(a, b) for a, b in zip(found, chunked, strict=True))
+
+
+@needs_library
 def test_start_of_a_run_says_how_its_memory_is_computed() -> None:
     def said(**model: Any) -> str:
         return memory_on_cpu(RunConfig(model=TitansConfig(**model)))

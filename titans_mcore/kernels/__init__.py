@@ -5,6 +5,7 @@ backward_reads.py and backward_chain.py are the kernels, network.py, errors.py a
 imported when a kernel is first used.
 """
 
+from ..memory.rule import VERSION
 from .fused import Borders, fused_fits, fused_scan
 
-__all__ = ["Borders", "fused_fits", "fused_scan"]
+__all__ = ["VERSION", "Borders", "fused_fits", "fused_scan"]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .chunk import coefficients
 from .inputs import Matrices, Tokens
 from .layout import Chunks
-from .rule import Memory, Rule, step_mass
+from .rule import VERSION, Memory, Rule, step_mass
 
 # By name: this file travels with an exported model, which uses the kernels where the package is installed.
 _KERNELS = "titans_mcore.kernels"
@@ -54,8 +54,8 @@ def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = No
 def chunk_mass(rule: Rule, theta: Tensor, eta: Tensor) -> Tensor | None:
     """Rule.crowd times theta / (1 - eta) of the first of two matrices, (g, N, b), from gates (L, g, N, b).
 
-    None where the rule holds no step of a lower matrix. What
-    the first of two matrices pulls is this times |k|^2 |delta|^2, which the kernels know.
+    None where the rule holds no step of a lower matrix. What the first of two matrices pulls is this times
+    |k|^2 |delta|^2, which the kernels know.
     """
     return rule.crowd(2) * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
 
@@ -70,7 +70,11 @@ def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded
         return "the fused memory kernels lack the stable rule of plain networks; use memory backend 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
         return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
-    return importlib.import_module(_KERNELS).fused_fits(queries, memory.initial, memory.rule.chunk_size)
+    kernels = importlib.import_module(_KERNELS)
+    if getattr(kernels, "VERSION", None) != VERSION:
+        return "the fused memory kernels installed are another version's; install this titans-mcore, or use 'chunked'"
+    reason: str = kernels.fused_fits(queries, memory.initial, memory.rule.chunk_size)
+    return reason
 
 
 def fused_scan(

@@ -11,7 +11,7 @@ from torch import Tensor
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens, Writes
 from .layout import Chunks, group_size
 from .network import LAYER_NORM_EPS
-from .rule import SMALLEST_DECAY, Memory
+from .rule import SMALLEST_DECAY, VERSION, Memory
 
 # By name: this file travels with an exported model, which uses the operation where the package is installed.
 _OPERATION = "titans_mcore.native"
@@ -27,7 +27,10 @@ def why_not_native(device: torch.device, *, channelwise: bool, sharded: bool) ->
         return "the native memory forgets by head, not by channel; use memory backend 'chunked'"
     if _OPERATION not in sys.modules and importlib.util.find_spec(_OPERATION.partition(".")[0]) is None:
         return "the native memory comes with the titans-mcore package; install it or use memory backend 'chunked'"
-    return _operation().why_not_built()
+    if getattr(_operation(), "VERSION", None) != VERSION:
+        return "the native memory installed is another version's; install this titans-mcore, or use 'chunked'"
+    reason: str = _operation().why_not_built()
+    return reason
 
 
 def _operation() -> Any:

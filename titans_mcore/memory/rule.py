@@ -24,6 +24,7 @@ from torch import Tensor
 from .network import LOSS_SLOPE, Network, WholeMatrices
 
 RULES = ("stable", "literal")
+VERSION = 3  # of the rule, and of what its native and fused forms take: an exported folder may find others installed
 SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
 
 

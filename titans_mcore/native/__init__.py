@@ -4,7 +4,8 @@ Reading order: operation.py holds the torch operators and their autograd formula
 compiles it once for a machine.
 """
 
+from ..memory.rule import VERSION
 from .build import why_not_built
 from .operation import Setting, go_on, scan
 
-__all__ = ["Setting", "go_on", "scan", "why_not_built"]
+__all__ = ["VERSION", "Setting", "go_on", "scan", "why_not_built"]
