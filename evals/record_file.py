@@ -49,6 +49,10 @@ class RecordFile(Generic[Record]):
     ) -> None:
         self._file.close()
 
+    def fileno(self) -> int:
+        """The descriptor that has the lock. A child that it is passed to holds the file too, until both have ended."""
+        return self._file.fileno()
+
     def append(self, records: Iterable[Record]) -> None:
         """Adds records; they are on the disk when this returns."""
         new = list(records)

@@ -131,7 +131,12 @@ def _check_layout(tensor_parallel: int, context_parallel: int) -> int:
 
 
 def _share_cores() -> None:
-    """torchrun gives each process one thread; an even share of the cores is faster and starves nobody."""
+    """torchrun gives each process one thread; an even share of the cores is faster and starves nobody.
+
+    Without torchrun OMP_NUM_THREADS is what somebody asked for.
+    """
+    if not _launched() and os.environ.get("OMP_NUM_THREADS"):
+        return
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if _launched() else 1
     threads = max(1, len(os.sched_getaffinity(0)) // local_processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)
