@@ -5,7 +5,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,47 +21,23 @@ from pretrain.launch.status import STATUS_DIR
 from pretrain.report.history import History
 from pretrain.report.records import read_records
 from tokenization.command_line import TokenizationError
-from tokenization.manifest import Manifest
+from tokenization.manifest import HELDOUT, Manifest
 
-ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "evals" / "results" / "recall" / "tokenizer.model"
-"""Of lists and needles: few pieces, so that small models need not learn many words first."""
+_ROOT = Path(__file__).resolve().parents[2]
+_TOKENIZER = _ROOT / "evals" / "results" / "recall" / "tokenizer.model"  # few pieces: few words to learn first
 _RECALL = {
+    "model.window": 32,  # with the segment shorter than any list, which cannot be copied out of them
+    "model.segment_length": 32,
     "train.global_batch": 8,
     "train.micro_batch": 8,
     "data.reset_documents": "false",  # every row is one document
     "evaluate.heldout_sequences": 48,
 }
-_SHORT = {"model.window": 32, "model.segment_length": 32}  # a list is longer: it cannot be copied out of a window
 _NEEDLES = ("--repeats", 6, "--questions", 3, "--other-words", 0.5)
-_LIST_TOKENS, _NEEDLE_TOKENS = 256, 320  # of a document; a uuid is found in 320 at the least
-_TIMES = (1, 4, 16, 64)  # the trained length, in haystacks
-_LONG_TOKENS = 32_768  # of held-out text, streamed
+_LIST_TOKENS, _NEEDLE_TOKENS = 256, 320  # of a document; less than 320 cannot hold a haystack with a uuid
 _ANSWER = 48  # tokens; a uuid has 39
+_LONG_TOKENS = 32_768  # of held-out text, streamed
 _WARM_UP_STEPS = 20
-
-
-@dataclass(frozen=True)
-class Place:
-    """What every part of a comparison needs."""
-
-    settings: ComparisonSettings
-    """What was asked for."""
-    config: RunConfig
-    """What all systems share."""
-    heldout_tokens: int
-    """Of the shards."""
-    lock: int
-    """Descriptor that children hold too."""
-
-    @property
-    def output(self) -> Path:
-        """Folder, from wherever a child looks."""
-        return self.settings.output.resolve()
-
-    def run_of(self, part: str, system: System, seed: int) -> Path:
-        """Run folder."""
-        return self.output / "runs" / part / f"{system.name}-{seed}"
 
 
 def compare(settings: ComparisonSettings) -> str:
@@ -84,31 +59,31 @@ def compare(settings: ComparisonSettings) -> str:
         for system in systems:
             width = system.model["ffn_dim"]
             say(f"{system.name}: {system.parameters:,} parameters beside the embedding, ffn_dim {width}")
-        heldout = 0 if shards is None else shards.splits["heldout"].tokens
-        failed = _run_missing(Place(settings, config, heldout, results.fileno()), systems, results)
+        failed = _run_missing(_Parts(settings, config, shards, results.fileno()), systems, results)
         table = write_report(settings.output, results.records)
     if failed:
         print(table)
-        raise EvaluationError(f"{'; '.join(failed)}; the lines above say why, the same command tries again")
+        raise EvaluationError(f"{', '.join(failed)} failed; the lines above say why, the same command tries again")
     return table
 
 
-def _run_missing(place: Place, systems: list[System], results: RecordFile[Result]) -> list[str]:
+def _run_missing(parts: "_Parts", systems: list[System], results: RecordFile[Result]) -> list[str]:
     """Runs the parts that have no result, one seed of all systems after the other, and returns what failed."""
-    settings, failed = place.settings, list[str]()
-    order = [part for part in PARTS if part in settings.parts or (part == "lists" and "needles" in settings.parts)]
-    wanted = [(system, seed, part) for seed in settings.seeds for part in order for system in systems]
-    done = {(result.system, result.seed, result.part) for result in results.records}
-    for number, (system, seed, part) in enumerate(wanted, 1):
-        if (system.name, seed, part) in done:
+    settings, failed = parts.settings, list[str]()
+    every = {"text": parts.text, "lists": parts.lists, "needles": parts.needles}
+    needed = {*settings.parts, *(["lists"] if "needles" in settings.parts else [])}
+    wanted = [(seed, part, system) for seed in settings.seeds for part in every if part in needed for system in systems]
+    done = {(result.seed, result.part, result.system) for result in results.records}
+    for number, (seed, part, system) in enumerate(wanted, 1):
+        if (seed, part, system.name) in done:
             continue
-        name = f"{part} of {system.name}, seed {seed}"
+        name = f"{part} of {system.name} with seed {seed}"
         say(f"{number} of {len(wanted)}: {name}")
         try:
-            measures = PARTS[part](place, system, seed)
+            measures = every[part](system, seed)
         except EvaluationError as fault:
             say(f"error: {fault}")
-            failed.append(f"{name} failed")
+            failed.append(name)
             continue
         sizes = {"parameters": system.parameters, "ffn_dim": system.model["ffn_dim"]}
         results.append([Result(system.name, seed, part, sizes | measures)])
@@ -116,93 +91,91 @@ def _run_missing(place: Place, systems: list[System], results: RecordFile[Result
     return failed
 
 
-def _text(place: Place, system: System, seed: int) -> dict[str, Any]:
-    """Held-out loss, by position to four times the trained length; what the state takes."""
-    run, data, length = place.run_of("text", system, seed), place.settings.data, place.config.train.sequence_length
-    assert data is not None
-    trained = _train(place, run, system, seed, data, place.config.train.steps, {})
-    long = min(4 * length, place.heldout_tokens - 1)
-    child(
-        *("evals.position_perplexity", "--checkpoint", run, "--data", data.resolve(), "--output", run / "eval"),
-        *("--length", long, "--tokens", _LONG_TOKENS),
-        lock=place.lock,
-    )
-    child(
-        *("evals.efficiency", "context", "--checkpoint", run, "--json", run / "eval" / "context.json"),
-        *("--lengths", length, 16 * length, "--decode-tokens", 16),
-        lock=place.lock,
-    )
-    position, context = (_read(run / "eval" / f"{name}.json") for name in ("position_perplexity", "context"))
-    return trained | {
-        "buckets": position["buckets"],
-        "within": position["within_trained_length"]["loss"],
-        "beyond": position.get("beyond_trained_length", {}).get("loss"),
-        "state_bytes": {str(row["length"]): row.get("state_bytes") for row in context["rows"]},
-    }
+@dataclass(frozen=True)
+class _Parts:
+    """What is trained and measured of a system, by a seed."""
+
+    settings: ComparisonSettings
+    config: RunConfig
+    shards: Manifest | None
+    lock: int
+
+    def text(self, system: System, seed: int) -> dict[str, Any]:
+        """Held-out loss, by position to four times the trained length; what the state takes."""
+        assert self.shards is not None
+        assert self.settings.data is not None
+        data, length = self.settings.data.resolve(), self.config.train.sequence_length
+        run, trained = self._train("text", system, seed, data, self.config.train.steps, {})
+        long = min(4 * length, self.shards.splits[HELDOUT].tokens - 1)
+        of, to = ("--checkpoint", run), run / "eval"
+        rows = ("--data", data, "--length", long, "--tokens", _LONG_TOKENS)
+        child("evals.position_perplexity", *of, *rows, "--output", to, lock=self.lock)
+        lengths = ("--lengths", length, 16 * length, "--decode-tokens", 16)
+        child("evals.efficiency", "context", *of, *lengths, "--json", to / "context.json", lock=self.lock)
+        position, context = _read(to / "position_perplexity.json"), _read(to / "context.json")
+        return trained | {
+            "buckets": position["buckets"],
+            "within": position["within_trained_length"]["loss"],
+            "beyond": position.get("beyond_trained_length", {}).get("loss"),
+            "state_bytes": {str(row["length"]): row.get("state_bytes") for row in context["rows"]},
+        }
+
+    def lists(self, system: System, seed: int) -> dict[str, Any]:
+        """Held-out loss on lists that are said again and again."""
+        data = recall_shards(self._output, "lists", _LIST_TOKENS, "--lists", lock=self.lock)
+        more = _RECALL | {"train.sequence_length": _LIST_TOKENS}
+        return self._train("lists", system, seed, data, self.settings.recall_steps, more)[1]
+
+    def needles(self, system: System, seed: int) -> dict[str, Any]:
+        """S-NIAH of a model that learns from lists first, from documents with needles then."""
+        data = recall_shards(self._output, "needles", _NEEDLE_TOKENS, *_NEEDLES, lock=self.lock)
+        more = _RECALL | {"train.sequence_length": _NEEDLE_TOKENS}
+        more |= {"train.weights_from": self._run_dir("lists", system, seed)}
+        run, trained = self._train("needles", system, seed, data, self.settings.recall_steps, more)
+        lengths = [_NEEDLE_TOKENS * times for times in (1, 4, 16, 64)]
+        grid = ("--lengths", *lengths, "--depths", 5, "--samples", self.settings.samples, "--max-new-tokens", _ANSWER)
+        words = ("--checkpoint", run, "--output", run / "eval", "--tasks", "pk", "n", "w", *grid)
+        child("evals.niah", *words, lock=self.lock)
+        return trained | {"accuracy": _read(run / "eval" / "niah.json")["accuracy_by_length"]}
+
+    @property
+    def _output(self) -> Path:
+        return self.settings.output.resolve()
+
+    def _run_dir(self, part: str, system: System, seed: int) -> Path:
+        return self._output / "runs" / part / f"{system.name}-{seed}"
+
+    def _train(
+        self, part: str, system: System, seed: int, data: Path, steps: int, more: dict[str, Any]
+    ) -> tuple[Path, dict[str, Any]]:
+        """Trains a system, from its checkpoint where there is one; its run folder and what it came to."""
+        run, config = self._run_dir(part, system, seed), self.settings.config
+        own = {f"model.{name}": value for name, value in system.model.items()}
+        settings = {**more, **own, "train.seed": seed, "train.steps": steps}
+        flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+        named = ["--config", Path(config).resolve() if Path(config).exists() else config, "--run-dir", run]
+        child("pretrain.train", *named, "--data.path", data, *flags, lock=self.lock, run=run)
+        return run, outcome(run, steps)
 
 
-def _lists(place: Place, system: System, seed: int) -> dict[str, Any]:
-    """Held-out loss on lists that are said again and again."""
-    run = place.run_of("lists", system, seed)
-    data = recall_shards(place.output, "lists", _LIST_TOKENS, "--lists", lock=place.lock)
-    return _train(place, run, system, seed, data, place.settings.recall_steps, _RECALL | _rows(_LIST_TOKENS))
+def outcome(run: Path, steps: int) -> dict[str, Any]:
+    """What a run came to: held-out loss, largest gradient norm after 20 steps, speed.
 
-
-def _needles(place: Place, system: System, seed: int) -> dict[str, Any]:
-    """S-NIAH of a model that learns from lists first, from documents with needles then."""
-    run, settings = place.run_of("needles", system, seed), place.settings
-    more = _RECALL | _rows(_NEEDLE_TOKENS) | {"train.weights_from": place.run_of("lists", system, seed)}
-    data = recall_shards(place.output, "needles", _NEEDLE_TOKENS, *_NEEDLES, lock=place.lock)
-    trained = _train(place, run, system, seed, data, settings.recall_steps, more)
-    child(
-        *("evals.niah", "--checkpoint", run, "--output", run / "eval", "--tasks", "pk", "n", "w"),
-        *("--lengths", *(_NEEDLE_TOKENS * times for times in _TIMES), "--depths", 5, "--samples", settings.samples),
-        *("--max-new-tokens", _ANSWER),
-        lock=place.lock,
-    )
-    return trained | {"accuracy": _read(run / "eval" / "niah.json")["accuracy_by_length"]}
-
-
-PARTS: dict[str, Callable[[Place, System, int], dict[str, Any]]] = {
-    "text": _text,
-    "lists": _lists,
-    "needles": _needles,
-}
-
-
-def _train(
-    place: Place, run: Path, system: System, seed: int, data: Path, steps: int, more: dict[str, Any]
-) -> dict[str, Any]:
-    """Trains a system, from its checkpoint where there is one, and returns what the run says of itself."""
-    short = _SHORT if more else {}
-    own = {f"model.{name}": value for name, value in system.model.items()}
-    settings = {**short, **own, "train.seed": seed, "train.steps": steps, **more}
-    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
-    config = place.settings.config
-    named = ["--config", Path(config).resolve() if Path(config).exists() else config, "--run-dir", run]
-    child("pretrain.train", *named, "--data.path", data.resolve(), *flags, lock=place.lock, status=run)
-    found = outcome(run, steps)
-    if found is None:
-        raise EvaluationError(f"{run} was stopped before step {steps}")
-    return found
-
-
-def outcome(run: Path, steps: int) -> dict[str, Any] | None:
-    """Held-out loss of a run, largest gradient norm after 20 steps, and speed; None unless all steps are done."""
+    Raises:
+        EvaluationError: It was stopped before its last step.
+    """
     history = History(read_records(run))
     heldout = history.series("loss", "heldout").values
     if not heldout or history.last_step is None or history.last_step["step"] < steps:
-        return None
+        raise EvaluationError(
+            f"{run} has no held-out loss after step {steps}: it was stopped, or the loss is no number"
+        )
     norms, speeds = (history.series(name).values for name in ("grad_norm", "tokens_per_second"))
     return {
         "loss": heldout[-1],
         "largest_norm": max(norms[_WARM_UP_STEPS:] or norms),
         "tokens_per_second": statistics.median(speeds[1:] or speeds),
     }
-
-
-def _rows(tokens: int) -> dict[str, Any]:
-    return {"train.sequence_length": tokens}
 
 
 def recall_shards(output: Path, name: str, tokens: int, *more: Any, lock: int | None = None) -> Path:
@@ -215,38 +188,37 @@ def recall_shards(output: Path, name: str, tokens: int, *more: Any, lock: int | 
         more: Flags of evals.niah.training_data.
         lock: As `child` takes it.
     """
-    shards, text = output / name, output / f"{name}.jsonl"
+    shards, text, tokenizer = output / name, output / f"{name}.jsonl", ("--tokenizer", _TOKENIZER)
     if not (shards / "manifest.json").is_file():
-        size, tokenizer = ["--tokens", tokens, "--documents", 4_500], ["--tokenizer", TOKENIZER]
+        size = ("--tokens", tokens, "--documents", 4_500)
         child("evals.niah.training_data", "--output", text, *size, *tokenizer, *more, lock=lock)
         child("tokenization.encode", "--input", text, *tokenizer, "--output", shards, "--workers", 1, lock=lock)
     return shards
 
 
-def child(module: str, *words: Any, lock: int | None = None, status: Path | None = None) -> None:
+def child(module: str, *words: Any, lock: int | None = None, run: Path | None = None) -> None:
     """Runs a command of the project; what it prints goes to stderr.
 
     Args:
         module: Of the command.
         words: Behind it.
-        lock: Descriptor that it shall hold: what is left of a killed comparison keeps another one out.
-        status: Run folder of a training, which is to save and end when this process is killed.
+        lock: Descriptor that it shall hold: what a killed comparison leaves running keeps another one out.
+        run: Run folder of a training, which is to save and end when this process is killed.
 
     Raises:
         EvaluationError: It ended with another status than 0.
     """
     command = [sys.executable, "-m", module, *map(str, words)]
     say(f"$ {' '.join(command)}")
-    environment = os.environ | ({STATUS_DIR: str(status)} if status else {})
+    environment = os.environ | ({STATUS_DIR: str(run)} if run else {})
     held = () if lock is None else (lock,)
-    if subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, pass_fds=held).returncode:
+    if subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr, pass_fds=held).returncode:
         raise EvaluationError(f"{' '.join(command)} failed; its lines above say why")
 
 
 def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Manifest | None) -> None:
     """Writes OUTPUT/budget.json, or refuses another budget than the one there."""
-    tree = asdict(config)
-    del tree["data"]
+    tree = asdict(replace(config, data=type(config.data)()))
     budget = {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
     budget |= {"recall_steps": settings.recall_steps, "samples": settings.samples}
     if shards is not None:
