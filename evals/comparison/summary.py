@@ -41,6 +41,9 @@ _NOTES = {
 }
 
 
+_FIRST_SHOWN = 16  # before so many tokens the loss is as high for every system, and hides their differences
+
+
 def columns(result: Result) -> dict[str, float]:
     """The numbers of a result that the table shows, by the title of their column."""
     found = result.measures
@@ -57,7 +60,8 @@ def columns(result: Result) -> dict[str, float]:
 def curves(result: Result) -> dict[tuple[str, int], float]:
     """The numbers of a result that the plot shows as curves, by curve and place on it."""
     found = result.measures
-    by_position = {("text", bucket["last"]): bucket["loss"] for bucket in found.get("buckets", ())}
+    buckets = [bucket for bucket in found.get("buckets", ()) if bucket["last"] >= _FIRST_SHOWN]
+    by_position = {("text", bucket["last"]): bucket["loss"] for bucket in buckets}
     tasks = found.get("accuracy", {}).items()
     by_length = {(BY_NAME[t].column, int(length)): share for t, own in tasks for length, share in own.items()}
     return by_position | by_length
@@ -128,7 +132,11 @@ def plot(results: Results) -> "Figure":
         one.set(title=title, xlabel="nats a token")
     for name, one in zip(curved, axes[len(single) :], strict=True):
         _draw_curves(one, {s: {at: p for (n, at), p in own.items() if n == name} for s, own in lines.items()})
-        one.set(title=name, xlabel="tokens read", ylabel="nats a token" if name == "text" else "share of needles found")
+        one.set(title=name, xlabel="tokens read", ylabel="nats a token")
+        if name != "text":
+            one.set(ylabel="share of needles found", ylim=(-0.03, 1.03))
+    if curved:
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
@@ -151,9 +159,11 @@ def _draw_curves(axes: "Axes", curves: Mapping[str, Points]) -> None:
             values, halves = zip(*curve.values(), strict=True)
             errors = [half or 0.0 for half in halves]
             axes.errorbar(list(curve), values, errors, fmt="o-", ms=3, capsize=2, color=_colour(index), label=system)
+    ticks = sorted({place for curve in curves.values() for place in curve})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{place:,}" for place in ticks], rotation=30)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
 
 
 def _colour(index: int) -> Any:

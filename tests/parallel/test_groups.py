@@ -32,6 +32,15 @@ stop()
 """
 
 
+def test_a_process_alone_has_the_threads_that_were_asked_for_and_else_all_cores():
+    script = "import torch; from titans_mcore.parallel import start; start(1, seed=0); print(torch.get_num_threads())"
+    environment = {name: value for name, value in os.environ.items() if name not in (*LAUNCHER, "OMP_NUM_THREADS")}
+    for asked, threads in (({}, len(os.sched_getaffinity(0))), ({"OMP_NUM_THREADS": "1"}, 1)):
+        command, own = [sys.executable, "-c", script], environment | asked
+        told = subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout
+        assert int(told.split()[-1]) == threads
+
+
 def test_one_process_starts_without_a_launcher(monkeypatch):
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
