@@ -30,7 +30,7 @@ class RecordFile(Generic[Record]):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
-        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise EvaluationError(
                 f"--output {path.parent}: cannot write {path.name} there ({error.strerror}); give another folder"
             ) from None

@@ -32,7 +32,7 @@ class ComparisonSettings:
     config: str = "comparison"
     """Preset or TOML file that all share; ffn_dim is Transformer++'s."""
     steps: int | None = None
-    """Training steps of text; by default the configuration's, about three minutes on a CPU core."""
+    """Training steps of text; by default the configuration's, minutes on a CPU core."""
     recall_steps: int = 300
     """Training steps of lists, and of needles; 8 rows of 256 and of 320 tokens."""
     samples: int = 2
