@@ -6,16 +6,12 @@ titans_mcore/memory/STABILITY.md.
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = ROOT / "evals" / "results" / "recall" / "tokenizer.model"
 _PLAIN = {"memory-network": "plain"}
 CASES: dict[str, dict[str, Any]] = {
     "lmm": {},
@@ -66,57 +62,31 @@ class RuleSettings:
 
 def compare(settings: RuleSettings) -> str:
     """Trains what is missing, and returns the table."""
+    from evals.comparison.run import child, outcome, recall_shards
+
     output = settings.output.resolve()
-    lists = output / "lists"
-    if not (lists / "manifest.json").is_file():
-        text = output / "lists.jsonl"
-        tokenizer = ["--tokenizer", str(TOKENIZER)]
-        _run("evals.niah.training_data", "--output", text, "--tokens", 256, "--documents", 4500, *tokenizer, "--lists")
-        _run("tokenization.encode", "--input", text, *tokenizer, "--output", lists, "--workers", 1)
+    lists = recall_shards(output, "lists", 256, "--lists")
     rows = []
     for name in settings.cases:
         for rule in settings.rules:
             run = output / "runs" / f"{rule} {name} {settings.steps}".replace(", ", " ").replace(" ", "-")
-            found = _finished(run, settings.steps)
-            if found is None:
-                model = _COMMON | CASES[name] | {"memory-rule": rule}
-                flags = [word for key, value in model.items() for word in (f"--model.{key}", value)]
-                train = ["--train.steps", settings.steps, "--evaluate.heldout-sequences", 48]
-                every = ["--checkpoint.every-steps", settings.steps, "--logging.every-steps", 1]
-                named = ["--config", "recall_mag", "--run-dir", run, "--data.path", lists]
-                _run("pretrain.train", *named, *flags, *train, *every)
-                found = _finished(run, settings.steps)
-            rows.append({"model": name, "rule": rule} | (found or {}))
+            model = _COMMON | CASES[name] | {"memory-rule": rule}
+            flags = [word for key, value in model.items() for word in (f"--model.{key}", value)]
+            train = ["--train.steps", settings.steps, "--evaluate.heldout-sequences", 48]
+            every = ["--checkpoint.every-steps", settings.steps, "--logging.every-steps", 1]
+            named = ["--config", "recall_mag", "--run-dir", run, "--data.path", lists]
+            child("pretrain.train", *named, *flags, *train, *every)  # a finished run ends at once
+            rows.append({"model": name, "rule": rule} | outcome(run, settings.steps))
     (output / "memory_rule.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     lines = [
         "| model | rule | held-out nats a token | largest outer gradient norm after 20 steps |",
         "|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(f"| {row['model']} | {row['rule']} | {row.get('loss', '')} | {row.get('largest_norm', '')} |")
+        lines.append(f"| {row['model']} | {row['rule']} | {row['loss']:.3f} | {row['largest_norm']:.2f} |")
     table = "\n".join(lines)
     (output / "memory_rule.md").write_text(table + "\n", encoding="utf-8")
     return table
-
-
-def _finished(run: Path, steps: int) -> dict[str, float] | None:
-    """What a run came to; None unless it has done all its steps."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        return None
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    done = [record for record in records if record["kind"] == "step"]
-    heldout = [record["loss"] for record in records if record["kind"] == "heldout"]
-    if not heldout or done[-1]["step"] < steps:
-        return None
-    norms = [record["grad_norm"] for record in done[20:] or done]
-    return {"loss": round(heldout[-1], 3), "largest_norm": round(max(norms), 2)}
-
-
-def _run(module: str, *words: Any) -> None:
-    command = [sys.executable, "-m", module, *map(str, words)]
-    if subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode:
-        raise EvaluationError(f"{' '.join(command)} failed; its lines above say why")
 
 
 def main() -> None:

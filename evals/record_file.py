@@ -30,7 +30,7 @@ class RecordFile(Generic[Record]):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
-        except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        except (FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise EvaluationError(
                 f"--output {path.parent}: cannot write {path.name} there ({error.strerror}); give another folder"
             ) from None
@@ -48,6 +48,10 @@ class RecordFile(Generic[Record]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def fileno(self) -> int:
+        """The descriptor that has the lock. A child that it is passed to holds the file too, until both have ended."""
+        return self._file.fileno()
 
     def append(self, records: Iterable[Record]) -> None:
         """Adds records; they are on the disk when this returns."""

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's, 1 to 10 degrees
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -30,6 +32,17 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     low, high = ((centre + sign * half) / (1 + z2 / trials) for sign in (-1, 1))
     # The ends are exact at 0 and 1; rounding would leave 1e-17 there.
     return (0.0 if successes == 0 else low, 1.0 if successes == trials else high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of independent runs, and half of its 95 % interval by Student's t; None with one run.
+
+    Beyond eleven runs the interval is that of eleven, which is a little wide.
+    """
+    if len(values) == 1:
+        return values[0], None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), _T_95[min(len(values) - 1, len(_T_95)) - 1] * error
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

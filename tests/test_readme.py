@@ -38,14 +38,17 @@ SMALL = {
     "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
     "evals.memory_rule": " --steps 2 --cases lmm",
+    "evals.comparison": " --steps 2 --recall-steps 2 --systems transformer lmm --seeds 0",
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
-# in stages, two models for each rule of the memory, a process for each case of the benchmark, the export's proof again.
+# in stages, two models for each rule of the memory, two systems of the comparison, a process for each case of the
+# benchmark, the export's proof again.
 SLOW = (
     "bash launch/quickstart.sh --variant",
     "bash launch/quickstart.sh --input",
     "bash launch/recall.sh",
     "python -m evals.memory_rule",
+    "python -m evals.comparison",
     "python -m evals.efficiency memory",
     "python -m titans_mcore.hf.verify",
 )

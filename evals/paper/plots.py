@@ -19,8 +19,8 @@ def all_plots(tables: Mapping[str, Table], models: Sequence[ModelResults]) -> di
     """Plots by their tables' keys; none where nothing of ours is in it."""
     by_position = {model.name: perplexity_by_position(model) for model in models}
     plots = {
-        "language": _bars(tables["language"], [len(tables["language"].columns) - 1]),
-        "niah": _needles(tables["niah"], models),
+        **{key: _bars(table, [len(table.columns) - 1]) for key, table in tables.items() if key.startswith("language")},
+        **{key: _needles(key, tables[key], models) for key in published.NIAH},
         "babilong": _lengths(tables["babilong"].title, {"accuracy (%)": _babilong_lines(models)}),
         "ablation": _bars(tables["ablation"], [0, 1]),
         "efficiency": _lengths("Efficiency against length", _efficiency_panels(models)),
@@ -60,12 +60,12 @@ def _error(row: Row, column: int) -> float:
     return (row.errors[column] if row.errors else None) or 0.0
 
 
-def _needles(table: Table, models: Sequence[ModelResults]) -> "Figure":
+def _needles(key: str, table: Table, models: Sequence[ModelResults]) -> "Figure":
     figure, panels = _figure(len(published.NIAH_TASKS))
-    count = len(published.NIAH_LENGTHS)
-    for index, (axes, (task, short)) in enumerate(zip(panels, published.NIAH_TASKS.items(), strict=True)):
-        for label, cells in published.NIAH.items():
-            points = dict(zip(published.NIAH_LENGTHS, cells[index * count : (index + 1) * count], strict=True))
+    block = published.NIAH[key]
+    for axes, (task, short) in zip(panels, published.NIAH_TASKS.items(), strict=True):
+        for label, cells in block.rows.items():
+            points = {n: cell for (name, n), cell in zip(block.columns, cells, strict=True) if name == task}
             _line(axes, f"{label} (paper)", points, "--")
         for model in models:
             shares = {length: 100 * share for (name, length), share in niah_accuracy(model).items() if name == task}

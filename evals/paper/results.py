@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.command_line import EvaluationError
+from evals.paper.published import HYBRIDS
 from titans_mcore.mixers import MIXERS, MixerSpec
 
 KINDS = {
@@ -35,8 +36,10 @@ class ModelResults:
 
     @property
     def variant(self) -> str:
-        """The paper's name of the variant; empty when unknown."""
-        return "" if self.mixer is None else self.mixer.paper
+        """The papers' name of the variant; empty when unknown."""
+        if self.mixer is not None:
+            return self.mixer.paper
+        return HYBRIDS.get(self.config.get("variant", ""), "")
 
     @property
     def mixer(self) -> MixerSpec | None:

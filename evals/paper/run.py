@@ -5,6 +5,7 @@ from typing import Any
 
 from evals.command_line import EvaluationError
 from evals.paper.plots import all_plots
+from evals.paper.published import TITANS
 from evals.paper.results import ModelResults, places, read_results
 from evals.paper.settings import PaperSettings
 from evals.paper.table import Table
@@ -12,8 +13,8 @@ from evals.paper.tables import all_tables
 from evals.report import write_bytes, write_figure, write_json
 
 _INTRODUCTION = (
-    "Rows marked `paper` are the numbers of [Titans: Learning to Memorize at Test Time]"
-    "(https://arxiv.org/abs/2501.00663); rows marked `ours` were measured here. An empty cell was not run."
+    f"Rows marked `paper` are the numbers of {TITANS} or of the paper that a table names; rows marked `ours` were "
+    "measured here. An empty cell was not run."
 )
 
 

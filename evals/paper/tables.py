@@ -17,8 +17,8 @@ FIGURE = "The paper shows this as a figure, without numbers."
 def all_tables(models: Models) -> list[Table]:
     """Every table, in the paper's order."""
     return [
-        language(models),
-        niah(models),
+        *(language(size, models) for size in published.LANGUAGE),
+        *(niah(key, models) for key in published.NIAH),
         babilong(models),
         ablation(models),
         efficiency(models),
@@ -26,42 +26,63 @@ def all_tables(models: Models) -> list[Table]:
     ]
 
 
-def language(models: Models) -> Table:
-    """Perplexities and accuracies of the nine tasks."""
-    rows = []
+def language(size: str, models: Models) -> Table:
+    """Perplexities and accuracies of the nine tasks, of models of one size."""
+    block, rows = published.LANGUAGE[size], []
     for model in models:
+        if size_of(model.config) != size:
+            continue
         report = model.reports.get("harness", {})
         found = {column["title"]: column for column in report.get("columns", ())}
         cells = [*(found.get(column.title, {}) for column in COLUMNS), report.get("average", {})]
         values, errors = (tuple(cell.get(name) for cell in cells) for name in ("value", "stderr"))
         rows.append((model.variant, Row(model.name, OURS, values, errors)))
-    notes = [f"The paper's models: {published.LANGUAGE_AT}. Ours: zero-shot, ± one standard error."]
+    notes = [f"The papers' models: {block.at}, {block.source}. Ours: zero-shot, ± one standard error."]
+    notes += wrong_averages(block.rows)
     limits = {model.name: model.reports.get("harness", {}).get("settings", {}).get("limit") for model in models}
     notes += [f"{name}: the first {limit} documents of each task alone." for name, limit in limits.items() if limit]
     return Table(
-        "language",
-        "Language modelling and common sense",
+        f"language_{size.lower()}",
+        f"Language modelling and common sense, {size}",
         (*(column.title for column in COLUMNS), "avg"),
-        interleave(paper_rows(published.LANGUAGE), rows),
+        interleave(paper_rows(block.rows), rows),
         tuple(notes),
     )
 
 
-def niah(models: Models) -> Table:
-    """Accuracy of the three needle tasks at the paper's lengths."""
-    columns = [(task, length) for task in published.NIAH_TASKS for length in published.NIAH_LENGTHS]
-    rows, notes = [], []
+def size_of(config: Mapping[str, Any]) -> str:
+    """Which of the published sizes a model's settings are of; the usual one where none."""
+    for size, block in published.LANGUAGE.items():
+        if all(config.get(name) == value for name, value in block.shape.items()):
+            return size
+    return published.USUAL_SIZE
+
+
+def wrong_averages(rows: published.Rows) -> list[str]:
+    """A note for each printed average that is not that of its row, rounding aside."""
+    accuracies = [place for place, column in enumerate(COLUMNS) if column.accuracy]
+    means = {label: fmean(row[place] for place in accuracies) for label, row in rows.items()}
+    return [
+        f"{label}: avg is {row[-1]} as printed; the mean of its row is {means[label]:.2f}."
+        for label, row in rows.items()
+        if abs(row[-1] - means[label]) > 0.02
+    ]
+
+
+def niah(key: str, models: Models) -> Table:
+    """Accuracy of the three needle tasks at a paper's lengths."""
+    block, rows, notes = published.NIAH[key], [], []
     for model in models:
         found = niah_accuracy(model)
-        cells = tuple(_percent(found.get(cell)) for cell in columns)
+        cells = tuple(_percent(found.get(cell)) for cell in block.columns)
         rows.append((model.variant, Row(model.name, OURS, cells)))
         notes += _niah_notes(model)
     return Table(
-        "niah",
-        "S-NIAH",
-        tuple(f"{published.NIAH_TASKS[task]} {length // 1024}K" for task, length in columns),
-        interleave(paper_rows(published.NIAH), rows),
-        ("RULER's substring score, percent.", *notes),
+        key,
+        f"S-NIAH, to {max(length for _, length in block.columns) // 1024}K",
+        tuple(f"{published.NIAH_TASKS[task]} {length // 1024}K" for task, length in block.columns),
+        interleave(paper_rows(block.rows), rows),
+        (f"RULER's substring score, percent. The papers' models: {block.at}, {block.source}.", *notes),
         digits=1,
     )
 

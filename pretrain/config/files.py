@@ -74,6 +74,17 @@ def _sized(name: str) -> dict[str, Any]:
     return tree
 
 
+def systems() -> dict[str, dict[str, Any]]:
+    """Every system that the paper compares, by its name, with the model's settings that it does not share.
+
+    They are the rows of the table, and the mixers that have none.
+    """
+    from titans_mcore.mixers import MIXERS  # here, so that reading a file needs no torch
+
+    rows: dict[str, dict[str, Any]] = {name: {} for name in MIXERS} | read_toml(_SIZES)["mixers"]
+    return {name: {"variant": row.get("variant", name), **row.get("model", {})} for name, row in rows.items()}
+
+
 CONFIG_FILE = "config.toml"
 SECTIONS: dict[str, Any] = {section.name: section.default_factory for section in fields(RunConfig)}
 """The dataclass of each section, which is also what makes its default."""

@@ -68,7 +68,7 @@ def test_no_configuration_is_without_a_test() -> None:
     tested = {f"{system}_{size}" for system, size in product(SYSTEMS, SIZES)}
     long = {f"{name}_long" for name in tested}
     recall = {f"recall_{variant}" for variant in RECALL}
-    assert set(preset_names()) == {*tested, *long, *recall, "quickstart"}
+    assert set(preset_names()) == {*tested, *long, *recall, "quickstart", "comparison"}
 
 
 def test_what_a_name_means_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""Every system of the paper's table, trained under one budget and compared."""

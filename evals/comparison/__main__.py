@@ -1,0 +1,16 @@
+"""`python -m evals.comparison --data SHARDS --output DIR`."""
+
+from evals.command_line import parse_settings, run_command
+from evals.comparison.settings import ComparisonSettings
+
+
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(ComparisonSettings, "python -m evals.comparison")
+    from evals.comparison.run import compare
+
+    print(compare(settings))
+
+
+if __name__ == "__main__":
+    run_command(main)

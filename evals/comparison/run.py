@@ -1,0 +1,243 @@
+"""The comparison: which parts are missing, each as commands of its own, and the table behind every one."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evals.command_line import EvaluationError
+from evals.comparison.settings import ComparisonSettings
+from evals.comparison.summary import Result, write_report
+from evals.comparison.systems import System, choose
+from evals.record_file import RecordFile
+from evals.report import write_json
+from pretrain.config.files import build, read_config
+from pretrain.config.run_config import RunConfig
+from pretrain.launch.status import STATUS_DIR
+from pretrain.report.history import History
+from pretrain.report.records import read_records
+from tokenization.command_line import TokenizationError
+from tokenization.manifest import HELDOUT, Manifest
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TOKENIZER = _ROOT / "evals" / "results" / "recall" / "tokenizer.model"  # few pieces: few words to learn first
+_RECALL = {
+    "model.window": 32,  # with the segment shorter than any list, which cannot be copied out of them
+    "model.segment_length": 32,
+    "train.global_batch": 8,
+    "train.micro_batch": 8,
+    "data.reset_documents": "false",  # every row is one document
+    "evaluate.heldout_sequences": 48,
+}
+_NEEDLES = ("--repeats", 6, "--questions", 3, "--other-words", 0.5)
+_LIST_TOKENS, _NEEDLE_TOKENS = 256, 320  # of a document; less than 320 cannot hold a haystack with a uuid
+_ANSWER = 48  # tokens; a uuid has 39
+_LONG_TOKENS = 32_768  # of held-out text, streamed
+_WARM_UP_STEPS = 20
+
+
+def compare(settings: ComparisonSettings) -> str:
+    """Trains and measures what is missing, and returns the table.
+
+    Raises:
+        EvaluationError: Something that was asked for does not fit, another process is at it, or parts failed.
+    """
+    try:
+        config = build(*read_config(settings.config))
+        shards = None if settings.data is None else Manifest.load(settings.data)
+    except (ValueError, TokenizationError) as fault:
+        raise EvaluationError(str(fault)) from None
+    if settings.steps is not None:
+        config = replace(config, train=replace(config.train, steps=settings.steps))
+    systems = choose(settings.systems, config.model)
+    with RecordFile(settings.output / "comparison.jsonl", Result) as results:
+        _hold_to_budget(settings, config, shards)
+        for system in systems:
+            width = system.model["ffn_dim"]
+            say(f"{system.name}: {system.parameters:,} parameters beside the embedding, ffn_dim {width}")
+        failed = _run_missing(_Parts(settings, config, shards, results.fileno()), systems, results)
+        table = write_report(settings.output, results.records)
+    if failed:
+        print(table)
+        raise EvaluationError(f"{', '.join(failed)} failed; the lines above say why, the same command tries again")
+    return table
+
+
+def _run_missing(parts: "_Parts", systems: list[System], results: RecordFile[Result]) -> list[str]:
+    """Runs the parts that have no result, one seed of all systems after the other, and returns what failed."""
+    settings, failed = parts.settings, list[str]()
+    every = {"text": parts.text, "lists": parts.lists, "needles": parts.needles}
+    needed = {*settings.parts, *(["lists"] if "needles" in settings.parts else [])}
+    wanted = [(seed, part, system) for seed in settings.seeds for part in every if part in needed for system in systems]
+    done = {(result.seed, result.part, result.system) for result in results.records}
+    for number, (seed, part, system) in enumerate(wanted, 1):
+        if (seed, part, system.name) in done:
+            continue
+        name = f"{part} of {system.name} with seed {seed}"
+        say(f"{number} of {len(wanted)}: {name}")
+        try:
+            measures = every[part](system, seed)
+        except EvaluationError as fault:
+            say(f"error: {fault}")
+            failed.append(name)
+            continue
+        sizes = {"parameters": system.parameters, "ffn_dim": system.model["ffn_dim"]}
+        results.append([Result(system.name, seed, part, sizes | measures)])
+        write_report(settings.output, results.records)
+    return failed
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is trained and measured of a system, by a seed."""
+
+    settings: ComparisonSettings
+    config: RunConfig
+    shards: Manifest | None
+    lock: int
+
+    def text(self, system: System, seed: int) -> dict[str, Any]:
+        """Held-out loss, by position to four times the trained length; what the state takes."""
+        assert self.shards is not None
+        assert self.settings.data is not None
+        data, length = self.settings.data.resolve(), self.config.train.sequence_length
+        run, trained = self._train("text", system, seed, data, self.config.train.steps, {})
+        long = min(4 * length, self.shards.splits[HELDOUT].tokens - 1)
+        of, to = ("--checkpoint", run), run / "eval"
+        rows = ("--data", data, "--length", long, "--tokens", _LONG_TOKENS)
+        child("evals.position_perplexity", *of, *rows, "--output", to, lock=self.lock)
+        lengths = ("--lengths", length, 16 * length, "--decode-tokens", 16)
+        child("evals.efficiency", "context", *of, *lengths, "--json", to / "context.json", lock=self.lock)
+        position, context = _read(to / "position_perplexity.json"), _read(to / "context.json")
+        return trained | {
+            "buckets": position["buckets"],
+            "within": position["within_trained_length"]["loss"],
+            "beyond": position.get("beyond_trained_length", {}).get("loss"),
+            "state_bytes": {str(row["length"]): row.get("state_bytes") for row in context["rows"]},
+        }
+
+    def lists(self, system: System, seed: int) -> dict[str, Any]:
+        """Held-out loss on lists that are said again and again."""
+        data = recall_shards(self._output, "lists", _LIST_TOKENS, "--lists", lock=self.lock)
+        more = _RECALL | {"train.sequence_length": _LIST_TOKENS}
+        return self._train("lists", system, seed, data, self.settings.recall_steps, more)[1]
+
+    def needles(self, system: System, seed: int) -> dict[str, Any]:
+        """S-NIAH of a model that learns from lists first, from documents with needles then."""
+        data = recall_shards(self._output, "needles", _NEEDLE_TOKENS, *_NEEDLES, lock=self.lock)
+        more = _RECALL | {"train.sequence_length": _NEEDLE_TOKENS}
+        more |= {"train.weights_from": self._run_dir("lists", system, seed)}
+        run, trained = self._train("needles", system, seed, data, self.settings.recall_steps, more)
+        lengths = [_NEEDLE_TOKENS * times for times in (1, 4, 16, 64)]
+        grid = ("--lengths", *lengths, "--depths", 5, "--samples", self.settings.samples, "--max-new-tokens", _ANSWER)
+        words = ("--checkpoint", run, "--output", run / "eval", "--tasks", "pk", "n", "w", *grid)
+        child("evals.niah", *words, lock=self.lock)
+        return trained | {"accuracy": _read(run / "eval" / "niah.json")["accuracy_by_length"]}
+
+    @property
+    def _output(self) -> Path:
+        return self.settings.output.resolve()
+
+    def _run_dir(self, part: str, system: System, seed: int) -> Path:
+        return self._output / "runs" / part / f"{system.name}-{seed}"
+
+    def _train(
+        self, part: str, system: System, seed: int, data: Path, steps: int, more: dict[str, Any]
+    ) -> tuple[Path, dict[str, Any]]:
+        """Trains a system, from its checkpoint where there is one; its run folder and what it came to."""
+        run, config = self._run_dir(part, system, seed), self.settings.config
+        own = {f"model.{name}": value for name, value in system.model.items()}
+        settings = {**more, **own, "train.seed": seed, "train.steps": steps, "parallel.tensor": 1}  # one process
+        flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+        named = ["--config", Path(config).resolve() if Path(config).exists() else config, "--run-dir", run]
+        child("pretrain.train", *named, "--data.path", data, *flags, lock=self.lock, run=run)
+        return run, outcome(run, steps)
+
+
+def outcome(run: Path, steps: int) -> dict[str, Any]:
+    """What a run came to: held-out loss, largest gradient norm after 20 steps, speed.
+
+    Raises:
+        EvaluationError: It was stopped before its last step.
+    """
+    history = History(read_records(run))
+    heldout = history.series("loss", "heldout").values
+    if not heldout or history.last_step is None or history.last_step["step"] < steps:
+        raise EvaluationError(
+            f"{run} has no held-out loss after step {steps}: it was stopped, or the loss is no number"
+        )
+    norms, speeds = (history.series(name).values for name in ("grad_norm", "tokens_per_second"))
+    return {
+        "loss": heldout[-1],
+        "largest_norm": max(norms[_WARM_UP_STEPS:] or norms),
+        "tokens_per_second": statistics.median(speeds[1:] or speeds),
+    }
+
+
+def recall_shards(output: Path, name: str, tokens: int, *more: Any, lock: int | None = None) -> Path:
+    """Shards of documents to recall from, made where they are missing.
+
+    Args:
+        output: Folder that holds them under their name.
+        name: What they are called.
+        tokens: Of a document.
+        more: Flags of evals.niah.training_data.
+        lock: As `child` takes it.
+    """
+    shards, text, tokenizer = output / name, output / f"{name}.jsonl", ("--tokenizer", _TOKENIZER)
+    if not (shards / "manifest.json").is_file():
+        size = ("--tokens", tokens, "--documents", 4_500)
+        child("evals.niah.training_data", "--output", text, *size, *tokenizer, *more, lock=lock)
+        child("tokenization.encode", "--input", text, *tokenizer, "--output", shards, "--workers", 1, lock=lock)
+    return shards
+
+
+def child(module: str, *words: Any, lock: int | None = None, run: Path | None = None) -> None:
+    """Runs a command of the project; what it prints goes to stderr.
+
+    Args:
+        module: Of the command.
+        words: Behind it.
+        lock: Descriptor that it shall hold: what a killed comparison leaves running keeps another one out.
+        run: Run folder of a training, which is to save and end when this process is killed.
+
+    Raises:
+        EvaluationError: It ended with another status than 0.
+    """
+    command = [sys.executable, "-m", module, *map(str, words)]
+    say(f"$ {' '.join(command)}")
+    environment = os.environ | ({STATUS_DIR: str(run)} if run else {})
+    held = () if lock is None else (lock,)
+    if subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr, pass_fds=held).returncode:
+        raise EvaluationError(f"{' '.join(command)} failed; its lines above say why")
+
+
+def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Manifest | None) -> None:
+    """Writes OUTPUT/budget.json, or refuses another budget than the one there."""
+    tree = asdict(replace(config, data=type(config.data)()))
+    budget = {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
+    budget |= {"recall_steps": settings.recall_steps, "samples": settings.samples}
+    if shards is not None:
+        budget["data"] = shards.fingerprint
+    file = settings.output / "budget.json"
+    before = _read(file) if file.is_file() else {}
+    for name, value in json.loads(json.dumps(budget)).items():
+        if before.get(name, value) != value:
+            raise EvaluationError(
+                f"--output {settings.output} was begun with {name} {before[name]}, now it is {value}: results would "
+                "not compare; ask for the same, or give another --output"
+            )
+    write_json(file, before | budget)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def say(sentence: str) -> None:
+    """Prints a line beside the table."""
+    print(sentence, file=sys.stderr, flush=True)
