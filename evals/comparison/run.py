@@ -17,7 +17,7 @@ from evals.record_file import RecordFile
 from evals.report import write_json
 from pretrain.config.files import build, read_config
 from pretrain.config.run_config import RunConfig
-from pretrain.launch.status import STATUS_DIR
+from pretrain.launch.status import LAUNCHER, STATUS_DIR
 from pretrain.report.history import History
 from pretrain.report.records import read_records
 from tokenization.command_line import TokenizationError
@@ -210,7 +210,7 @@ def child(module: str, *words: Any, lock: int | None = None, run: Path | None = 
     """
     command = [sys.executable, "-m", module, *map(str, words)]
     say(f"$ {' '.join(command)}")
-    environment = os.environ | ({STATUS_DIR: str(run)} if run else {})
+    environment = os.environ | ({STATUS_DIR: str(run), LAUNCHER: str(os.getpid())} if run else {})
     held = () if lock is None else (lock,)
     if subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr, pass_fds=held).returncode:
         raise EvaluationError(f"{' '.join(command)} failed; its lines above say why")
