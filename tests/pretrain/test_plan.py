@@ -90,7 +90,7 @@ def test_every_preset_is_planned():
     names = {f"{system}_{size}" for system, size in product(SYSTEMS, SIZES)}
     long = {f"{name}_long" for name in names}
     others = set(preset_names()) - names - long
-    assert others == {"quickstart", *(f"recall_{variant}" for variant in RECALL)}
+    assert others == {"quickstart", "comparison", *(f"recall_{variant}" for variant in RECALL)}
     for name in others:
         gpus = "2" if name == "quickstart" else "1"
         assert planned("--config", name, "--gpus", gpus)
