@@ -61,14 +61,16 @@ def fixed_precision(*tensors: Tensor | None) -> AbstractContextManager[None]:
     return torch.autocast(there.device.type, enabled=False) if autocast_is_on(there) else nullcontext()
 
 
-def in_fixed_precision(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_fixed_precision(there: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments) in fixed_precision(), its gradients too; what goes in and comes out is as for map_tensors.
 
-    Where autocast is on and gradients are wanted, it costs going through the function once more.
+    Where no autocast is on for the device of `there`, it is the function and nothing else. Where it is and gradients
+    are wanted, it costs going through the function once more.
     """
-    tensors = _all_tensors(list(arguments))
-    if not autocast_is_on(tensors[0]) or not torch.is_grad_enabled():
-        with fixed_precision(tensors[0]):
+    if not autocast_is_on(there):
+        return function(*arguments)
+    if not torch.is_grad_enabled():
+        with fixed_precision(there):
             return function(*arguments)
     # The forms alone, so that nothing holds the arguments but what is saved of them.
     given, result = map_tensors(list(arguments), _nothing), None
@@ -80,7 +82,7 @@ def in_fixed_precision(function: Callable[..., Any], *arguments: Any) -> Any:
         result = map_tensors(found, _nothing)
         return tuple(_all_tensors(found))
 
-    found = iter(Recomputed.apply(run, *tensors))
+    found = iter(Recomputed.apply(run, *_all_tensors(list(arguments))))
     return map_tensors(result, lambda _: next(found))
 
 

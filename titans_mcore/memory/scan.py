@@ -110,7 +110,7 @@ def memory_scan(
 
     alphas = alpha if isinstance(alpha, Tensor) else list(alpha)
     tokens = Tokens(queries, keys, values, theta, eta, alphas)
-    reads, end = in_fixed_precision(scan, tokens, weights, norm_weight, norm_bias, state, start)
+    reads, end = in_fixed_precision(queries, scan, tokens, weights, norm_weight, norm_bias, state, start)
     return reads, end
 
 
@@ -185,7 +185,7 @@ def memory_read(
         x = queries.to(dtype).transpose(1, 2).flatten(0, 1)
         return forward(net, flat, x).unflatten(0, (batch, heads)).transpose(1, 2).to(queries.dtype)
 
-    read_out: Tensor = in_fixed_precision(read, queries, list(weights), norm_weight, norm_bias)
+    read_out: Tensor = in_fixed_precision(queries, read, queries, list(weights), norm_weight, norm_bias)
     return read_out
 
 
