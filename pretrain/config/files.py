@@ -19,7 +19,6 @@ import tomli_w
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import TEXTS
 from titans_mcore.config import with_memory_heads
-from titans_mcore.weights import MARKER, checkpoints_newest_first, damage
 from tokenization.io import write_file_atomically
 
 _PRESETS = Path(__file__).with_name("presets")
@@ -130,6 +129,8 @@ def load_run_config(run_dir: Path) -> RunConfig:
 
 def _noted_settings(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of a run and the settings in its record; None where there is none."""
+    from titans_mcore.weights import MARKER, checkpoints_newest_first, damage  # here, as in systems(): it needs torch
+
     for folder in checkpoints_newest_first(run_dir):
         if damage(folder) is None:
             settings = json.loads((folder / MARKER).read_text(encoding="utf-8")).get("settings")
