@@ -75,7 +75,19 @@ def convolved(
     rows: PackedRows | None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """SiLU of a causal depthwise convolution.
+    """SiLU of short_conv, whose arguments and tail these are."""
+    out, tail = short_conv(x, tail, kernel, rows, bias)
+    return F.silu(out), tail
+
+
+def short_conv(
+    x: Tensor,
+    tail: Tensor | Handover | None,
+    kernel: Tensor,
+    rows: PackedRows | None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A causal depthwise convolution.
 
     Args:
         x: (B, T, H, F).
@@ -88,12 +100,15 @@ def convolved(
         (B, T, H, F), and the tail for the next piece.
     """
     kept = kernel.shape[-1] - 1
-    nothing = x.new_zeros(len(x), kept, *x.shape[2:])
-    if tail is None or isinstance(tail, Tensor) or not kept:
-        out, tail = causal_conv(x, tail if isinstance(tail, Tensor) else nothing, kernel, rows)
+    if isinstance(tail, Tensor):
+        out, tail = causal_conv(x, tail, kernel, rows)
     else:
-        out, tail = _handed_tail(tail, x, nothing, kernel, rows)
-    return F.silu(out if bias is None else out + bias), tail
+        nothing = x.new_zeros(len(x), kept, *x.shape[2:])
+        if tail is None or not kept:
+            out, tail = causal_conv(x, nothing, kernel, rows)
+        else:
+            out, tail = _handed_tail(tail, x, nothing, kernel, rows)
+    return out if bias is None else out + bias, tail
 
 
 def _handed_tail(

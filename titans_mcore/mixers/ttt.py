@@ -21,8 +21,7 @@ from ..linear import ttt_scan
 from ..linear.ttt import MINI_BATCH, TTT_EPS, TTT_SPAN, FastWeights
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Sums, Workload
-from .kept import causal_conv
-from .linear import LinearShape, LinearSpec, initial_taps, linear_heads, widened
+from .linear import LinearShape, LinearSpec, initial_taps, linear_heads, short_conv, widened
 from .parts import FromParts, Parts, heads_of, linear, rms_norm
 from .spec import MixerSpec, register
 
@@ -44,16 +43,6 @@ class TTTState(TensorTree):
     front_tail: Tensor | None = None
 
 
-def biased_conv(
-    x: Tensor, tail: Tensor | None, kernel: Tensor, bias: Tensor, rows: PackedRows | None
-) -> tuple[Tensor, Tensor]:
-    """A causal depthwise convolution with bias, as linear.convolved but without what follows it there."""
-    if tail is None:
-        tail = x.new_zeros(len(x), kernel.shape[-1] - 1, *x.shape[2:])
-    out, tail = causal_conv(x, tail, kernel, rows)
-    return out + bias, tail
-
-
 class ResidualConv(FromParts):
     """x + conv(RMSNorm(x)), which every tensor-parallel rank computes alike.
 
@@ -73,7 +62,7 @@ class ResidualConv(FromParts):
         """x as the block holds it, (B, T', E), and the state with what the next piece needs of these tokens."""
         state = state or TTTState()
         normed = rms_norm(self.parts.reopen(x), self.norm, self.eps).unsqueeze(2)
-        out, tail = biased_conv(normed, state.front_tail, self.kernel, self.bias, rows)
+        out, tail = short_conv(normed, state.front_tail, self.kernel, rows, self.bias)
         return x + self.parts.close(out.squeeze(2)), replace(state, front_tail=tail)
 
 
@@ -119,10 +108,10 @@ class TTTMixer(FromParts):
         keys, state = self.shape.keys, state or TTTState()
         projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
         shared, values, gate, rate = projected.split([keys, keys, keys, 1], -1)
-        queries, tail = biased_conv(shared, state.tail, self.query_kernel, self.query_bias, rows)
+        queries, tail = short_conv(shared, state.tail, self.query_kernel, rows, self.query_bias)
         read, fast = ttt_scan(
             queries,
-            biased_conv(shared, state.tail, self.key_kernel, self.key_bias, rows)[0],
+            short_conv(shared, state.tail, self.key_kernel, rows, self.key_bias)[0],
             values,
             self.base_rate / keys * (widened(rate.squeeze(-1)) + widened(self.rate_bias)).sigmoid(),
             self._places(),
