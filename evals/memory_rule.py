@@ -75,8 +75,12 @@ def compare(settings: RuleSettings) -> str:
             train = ["--train.steps", settings.steps, "--evaluate.heldout-sequences", 48]
             every = ["--checkpoint.every-steps", settings.steps, "--logging.every-steps", 1]
             named = ["--config", "recall_mag", "--run-dir", run, "--data.path", lists]
-            child("pretrain.train", *named, *flags, *train, *every)  # a finished run ends at once
-            rows.append({"model": name, "rule": rule} | outcome(run, settings.steps))
+            try:
+                found = outcome(run, settings.steps)
+            except (OSError, EvaluationError):  # not begun, or not ended
+                child("pretrain.train", *named, *flags, *train, *every)
+                found = outcome(run, settings.steps)
+            rows.append({"model": name, "rule": rule} | found)
     (output / "memory_rule.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     lines = [
         "| model | rule | held-out nats a token | largest outer gradient norm after 20 steps |",
