@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_mcore.kernels import Borders, fused_scan
-from titans_mcore.memory.fused import chunk_mass, gates_of
+from titans_mcore.memory.fused import chunk_mass, gates_of, held_theta
 from titans_mcore.memory.inputs import Matrices, Tokens
 from titans_mcore.memory.naive import naive_scan
 from titans_mcore.memory.network import Network, initial_weights
@@ -135,8 +135,9 @@ def by_oracle(problem: Problem) -> list[Tensor]:
 
 def by_kernels(problem: Problem, *, exact: bool | None = None, holds: bool = True) -> list[Tensor]:
     """The same by fused_scan, with the rule's errors if no others are asked for; steps may be taken unheld."""
-    queries, keys, values, *gates = problem.tokens
+    queries, keys, values, _, eta, alpha = problem.tokens
     sizes, depth = problem.sizes, problem.sizes.depth
+    gates = held_theta(sizes.rule_of_updates, Tokens(*problem.tokens)), eta, alpha
     scale, shift = problem.norm or (None, None)
     split = [x.unflatten(1, (-1, sizes.block)).permute(4, 1, 0, 3, 2).flatten(2, 3) for x in gates]
     rule = sizes.rule_of_updates

@@ -59,12 +59,13 @@ def packed_rows() -> PackedRows:
     return PackedRows(starts, real)
 
 
+RULES = [("residual_norm", "stable"), ("residual_norm", "literal"), ("plain", "literal")]
+CASES = [*((*rule, depth) for rule in RULES for depth in (1, 2)), ("plain", "stable", 1)]
+
+
 @pytest.mark.parametrize("pieces", [[LENGTH], [21, 19]])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize(
-    ("network", "rule"), [("residual_norm", "stable"), ("residual_norm", "literal"), ("plain", "literal")]
-)
+@pytest.mark.parametrize(("network", "rule", "depth"), CASES)
 def test_fused_backend_is_the_chunked_one(
     network: str, rule: str, depth: int, packed: bool, pieces: list[int], device: str
 ) -> None:
@@ -91,7 +92,7 @@ def test_what_the_kernels_do_not_take_is_said(device: str) -> None:
         (by_channel(make_stream(4, 2, width=16)), "not by channel"),
         (make_stream(4, 3, width=16), "1 or 2 matrices"),
         (make_stream(4, 2, width=6), "head width is 6"),
-        (make_stream(4, 2, "plain", width=16), "stable rule of plain networks"),
+        (make_stream(4, 2, "plain", width=16), "plain networks of several matrices"),
     ):
         tokens = [[a.float() for a in x] if isinstance(x, list) else x.float() for x in stream.tokens]
         with pytest.raises(ValueError, match=f"backend is 'fused'; .*{sentence}"):

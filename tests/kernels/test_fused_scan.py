@@ -13,14 +13,14 @@ from .problems import Problem, Sizes, by_kernels, by_oracle, differences, kernel
 FLOAT32 = 1e-4
 BFLOAT16 = 5e-2  # of the norm: gradients at gates are sums that cancel
 
-# Plain networks reach the kernels under the literal rule alone.
+# Plain networks of two matrices reach the kernels under the literal rule alone.
 RULES = [
     {"network": network, "rule": rule}
     for network, rule in (("residual_norm", "stable"), ("residual_norm", "literal"), ("plain", "literal"))
 ]
 PLAIN = [
     Sizes(depth=1, **rule, **size)
-    for rule in RULES
+    for rule in (*RULES, {"network": "plain"})
     for size in ({}, {"width": 32, "batch": 1}, {"length": 64, "block": 32})
 ]
 DEEP = [
@@ -50,6 +50,7 @@ def test_kernels_equal_the_oracle(sizes: Sizes, device: str) -> None:
 
 LARGE_STEPS = [
     Sizes(batch=1, depth=1),
+    Sizes(batch=1, depth=1, network="plain"),
     Sizes(batch=1, length=32),
     Sizes(batch=1, heads=1, length=64, block=32),
     Sizes(batch=1, heads=1, width=32, depth=1, length=32, block=32, forgets=False),
@@ -160,7 +161,7 @@ def test_open_chunks_meet_no_shell(sizes: Sizes, device: str) -> None:
     assert kernels_differ(replace(outside_the_shell(sizes), closed=False), device) < FLOAT32
 
 
-@pytest.mark.parametrize("sizes", [*SMALL, TILED], ids=str)
+@pytest.mark.parametrize("sizes", [*SMALL, Sizes(heads=1, depth=1, network="plain"), TILED], ids=str)
 def test_products_in_bfloat16_stay_near_the_oracle(sizes: Sizes, device: str) -> None:
     problem = make_problem(sizes)
     problem.tokens[:3] = [x.bfloat16().double() for x in problem.tokens[:3]]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from titans_mcore.memory import WHOLE, MemoryState, memory_scan
 from titans_mcore.memory.network import initial_weights
-from titans_mcore.memory.rule import Rule, last_step_share
+from titans_mcore.memory.rule import Rule, last_step_share, removable_loss
 
 from . import long_streams
 
@@ -85,6 +85,35 @@ def test_one_key_is_written_to_its_value_and_then_to_another(
     reads, _ = run(key.expand_as(values), values, (theta, eta, 0.0), **settings)
     assert missed(reads[:, :512], values[:, :512]) < 0.01
     assert missed(reads, values) < 0.02
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize(("depth", "chunk_size"), [(2, 16), (2, 32), (3, 32), (2, 64)])
+def test_pairs_that_no_answer_reaches_are_settled_upon(depth: int, chunk_size: int, eta: float) -> None:
+    # LayerNorm's answers have one size, these values any. Steps held to a share of the whole error go on for ever.
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        keys, values = torch.randn(2, 1, 4, 1, WIDTH, dtype=torch.float64, generator=generator)
+        keys, values = (x.repeat(1, 50 * chunk_size, 1, 1) for x in (F.normalize(keys, dim=-1), values))
+        how = {"network": "residual_norm", "depth": depth, "chunk_size": chunk_size}
+        _, before = run(keys, values, (1.0, eta, 0.0), **how)
+        _, after = run(keys[:, :chunk_size], values[:, :chunk_size], (1.0, eta, 0.0), **how, state=before)
+        for old, new in zip(before.weights, after.weights, strict=True):
+            assert (new - old).norm() <= 1e-6 * old.norm()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 10.0))
+def test_what_can_be_removed_of_a_loss_is_what_the_best_answer_removes(seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, offset = torch.randn(2, WIDTH, dtype=torch.float64, generator=generator)
+    offset = offset - offset.mean()
+    normed = F.layer_norm(first, (WIDTH,), eps=0.0)
+    best = F.layer_norm(-offset, (WIDTH,), eps=0.0)
+    losses = [(scale * n + offset).square().sum() for n in (normed, best)]
+    torch.testing.assert_close(removable_loss(normed, 2.0 * scale * offset), losses[0] - losses[1])
+    assert removable_loss(best, 2.0 * scale * offset) < 1e-12
+    assert removable_loss(normed, 0.0 * offset) == 0.0
 
 
 def test_the_literal_rule_loses_the_key_that_the_stable_one_holds() -> None:

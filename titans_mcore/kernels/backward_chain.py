@@ -13,7 +13,7 @@ scratch `wide`, where backward_reads.py has begun them; a tile is a few kilobyte
 import triton
 import triton.language as tl
 
-from .errors import centre, deltas_gradient, load_known, lower_share_gradient, own_outputs_gradient
+from .errors import aims_of, centre, deltas_gradient, load_known, lower_share_gradient, own_outputs_gradient
 from .network import (
     before,
     contiguous_tokens,
@@ -224,31 +224,40 @@ def chain_backward_kernel(
         if mass is not None:
             mass_here, key_square = tl.load(mass + row1 * BLOCK + rows), tl.sum(k * k, 1)
             delta_square = tl.load(held + (place * 2 + 1) * BLOCK + rows)
-            of_loss, of_mass_here, of_key_square, of_delta_square = lower_share_gradient(
-                of_share, share, mass_here, key_square, delta_square
+            v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
+            normed = tl.load(narrow + 4 * BLOCK * D + narrow_at)
+            of_normed, of_aim_by_share, of_mass_here, of_key_square, of_delta_square = lower_share_gradient(
+                of_share, share, normed, aims_of(k, v, gamma, beta, NORM), mass_here, key_square, delta_square
             )
+            of_aim_by_share = centre(of_aim_by_share, NORM)
             tl.store(of_mass + row1 * BLOCK + rows, of_mass_here)
             of_k += 2.0 * of_key_square[:, None] * k
             of_delta += 2.0 * of_delta_square[:, None] * by_size
         of_delta = centre(of_delta, NORM)
         if EXACT:
-            deltas_here, known_here = narrow + (place * 5 + 3) * BLOCK * D, known + place * 4 * BLOCK
+            deltas_here = narrow + (place * 5 + 3) * BLOCK * D
+            known_here = known if known is None else known + place * 4 * BLOCK
             alike_here, writes_here = alike + place * BLOCK * BLOCK, writes + row2 * BLOCK * BLOCK
             above = (rows[:, None] > 0) & (rows[None, :] < rows[:, None])
             if mass is not None:
-                # A loss is |error / 2|^2 at the token's own answer: what it owes to the output does not depend on
-                # of_delta, so what earlier tokens get of it is added here for all of them.
-                normed = tl.load(narrow + 4 * BLOCK * D + narrow_at)
-                v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
-                error = 2.0 * (k + normed * gamma[None, :] + beta[None, :] - v)
-                of_normed = centre(of_loss[:, None] * error * gamma[None, :], NORM)
-                of_normed -= normed * (tl.sum(of_normed * normed, 1) / D)[:, None]
-                of_raw_by_loss = tl.load(known_here + rows)[:, None] * of_normed
+                # What a share owes to its output does not depend on of_delta, so what earlier tokens get of it is added
+                # here for all of them.
+                of_raw_by_share = centre(of_normed, NORM) - normed * (tl.sum(of_normed * normed, 1) / D)[:, None]
+                of_raw_by_share *= tl.load(known_here + rows)[:, None]
                 reach = tl.load(alike_here + square_at)
                 reach *= tl.load(writes_here + square_at - BLOCK, mask=above, other=0.0)
-                of_delta -= product(tl.trans(reach), of_raw_by_loss, OPERAND)
+                of_delta -= product(tl.trans(reach), of_raw_by_share, OPERAND)
             of_delta = own_outputs_gradient(
-                of_delta, deltas_here, deltas_here + BLOCK * D, known_here, alike_here, writes_here, gamma, BLOCK, D
+                of_delta,
+                deltas_here,
+                deltas_here + BLOCK * D,
+                known_here,
+                alike_here,
+                writes_here,
+                gamma,
+                NORM,
+                BLOCK,
+                D,
             )
         if NORM:
             normed = tl.load(narrow + 4 * BLOCK * D + narrow_at)
@@ -257,13 +266,15 @@ def chain_backward_kernel(
             # The error is 2 (k + scale n + shift - v), and scale times it the aim and what n adds.
             of_error = of_aim * gamma[None, :]
             if mass is not None:
-                of_raw += of_raw_by_loss
+                of_raw += of_raw_by_share
             v = tl.load(tokens(values, batch, head, chunk, stride_b, stride_t, stride_h, BLOCK, D)).to(tl.float32)
             error = 2.0 * (k + normed * gamma[None, :] + beta[None, :] - v)
-            if mass is not None:
-                of_error += 0.5 * of_loss[:, None] * error
             part = of_norm + row1 * 2 * D + columns
-            tl.store(part, tl.load(part) + tl.sum(of_aim * error + 2.0 * of_error * normed, 0))
+            of_gamma = of_aim * error + 2.0 * of_error * normed
+            if mass is not None:
+                of_gamma += of_aim_by_share * (error - 2.0 * gamma[None, :] * normed)
+                of_error += of_aim_by_share * gamma[None, :]
+            tl.store(part, tl.load(part) + tl.sum(of_gamma, 0))
             tl.store(part + D, tl.load(part + D) + tl.sum(2.0 * of_error, 0))
             of_k += 2.0 * of_error
         else:

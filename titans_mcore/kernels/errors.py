@@ -82,10 +82,12 @@ def deltas_gradient(of_delta, delta, normed, inverse_std, along, tilt, along_slo
 
 
 @triton.jit
-def own_outputs(met, alike, aims, writes, scale, BLOCK: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr):
+def own_outputs(
+    met, alike, aims, writes, scale, NORM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr
+):
     """What each token's own last matrix makes of its key, z_t = met_t - sum_{j < t} K[t, j] delta_j, (b, D).
 
-    With LayerNorm. When its turn comes a token's row of the tile is without what the tokens before have written.
+    When its turn comes a token's row of the tile is without what the tokens before have written.
 
     Args:
         met: What the keys meet without the chunk's own writes, (b, D), centred.
@@ -100,13 +102,15 @@ def own_outputs(met, alike, aims, writes, scale, BLOCK: tl.constexpr, D: tl.cons
         reach = tl.load(writes + (rows - 1) * BLOCK + t, mask=rows > t, other=0.0)
         reach *= tl.load(alike + t * BLOCK + rows)
         own = tl.sum(tl.where(rows[:, None] == t, met, 0.0), 0, keep_dims=True)
-        delta, _, _, _, _, _ = deltas_of(own, aim, scale, True, EPS)
+        delta, _, _, _, _, _ = deltas_of(own, aim, scale, NORM, EPS)
         met -= reach[:, None] * delta
     return met
 
 
 @triton.jit
-def own_outputs_gradient(of_delta, deltas, normed, known, alike, writes, scale, BLOCK: tl.constexpr, D: tl.constexpr):
+def own_outputs_gradient(
+    of_delta, deltas, normed, known, alike, writes, scale, NORM: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr
+):
     """All of the gradient at delta (b, D), from that without what later tokens' outputs owe to it.
 
     Args:
@@ -117,42 +121,59 @@ def own_outputs_gradient(of_delta, deltas, normed, known, alike, writes, scale, 
     """
     rows = tl.arange(0, BLOCK)
     for t in range(BLOCK - 1, 0, -1):
-        delta = tl.load(deltas + t * D + tl.arange(0, D)[None, :])
-        own_normed = tl.load(normed + t * D + tl.arange(0, D)[None, :])
-        inverse_std, along, tilt, along_slope = load_known(known + t + tl.arange(0, 1), BLOCK)
         reach = tl.load(writes + (t - 1) * BLOCK + rows, mask=rows < t, other=0.0)
         reach *= tl.load(alike + t * BLOCK + rows)
         own = tl.sum(tl.where(rows[:, None] == t, of_delta, 0.0), 0, keep_dims=True)
-        _, of_own = deltas_gradient(own, delta, own_normed, inverse_std, along, tilt, along_slope, scale)
+        if NORM:
+            delta = tl.load(deltas + t * D + tl.arange(0, D)[None, :])
+            own_normed = tl.load(normed + t * D + tl.arange(0, D)[None, :])
+            inverse_std, along, tilt, along_slope = load_known(known + t + tl.arange(0, 1), BLOCK)
+            _, of_own = deltas_gradient(own, delta, own_normed, inverse_std, along, tilt, along_slope, scale)
+        else:
+            of_own = 2.0 * own
         of_delta -= reach[:, None] * of_own
     return of_delta
 
 
 @triton.jit
-def lower_share(loss, mass, key_square, delta_square):
-    """Factor (b,) on the steps of the first of two matrices. Twin of lower_step_share in memory/rule.py.
+def chord_of(normed, aim):
+    """|aim| (b,), and the chord (b, D) from the best direction to the answer's: see removable_loss in rule.py."""
+    size = tl.sqrt(tl.sum(aim * aim, 1))
+    return size, normed / aim.shape[1] ** 0.5 + aim / tl.where(size > 0.0, size, 1.0)[:, None]
+
+
+@triton.jit
+def lower_share(normed, aim, mass, key_square, delta_square):
+    """Factor (b,) on the steps of the first of two matrices. Twin of removable_loss and lower_step_share in rule.py.
 
     Args:
-        loss: |M(k) - v|^2, (b,) like what follows.
-        mass: Of its steps, times Rule.crowd.
+        normed: LayerNorm's value, (b, D).
+        aim: As aims_of gives it, (b, D).
+        mass: Of its steps, times b, (b,) like what follows.
         key_square: |k|^2.
         delta_square: |delta|^2 at the first matrix.
     """
-    allowed, asked = 4.0 * loss, mass * key_square * delta_square
+    size, chord = chord_of(normed, aim)
+    allowed = 2.0 * aim.shape[1] ** 0.5 * size * tl.sum(chord * chord, 1)
+    asked = mass * key_square * delta_square
     held = asked > allowed
     return tl.where(held, allowed / tl.where(held, asked, 1.0), 1.0)
 
 
 @triton.jit
-def lower_share_gradient(of_share, share, mass, key_square, delta_square):
-    """Gradients at the arguments of lower_share, in their order."""
+def lower_share_gradient(of_share, share, normed, aim, mass, key_square, delta_square):
+    """Gradients at the arguments of lower_share, in their order; at normed not centred."""
     held = share < 1.0
-    # Where steps are held none of the three factors is zero; the loss may be.
+    # Where steps are held none of the three factors is zero; what can be removed may be.
     mass, key_square = tl.where(held, mass, 1.0), tl.where(held, key_square, 1.0)
     delta_square = tl.where(held, delta_square, 1.0)
-    of_loss = tl.where(held, 4.0 * of_share / (mass * key_square * delta_square), 0.0)
+    size, chord = chord_of(normed, aim)
+    root = aim.shape[1] ** 0.5
+    by_size = 0.5 * root * (1.0 + tl.sum(normed * normed, 1) / aim.shape[1]) / tl.where(size > 0.0, size, 1.0)
+    of_removable = tl.where(held, 4.0 * of_share / (mass * key_square * delta_square), 0.0)[:, None]
     less = tl.where(held, -of_share * share, 0.0)
-    return of_loss, less / mass, less / key_square, less / delta_square
+    of_normed, of_aim = of_removable * size[:, None] * chord, of_removable * (by_size[:, None] * aim + normed)
+    return of_normed, of_aim, less / mass, less / key_square, less / delta_square
 
 
 @triton.jit

@@ -146,7 +146,7 @@ def scan_kernel(
             tl.store(aims_here + narrow_at, aim)
             tl.debug_barrier()
             writes_here = writes + row2 * BLOCK * BLOCK
-            raw = own_outputs(raw, alike_here, aims_here, writes_here, gamma, BLOCK, D, EPS)
+            raw = own_outputs(raw, alike_here, aims_here, writes_here, gamma, NORM, BLOCK, D, EPS)
         delta, normed, inverse_std, along, tilt, along_slope = deltas_of(raw, aim, gamma, NORM, EPS)
         if narrow is not None:
             tl.store(narrow + (walked * 5 + 3) * BLOCK * D + narrow_at, delta)
@@ -159,9 +159,8 @@ def scan_kernel(
                 tl.store(known_at + 3 * BLOCK, along_slope)
         if mass is not None:
             delta_square = first_delta_square(k, delta, w1, w2, state, tiles, BLOCK, D, HIDDEN, TILE, ON_CHIP, OPERAND)
-            missed = k + normed * gamma[None, :] + beta[None, :] - v
             mass_here = tl.load(mass + row1 * BLOCK + rows)
-            share = lower_share(tl.sum(missed * missed, 1), mass_here, tl.sum(k * k, 1), delta_square)
+            share = lower_share(normed, aim, mass_here, tl.sum(k * k, 1), delta_square)
             if held is not None:
                 tl.store(held + walked * 2 * BLOCK + rows, share)
                 tl.store(held + (walked * 2 + 1) * BLOCK + rows, delta_square)

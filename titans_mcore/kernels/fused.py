@@ -114,8 +114,7 @@ def fused_scan(
         gates: What fused.gates_of gives for all C chunks.
         weights: L = 1 or 2 matrices (B, H, d_in, d_out) before the first chunk; momentum alike.
         residual_norm: Whether the network is x + LayerNorm(MLP(x)); else it is the MLP.
-        exact: Whether errors are those at the token's own last matrix, with LayerNorm only; else those at the chunk's
-            start.
+        exact: Whether errors are those at the token's own last matrix; else those at the chunk's start.
         mass: What fused.chunk_mass gives, for two matrices with LayerNorm: steps of the first are held. None for none.
         norm_weight: LayerNorm's scale (H, D); None is 1.
         norm_bias: LayerNorm's shift (H, D); None is 0.
@@ -131,7 +130,6 @@ def fused_scan(
     block, depth = gates.writes.shape[-1], len(weights)
     if reason := fused_fits(queries, weights, block):
         raise ValueError(reason)
-    assert residual_norm or not exact
     assert mass is None or (exact and depth == 2 and mass.shape == gates.write.shape[1:-1])
     heads, length = queries.shape[2], queries.shape[1]
     _check(queries, keys, values, gates, weights, momentum, borders.anchors)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .chunk import coefficients
 from .inputs import Matrices, Tokens
 from .layout import Chunks
-from .rule import VERSION, Memory, Rule, step_mass
+from .rule import VERSION, Memory, Rule, last_step_share, step_mass
 
 # By name: this file travels with an exported model, which uses the kernels where the package is installed.
 _KERNELS = "titans_mcore.kernels"
@@ -51,13 +51,21 @@ def gates_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None = No
     )
 
 
+def held_theta(rule: Rule, tokens: Tokens) -> Tensor:
+    """theta (B, T, H, 1) of a single matrix as the rule takes it: its inputs are the keys. Of two it is as it was."""
+    if not rule.holds_last:
+        return tokens.theta
+    square = tokens.keys.to(tokens.theta.dtype).square().sum(-1, keepdim=True)
+    return tokens.theta * last_step_share(step_mass(tokens.theta, tokens.eta), square)
+
+
 def chunk_mass(rule: Rule, theta: Tensor, eta: Tensor) -> Tensor | None:
-    """Rule.crowd times theta / (1 - eta) of the first of two matrices, (g, N, b), from gates (L, g, N, b).
+    """b times theta / (1 - eta) of the first of two matrices, (g, N, b), from gates (L, g, N, b).
 
     None where the rule holds no step of a lower matrix. What the first of two matrices pulls is this times
     |k|^2 |delta|^2, which the kernels know.
     """
-    return rule.crowd(2) * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
+    return rule.chunk_size * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
 
 
 def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded: bool) -> str:
@@ -66,8 +74,8 @@ def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded
         return "the fused memory kernels compute whole memories, not parts of them; use memory backend 'chunked'"
     if channelwise:
         return "the fused memory kernels forget by head, not by channel; use memory backend 'chunked'"
-    if memory.rule.holds_last:
-        return "the fused memory kernels lack the stable rule of plain networks; use memory backend 'chunked'"
+    if memory.rule.holds_last and len(memory.initial) > 1:
+        return "the fused memory kernels lack the stable rule of plain networks of several matrices; use 'chunked'"
     if importlib.util.find_spec(_KERNELS.partition(".")[0]) is None:
         return "the fused memory kernels come with the titans-mcore package; install it or use memory backend 'chunked'"
     kernels = importlib.import_module(_KERNELS)
@@ -89,7 +97,7 @@ def fused_scan(
         counts = torch.full((length // size, batch), size) if chunks.counts is None else chunks.counts
         chunks = Chunks(block, chunks.closed, counts, chunks.restarts)
     assert isinstance(tokens.alpha, Tensor)
-    theta, eta, alpha = map(chunks.split_gate, (tokens.theta, tokens.eta, tokens.alpha))
+    theta, eta, alpha = map(chunks.split_gate, (held_theta(rule, tokens), tokens.eta, tokens.alpha))
     closed: bool | Tensor = chunks.closed
     if chunks.closed and chunks.counts is not None:
         closed = (chunks.counts == size).to(device)

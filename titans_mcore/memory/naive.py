@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .inputs import Matrices, Tokens
 from .network import LAYER_NORM_EPS, WHOLE, Network
-from .rule import Memory, Rule, last_step_share, lower_step_share, step_mass
+from .rule import Memory, Rule, last_step_share, lower_step_share, removable_loss, step_mass
 
 
 def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor, Matrices]:
@@ -34,11 +34,11 @@ def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor,
         if t % rule.chunk_size == 0:
             chunk_start = weights
         theta, exact_last = tokens.theta[:, t], weights[-1] if rule.exact else None
-        gradients, inputs, loss = inner_gradient(
+        gradients, inputs, removable = inner_gradient(
             network, chunk_start, tokens.keys[:, t], tokens.values[:, t], exact_last
         )
         if rule.exact:
-            theta = held_steps(rule, theta, tokens.eta[:, t], gradients, inputs, loss)
+            theta = held_steps(rule, theta, tokens.eta[:, t], gradients, inputs, removable)
         new_weights, new_momentum = [], []
         for layer, gradient in enumerate(gradients):
             kept = 1.0 - alpha[layer][:, t].unsqueeze(-1)  # (B, H, d_in or 1, 1)
@@ -84,7 +84,7 @@ def answer_of(network: Network, x: Tensor, z: Tensor) -> Tensor:
 def inner_gradient(
     network: Network, weights: list[Tensor], key: Tensor, value: Tensor, exact_last: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Gradients of |M(key) - value|^2 by matrix, the inputs of the matrices, and the loss (B, H).
+    """Gradients of |M(key) - value|^2 by matrix, the inputs of the matrices, and what can be removed of it (B, H).
 
     Differentiable itself when the caller's gradients are on.
 
@@ -107,13 +107,20 @@ def inner_gradient(
         loss = (answer_of(network, key, own) - value).square().sum(-1)
         (delta,) = torch.autograd.grad(loss.sum(), own, create_graph=differentiable)
         gradients = torch.autograd.grad(z, weights, delta, create_graph=differentiable)
+    removable = loss
+    if network.residual_norm:
+        normed = F.layer_norm(own, own.shape[-1:], eps=LAYER_NORM_EPS)
+        scale = 1.0 if network.norm_weight is None else network.norm_weight
+        shift = 0.0 if network.norm_bias is None else network.norm_bias
+        aim = 2.0 * scale * (key + shift - value)
+        removable = removable_loss(normed, aim - aim.mean(-1, keepdim=True))
     if not differentiable:
-        inputs, loss = [x.detach() for x in inputs], loss.detach()
-    return list(gradients), inputs, loss
+        inputs, removable = [x.detach() for x in inputs], removable.detach()
+    return list(gradients), inputs, removable
 
 
 def held_steps(
-    rule: Rule, theta: Tensor, eta: Tensor, gradients: list[Tensor], inputs: list[Tensor], loss: Tensor
+    rule: Rule, theta: Tensor, eta: Tensor, gradients: list[Tensor], inputs: list[Tensor], removable: Tensor
 ) -> Tensor:
     """theta (B, H, L) as an exact rule takes it."""
     mass = step_mass(theta, eta)
@@ -123,5 +130,5 @@ def held_steps(
     if theta.shape[-1] == 1:
         return last
     squares = torch.stack([g.square().sum((-1, -2)) for g in gradients[:-1]], -1)
-    share = lower_step_share(loss, (mass[..., :-1] * squares).sum(-1), rule.crowd(theta.shape[-1]))
+    share = lower_step_share(removable, (mass[..., :-1] * squares).sum(-1), rule.chunk_size)
     return torch.cat([theta[..., :-1] * share.unsqueeze(-1), last], -1)

@@ -125,7 +125,7 @@ def _setting(operation: Any, memory: Memory, chunks: Chunks, count: int = 1) -> 
         exact=rule.exact,
         holds_last=rule.holds_last,
         rms_limit=rule.rms_limit,
-        crowd=rule.crowd(len(memory.initial)),
+        whole=rule.chunk_size,
         smallest_decay=SMALLEST_DECAY,
         epsilon=LAYER_NORM_EPS,
     )

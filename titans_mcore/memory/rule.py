@@ -6,8 +6,8 @@
   (b = 1), not at the chunk's start: a chunk does not write the same correction b times. The network is linear in its
   last matrix, so that takes no more than products of keys; see chunk.py.
 - The steps of the matrices below, whose gradients are those at the chunk's start, are *held*: each removes at most
-  2 / b of its token's error, since all b may pull the same way, and behind a LayerNorm, where chunks are long or
-  memories deep, at most 64 / (b^2 (L_M - 1)): what they make of its inputs is new to the last matrix at the next chunk.
+  2 / b of its token's error, or of what the best answer of a network with LayerNorm would remove of it, since all b
+  may pull the same way.
 - Forgetting leads back to the learned M_0 instead of to zero: M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t.
 - The *state shell*: after a chunk's last token a matrix, or its momentum, whose root mean square is above a limit is
   scaled back to it. To a LayerNorm the size of a matrix is no information: what is stored stays, and what comes can
@@ -24,7 +24,7 @@ from torch import Tensor
 from .network import LOSS_SLOPE, Network, WholeMatrices
 
 RULES = ("stable", "literal")
-VERSION = 3  # of the rule, and of what its native and fused forms take: an exported folder may find others installed
+VERSION = 4  # of the rule, and of what its native and fused forms take: an exported folder may find others installed
 SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
 
 
@@ -54,11 +54,6 @@ class Rule:
             return cls(anchored=False, exact=False, holds_last=False, rms_limit=math.inf, chunk_size=chunk_size)
         limit = 3.0 if residual_norm else 16.0
         return cls(anchored=forgets, exact=True, holds_last=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
-
-    def crowd(self, depth: int) -> float:
-        """For L_M matrices: a step of those below the last removes at most 2 / crowd of its token's error."""
-        b = self.chunk_size
-        return b if self.holds_last else max(b, b**2 * (depth - 1) / 32)
 
     def beyond(self, mean_square: Tensor) -> Tensor:
         """Where the state shell acts, for mean squares of matrices."""
@@ -98,17 +93,36 @@ def last_step_share(mass: Tensor, input_square: Tensor) -> Tensor:
     return (LOSS_SLOPE * mass * input_square).clamp_min(1.0).reciprocal()
 
 
-def lower_step_share(loss: Tensor, pull: Tensor, crowd: float) -> Tensor:
-    """Factor on theta of the matrices below the last, the same for all of them; any shape.
+def removable_loss(normed: Tensor, aim: Tensor) -> Tensor:
+    """What of the loss |M(k) - v|^2 the best answer of a network with LayerNorm would remove, (...).
 
-    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error; 2 / crowd of it is the most.
+    LayerNorm's output n has one size and any direction, and the loss is |scale n|^2 + aim . n and what no answer
+    changes. The best direction is that of -aim, where it is less by aim . n + |aim| |n|: by |aim| |n| times half the
+    square of the chord between the two. Steps held to a share of the whole loss would not become shorter near the best
+    answer, and outer gradients through them would grow from chunk to chunk.
 
     Args:
-        loss: |M(k) - v|^2.
-        pull: Sum over the matrices of theta / (1 - eta) |gradient|^2.
-        crowd: Rule.crowd.
+        normed: n, (..., D).
+        aim: 2 scale (k + shift - v), centred; what of the gradient at n does not depend on n.
     """
-    allowed, asked = 4.0 * loss, crowd * pull
+    root = math.sqrt(normed.shape[-1])
+    square = aim.square().sum(-1, keepdim=True)
+    size = square.masked_fill(square == 0, 1.0).sqrt()
+    chord = (normed / root + aim / size).masked_fill(square == 0, 0.0)
+    return 0.5 * root * size.squeeze(-1) * chord.square().sum(-1)
+
+
+def lower_step_share(loss: Tensor, pull: Tensor, chunk_size: int) -> Tensor:
+    """Factor on theta of the matrices below the last, the same for all of them; any shape.
+
+    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error; 2 / b of it is the most.
+
+    Args:
+        loss: |M(k) - v|^2, or removable_loss of a network with LayerNorm.
+        pull: Sum over the matrices of theta / (1 - eta) |gradient|^2.
+        chunk_size: Tokens b of a whole chunk.
+    """
+    allowed, asked = 4.0 * loss, chunk_size * pull
     held = asked > allowed
     return torch.where(held, allowed / asked.masked_fill(~held, 1.0), 1.0)
 

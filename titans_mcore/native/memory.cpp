@@ -32,7 +32,7 @@ struct Problem {
   int64_t rows, heads, chunks, size, group, depth, width[5];  // width: d_in of each matrix, then D
   int64_t norm, anchored, exact, holds_last, closed;
   int64_t old;  // tokens of an open chunk that are worked out already
-  double rms_limit, crowd, smallest_decay, epsilon;
+  double rms_limit, whole, smallest_decay, epsilon;
   const void *queries, *keys, *values, *theta, *eta, *alpha;  // (B, C b, H, D) and (B, C b, H, L)
   const void *scale, *shift;                                  // (H, D) or null
   const void* anchors[4];                                     // (H, d_in, d_out)
@@ -234,11 +234,12 @@ struct Walk {
   int64_t at[4], state_size = 0, used = 0, memory = 0, row = 0, head = 0;
   char* base;
   const T* start[4][3];  // the matrices that a chunk begins with
-  T *own_anchor[4], *scale, *shift, *unit, *turned, *swapped, *one, *two;
+  T *own_anchor[4], *scale, *shift, *unit, *aim, *chord, *turned, *swapped, *one, *two;
   T *x[4], *xslope[4], *similar[4], *reach[4], *left[4][3], *output, *values, *rnormed, *rinverse;
   // Gradients; right holds those at outputs of the rows in left: reads, keys, errors on their way down. Those between
   // of_memory and of_chunk begin with zeros in every memory, those from there to of_end in every chunk.
-  T *right[4], *of_input[4], *of_delta[4], *of_anchor[4], *of_error, *of_query, *of_scale, *of_shift, *of_fresh;
+  T *right[4], *of_input[4], *of_delta[4], *of_anchor[4], *of_error, *of_normed, *of_query, *of_scale, *of_shift;
+  T* of_fresh;
   T *of_writes[4], *of_decay[4], *of_keep[4], *of_steps[4], *of_mass[4];
   int64_t of_memory, of_chunk, of_end;
 
@@ -257,7 +258,7 @@ struct Walk {
       similar[l] = take(b * bt), reach[l] = take(b * bt);
       for (T*& part : left[l]) part = take(3 * rows);
     }
-    for (T** list : {&scale, &shift, &unit}) *list = take(ldd);
+    for (T** list : {&scale, &shift, &unit, &aim, &chord}) *list = take(ldd);
     for (T** list : {&output, &values, &rnormed, &two}) *list = take(rows);
     one = take(3 * rows), rinverse = take(b), turned = take((int64_t)widest * bt), swapped = take((int64_t)widest * bt);
     if (!backward) return;
@@ -265,7 +266,7 @@ struct Walk {
     of_scale = take(ldd), of_shift = take(ldd), of_fresh = take(state_size);
     for (int l = 0; l < L; l++) of_anchor[l] = take(half(l));
     of_chunk = used;
-    of_error = take(rows);
+    of_error = take(rows), of_normed = take(rows);
     for (int l = 0; l < L; l++) {
       of_writes[l] = behind_one(bc), of_decay[l] = behind_one(bc), of_keep[l] = behind_one(1);
       of_steps[l] = take(b), of_mass[l] = take(b), of_input[l] = take(rows), of_delta[l] = take(rows);
@@ -491,7 +492,7 @@ struct Walk {
   // the last one or all below it. A matrix asks for `slope` mass |h|^2; the share of all is allowed / asked.
   T slope_of(const Found& f, int l, int t) const {
     const T* d = f.delta[l] + t * ldo[l];
-    return l == L - 1 ? 2 : T(p.crowd) * dot(ldo[l], d, d);
+    return l == L - 1 ? 2 : T(p.whole) * dot(ldo[l], d, d);
   }
   T asked(const Found& f, int first, int end, int t) const {
     T all = 0;
@@ -501,9 +502,17 @@ struct Walk {
     }
     return all;
   }
-  T allowed(const Found& f, int end, int t) const {
-    const T* e = f.error + t * ldd;
-    return end == L ? 1 : dot(ldd, e, e);
+  // For the matrices below the last 4 times what can be removed of a loss, through LayerNorm rule.removable_loss.
+  T allowed(const Found& f, int end, int t) {
+    const T *e = f.error + t * ldd, *y = f.normed + t * ldd, root = std::sqrt(T(D));
+    if (end == L) return 1;
+    if (!p.norm) return dot(ldd, e, e);
+    for (int i = 0; i < ldd; i++) aim[i] = scale[i] * (e[i] - 2 * scale[i] * y[i]);
+    const T mean = dot(ldd, aim, unit) / D;
+    for (int i = 0; i < ldd; i++) aim[i] -= mean * unit[i];
+    const T size = std::sqrt(dot(ldd, aim, aim)), inverse = size > 0 ? 1 / size : 0;
+    for (int i = 0; i < ldd; i++) chord[i] = y[i] / root + inverse * aim[i];
+    return 2 * root * size * dot(ldd, chord, chord);
   }
   void hold(Found& f, int first, int end) {
     for (int t = old; t < f.n; t++) {
@@ -641,6 +650,20 @@ struct Walk {
     if (p.norm) add(n * ldd, 1, of_query, two);
     tokens_out(two, chunk, n, p.of_queries);
   }
+  // Behind allowed(), whose aim and chord it uses: into of_normed what goes to n, into of_error what goes by the aim to
+  // k + shift - v.
+  void allowed_back(const Found& f, int t, T of) {
+    const T *e = f.error + t * ldd, *y = f.normed + t * ldd, root = std::sqrt(T(D));
+    if (!p.norm) return add(ldd, 2 * of, e, of_delta[L - 1] + t * ldd);
+    const T size = std::sqrt(dot(ldd, aim, aim)), along = root / 2 * (1 + dot(ldd, y, y) / D);
+    times(ldd, 4 * of * size, chord, of_normed + t * ldd);
+    for (int i = 0; i < ldd; i++) aim[i] = 4 * of * (along / size * aim[i] + y[i]);  // now its gradient
+    const T mean = dot(ldd, aim, unit) / D;
+    for (int i = 0; i < ldd; i++) {
+      const T at_aim = (aim[i] - mean) * unit[i];
+      of_error[t * ldd + i] = 2 * scale[i] * at_aim, of_scale[i] += (e[i] - 2 * scale[i] * y[i]) * at_aim;
+    }
+  }
   void hold_back(const Found& f, int first, int end) {
     for (int t = 0; t < f.n; t++) {
       const T all = asked(f, first, end, t), share = allowed(f, end, t) / all;
@@ -648,35 +671,35 @@ struct Walk {
       T of_share = 0;
       for (int l = first; l < end; l++) of_share += of_steps[l][t] * f.theta[l][t];
       const T of_asked = -of_share * share / all;
-      if (end < L) times(ldd, 2 * of_share / all, f.error + t * ldd, of_error + t * ldd);
+      if (end < L && share > 0) allowed_back(f, t, of_share / all);
       for (int l = first; l < end; l++) {
         const T *h = f.input[l] + t * ldi[l], square = dot(ldi[l], h, h), slope = slope_of(f, l, t);
         of_steps[l][t] *= share;  // now at theta
         of_mass[l][t] += of_asked * slope * square;
         add(ldi[l], 2 * of_asked * slope * f.mass[l][t], h, of_input[l] + t * ldi[l]);
         if (end == L) continue;
-        const T of_square = of_asked * T(p.crowd) * f.mass[l][t] * square;
+        const T of_square = of_asked * T(p.whole) * f.mass[l][t] * square;
         add(ldo[l], 2 * of_square, f.delta[l] + t * ldo[l], of_delta[l] + t * ldo[l]);
       }
     }
   }
-  // (4) of one token, from its delta, and from what of_error holds of other ways to its error; of_error ends as the
-  // gradient at the answer. LayerNorm's derivative at z depends on z through n and r as well: see chunk._NormErrors.
+  // (4) of one token, from its delta and what allowed_back has left; of_error ends as the gradient at k, shift and -v.
+  // LayerNorm's derivative at z depends on z through n and r as well: see chunk._NormErrors.
   void error_back(const Found& f, int t, T* of_z) {
     const T *e = f.error + t * ldd, *y = f.normed + t * ldd, *delta = f.delta[L - 1] + t * ldd, r = f.inverse[t];
     T *of = of_delta[L - 1] + t * ldd, *at_answer = of_error + t * ldd;
-    T *of_scaled = one, *scaled = one + ldd, *of_normed = one + 2 * ldd;
+    T *of_scaled = one, *scaled = one + ldd, *of_y = of_normed + t * ldd;
     if (!p.norm) {
-      for (int i = 0; i < ldd; i++) of_z[i] = at_answer[i] = 2 * (of[i] + at_answer[i]);
+      for (int i = 0; i < ldd; i++) of_z[i] = at_answer[i] = 2 * of[i];
       return;
     }
     norm_gradient(of, y, r, of_scaled);
     for (int i = 0; i < ldd; i++) {
-      at_answer[i] = 2 * (of_scaled[i] * scale[i] + at_answer[i]);
-      scaled[i] = e[i] * scale[i], of_normed[i] = at_answer[i] * scale[i];
-      of_scale[i] += of_scaled[i] * e[i] + at_answer[i] * y[i], of_shift[i] += at_answer[i];
+      const T of_answer = 2 * of_scaled[i] * scale[i];
+      scaled[i] = e[i] * scale[i], of_y[i] += of_answer * scale[i], at_answer[i] += of_answer;
+      of_scale[i] += of_scaled[i] * e[i] + of_answer * y[i], of_shift[i] += at_answer[i];
     }
-    norm_gradient(of_normed, y, r, of_z);
+    norm_gradient(of_y, y, r, of_z);
     add(ldd, -r / D * dot(ldd, scaled, y), of_scaled, of_z);
     add(ldd, -r / D * dot(ldd, of, y), delta, of_z);
     add(ldd, -r / D * dot(ldd, of, delta), y, of_z);
