@@ -19,7 +19,7 @@ from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import MicroBatch, NumberedSamples, Piece, Samples
 from titans_mcore.weights import file_sha256
 from tokenization.io import write_file_atomically
-from tokenization.manifest import TOKENIZER_NAME, Manifest
+from tokenization.manifest import Manifest
 from tokenization.tokenizer import TokenizerInfo
 
 _BLOCK = 1 << 20
@@ -108,16 +108,15 @@ def keep_tokenizer(data: RunData, run_dir: Path) -> None:
     Raises:
         ValueError: Another tokenizer is there.
     """
-    kept, folder = run_dir / "tokenizer" / TOKENIZER_NAME, data.folders[0].path
+    kept, folder = run_dir / "tokenizer" / data.tokenizer.file, data.folders[0].path
     if not kept.exists():
-        write_file_atomically(kept, (folder / TOKENIZER_NAME).read_bytes())
+        write_file_atomically(kept, (folder / data.tokenizer.file).read_bytes())
     elif file_sha256(kept) != data.tokenizer.sha256:
         raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
 
 
 def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[NumberedSamples, NumberedSamples | None]:
     """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
-    start_token = data.tokenizer.bos_id if config.data.reset_documents else None
 
     def of_folder(prefixes: list[str], strands: int = 0) -> Samples:
         return Samples(
@@ -126,7 +125,7 @@ def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[Numbe
             vocab_size=config.model.vocab_size,
             sequence_length=config.train.sequence_length,
             seed=config.train.seed,
-            start_token=start_token,
+            documents_apart=config.data.reset_documents,
             strands=strands,
         )
 

@@ -122,7 +122,7 @@ def test_a_label_is_the_token_after_its_position(shards, tmp_path):
 
 
 def test_rows_say_where_documents_begin_inside_them(shards, tmp_path):
-    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, documents_apart=True)
     tokens, _, starts, _ = samples.micro_batch(range(samples.per_epoch))
     assert starts is not None
     assert torch.equal(starts[:, 1:], tokens[:, 1:] == BOS)
@@ -167,7 +167,7 @@ def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, re
 
 
 def test_short_rows_are_the_parts_of_the_same_samples(shards, tmp_path):
-    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, documents_apart=True)
     whole = samples.micro_batch(range(samples.per_epoch))
     short = whole.cut(8)
     assert short.tokens.shape == (4 * samples.per_epoch, 8)
