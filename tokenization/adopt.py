@@ -15,7 +15,7 @@ import numpy
 
 from tokenization.assemble import entropy_of
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
-from tokenization.encode import summarize
+from tokenization.encode import summarize, warn_of_tokenizer
 from tokenization.io import commit_file, sha256_of, write_file_atomically
 from tokenization.manifest import (
     FORMAT_VERSION,
@@ -36,7 +36,7 @@ from tokenization.plan import PLAN_NAME
 from tokenization.progress import Progress
 from tokenization.selection import bytes_position, choose_threshold
 from tokenization.shards import import_indexed_dataset
-from tokenization.tokenizer import TOKENIZER_JSON, TokenizerInfo, describe_any_tokenizer
+from tokenization.tokenizer import TOKENIZER_NAME, TokenizerInfo, describe_any_tokenizer, load_tokenizer
 from tokenization.workers import Report, run_tasks, worthwhile_workers
 
 _BLOCK_TOKENS = 1 << 22
@@ -108,7 +108,9 @@ def adopt(settings: AdoptSettings) -> Manifest:
     output.mkdir(parents=True, exist_ok=True)
     manifest = _write(settings, tokenizer, prefixes, found, threshold)
     summarize(output, manifest)
-    if tokenizer.file == TOKENIZER_JSON:
+    if tokenizer.file == TOKENIZER_NAME:
+        warn_of_tokenizer(settings.tokenizer)
+    else:
         print(
             f"{output}: its tokenizer is not of sentencepiece, so that runs of it train and measure held-out loss, and "
             "that evaluations of text and the Hugging Face export, which read sentencepiece alone, will refuse them"
@@ -266,6 +268,7 @@ def _write(
         HELDOUT: Split(HELDOUT, len(apart_rows), apart_tokens, files),
     }
     write_file_atomically(output / tokenizer.file, settings.tokenizer.read_bytes())
+    of_sentencepiece = tokenizer.file == TOKENIZER_NAME
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tokenizer=tokenizer,
@@ -277,6 +280,7 @@ def _write(
         unigram_entropy=entropy_of(counts),
         fingerprint=fingerprint_of(tokenizer, splits),
         records=records,
+        unknown_tokens=int(counts[load_tokenizer(settings.tokenizer).unk_id()]) if of_sentencepiece else 0,
         adopted=True,
     )
     manifest.check_quick(output)

@@ -152,6 +152,8 @@ class Manifest:
     """Units of work in reading order."""
     records: dict[str, FileInfo] = field(default_factory=dict)
     """The other files by name: .rows, rejected.jsonl, plan.json. Training does not need them."""
+    unknown_tokens: int = 0
+    """Train tokens that are the tokenizer's unknown piece."""
     adopted: bool = False
     """Whether `tokenization.adopt` made it: sources are datasets of Megatron's, train .bin files are links to them and
     hold the held-out documents, too, which their .idx passes over, and documents have the ends that they came with."""
@@ -209,19 +211,6 @@ class Manifest:
             raise ManifestError(f"{path}: missing; copy the tokenizer of these shards back, or encode again")
         if sha256_of(path) != self.tokenizer.sha256:
             raise ManifestError(f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back")
-
-    def check_sums(self, folder: str | Path) -> None:
-        """Compares the checksum of every token file: a second for each gigabyte or so.
-
-        Raises:
-            ManifestError: Naming the first file that differs.
-        """
-        for name, info in self.token_files().items():
-            if sha256_of(Path(folder, name)) != info.sha256:
-                raise ManifestError(
-                    f"{Path(folder, name)}: not the file that the manifest lists (SHA-256 differs); copy it again, or "
-                    "encode again"
-                )
 
     def train_prefixes(self, folder: str | Path) -> list[str]:
         """Returns the paths of the train split's datasets in order, without suffix, as Megatron-core takes them."""
