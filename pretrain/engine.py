@@ -89,6 +89,7 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection) -> nn.Module:
         groups,
         memory_parallel=memory_split(config.model, parallel.memory_parallel, parallel.tensor),
         recompute=config.train.recompute,
+        loss_chunk=config.train.loss_chunk,
     )
     if parallel.sequence:
         reduce_shared_gradients(model, groups.tp)

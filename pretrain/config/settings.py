@@ -107,6 +107,9 @@ class TrainConfig:
     weights_from: str = ""
     """Run folder or checkpoint of the same model whose weights a new run begins with: a second stage on other data.
     Optimizer, schedule and order of the samples begin anew. Empty: random weights."""
+    continue_from: str = ""
+    """Checkpoint of another run, or a run folder, whose newest healthy one is taken: a new run goes on from it as that
+    run would, with optimizer, update count and place in the data, and may have another schedule and other steps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
     stop_after_minutes: float = 0.0
@@ -114,12 +117,17 @@ class TrainConfig:
     recompute: Literal["none", "block", "except_memory"] = "none"
     """Activations that the backward pass computes again instead of keeping them. block: all of a block, which keeps its
     input alone; except_memory: the same without the memory's scan, which is the slowest part; none: nothing."""
+    loss_chunk: int = 0
+    """Tokens of a micro-batch on a rank whose logits stand at once; the backward pass computes them again, a third more
+    of the output matrix' work. 0: all stand, and none is computed again."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
-        _at_least("train", self, stop_after_minutes=0)
+        _at_least("train", self, stop_after_minutes=0, loss_chunk=0)
         _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
         _one_of("train.recompute", self.recompute, ("none", "block", "except_memory"))
+        if self.weights_from and self.continue_from:
+            raise ValueError("train.weights_from and train.continue_from both name what a run begins with; give one")
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}; "
@@ -192,15 +200,26 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
+    """Linear warm-up, then down to a fraction of the peak at the last step."""
 
+    shape: Literal["cosine", "linear", "wsd"] = "cosine"
+    """How it falls: half a cosine, a line, or wsd (warm-up, stable, decay), at the peak until decay_steps before the
+    end, then in a line. At the peak the end is not known: train.continue_from begins a decay at any checkpoint."""
     warmup_steps: int = 0
     """Steps until the peak is reached."""
+    decay_steps: int = 0
+    """Last steps, in which wsd falls; 0: it stays at the peak."""
     min_lr_fraction: float = 0.1
     """Learning rate of the last step, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        _at_least("schedule", self, warmup_steps=0, min_lr_fraction=0)
+        _one_of("schedule.shape", self.shape, ("cosine", "linear", "wsd"))
+        _at_least("schedule", self, warmup_steps=0, decay_steps=0, min_lr_fraction=0)
+        if self.decay_steps and self.shape != "wsd":
+            raise ValueError(
+                f"schedule.decay_steps is {self.decay_steps}, and a {self.shape} falls from the warm-up on; "
+                "set schedule.shape wsd, or leave it out"
+            )
         if self.min_lr_fraction > 1:
             raise ValueError(f"schedule.min_lr_fraction is {self.min_lr_fraction}; it must be at most 1")
 
