@@ -31,8 +31,9 @@ class DataConfig:
     blend: TEXTS = ()
     """Several folders in place of `path`, each with its share of the tokens: "web=0.7" "code=0.3"; shares are divided
     by their sum. The held-out set is blended alike, and ends before a folder's held-out text would come again."""
-    verify: bool = False
-    """Read all shards at the start and compare their checksums with their manifests'; off: sizes alone are compared."""
+    verify: bool = True
+    """Read the shards when a run begins and compare their checksums with their manifests'; a run that goes on reads
+    those again whose size or time has changed. Off: sizes alone are compared."""
     reset_documents: bool = True
     """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
     carry_state: bool = False
