@@ -177,8 +177,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Norms, gates and other vectors are not decayed."""
+    """AdamW, or Muon for the blocks' matrices beside it. Norms, gates and other vectors are not decayed."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of the blocks move along orthogonalised momentum, each head's for themselves, at the same lr and
+    weight_decay; the rest is AdamW's. It needs whole matrices: parallel.tensor 1 and parallel.zero_stage 0."""
+    momentum: float = 0.95
+    """Decay of Muon's mean of the gradients."""
     lr: float = 4e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -193,8 +198,9 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _at_least("optimizer", self, lr=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
-        for name in ("beta1", "beta2"):
+        _one_of("optimizer.name", self.name, ("adamw", "muon"))
+        _at_least("optimizer", self, lr=0, momentum=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
+        for name in ("momentum", "beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
 
