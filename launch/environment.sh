@@ -19,9 +19,9 @@ fail() {
 # The first of the supported interpreters that is there; nothing where there is none.
 find_python() {
     local candidate
-    for candidate in python3 python3.12 python3.11; do
+    for candidate in python3 python3.13 python3.12 python3.11; do
         if command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -39,8 +39,8 @@ make_venv() {
         say "Making .venv with uv, which brings a Python that fits"
         uv venv --seed --python '>=3.11,<3.13' "$root/.venv" || fail "uv venv failed; the lines above say why"
     else
-        fail "no Python 3.11 or 3.12 was found as python3, python3.12 or python3.11; install one of them, or uv, which" \
-            "brings one (curl -LsSf https://astral.sh/uv/install.sh | sh), and run this again"
+        fail "no Python 3.11, 3.12 or 3.13 was found as python3 or under its own name; install one, or uv, which brings" \
+            "one (curl -LsSf https://astral.sh/uv/install.sh | sh), and run this again"
     fi
 }
 

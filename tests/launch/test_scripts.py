@@ -56,7 +56,7 @@ def test_without_a_python_that_fits_one_sentence_has_the_command_that_brings_one
     result = sourced(f"root={tmp_path}; make_venv", no_python)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: no Python 3.11 or 3.12 was found")
+    assert line.startswith("error: no Python 3.11, 3.12 or 3.13 was found")
     assert "curl -LsSf https://astral.sh/uv/install.sh | sh" in line
 
 
