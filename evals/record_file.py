@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -73,7 +73,8 @@ class RecordFile(Generic[Record]):
         kind: Any = self._kind
         try:
             values = json.loads(line)
-            if set(values) != {field.name for field in fields(kind)}:
+            needed = {field.name for field in fields(kind) if field.default is MISSING}
+            if not needed <= set(values) <= {field.name for field in fields(kind)}:
                 raise ValueError("its fields are not those of this version")
             return kind(**values)
         except (ValueError, TypeError) as error:

@@ -19,6 +19,7 @@ from pretrain.checkpoint.carried import CarriedState
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import OptimizerConfig
 from pretrain.data.batches import MicroBatch
+from pretrain.muon import Muon
 from pretrain.recovery.health import UpdateGate
 from titans_mcore.parallel import (
     DeepSpeedGroups,
@@ -89,6 +90,7 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection) -> nn.Module:
         groups,
         memory_parallel=memory_split(config.model, parallel.memory_parallel, parallel.tensor),
         recompute=config.train.recompute,
+        loss_chunk=config.train.loss_chunk,
     )
     if parallel.sequence:
         reduce_shared_gradients(model, groups.tp)
@@ -139,14 +141,26 @@ def without_chatter() -> contextlib.AbstractContextManager[object]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with two groups: matrices, which are decayed, and vectors and marked parameters, which are not."""
+    """AdamW with two groups: matrices, which are decayed, and vectors and marked parameters, which are not.
+
+    Muon has a third one, the matrices of the blocks; embedding and output matrix stay AdamW's.
+    """
+    blocks: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         free = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
-        (others if free else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+        muon = config.name == "muon" and name.startswith("layers.") and parameter.ndim == 2
+        (others if free else blocks if muon else decayed).append(parameter)
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    if config.name == "muon":
+        groups = [group | {"matrices": False} for group in groups]
+        muons = {"weight_decay": config.weight_decay, "matrices": True, "momentum": config.momentum}
+        groups.insert(0, {"params": blocks, **muons})
+    return (Muon if config.name == "muon" else torch.optim.AdamW)(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=(config.beta1, config.beta2),

@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from pretrain.config.run_config import RunConfig
-from pretrain.config.settings import TrainConfig
+from pretrain.config.settings import ScheduleConfig, TrainConfig
 
 
 class Portion(NamedTuple):
@@ -63,26 +63,23 @@ def _row_length(tokens: int, train: TrainConfig) -> int:
 
 def rate_of(update: int, config: RunConfig) -> float:
     """Learning rate of an update of the weights, counted from 1; a step without one does not move it."""
-    return learning_rate(
-        update,
-        peak=config.optimizer.lr,
-        warmup_steps=config.schedule.warmup_steps,
-        total_steps=config.train.steps,
-        min_fraction=config.schedule.min_lr_fraction,
-    )
+    return learning_rate(update, config.schedule, peak=config.optimizer.lr, total_steps=config.train.steps)
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, min_fraction: float) -> float:
-    """Linear warm-up to the peak, then half a cosine down to `min_fraction` of it at the last step.
+def learning_rate(step: int, schedule: ScheduleConfig, *, peak: float, total_steps: int) -> float:
+    """Linear warm-up to the peak, then down to a fraction of it at the last step, as the schedule's shape says.
 
     Args:
         step: Optimizer step, counted from 1: the first one has 1 / warmup_steps of the peak.
+        schedule: Shape, warm-up, decay and the fraction; a warm-up of 0 steps starts at the peak.
         peak: Largest learning rate.
-        warmup_steps: Step that has the peak; 0 starts there.
         total_steps: Step that has the minimum.
-        min_fraction: The minimum over the peak.
     """
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return peak * (min_fraction + (1 - min_fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if step <= schedule.warmup_steps:
+        return peak * step / schedule.warmup_steps
+    stable = schedule.warmup_steps  # the last step at the peak
+    if schedule.shape == "wsd":
+        stable = max(stable, total_steps - schedule.decay_steps)
+    progress = min(1.0, max(0, step - stable) / max(1, total_steps - stable))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.shape == "cosine" else 1 - progress
+    return peak * (schedule.min_lr_fraction + (1 - schedule.min_lr_fraction) * left)

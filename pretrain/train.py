@@ -139,7 +139,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     on_rank_0(lambda: withdraw_requeue(run_dir))
     on_rank_0(lambda: sweep(run_dir))
     on_rank_0(lambda: keep_tokenizer(data, run_dir))
-    checked = on_rank_0(lambda: check_shards(config, data))
+    checked = on_rank_0(lambda: check_shards(config, data, run_dir))
     point = find_resume_point(config, data.fingerprint, run_dir)
     progress = point.progress if point else Progress()
     rewinds = on_rank_0(lambda: Rewinds.read(run_dir))

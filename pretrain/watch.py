@@ -15,7 +15,7 @@ from pretrain.launch.status import EXIT_MISTAKE
 from pretrain.report.history import History
 from pretrain.report.panel import panel_of
 from pretrain.report.plots import write_plot
-from pretrain.report.records import METRICS_FILE, Follower
+from pretrain.report.records import METRICS_FILE, Follower, line_of
 
 _PNG_SECONDS = 30.0
 
@@ -32,6 +32,9 @@ class WatchSettings:
     """Run folder."""
     once: bool = False
     """Draw and print once, then end; for scripts."""
+    json: bool = False
+    """Print the records that hold, every step once, as lines of JSON, and nothing else; what they are:
+    pretrain/report/records.py."""
     output: Path | None = None
     """PNG to draw; RUN/watch.png by default."""
     every_seconds: float = 2.0
@@ -48,6 +51,12 @@ def watch(settings: WatchSettings) -> None:
         raise ValueError(f"--every-seconds is {settings.every_seconds}; it must be above 0")
     if not (settings.run / METRICS_FILE).is_file():
         raise ValueError(f"{settings.run / METRICS_FILE} is not there; name the folder of a run that was started")
+    if settings.json:
+        follower = Follower(settings.run)
+        for record in follower.read():
+            print(line_of(record).decode(), end="")
+        _tell_left_out(follower, Console(stderr=True))
+        return
     picture = settings.output or settings.run / "watch.png"
     name, follower, console = settings.run.resolve().name, Follower(settings.run), Console()
     history = History(follower.read())
@@ -62,11 +71,15 @@ def watch(settings: WatchSettings) -> None:
                 live.update(panel_of(name, history), refresh=True)
                 if history.finished or time.monotonic() - drawn > _PNG_SECONDS:
                     drawn = _draw(history, picture)
-    if follower.left_out:
-        file = settings.run / METRICS_FILE
-        console.print(f"note: {follower.left_out} lines of {file} were cut off and are left out", soft_wrap=True)
+    _tell_left_out(follower, console)
     if picture.is_file():
         console.print(f"plot: {picture}", soft_wrap=True)
+
+
+def _tell_left_out(follower: Follower, console: Console) -> None:
+    if follower.left_out:
+        note = f"note: {follower.left_out} lines of {follower.file} were cut off and are left out"
+        console.print(note, soft_wrap=True)
 
 
 def _draw(history: History, picture: Path) -> float:

@@ -31,6 +31,7 @@ class TitansModel(MegatronModule):
         pg_collection: Megatron's process groups; None takes those that parallel.start() made.
         memory_parallel: What tensor-parallel ranks share of the memory, "heads" or "hidden".
         recompute: What the backward pass computes again: "none", "block" or "except_memory".
+        loss_chunk: Tokens whose logits stand at once where losses are asked for; 0: all of them.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class TitansModel(MegatronModule):
         *,
         memory_parallel: str = "heads",
         recompute: str = "none",
+        loss_chunk: int = 0,
     ) -> None:
         super().__init__(config=transformer_config)
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.titans_config, self.tp_group, self.recompute = config, groups.tp, recompute
+        self.loss_chunk = loss_chunk
         context = getattr(groups, "cp", None)
         self.relay = ContextRelay(context) if context is not None and context.size() > 1 else None
         padded = padded_vocab_size(config.vocab_size)
@@ -95,14 +98,31 @@ class TitansModel(MegatronModule):
             states were given, a pair of that and the states for the next pass, one a block.
         """
         hidden, after = self._blocks(tokens, states, None if starts is None else PackedRows(starts))
-        logits = self._local_logits(hidden)
-        output = self._whole_logits(logits) if labels is None else self._losses(logits, labels)
+        output = self._whole_logits(self._local_logits(hidden)) if labels is None else self._losses(hidden, labels)
         return output if states is None else (output, [state.carried() for state in after])
 
-    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """(B, T). The backward pass computes a chunk's logits again, so that those of one chunk stand at a time."""
+        labels = labels.transpose(0, 1).contiguous()
+        if not self.loss_chunk:
+            return self._losses_of(hidden, labels).transpose(0, 1)
+        # Under sequence parallelism a chunk is gathered from every rank's part of the tokens.
+        parts = self.tp_group.size() if self.config.sequence_parallel else 1
+        labels = labels.unflatten(0, (parts, -1))
+        tokens = max(1, self.loss_chunk // (parts * labels.shape[-1]))
+        losses = []
+        for chunk, wanted in zip(hidden.split(tokens), labels.split(tokens, 1), strict=True):
+            found = checkpoint(
+                self._losses_of, chunk, wanted.flatten(0, 1), use_reentrant=False, preserve_rng_state=False
+            )
+            losses.append(found.unflatten(0, (parts, -1)))
+        return torch.cat(losses, 1).flatten(0, 1).transpose(0, 1)
+
+    def _losses_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy (T, B) of hidden states (T or T / TP, B, E)."""
+        logits = self._local_logits(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
-        return losses.transpose(0, 1)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, labels)
 
     def stream(
         self, tokens: Tensor, states: list[Any] | None, last: int | None = None, starts: Tensor | None = None

@@ -22,6 +22,7 @@ from tokenization.manifest import (
     HELDOUT,
     MANIFEST_NAME,
     REJECTED_NAME,
+    TOKENIZER_NAME,
     TRAIN,
     FileInfo,
     Manifest,
@@ -45,6 +46,7 @@ from tokenization.shards import (
     plan_shards,
 )
 from tokenization.skipped import broken_files, rejected_documents
+from tokenization.tokenizer import load_tokenizer
 from tokenization.units import UnitResult, load_result, part_path
 from tokenization.workers import run_tasks, worthwhile_workers
 
@@ -222,6 +224,7 @@ def _manifest(
     path = selection.output / PLAN_NAME
     records[PLAN_NAME] = FileInfo(path.stat().st_size, sha256_of(path))
     counts = numpy.sum([load_counts(selection.output, one.shard.prefix) for one in shards[TRAIN]], axis=0)
+    unknown = load_tokenizer(selection.output / TOKENIZER_NAME).unk_id()
     return Manifest(
         format_version=FORMAT_VERSION,
         tokenizer=plan.tokenizer,
@@ -234,6 +237,7 @@ def _manifest(
         fingerprint=fingerprint_of(plan.tokenizer, splits),
         units=tuple(_unit_infos(plan, results)),
         records=records,
+        unknown_tokens=int(counts[unknown]),
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from titans_mcore.hf.errors import ExportError
+from titans_mcore.hf.tokenizer import read_tokenizer
 from tokenization.assemble import assemble, remove_work
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
 from tokenization.io import exclusive, sha256_of, sweep_partial_files, write_file_atomically
@@ -113,6 +115,7 @@ def encode(settings: EncodeSettings) -> Manifest | None:
         remove_work(output)
         print(f"{output}: already done, the shards of this text, tokenizer and settings are there")
         return manifest
+    warn_of_tokenizer(settings.tokenizer)
     kept = output / TOKENIZER_NAME
     if not kept.exists() or sha256_of(kept) != tokenizer.sha256:
         write_file_atomically(kept, settings.tokenizer.read_bytes())
@@ -135,6 +138,14 @@ def encode(settings: EncodeSettings) -> Manifest | None:
         raise
     summarize(output, manifest)
     return manifest
+
+
+def warn_of_tokenizer(path: Path) -> None:
+    """Says now what the export would say when the model is trained."""
+    try:
+        read_tokenizer(path)
+    except ExportError as fault:
+        print(f"note: {fault}; models of these shards train and are evaluated, and have no Hugging Face export")
 
 
 def _import_early() -> None:
@@ -165,6 +176,12 @@ def summarize(output: Path, manifest: Manifest) -> None:
         f"shard(s), {heldout.tokens:,} held-out in {heldout.documents:,}, {manifest.dtype}; "
         f"unigram entropy {manifest.unigram_entropy:.3f} nats; left out: {skipped}"
     )
+    if manifest.unknown_tokens:
+        share = manifest.unknown_tokens / train.tokens
+        print(
+            f"note: {manifest.unknown_tokens:,} train tokens ({share:.1%}) are the unknown piece: text that this "
+            "tokenizer cannot spell; one trained with byte fallback can"
+        )
 
 
 def token_type(wanted: str, vocab_size: int) -> str:

@@ -3,9 +3,9 @@
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any, BinaryIO
 
+from tokenization.progress import Progress
 from tokenization.records import BrokenFile, Kind, Record, Span
 from tokenization.remote import open_source
 from tokenization.sources import Source
@@ -62,13 +62,17 @@ def read_line(source: Source, row: int) -> Record | None:
     Raises:
         BrokenFile: The compressed stream is damaged before it.
     """
-    with open_source(source.path) as file:
-        lines = split_lines(_DECOMPRESSORS[source.suffix](file), _NO_LIMIT)
-        line, _ = next(islice(lines, row, None), (None, 0))
-    if line is None:
-        return None
-    value, fields = _text_field(line, ("*",))
-    return Record(row, value, 1.0, fields)
+    with open_source(source.path) as file, Progress("of what stands before it read", source.bytes) as progress:
+        place = 0
+        for number, (line, _) in enumerate(split_lines(_DECOMPRESSORS[source.suffix](file), _NO_LIMIT)):
+            if number == row:
+                assert line is not None
+                value, fields = _text_field(line, ("*",))
+                return Record(row, value, 1.0, fields)
+            if (now := file.tell()) != place:
+                progress.advance(now - place, 0)
+                place = now
+    return None
 
 
 def split_lines(

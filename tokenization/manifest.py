@@ -1,7 +1,7 @@
 """What a folder of shards holds and how to tell whether it still does: `manifest.json`.
 
 data/manifest.json            this file, written last
-data/tokenizer.model          the tokenizer, byte for byte
+data/tokenizer.model          the tokenizer, byte for byte; tokenizer.json where it is not of sentencepiece
 data/train.bin .idx           Megatron indexed dataset, one document a text; train-00000.bin, ... when there are several
 data/heldout.bin .idx         the documents kept apart for evaluation
 data/train.rows heldout.rows  where each document came from: an ORIGIN for each
@@ -18,17 +18,27 @@ from tokenization.command_line import TokenizationError
 from tokenization.io import sha256_of
 from tokenization.json_records import from_json
 from tokenization.settings import EncodingSettings
-from tokenization.tokenizer import TokenizerInfo
+from tokenization.tokenizer import TOKENIZER_JSON, TOKENIZER_NAME, TokenizerInfo
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.model"
 REJECTED_NAME = "rejected.jsonl"
 TRAIN, HELDOUT = "train", "heldout"
 ORIGIN = [("source", "<u4"), ("row", "<i8")]
 """NumPy fields of a document in a .rows file: place of its source in the manifest, and row there."""
 
-__all__ = ["EncodingSettings", "FileInfo", "Manifest", "ManifestError", "Shard", "SourceInfo", "Split", "UnitInfo"]
+__all__ = [
+    "TOKENIZER_JSON",
+    "TOKENIZER_NAME",
+    "EncodingSettings",
+    "FileInfo",
+    "Manifest",
+    "ManifestError",
+    "Shard",
+    "SourceInfo",
+    "Split",
+    "UnitInfo",
+]
 
 
 class ManifestError(TokenizationError, ValueError):
@@ -142,6 +152,11 @@ class Manifest:
     """Units of work in reading order."""
     records: dict[str, FileInfo] = field(default_factory=dict)
     """The other files by name: .rows, rejected.jsonl, plan.json. Training does not need them."""
+    unknown_tokens: int = 0
+    """Train tokens that are the tokenizer's unknown piece."""
+    adopted: bool = False
+    """Whether `tokenization.adopt` made it: sources are datasets of Megatron's, train .bin files are links to them and
+    hold the held-out documents, too, which their .idx passes over, and documents have the ends that they came with."""
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
@@ -154,7 +169,10 @@ class Manifest:
         try:
             record = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            raise ManifestError(f"{path}: missing; write shards with `python -m tokenization.encode`") from None
+            raise ManifestError(
+                f"{path}: missing; write shards with `python -m tokenization.encode`, or take Megatron's .bin and .idx "
+                "with `python -m tokenization.adopt`"
+            ) from None
         except ValueError as fault:
             raise ManifestError(f"{path}: damaged, no JSON ({fault}); write the shards again") from fault
         version = record.get("format_version") if isinstance(record, dict) else None
@@ -188,24 +206,11 @@ class Manifest:
                 raise ManifestError(
                     f"{path}: {path.stat().st_size:,} bytes where the manifest says {info.bytes:,}; encode again"
                 )
-        path = Path(folder, TOKENIZER_NAME)
+        path = Path(folder, self.tokenizer.file)
         if not path.is_file():
             raise ManifestError(f"{path}: missing; copy the tokenizer of these shards back, or encode again")
         if sha256_of(path) != self.tokenizer.sha256:
             raise ManifestError(f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back")
-
-    def check_sums(self, folder: str | Path) -> None:
-        """Compares the checksum of every token file: a second for each gigabyte or so.
-
-        Raises:
-            ManifestError: Naming the first file that differs.
-        """
-        for name, info in self.token_files().items():
-            if sha256_of(Path(folder, name)) != info.sha256:
-                raise ManifestError(
-                    f"{Path(folder, name)}: not the file that the manifest lists (SHA-256 differs); copy it again, or "
-                    "encode again"
-                )
 
     def train_prefixes(self, folder: str | Path) -> list[str]:
         """Returns the paths of the train split's datasets in order, without suffix, as Megatron-core takes them."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenization.command_line import TokenizationError
 from tokenization.io import exclusive, sha256_of
-from tokenization.manifest import HELDOUT, MANIFEST_NAME, REJECTED_NAME, TOKENIZER_NAME, TRAIN, Manifest
+from tokenization.manifest import HELDOUT, MANIFEST_NAME, REJECTED_NAME, TOKENIZER_JSON, TOKENIZER_NAME, TRAIN, Manifest
 from tokenization.plan import PLAN_NAME, PLAN_VERSION, Plan, plan_units
 from tokenization.settings import EncodingSettings
 from tokenization.skipped import Rejected, Skipped
@@ -16,7 +16,7 @@ from tokenization.sources import Source
 from tokenization.tokenizer import TokenizerInfo
 
 # What --overwrite may delete; `cache` is where Megatron-core keeps its sample indices beside the shards.
-_OWN_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, PLAN_NAME, REJECTED_NAME, "work", "cache"}
+_OWN_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, TOKENIZER_JSON, PLAN_NAME, REJECTED_NAME, "work", "cache"}
 _FAILED = "work/failed"
 _SHARD_FILE = re.compile(rf"({TRAIN}|{HELDOUT})(-\d+)?\.(bin|idx|rows)")
 
@@ -52,11 +52,11 @@ def claim_output(
     skipped = Skipped(list_rejected=rejected.append)
     # On the hub the plan names the revision, so that a restart needs no network to know what is meant.
     sources = None if options.dataset else options.find(skipped)
-    if _names(output):
+    if names_in(output):
         plan, manifest, difference = _existing(output, content, sources, tokenizer, dtype)
         if plan is not None and difference is None:
             return plan, manifest
-        _make_room(output, difference or "without a plan", replace)
+        make_room(output, difference or "without a plan", replace)
     if sources is None:
         sources = options.find(skipped)
     units = plan_units(sources, content.unit_bytes, skipped)
@@ -80,7 +80,7 @@ def mark_failed(output: Path) -> None:
     (output / _FAILED).touch()
 
 
-def _names(output: Path) -> set[str]:
+def names_in(output: Path) -> set[str]:
     """What lies in the folder; hidden files are what a killed process was writing."""
     return {path.name for path in output.iterdir() if not path.name.startswith(".")} if output.exists() else set()
 
@@ -116,9 +116,11 @@ def _same_content(manifest: Manifest, sources: Sequence[Source]) -> bool:
     return all(old.sha256 == sha256_of(new.path) for old, new in pairs)
 
 
-def _make_room(output: Path, difference: str, replace: bool) -> None:
+def make_room(output: Path, difference: str, replace: bool) -> None:
     """Deletes what is in the way if that is wanted, the files that make it look whole first."""
-    if foreign := sorted(name for name in _names(output) if name not in _OWN_NAMES and not _SHARD_FILE.fullmatch(name)):
+    if foreign := sorted(
+        name for name in names_in(output) if name not in _OWN_NAMES and not _SHARD_FILE.fullmatch(name)
+    ):
         raise TokenizationError(f"--output {output}: holds {foreign[0]}, which is not of a shard folder; give another")
     if not (replace or (output / _FAILED).exists()):
         raise TokenizationError(

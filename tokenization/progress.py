@@ -5,20 +5,27 @@ import time
 from types import TracebackType
 from typing import Any
 
+from tokenization.io import bytes_text
+
 _PLAIN_SECONDS = 60.0
 
 
 class Progress:
-    """Shows tokens a second and the time left. Use it in a `with` block and call `advance`."""
+    """Shows tokens a second, or bytes where none are counted, and the time left.
 
-    def __init__(self, verb: str, total_bytes: int, done_bytes: int = 0) -> None:
+    Use it in a `with` block and call `advance`.
+    """
+
+    def __init__(self, verb: str, total_bytes: int, done_bytes: int = 0, *, shown: bool = True) -> None:
         """Starts the clock.
 
         Args:
             verb: What happens to the text, such as "encoded".
-            total_bytes: The measure of the whole work.
+            total_bytes: The measure of the whole work, in bytes or any other unit of which `advance` tells.
             done_bytes: What an earlier run did of it.
+            shown: Not on ranks whose work another one shows.
         """
+        self._shown = shown
         self._verb = verb
         self._total = max(total_bytes, 1)
         self._before = self._done = done_bytes
@@ -27,7 +34,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty():
             self._bar = _terminal_bar()
             self._bar.start()
             self._bar.add_task(self._verb, total=self._total, completed=self._done, rate="")
@@ -53,13 +60,15 @@ class Progress:
         """
         self._done += done_bytes
         self._tokens += tokens
-        rate = f"{self._tokens / self.seconds:,.0f} tokens/s"
+        per_second = (self._done - self._before) / self.seconds
+        rate = f"{self._tokens / self.seconds:,.0f} tokens/s" if self._tokens else f"{bytes_text(per_second)}/s"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self._done, rate=rate)
-        elif time.monotonic() - self._last_line >= _PLAIN_SECONDS:
+        elif self._shown and time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
             share = min(self._done / self._total, 1.0)
-            line = f"{share:.0%} {self._verb}, {self._tokens:,} tokens, {rate}, {self._left()}"
+            counted = f" {self._tokens:,} tokens," if self._tokens else ""
+            line = f"{share:.0%} {self._verb},{counted} {rate}, {self._left()}"
             print(line, file=sys.stderr, flush=True)
 
     def _left(self) -> str:

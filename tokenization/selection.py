@@ -59,16 +59,22 @@ def hash_position(text: str, seed: int) -> float:
 
     A document is kept apart when its number is below the threshold.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return bytes_position(text.encode(), seed)
+
+
+def bytes_position(content: bytes | memoryview, seed: int) -> float:
+    """The same of a document that is no text."""
+    digest = hashlib.blake2b(content, digest_size=8, key=str(seed).encode()).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def choose_threshold(positions: Iterable["numpy.ndarray"], heldout_fraction: float) -> float:
+def choose_threshold(positions: Iterable["numpy.ndarray"], heldout_fraction: float, option: str = "--input") -> float:
     """Sets the threshold at the wanted fraction, moved just far enough that both splits get a text.
 
     Args:
         positions: Of all documents, in arrays of any length and order.
         heldout_fraction: Wanted share, in (0, 1).
+        option: How the documents were given, for the message.
 
     Returns:
         About the share of the documents that lie below it; at least one does, and at least one does not.
@@ -81,10 +87,10 @@ def choose_threshold(positions: Iterable["numpy.ndarray"], heldout_fraction: flo
         ordered = numpy.unique(numpy.concatenate((ends, block)))
         ends = numpy.unique(numpy.concatenate((ordered[:2], ordered[-1:])))
     if not len(ends):
-        raise TokenizationError("--input: no document in it that can be used; give files with text")
+        raise TokenizationError(f"{option}: no document in it that can be used; give files with text")
     if len(ends) == 1:
         raise TokenizationError(
-            "--input: all text is one document, and the train and the held-out split need one each; give more documents"
+            f"{option}: all text is one document, and train and held-out split need one each; give more documents"
         )
     lowest, second, highest = ends[0], ends[1], ends[-1]
     if lowest < heldout_fraction <= highest:

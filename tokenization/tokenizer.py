@@ -1,5 +1,6 @@
 """The sentencepiece model behind every token: loading it with its faults named, and the Llama-2-compatible settings."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from tokenization.command_line import TokenizationError
 from tokenization.io import sha256_of
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+TOKENIZER_NAME, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class TokenizerInfo:
     """Token in front of every document."""
     eos_id: int
     """Token behind every document."""
+    file: str = TOKENIZER_NAME
+    """Its name beside the shards: tokenizer.model, or tokenizer.json where it is not of sentencepiece, whose start and
+    end token are then not known (-1)."""
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -61,6 +66,31 @@ def describe_tokenizer(path: Path) -> TokenizerInfo:
     """Loads a tokenizer file and returns what identifies it; raises TokenizationError as `load_tokenizer` does."""
     processor = load_tokenizer(path)
     return TokenizerInfo(sha256_of(path), processor.vocab_size(), processor.bos_id(), processor.eos_id())
+
+
+def describe_any_tokenizer(path: Path) -> TokenizerInfo:
+    """The same of a sentencepiece model, a tokenizer.json of Hugging Face's or a vocab.json of GPT-2's.
+
+    Raises:
+        TokenizationError: No such file, or it is none of them.
+    """
+    if not path.is_file() or path.read_bytes()[:1] != b"{":
+        return describe_tokenizer(path)
+    try:
+        record = json.loads(path.read_bytes())
+        model = record.get("model")
+        ids = model["vocab"] if isinstance(model, dict) else record
+        ids = list(ids.values()) if isinstance(ids, dict) else range(len(ids))  # a unigram model has a list of pieces
+        ids = [*ids, *(one["id"] for one in record.get("added_tokens", ()))] if isinstance(model, dict) else ids
+        largest = max(ids)
+        if not isinstance(largest, int) or largest < 1:
+            raise TypeError("an id is no number")
+    except (ValueError, KeyError, TypeError) as fault:
+        raise TokenizationError(
+            f"tokenizer {path}: has no vocabulary ({fault}); give a sentencepiece .model, a tokenizer.json or a "
+            "vocab.json of names and ids"
+        ) from fault
+    return TokenizerInfo(sha256_of(path), largest + 1, -1, -1, TOKENIZER_JSON)
 
 
 def llama_settings(vocab_size: int) -> dict[str, Any]:

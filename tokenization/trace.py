@@ -1,6 +1,7 @@
 """From a token back to the text it came from: `python -m tokenization.trace --shard SHARDS/train --token N`."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from tokenization.command_line import TokenizationError, parse_settings, run_com
 from tokenization.cutting import load_cutter
 from tokenization.documents import text_or_kind
 from tokenization.lines import LINE_SUFFIXES, read_line
-from tokenization.manifest import ORIGIN, TOKENIZER_NAME, Manifest
+from tokenization.manifest import ORIGIN, TOKENIZER_JSON, TOKENIZER_NAME, Manifest
 from tokenization.parquet import read_rows, row_groups
 from tokenization.records import BrokenFile, Record, Span
 from tokenization.remote import open_source
@@ -31,7 +32,7 @@ class Trace:
     source: str
     """File."""
     row: int
-    """Row of a .parquet or line of a .jsonl, from 0."""
+    """Row of a .parquet, line of a .jsonl or document of an adopted dataset, from 0."""
     document: int
     """Place in the shard, from 0."""
     token_in_document: int
@@ -52,7 +53,8 @@ def trace(shard: Path, token: int) -> Trace:
         token: Place in the dataset, from 0.
 
     Returns:
-        The document; its text gives exactly the shard's tokens.
+        The document; its text gives exactly the shard's tokens. Of an adopted dataset, whose text is
+        not at hand: its place there, and what its tokens say, or they themselves where that is not known here.
 
     Raises:
         TokenizationError: No such shard or token, or the source is not what it was.
@@ -69,12 +71,17 @@ def trace(shard: Path, token: int) -> Trace:
     document = int(numpy.searchsorted(ends, token, side="right"))
     expected = index[document]
     source, row = origin_of(manifest, folder / prefix, document)
-    text, fields = _read(source, row)
+    in_document = token - int(ends[document] - len(expected))
+    if manifest.tokenizer.file == TOKENIZER_JSON:
+        return Trace(source, row, document, in_document, len(expected), {}, f"tokens {expected.tolist()}")
     processor = load_tokenizer(folder / TOKENIZER_NAME)
+    if manifest.adopted:
+        text = processor.decode([one for one in expected.tolist() if not processor.is_control(one)])
+        return Trace(source, row, document, in_document, len(expected), {}, text)
+    text, fields = _read(source, row)
     tokens = encode_long(processor, load_cutter(processor, folder / TOKENIZER_NAME), text)
     if not numpy.array_equal(numpy.concatenate(list(tokens)), expected):
         raise TokenizationError(f"{source}: row {row:,} no longer gives these tokens; it was changed")
-    in_document = token - int(ends[document] - len(expected))
     return Trace(source, row, document, in_document, len(expected), fields, text)
 
 
@@ -94,7 +101,7 @@ def origin_of(manifest: Manifest, prefix: Path, document: int) -> tuple[str, int
 def _read(path: str, row: int) -> tuple[str, dict[str, Any]]:
     suffix = suffix_of(path, (*SUFFIXES, *STDLIB_SUFFIXES))
     assert suffix is not None
-    source = Source(path, suffix, 1)
+    source = Source(path, suffix, os.path.getsize(path) if os.path.exists(path) else 1)
     try:
         record = _record(source, row)
     except (OSError, BrokenFile) as fault:

@@ -13,10 +13,10 @@ from tyro.conf import Positional
 from tokenization.assemble import entropy_of
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
 from tokenization.io import sha256_of
-from tokenization.manifest import HELDOUT, ORIGIN, TOKENIZER_NAME, TRAIN, FileInfo, Manifest, ManifestError, Shard
+from tokenization.manifest import HELDOUT, ORIGIN, TRAIN, FileInfo, Manifest, ManifestError, Shard
 from tokenization.progress import Progress
 from tokenization.shards import import_indexed_dataset
-from tokenization.tokenizer import describe_tokenizer
+from tokenization.tokenizer import describe_any_tokenizer
 from tokenization.workers import Report, run_tasks, worthwhile_workers
 
 _BLOCK_TOKENS = 1 << 24
@@ -58,13 +58,13 @@ def verify(folder: Path, workers: int = 1) -> Manifest:
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
-    path = folder / TOKENIZER_NAME
+    path = folder / manifest.tokenizer.file
     if not path.is_file():
         return [f"{path}: missing; copy the tokenizer of these shards back, or encode again"]
     if sha256_of(path) != manifest.tokenizer.sha256:
         return [f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back"]
     try:
-        fits = describe_tokenizer(path) == manifest.tokenizer
+        fits = describe_any_tokenizer(path) == manifest.tokenizer
     except TokenizationError as fault:
         return [str(fault)]
     return [] if fits else [f"{path}: its vocabulary is not the one in the manifest; encode again"]
@@ -106,7 +106,7 @@ class _ShardCheck:
 
     def _check_content(self, shard: Shard, report: Report) -> "numpy.ndarray":
         manifest, prefix = self._manifest, str(self._folder / shard.prefix)
-        lengths, documents, dtype = self._read_index(prefix)
+        starts, lengths, documents, dtype = self._read_index(prefix)
         if dtype != manifest.dtype:
             raise ManifestError(f"{prefix}.idx: holds {dtype} tokens, the manifest says {manifest.dtype}; encode again")
         if documents != shard.documents or len(lengths) != documents:
@@ -114,22 +114,36 @@ class _ShardCheck:
                 f"{prefix}.idx: lists {documents:,} documents, the manifest says {shard.documents:,}; encode again"
             )
         tokens = numpy.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
-        if not len(tokens) == lengths.sum() == shard.tokens:
+        passed_over = manifest.adopted and shard.prefix != HELDOUT
+        ends = starts + lengths
+        inside = (starts[1:] >= ends[:-1]).all() and ends[-1] <= len(tokens) if passed_over else len(tokens) == ends[-1]
+        if not inside or lengths.sum() != shard.tokens:
             raise ManifestError(
                 f"{prefix}.bin: {len(tokens):,} tokens, its index says {lengths.sum():,} and the manifest "
                 f"{shard.tokens:,}; encode again"
             )
-        self._check_ends(f"{prefix}.bin", tokens, lengths)
+        if not manifest.adopted:
+            self._check_ends(f"{prefix}.bin", tokens, lengths)
         self._check_rows(f"{prefix}.rows", documents)
-        return self._count_tokens(f"{prefix}.bin", tokens, report)
+        counts = numpy.zeros(manifest.tokenizer.vocab_size, dtype=numpy.int64)
+        breaks = numpy.flatnonzero(starts[1:] != ends[:-1])  # held-out documents that lie in the same file
+        for start, end in zip(starts[[0, *(breaks + 1)]], ends[[*breaks, -1]], strict=True):
+            counts += self._count_tokens(f"{prefix}.bin", tokens[start:end], report)
+        return counts
 
-    def _read_index(self, prefix: str) -> tuple["numpy.ndarray", int, str]:
-        """Reads with Megatron-core's own reader: tokens of each sequence, documents, NumPy name of the type."""
+    def _read_index(self, prefix: str) -> tuple["numpy.ndarray", "numpy.ndarray", int, str]:
+        """Reads with Megatron-core's own reader: first token and length of sequences, documents, name of the type."""
         try:
             index = self._dataset.IndexedDataset(prefix)
         except (AssertionError, KeyError, ValueError, struct.error) as fault:
             raise ManifestError(f"{prefix}.idx: Megatron-core cannot read it ({fault}); encode again") from fault
-        return index.sequence_lengths.astype("int64"), len(index.document_indices) - 1, index.index.dtype.__name__
+        starts = index.index.sequence_pointers // index.index.dtype_size
+        return (
+            starts,
+            index.sequence_lengths.astype("int64"),
+            len(index.document_indices) - 1,
+            index.index.dtype.__name__,
+        )
 
     def _check_ends(self, path: str, tokens: Any, lengths: "numpy.ndarray") -> None:
         ends = lengths.cumsum()
@@ -169,7 +183,7 @@ class VerifySettings:
     """Checks a folder of shards: every file's hash, the tokenizer, the indices, and that all tokens are pieces."""
 
     folder: Positional[Path]
-    """Folder written by `python -m tokenization.encode`."""
+    """Folder written by `python -m tokenization.encode` or `tokenization.adopt`."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that check; one shard each at a time."""
 

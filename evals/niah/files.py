@@ -9,7 +9,7 @@ from evals.niah.records import Identity, Record
 from evals.niah.samples import MAIN
 from evals.niah.settings import NiahSettings
 from evals.niah.summary import HEADER, summarise, table_rows
-from evals.niah.templates import BY_NAME
+from evals.niah.templates import BY_NAME, OWN_WORDS
 from evals.report import (
     accuracy_plot,
     heat_maps,
@@ -45,6 +45,7 @@ def write_report(
         "score": "RULER substring, letter case aside",
         **summary,
         "fill": settings.fill,
+        "words": next(iter(identities.values())).words,
         "haystacks": {
             task: {"label": identities[task].haystack, "sha256": identities[task].haystack_sha256}
             for task in sorted({record.task for record in records})
@@ -73,6 +74,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "tokenizer": f"sha256 `{report['tokenizer_sha256']}`",
         "haystacks": "; ".join(haystacks),
         "fill": report["fill"],
+        "keys' words": "own" if report["words"] == OWN_WORDS.name else f"RULER's lists, sha256 `{report['words']}`",
         "seeds": ", ".join(map(str, report["seeds"])),
         "trained length": f"{report['trained_length']:,} tokens" if report["trained_length"] else "not known",
         "device": report["device"],

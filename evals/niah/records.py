@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import evals.record_file
+from evals.niah import templates
 from evals.niah.samples import SampleKey
 
 
@@ -24,6 +25,8 @@ class Identity:
     """noise, synthetic, file or essay."""
     haystack_sha256: str
     """Of the text."""
+    words: str
+    """Those that keys are made of: own, or SHA-256 of the user's lists."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Record:
     fill: str
     haystack: str
     haystack_sha256: str
+    words: str = templates.OWN_WORDS.name
 
     @property
     def name(self) -> SampleKey:

@@ -19,7 +19,7 @@ from evals.niah.records import Identity, RecordFile
 from evals.niah.runner import Runner, say
 from evals.niah.samples import MAIN, SampleBuilder, SampleKey
 from evals.niah.settings import NiahSettings
-from evals.niah.templates import BY_NAME, TASKS
+from evals.niah.templates import BY_NAME, TASKS, read_words
 
 _FILE, _FILE_OF_RANK = "niah.jsonl", "niah.rank-{}.jsonl"
 Value = TypeVar("Value")
@@ -85,7 +85,12 @@ def make_builder(model: EvalModel, settings: NiahSettings) -> SampleBuilder:
     text = PROSE if settings.text is None else read_source(settings.text)
     window = window_of(model.config) or 0
     return SampleBuilder(
-        model.tokenizer.processor, settings.max_new_tokens, fill=settings.fill, text=text, window=window
+        model.tokenizer.processor,
+        settings.max_new_tokens,
+        fill=settings.fill,
+        text=text,
+        window=window,
+        words=read_words(settings.words),
     )
 
 
@@ -189,7 +194,9 @@ def _identities(model: EvalModel, settings: NiahSettings, builder: SampleBuilder
     found = {}
     for task in BY_NAME:
         source, digests = builder.source(task), (model.checkpoint_sha256, model.tokenizer.sha256)
-        found[task] = Identity(*digests, settings.max_new_tokens, settings.fill, source.label, source.sha256)
+        found[task] = Identity(
+            *digests, settings.max_new_tokens, settings.fill, source.label, source.sha256, builder.words.name
+        )
     return found
 
 

@@ -95,6 +95,7 @@ class SampleBuilder:
         fill: Fill = "exact",
         text: Source = PROSE,
         window: int = 0,
+        words: templates.Words = templates.OWN_WORDS,
     ) -> None:
         """Tokenises what all samples share.
 
@@ -105,12 +106,13 @@ class SampleBuilder:
                 that year: 500 words of prose, 25 lines of noise (5 below 4,096 tokens), as many as fit.
             text: Haystack of the tasks that hide their needle in prose.
             window: Tokens that the control window_only leaves.
+            words: What needles' keys are made of.
 
         Raises:
             EvaluationError: The tokenizer joins the end of one line with the start of the next.
         """
         self._processor, self._splicer = processor, Splicer(processor)
-        self._answer_room, self._fill, self._window = max_new_tokens, fill, window
+        self._answer_room, self._fill, self._window, self.words = max_new_tokens, fill, window, words
         self._sources = {"noise": NOISE, "prose": text}
         self._haystacks: dict[tuple[str, int], Haystack] = {}
 
@@ -209,7 +211,7 @@ class SampleBuilder:
         place = f"{name.task} {name.length} {name.depth:.2f} {name.sample} {name.seed}"
         generator, text = random.Random(place), self.source(name.task).text
         while True:
-            key = f"{generator.choice(templates.ADJECTIVES)}-{generator.choice(templates.NOUNS)}"
+            key = self.words.key(generator)
             value = str(generator.randint(10**6, 10**7 - 1))
             if templates.BY_NAME[name.task].value == "uuid":
                 value = str(uuid.UUID(int=generator.getrandbits(128), version=4))

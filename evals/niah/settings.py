@@ -35,6 +35,9 @@ class NiahSettings:
     fits. The report has the tokens there really were."""
     text: Path | None = None
     """Haystack of n and w: UTF-8 text, or RULER's PaulGrahamEssays.json; by default synthetic prose."""
+    words: Path | None = None
+    """Folder of RULER's adjectivelist.txt and nounlist.txt, of which keys are made: the package wonderwords has them in
+    its folder assets. By default lists of this project's own."""
     controls: tuple[Literal["needle_absent", "memory_reset", "memory_off", "window_only", "random_init"], ...] = ()
     """The same samples once more: without a needle; with the memory's state reset before the question; with a memory
     that is never written; with the last window of the prompt alone; with weights as before training."""

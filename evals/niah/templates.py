@@ -3,10 +3,16 @@
 The sentences NOISE, NEEDLE, OPENING and QUESTION are those of RULER's tasks niah_single_1 to niah_single_3, from
 https://github.com/NVIDIA/RULER, Copyright (c) 2024, NVIDIA CORPORATION, licensed under the Apache License, Version 2.0
 (the LICENSE of this project has its text). Changed: put into the singular that RULER makes at run time for one needle,
-question and answer prefix joined. Keys are drawn from word lists of this project's own.
+question and answer prefix joined. Keys are drawn from word lists of this project's own, or from RULER's where the user
+has them.
 """
 
+import hashlib
+import random
 from dataclasses import dataclass
+from pathlib import Path
+
+from evals.command_line import EvaluationError
 
 OPENING = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
@@ -59,6 +65,7 @@ TASKS = {
 TASK = TASKS["pk"].name
 BY_NAME = {task.name: task for task in TASKS.values()}
 
+_FEWEST_WORDS = 4  # of a line of other words in training data
 _ADJECTIVES = """
 amber ancient bitter bold brave brief bright brisk broad calm careful cheerful clever cloudy cold copper curious
 damp daring deep dusty eager early faint fancy fearless fierce frozen gentle giant glossy golden grand happy heavy
@@ -76,4 +83,49 @@ pencil pepper piano pillow planet pocket pumpkin rabbit raven ribbon river rocke
 spoon spring squirrel stable statue sweater table teapot thunder ticket tiger tower trumpet tulip tunnel turtle
 valley violin wagon walnut whistle willow window
 """
-ADJECTIVES, NOUNS = tuple(_ADJECTIVES.split()), tuple(_NOUNS.split())
+
+
+@dataclass(frozen=True)
+class Words:
+    """What keys are made of."""
+
+    adjectives: tuple[str, ...]
+    """Of which a key has one, in front of a hyphen."""
+    nouns: tuple[str, ...]
+    """Of which it has one behind it."""
+    name: str
+    """own, or SHA-256 over the files that they came from."""
+
+    def key(self, generator: random.Random) -> str:
+        """A needle's key, such as amber-anchor."""
+        return f"{generator.choice(self.adjectives)}-{generator.choice(self.nouns)}"
+
+
+OWN_WORDS = Words(tuple(_ADJECTIVES.split()), tuple(_NOUNS.split()), "own")
+_WORD_FILES = ("adjectivelist.txt", "nounlist.txt")
+
+
+def read_words(folder: Path | None) -> Words:
+    """RULER's words, as the package wonderwords has them in its folder `assets`: a word a line; None gives ours.
+
+    Raises:
+        EvaluationError: A list is missing, no text, or has fewer than four words.
+    """
+    if folder is None:
+        return OWN_WORDS
+    lists, digest = [], hashlib.sha256()
+    for path in (folder / name for name in _WORD_FILES):
+        try:
+            data = path.read_bytes()
+            words = tuple(dict.fromkeys(data.decode().split("\n")))
+        except (OSError, UnicodeDecodeError) as fault:
+            reason = fault.strerror if isinstance(fault, OSError) else "no UTF-8"
+            raise EvaluationError(
+                f"--words {path}: cannot be read ({reason}); give a folder with {' and '.join(_WORD_FILES)}, such as "
+                "the folder assets of the package wonderwords"
+            ) from fault
+        lists.append(tuple(word.strip() for word in words if word.strip()))
+        if len(lists[-1]) < _FEWEST_WORDS:
+            raise EvaluationError(f"--words {path}: has {len(lists[-1])} words, at least {_FEWEST_WORDS} are needed")
+        digest.update(data)
+    return Words(lists[0], lists[1], digest.hexdigest())

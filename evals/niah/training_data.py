@@ -48,6 +48,8 @@ class TrainingDataSettings:
     lists: bool = False
     """Lists of words that are said again and again, `tokens` long, in place of needles: nearly every token of them can
     be recalled, and recall begins in a fraction of the steps."""
+    words: Path | None = None
+    """Folder of RULER's adjectivelist.txt and nounlist.txt, of which keys are made; by default lists of our own."""
     seed: int = 0
     """Decides the documents."""
 
@@ -87,15 +89,18 @@ def documents(settings: TrainingDataSettings) -> Iterator[str]:
 
 def _lists_or_needles(generator: random.Random, settings: TrainingDataSettings) -> Callable[[], str | None]:
     """What draws a document, or None where one does not have the length."""
+    words = templates.read_words(settings.words)
     if settings.tokenizer is None:
-        return partial(_needles, generator, settings, partial(_some_lines, generator, settings.most_lines))
+        return partial(_needles, generator, settings, words, partial(_some_lines, generator, settings.most_lines))
     if settings.lists:
         return partial(Lists(settings.tokenizer, settings.tokens).document, generator)
-    return partial(_needles, generator, settings, _Filler(generator, settings).noise)
+    return partial(_needles, generator, settings, words, _Filler(generator, settings, words).noise)
 
 
-def _needles(generator: random.Random, settings: TrainingDataSettings, noise: Noise) -> str | None:
-    needles, questions = _needles_and_questions(generator, settings)
+def _needles(
+    generator: random.Random, settings: TrainingDataSettings, words: templates.Words, noise: Noise
+) -> str | None:
+    needles, questions = _needles_and_questions(generator, settings, words)
     lines = noise([*needles, *questions])
     if lines is None:
         return None
@@ -114,10 +119,12 @@ def _first_that_fits(draw: Callable[[], str | None], settings: TrainingDataSetti
     )
 
 
-def _needles_and_questions(generator: random.Random, settings: TrainingDataSettings) -> tuple[list[str], list[str]]:
+def _needles_and_questions(
+    generator: random.Random, settings: TrainingDataSettings, words: templates.Words
+) -> tuple[list[str], list[str]]:
     values: dict[str, str] = {}
     for _ in range(generator.randint(1, settings.needles)):
-        key = f"{generator.choice(templates.ADJECTIVES)}-{generator.choice(templates.NOUNS)}"
+        key = words.key(generator)
         values[key] = str(generator.randint(10**6, 10**7 - 1))
     questions: list[str] = []
     for _ in range(generator.randint(1, settings.questions)):
@@ -134,12 +141,12 @@ def _some_lines(generator: random.Random, most: int, _words: list[str]) -> list[
 class _Filler:
     """Noise that brings a document to a number of tokens."""
 
-    def __init__(self, generator: random.Random, settings: TrainingDataSettings) -> None:
+    def __init__(self, generator: random.Random, settings: TrainingDataSettings, words: templates.Words) -> None:
         from evals.models import load_tokenizer
 
         assert settings.tokenizer is not None
         self._processor: Any = load_tokenizer(settings.tokenizer).processor
-        self._generator, self._settings = generator, settings
+        self._generator, self._settings, self._words = generator, settings, words
         self._before = len(self._processor.encode("."))
         self._noise = self._ids(templates.NOISE)
 
@@ -150,7 +157,7 @@ class _Filler:
             return None
         others = self._generator.random() < self._settings.other_words
         while rest:
-            line = _other_words(self._generator) if others else templates.NOISE
+            line = _other_words(self._generator, self._words) if others else templates.NOISE
             ids = self._ids(line) if others else self._noise
             if len(ids) > rest:
                 ids = ids[:rest]
@@ -168,9 +175,9 @@ class _Filler:
         return len(self._processor.encode("\n".join([templates.OPENING, *lines]))) + 2
 
 
-def _other_words(generator: random.Random) -> str:
+def _other_words(generator: random.Random, words: templates.Words) -> str:
     """A line like the noise's, of words that keys are made of."""
-    nouns, adjectives = generator.sample(templates.NOUNS, 4), generator.sample(templates.ADJECTIVES, 4)
+    nouns, adjectives = generator.sample(words.nouns, 4), generator.sample(words.adjectives, 4)
     return " ".join(f"The {noun} is {adjective}." for noun, adjective in zip(nouns, adjectives, strict=True))
 
 

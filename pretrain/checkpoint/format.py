@@ -126,6 +126,7 @@ def identity_of(config: RunConfig, fingerprint: str) -> dict[str, Any]:
         "sequence_warmup_from": config.train.sequence_warmup_from,
         "sequence_warmup_tokens": config.train.sequence_warmup_tokens,
         "carry_state": carried,
+        "muon": config.optimizer.name == "muon",  # what the moments are
     }
 
 

@@ -27,13 +27,16 @@ from pretrain.checkpoint.format import (
 )
 from pretrain.checkpoint.optimizer import HOLDING, file_of_this_rank, restore_parameters, saved_moments
 from pretrain.checkpoint.reshape import Division, Fragment, Part, SavedTensors, Wanted
+from pretrain.checkpoint.retention import HEALTHY_FILE, whole_checkpoints
 from pretrain.checkpoint.save import RANDOM_STREAM
 from pretrain.config.run_config import RunConfig
 from pretrain.engine import DeepSpeedEngine
+from pretrain.recovery.rewinds import Rewinds
 from titans_mcore.parallel import DeepSpeedGroups, device
 from titans_mcore.tensor_files import read_tensors
 from titans_mcore.weights import (
     BEGINS,
+    MARKER,
     WEIGHTS_FOLDER,
     check_same_model,
     checkpoints_newest_first,
@@ -70,7 +73,9 @@ class ResumePoint(NamedTuple):
 
 
 def find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> ResumePoint | None:
-    """The checkpoint that the run goes on from; None when there is none yet. Collective.
+    """The checkpoint that the run goes on from, its own or that of train.continue_from; None when there is none yet.
+
+    Collective. A run that begins with another's checkpoint passes over the batches that the other passes over.
 
     Damaged checkpoints are named on stderr and the one before is taken. Weights of an imported model begin a run.
 
@@ -202,7 +207,32 @@ def _find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> Re
         return point
     if reason:
         raise ValueError(f"every checkpoint in {run_dir} is damaged; start again with another --run-dir")
-    return None
+    if not config.train.continue_from:
+        return None
+    folder = _branching_point(Path(config.train.continue_from))
+    point = ResumePoint(folder, read_record(folder))
+    _check_fits(point, config, fingerprint)
+    if point.progress.step >= config.train.steps:
+        raise ValueError(
+            f"train.continue_from {folder} is after step {point.progress.step} and train.steps is "
+            f"{config.train.steps}, which counts from the beginning of the first run; raise it"
+        )
+    Rewinds.read(folder.parent.parent).write(run_dir)
+    return point
+
+
+def _branching_point(path: Path) -> Path:
+    """The checkpoint itself, or the newest healthy one of a run folder, whole in either case."""
+    if (path / MARKER).is_file():
+        if reason := damage(path, read_files=True):
+            raise ValueError(f"train.continue_from {path} is damaged: {reason}; give another checkpoint")
+        if not (path / HEALTHY_FILE).is_file():
+            print(f"note: {path} has not proven healthy: too few good steps came after it", file=sys.stderr)
+        return path
+    for one in whole_checkpoints(path):
+        if one.healthy and damage(one.folder, read_files=True) is None:
+            return one.folder
+    raise ValueError(f"train.continue_from {path} has no whole checkpoint that has proven healthy; name a checkpoint")
 
 
 def _check_fits(point: ResumePoint, config: RunConfig, fingerprint: str) -> None:

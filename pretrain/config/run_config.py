@@ -35,7 +35,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, and in what portions."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
+    """AdamW or Muon."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over the run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -51,9 +51,19 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_shared_rows()
+        self._check_whole_matrices()
         if self.data.carry_state:
             self._check_carried_state()
         self._check_constant_memory()
+
+    def _check_whole_matrices(self) -> None:
+        """What is orthogonalised may be no part of a matrix, nor a piece of many laid end to end."""
+        if self.optimizer.name == "muon" and (self.parallel.tensor > 1 or self.parallel.zero_stage):
+            raise ValueError(
+                f"optimizer.name muon orthogonalises whole matrices, which parallel.tensor {self.parallel.tensor} and "
+                f"parallel.zero_stage {self.parallel.zero_stage} divide over ranks; use parallel.tensor 1 and "
+                "parallel.zero_stage 0 (in fp32), or adamw"
+            )
 
     def _check_carried_state(self) -> None:
         """A row must be the same place of every step, as long as ever, and leave a state of constant size."""

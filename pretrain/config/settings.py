@@ -31,8 +31,9 @@ class DataConfig:
     blend: TEXTS = ()
     """Several folders in place of `path`, each with its share of the tokens: "web=0.7" "code=0.3"; shares are divided
     by their sum. The held-out set is blended alike, and ends before a folder's held-out text would come again."""
-    verify: bool = False
-    """Read all shards at the start and compare their checksums with their manifests'; off: sizes alone are compared."""
+    verify: bool = True
+    """Read the shards when a run begins and compare their checksums with their manifests'; a run that goes on reads
+    those again whose size or time has changed. Off: sizes alone are compared."""
     reset_documents: bool = True
     """Begin memory, convolution and attention anew at every document inside a row; off: a row is one sequence."""
     carry_state: bool = False
@@ -107,6 +108,9 @@ class TrainConfig:
     weights_from: str = ""
     """Run folder or checkpoint of the same model whose weights a new run begins with: a second stage on other data.
     Optimizer, schedule and order of the samples begin anew. Empty: random weights."""
+    continue_from: str = ""
+    """Checkpoint of another run, or a run folder, whose newest healthy one is taken: a new run goes on from it as that
+    run would, with optimizer, update count and place in the data, and may have another schedule and other steps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of the weights in forward and backward; bf16 keeps fp32 masters. auto: bf16 on GPUs, fp32 on the CPU."""
     stop_after_minutes: float = 0.0
@@ -114,12 +118,17 @@ class TrainConfig:
     recompute: Literal["none", "block", "except_memory"] = "none"
     """Activations that the backward pass computes again instead of keeping them. block: all of a block, which keeps its
     input alone; except_memory: the same without the memory's scan, which is the slowest part; none: nothing."""
+    loss_chunk: int = 0
+    """Tokens of a micro-batch on a rank whose logits stand at once; the backward pass computes them again, a third more
+    of the output matrix' work. 0: all stand, and none is computed again."""
 
     def __post_init__(self) -> None:
         _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
-        _at_least("train", self, stop_after_minutes=0)
+        _at_least("train", self, stop_after_minutes=0, loss_chunk=0)
         _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
         _one_of("train.recompute", self.recompute, ("none", "block", "except_memory"))
+        if self.weights_from and self.continue_from:
+            raise ValueError("train.weights_from and train.continue_from both name what a run begins with; give one")
         if self.global_batch % self.micro_batch:
             raise ValueError(
                 f"train.global_batch {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch}; "
@@ -168,8 +177,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Norms, gates and other vectors are not decayed."""
+    """AdamW, or Muon for the blocks' matrices beside it. Norms, gates and other vectors are not decayed."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of the blocks move along orthogonalised momentum, each head's for themselves, at the same lr and
+    weight_decay; the rest is AdamW's. It needs whole matrices: parallel.tensor 1 and parallel.zero_stage 0."""
+    momentum: float = 0.95
+    """Decay of Muon's mean of the gradients."""
     lr: float = 4e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -184,23 +198,35 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _at_least("optimizer", self, lr=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
-        for name in ("beta1", "beta2"):
+        _one_of("optimizer.name", self.name, ("adamw", "muon"))
+        _at_least("optimizer", self, lr=0, momentum=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
+        for name in ("momentum", "beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up, then a cosine down to a fraction of the peak at the last step."""
+    """Linear warm-up, then down to a fraction of the peak at the last step."""
 
+    shape: Literal["cosine", "linear", "wsd"] = "cosine"
+    """How it falls: half a cosine, a line, or wsd (warm-up, stable, decay), at the peak until decay_steps before the
+    end, then in a line. At the peak the end is not known: train.continue_from begins a decay at any checkpoint."""
     warmup_steps: int = 0
     """Steps until the peak is reached."""
+    decay_steps: int = 0
+    """Last steps, in which wsd falls; 0: it stays at the peak."""
     min_lr_fraction: float = 0.1
     """Learning rate of the last step, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        _at_least("schedule", self, warmup_steps=0, min_lr_fraction=0)
+        _one_of("schedule.shape", self.shape, ("cosine", "linear", "wsd"))
+        _at_least("schedule", self, warmup_steps=0, decay_steps=0, min_lr_fraction=0)
+        if self.decay_steps and self.shape != "wsd":
+            raise ValueError(
+                f"schedule.decay_steps is {self.decay_steps}, and a {self.shape} falls from the warm-up on; "
+                "set schedule.shape wsd, or leave it out"
+            )
         if self.min_lr_fraction > 1:
             raise ValueError(f"schedule.min_lr_fraction is {self.min_lr_fraction}; it must be at most 1")
 

@@ -121,7 +121,7 @@ class Samples:
         vocab_size: int,
         sequence_length: int,
         seed: int,
-        start_token: int | None = None,
+        documents_apart: bool = False,
         strands: int = 0,
     ) -> None:
         """Opens epoch 0.
@@ -132,7 +132,7 @@ class Samples:
             vocab_size: Pieces of the tokenizer.
             sequence_length: Tokens T of a sample.
             seed: Seed of the order.
-            start_token: The token with which documents begin, where they are to be kept apart; None if not.
+            documents_apart: Say where documents begin. The index knows, whatever tokens stand at their ends.
             strands: Strands S of an epoch, which are read side by side and in order; what is left over when the samples
                 are divided is not read. 0: samples are shuffled.
 
@@ -144,7 +144,7 @@ class Samples:
         self._tokenizer = _TokenizerFacts(vocab_size)
         self._sequence_length = sequence_length
         self._seed = seed
-        self._start_token = start_token
+        self._documents_apart = documents_apart
         self._epochs: dict[int, GPTDataset | BlendedDataset] = {}
         self._strands = strands
         self._epochs[0] = self._build(0)
@@ -171,7 +171,8 @@ class Samples:
         items = [dataset[inside] for _, dataset, inside in map(self._locate, indices)]
         tokens, labels = (torch.stack([item[name] for item in items]) for name in ("tokens", "labels"))
         begins = not self._strands or indices[0] % self.per_epoch < self._strands
-        return MicroBatch(tokens, labels, self._starts(tokens, begins), begins)
+        starts = self._starts(indices, begins) if self._documents_apart else None
+        return MicroBatch(tokens, labels, starts, begins)
 
     def pieces(self, index: int) -> list[Piece]:
         """The parts of documents that a sample is made of, in order; `prepare` has opened it."""
@@ -200,13 +201,19 @@ class Samples:
             dataset = dataset.datasets[shard]
         return self.prefixes[shard], dataset, inside
 
-    def _starts(self, tokens: Tensor, begins: bool) -> Tensor | None:
-        if self._start_token is None:
-            return None
-        starts = tokens == self._start_token
+    def _starts(self, indices: Sequence[int], begins: bool) -> Tensor | None:
+        """Tokens of samples that begin a document, (B, T) bool; see MicroBatch."""
+        starts_BT = torch.zeros(len(indices), self._sequence_length, dtype=torch.bool)
+        for row_T, index in zip(starts_BT, indices, strict=True):
+            _, dataset, inside = self._locate(index)
+            sample = dataset.shuffle_index[inside]
+            (first, skipped), (last, _) = dataset.sample_index[sample], dataset.sample_index[sample + 1]
+            lengths = dataset.dataset.sequence_lengths[dataset.document_index[first:last]]
+            places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]) - int(skipped)
+            row_T[places[(places >= 0) & (places < self._sequence_length)]] = True
         if begins:
-            return _inside(starts)
-        return starts if bool(starts.any()) else None
+            return _inside(starts_BT)
+        return starts_BT if bool(starts_BT.any()) else None
 
     def _build(self, epoch: int) -> GPTDataset | BlendedDataset:
         # Folders of a blend have shards of the same names.

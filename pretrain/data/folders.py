@@ -6,7 +6,11 @@ sample i is sample k of folder f, where f and k are a function of the shares and
 """
 
 import hashlib
+import json
+import os
+import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +21,13 @@ from megatron.core.datasets import helpers
 
 from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import MicroBatch, NumberedSamples, Piece, Samples
-from titans_mcore.weights import file_sha256
-from tokenization.io import write_file_atomically
-from tokenization.manifest import TOKENIZER_NAME, Manifest
+from tokenization.io import bytes_text, sha256_of, write_file_atomically
+from tokenization.manifest import Manifest
+from tokenization.progress import Progress
 from tokenization.tokenizer import TokenizerInfo
 
+_VERIFIED_FILE = "verified.json"
+_READERS = 8  # threads: one alone hashes slower than most disks read
 _BLOCK = 1 << 20
 """After so many samples the pattern of folders repeats: shares are met to about a millionth, in bounded memory."""
 
@@ -86,8 +92,8 @@ def open_data(config: RunConfig) -> RunData:
     return data
 
 
-def check_shards(config: RunConfig, data: RunData) -> str:
-    """Reads the shards where data.verify asks for it.
+def check_shards(config: RunConfig, data: RunData, run_dir: Path) -> str:
+    """Reads the shards unless data.verify is false, or this run has read them as they are now: RUN/verified.json.
 
     Returns:
         A sentence that says what of them was checked.
@@ -96,10 +102,32 @@ def check_shards(config: RunConfig, data: RunData) -> str:
         ValueError: One is not what its manifest lists.
     """
     if not config.data.verify:
-        return "shards: sizes are those of the manifest, contents were not compared (--data.verify true reads them)"
-    for folder in data.folders:
-        folder.manifest.check_sums(folder.path)
-    return "shards: checksums of all files are those of the manifest"
+        return "shards: sizes are those of the manifest, contents were not compared (data.verify is false)"
+    wanted = {
+        str(folder.path.resolve() / name): info.sha256
+        for folder in data.folders
+        for name, info in folder.manifest.token_files().items()
+    }
+    file = run_dir / _VERIFIED_FILE
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    sizes = {path: os.stat(path).st_size for path in wanted}
+    now = {path: [sizes[path], os.stat(path).st_mtime_ns, wanted[path]] for path in wanted}
+    unread = [path for path in wanted if known.get(path) != now[path]]
+    if not unread:
+        return "shards: sizes and times are as when this run compared their checksums"
+    began, size = time.monotonic(), sum(sizes[path] for path in unread)
+    with ThreadPoolExecutor(_READERS) as threads, Progress("of the shards verified", size) as progress:
+        for path, found in zip(unread, threads.map(sha256_of, unread), strict=True):
+            if found != wanted[path]:
+                raise ValueError(
+                    f"{path}: not the file that the manifest lists (SHA-256 differs); copy it again, or encode again"
+                )
+            progress.advance(sizes[path], 0)
+    write_file_atomically(file, json.dumps(now, indent=1).encode())
+    return (
+        f"shards: checksums of {len(unread)} files, {bytes_text(size)}, are those of the manifest "
+        f"({time.monotonic() - began:.0f} s)"
+    )
 
 
 def keep_tokenizer(data: RunData, run_dir: Path) -> None:
@@ -108,16 +136,15 @@ def keep_tokenizer(data: RunData, run_dir: Path) -> None:
     Raises:
         ValueError: Another tokenizer is there.
     """
-    kept, folder = run_dir / "tokenizer" / TOKENIZER_NAME, data.folders[0].path
+    kept, folder = run_dir / "tokenizer" / data.tokenizer.file, data.folders[0].path
     if not kept.exists():
-        write_file_atomically(kept, (folder / TOKENIZER_NAME).read_bytes())
-    elif file_sha256(kept) != data.tokenizer.sha256:
+        write_file_atomically(kept, (folder / data.tokenizer.file).read_bytes())
+    elif sha256_of(kept) != data.tokenizer.sha256:
         raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
 
 
 def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[NumberedSamples, NumberedSamples | None]:
     """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
-    start_token = data.tokenizer.bos_id if config.data.reset_documents else None
 
     def of_folder(prefixes: list[str], strands: int = 0) -> Samples:
         return Samples(
@@ -126,7 +153,7 @@ def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[Numbe
             vocab_size=config.model.vocab_size,
             sequence_length=config.train.sequence_length,
             seed=config.train.seed,
-            start_token=start_token,
+            documents_apart=config.data.reset_documents,
             strands=strands,
         )
 

@@ -13,7 +13,6 @@ from pretrain.data.folders import RunData
 from pretrain.evaluate.losses import heldout_losses, open_long_rows, position_losses
 from pretrain.evaluate.probe import Probe
 from pretrain.schedule import tokens_after
-from tokenization.manifest import TOKENIZER_NAME
 
 T = TypeVar("T")
 
@@ -42,7 +41,7 @@ class Evaluations:
         """
         self._config, self._heldout = config, heldout
         self._long_rows = open_long_rows(config, data, run_dir) if config.evaluate.position_length else None
-        tokenizer = run_dir / "tokenizer" / TOKENIZER_NAME
+        tokenizer = run_dir / "tokenizer" / data.tokenizer.file
         self._probe = Probe.open(config, tokenizer) if config.evaluate.probe_length else None
 
     def after(

@@ -16,6 +16,7 @@ from pretrain.data.folders import Blend, RunData
 from titans_mcore.parallel import DeepSpeedGroups, Place, context_place, device, sample_place
 from titans_mcore.parallel.alone import tokens_unshared
 from tokenization.manifest import HELDOUT
+from tokenization.progress import Progress
 
 
 class LossByTokensRead:
@@ -103,6 +104,11 @@ def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
     engine.train()
 
 
+def _progress(rows: int, length: int) -> Progress:
+    """Of an evaluation, shown by rank 0, whose pace is everybody's."""
+    return Progress("of the held-out text evaluated", rows * length, shown=dist.get_rank() == 0)
+
+
 def heldout_losses(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunConfig) -> LossByTokensRead:
     """Cross-entropy over the first held-out sequences; the same at every layout.
 
@@ -114,11 +120,13 @@ def heldout_losses(engine: DeepSpeedEngine, samples: NumberedSamples, config: Ru
     found = LossByTokensRead(config.train.sequence_length)
     count = min(config.evaluate.heldout_sequences, samples.per_epoch)
     place, places = context_place()
-    with evaluating(engine):
+    with evaluating(engine), _progress(count, config.train.sequence_length) as progress:
         for numbers, counted_B in turns(count, config.train.micro_batch, sample_place()):
             rows = samples.micro_batch(numbers)
             losses_BT = engine(**rows.part(place, places).arguments(device()))
             found.add(losses_BT, tokens_read(rows).chunk(places, 1)[place].to(device()), counted_B)
+            done = min(sample_place().ranks * len(numbers), count) * config.train.sequence_length
+            progress.advance(done, done)
     found.gather()
     return found
 
@@ -172,13 +180,16 @@ def position_losses(engine: DeepSpeedEngine, rows: NumberedSamples, config: RunC
     found = LossByTokensRead(length)
     read_T = torch.arange(1, length + 1, device=device())
     count = min(config.evaluate.position_rows, rows.per_epoch)
-    with evaluating(engine), tokens_unshared(engine.module):
-        for numbers, counted_B in turns(count, config.train.micro_batch, reading_place()):
+    place = reading_place()
+    with evaluating(engine), tokens_unshared(engine.module), _progress(count, length) as progress:
+        for numbers, counted_B in turns(count, config.train.micro_batch, place):
             row = rows.micro_batch(numbers)
             states: list[object] = []
             pieces = (x.to(device()).split(piece, -1) for x in (row.tokens, row.labels))
             for tokens, labels, read in zip(*pieces, read_T.split(piece), strict=True):
                 losses_BT, states = engine(tokens=tokens, labels=labels, states=states)
                 found.add(losses_BT, read, counted_B)
+                done = min(place.ranks * len(numbers), count) * tokens.shape[1]
+                progress.advance(done, done)
     found.gather()
     return found

@@ -27,7 +27,8 @@ of an activation, 4 of what is computed in float32, t the ranks of sequence para
     two norms        (3 w + 8) E / t + w E             input in float32, normalised, scaled; what all read is whole
     feed-forward     4 w f                             gate and value, SiLU of the gate, product
     mixer            what each mixer says of its own   titans_mcore/mixers/costs.py, and beside it in a mixer's file
-    head             (2 w + 4) E / t and 4 V / TP + w V / TP   final norm; float32 probabilities, logits
+    head             (2 w + 4) E / t and 4 V / TP + w V / TP   final norm; float32 probabilities, logits,
+                                                       of train.loss_chunk tokens where it is set
 
 A mixer's largest working set is there in one block at a time. Rows are taken to hold two documents where documents are
 kept apart; segments are those of rows of one document.
@@ -215,12 +216,13 @@ def activation_bytes(config: RunConfig, layout: Layout) -> dict[str, int]:
     norms = ((3 * w + 2 * FLOAT32) / layout.token_ranks + w) * model.dim
     around = norms + 4 * w * model.ffn_dim / layout.tensor
     blocks, states = _kept_by_blocks(config, layout, around)
+    at_once = min(work.tokens, config.train.loss_chunk or work.tokens)
     final_norm = (2 * w + FLOAT32) * model.dim / layout.token_ranks
     parts = {
         "activations": work.tokens * (blocks + final_norm),
         "memory_states": states,
         "memory_group_at_work": max(mixer.at_work(work) for mixer in model.mixers),
-        "logits": work.tokens * padded_vocab_size(model.vocab_size) / layout.tensor * (FLOAT32 + w),
+        "logits": at_once * padded_vocab_size(model.vocab_size) / layout.tensor * (FLOAT32 + w),
     }
     return {name: int(size) for name, size in parts.items()}
 

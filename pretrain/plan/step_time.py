@@ -57,12 +57,14 @@ def step_time(config: RunConfig, layout: Layout, parameters: list[Parameter], gp
         utilisation: Share of the peak that is reached while a rank does not wait for its neighbour.
     """
     total, again = step_flops(config, parameters)["total"], recomputed_flops(config, parameters)
+    head_again = head_flops(config.model, config.train.tokens_per_step) if config.train.loss_chunk else 0
     head = 3 * head_flops(config.model, config.train.tokens_per_step)
     # Of one micro-batch on one rank; all have the same.
     rate = gpu.flops * utilisation * layout.gpus * layout.micro_batches
     layers = config.model.num_layers
-    forward, backward = (total - head) / 3 / layers / rate, (2 * (total - head) / 3 + again) / layers / rate
-    work = Work([forward] * layers, [backward] * layers, head=head / rate)
+    forward = (total - head) / 3 / layers / rate
+    backward = 2 * forward + (again - head_again) / layers / rate
+    work = Work([forward] * layers, [backward] * layers, head=(head + head_again) / rate)
     efficiency = 1.0
     if layout.context > 1:
         # Of a layer, on average.
@@ -85,13 +87,16 @@ def step_flops(config: RunConfig, parameters: list[Parameter]) -> dict[str, int]
 
 
 def recomputed_flops(config: RunConfig, parameters: list[Parameter]) -> int:
-    """Operations of a step that train.recompute does a second time: the blocks' forward pass, or what it says of it."""
+    """Operations of a step done a second time: the blocks' forward pass, or what train.recompute says of it, and the
+    output matrix with train.loss_chunk."""
+    head = head_flops(config.model, config.train.tokens_per_step)
+    again = head if config.train.loss_chunk else 0
     if config.train.recompute == "none":
-        return 0
+        return again
     forward = _forward(config, parameters)
     if config.train.recompute == "except_memory":
         forward.pop("memory")
-    return sum(forward.values()) - head_flops(config.model, config.train.tokens_per_step)
+    return again + sum(forward.values()) - head
 
 
 def head_flops(model: TitansConfig, tokens: int) -> int:

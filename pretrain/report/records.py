@@ -76,17 +76,18 @@ class Follower:
     """A run's records while they are being written: every line is read once.
 
     Attributes:
+        file: Where they stand.
         left_out: Lines so far that are no record: cut off by a kill, or by a disk that was full.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.left_out = 0
-        self._file = run_dir / METRICS_FILE
+        self.file = run_dir / METRICS_FILE
         self._place, self._written = 0, list[Record]()
 
     def read(self) -> list[Record]:
         """What holds of the records so far."""
-        with self._file.open("rb") as stream:
+        with self.file.open("rb") as stream:
             stream.seek(self._place)
             data = stream.read()
         whole = data[: data.rfind(b"\n") + 1]  # the last line may be half written

@@ -127,6 +127,20 @@ def test_results_of_another_text_or_filling_are_left_out(tokenizer: Path, tmp_pa
     assert in_steps["by_length"][0]["prompt_tokens"] < 4500 - 32
 
 
+def test_results_of_other_words_are_left_out_and_the_report_names_them(tokenizer: Path, tmp_path: Path) -> None:
+    oracle = plant(tokenizer, lambda value: value)
+    settings = NiahSettings(Path(), tmp_path / "out", lengths=(700,), depths=1)
+    assert report_of(oracle, settings)["words"] == "own"
+    for name in ("adjectivelist.txt", "nounlist.txt"):
+        (tmp_path / name).write_text("\n".join(f"{name[0]}word{number}" for number in range(9)))
+    of_lists = report_of(oracle, replace(settings, words=tmp_path, seed=1))
+    assert of_lists["by_length"][0]["n"] == 1
+    records = [json.loads(line) for line in (tmp_path / "out" / "niah.jsonl").read_text().splitlines()]
+    assert [record["words"] for record in records] == ["own", of_lists["words"]]
+    assert records[1]["needle_key"].startswith("aword")
+    assert of_lists["words"] in (tmp_path / "out" / "niah.md").read_text()
+
+
 def test_interrupt_keeps_finished_batches(tokenizer: Path, tmp_path: Path) -> None:
     model = plant(tokenizer, lambda value: value)
     replies = iter([lambda value: value] * 3)  # trials ask without a value

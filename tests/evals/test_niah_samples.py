@@ -51,6 +51,35 @@ def test_prompt_and_answer_fill_the_length_exactly(
     assert processor.eos_id() not in prompt
 
 
+@pytest.fixture
+def word_lists(tmp_path: Path) -> Path:
+    (tmp_path / "adjectivelist.txt").write_text("naïve\n\nhighfalutin\nquiet \nold\n", encoding="utf-8")
+    (tmp_path / "nounlist.txt").write_text("ATM\nT-shirt\nbus\nice cream\nATM\n", encoding="utf-8")
+    return tmp_path
+
+
+def test_keys_are_made_of_the_words_that_the_user_has(processor: Any, word_lists: Path) -> None:
+    words = templates.read_words(word_lists)
+    assert words.adjectives == ("naïve", "highfalutin", "quiet", "old")
+    assert words.nouns == ("ATM", "T-shirt", "bus", "ice cream")
+    builder = SampleBuilder(processor, ROOM, words=words)
+    keys = {builder.build(key(1024, sample=number)).needle_key for number in range(40)}
+    assert keys <= {f"{adjective}-{noun}" for adjective in words.adjectives for noun in words.nouns}
+    assert len(keys) > 8
+    assert words.name != templates.read_words(None).name == "own"
+
+
+def test_word_lists_that_cannot_be_read_are_named(word_lists: Path) -> None:
+    (word_lists / "nounlist.txt").write_text("ATM\n")
+    with pytest.raises(EvaluationError, match=r"--words .*nounlist\.txt: has 1 words, at least 4 are needed"):
+        templates.read_words(word_lists)
+    (word_lists / "adjectivelist.txt").write_bytes(b"\xff")
+    with pytest.raises(EvaluationError, match=r"adjectivelist\.txt: cannot be read \(no UTF-8\)"):
+        templates.read_words(word_lists)
+    with pytest.raises(EvaluationError, match=r"No such file.*the folder assets of the package wonderwords"):
+        templates.read_words(word_lists / "nowhere")
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", [0.0, 25.0, 50.0, 75.0, 100.0])
 def test_value_stands_once_in_the_needle_and_nowhere_else(

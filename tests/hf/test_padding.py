@@ -148,3 +148,21 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence() -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             model(ids, **given)
+
+
+@pytest.mark.parametrize("side", ["left", None])
+@pytest.mark.parametrize("variant", ["mac", "lmm", "transformer"])
+@torch.no_grad()
+def test_torch_compile_breaks_only_around_mixers_and_gives_the_same(variant: str, side: str | None) -> None:
+    """Every row's number of tokens decides shapes inside a mixer; of what is traced, no value decides."""
+    model, rows = make(variant), prompts()
+    ids, mask = padded(rows, side) if side else (rows[0], None)
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(ids, attention_mask=mask, use_cache=False)
+    assert all("torch.compiler.disable" in one.reason for one in found.break_reasons)
+    in_one_graph = variant == "transformer" and side is None
+    assert found.graph_count <= (1 if in_one_graph else 2 * len(model.model.layers) + 3)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(ids, attention_mask=mask, use_cache=False).logits, expected)
+    torch._dynamo.reset()

@@ -32,6 +32,50 @@ def test_a_script_is_clean(script):
     assert result.returncode == 0, result.stdout
 
 
+def sourced(commands: str, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs commands behind launch/environment.sh, with the programs of one folder alone."""
+    script = f"source {ROOT / 'launch' / 'environment.sh'}; {commands}"
+    return subprocess.run(
+        [shutil.which("bash"), "-c", script], env={"PATH": str(path), **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def no_python(tmp_path: Path) -> Path:
+    """A folder of programs in which python3 is too new."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "dirname", "mkdir"):
+        (folder / name).symlink_to(shutil.which(name))
+    (folder / "python3").write_text("#!/bin/bash\nexit 1\n")
+    (folder / "python3").chmod(0o755)
+    return folder
+
+
+def test_without_a_python_that_fits_one_sentence_has_the_command_that_brings_one(no_python, tmp_path):
+    result = sourced(f"root={tmp_path}; make_venv", no_python)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no Python 3.11, 3.12 or 3.13 was found")
+    assert "curl -LsSf https://astral.sh/uv/install.sh | sh" in line
+
+
+def test_uv_makes_the_environment_where_no_python_fits(no_python, tmp_path):
+    (no_python / "uv").write_text('#!/bin/bash\necho "uv $*"; mkdir "${@: -1}"\n')
+    (no_python / "uv").chmod(0o755)
+    result = sourced(f"root={tmp_path}; make_venv", no_python)
+    assert result.returncode == 0, result.stderr
+    assert f"uv venv --seed --python >=3.11,<3.13 {tmp_path}/.venv" in result.stdout
+    assert (tmp_path / ".venv").is_dir()
+
+
+def test_what_pip_does_is_shown_a_line_in_twenty_and_its_failure_is_kept():
+    pip = "for n in {1..45}; do echo Collecting package$n; echo '  Using cached package'; done; exit 3"
+    result = sourced(f"({pip}) | show_progress", Path(shutil.which("bash")).parent)
+    assert result.returncode == 3
+    assert result.stdout.split() == ["Collecting", "package1", "Collecting", "package21", "Collecting", "package41"]
+
+
 def test_the_manifest_is_a_headless_service_and_an_indexed_job(manifest):
     service, job = manifest
     assert [(one["apiVersion"], one["kind"]) for one in manifest] == [("v1", "Service"), ("batch/v1", "Job")]

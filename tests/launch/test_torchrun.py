@@ -82,7 +82,7 @@ def test_one_process_trains_without_torchrun(train, tmp_path):
     assert err == ""
     lines = out.splitlines()
     assert "tensor 1 x data 1, ZeRO 1" in lines[0]
-    assert lines[1].startswith("shards: sizes are those of the manifest, contents were not compared")
+    assert lines[1].startswith("shards: checksums of 4 files, ")
     assert lines[2].startswith("step 1/2 | loss 4.")
     assert "tokens/s" in lines[2]
     assert "ETA 0:00:0" in lines[2]

@@ -1,6 +1,7 @@
 """Which tokens a step learns from."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,7 @@ def test_a_label_is_the_token_after_its_position(shards, tmp_path):
 
 
 def test_rows_say_where_documents_begin_inside_them(shards, tmp_path):
-    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, documents_apart=True)
     tokens, _, starts, _ = samples.micro_batch(range(samples.per_epoch))
     assert starts is not None
     assert torch.equal(starts[:, 1:], tokens[:, 1:] == BOS)
@@ -167,7 +168,7 @@ def test_an_index_that_was_left_half_written_is_built_again(shards, tmp_path, re
 
 
 def test_short_rows_are_the_parts_of_the_same_samples(shards, tmp_path):
-    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, start_token=BOS)
+    samples = Samples([shards / "train"], tmp_path, vocab_size=96, sequence_length=32, seed=3, documents_apart=True)
     whole = samples.micro_batch(range(samples.per_epoch))
     short = whole.cut(8)
     assert short.tokens.shape == (4 * samples.per_epoch, 8)
@@ -205,18 +206,22 @@ def test_matching_data_is_opened(shards):
     assert open_data(run_config(shards)).tokenizer.vocab_size == 96
 
 
-def test_a_flipped_byte_of_a_shard_is_found_where_it_is_asked_for(tmp_path):
-    shards = write_shards(tmp_path / "shards")
+def test_shards_are_read_on_first_use_and_again_where_they_may_have_changed(tmp_path):
+    shards, run_dir = write_shards(tmp_path / "shards"), tmp_path / "run"
     config = run_config(shards)
-    asked = dataclasses.replace(config, data=dataclasses.replace(config.data, verify=True))
-    assert "checksums of all files are those of the manifest" in check_shards(asked, open_data(asked))
+    assert "checksums of 4 files" in check_shards(config, open_data(config), run_dir)
+    assert "as when this run compared" in check_shards(config, open_data(config), run_dir)
     file = next(shards.glob("train*.bin"))
-    content = bytearray(file.read_bytes())
-    content[7] ^= 1
+    content = file.read_bytes()
     file.write_bytes(content)
-    assert "contents were not compared" in check_shards(config, open_data(config))
-    with pytest.raises(ValueError, match=f"{file}: not the file that the manifest lists"):
-        check_shards(asked, open_data(asked))
+    os.utime(file, (1, 1))
+    assert "checksums of 1 files" in check_shards(config, open_data(config), run_dir)
+    file.write_bytes(content[:7] + bytes([content[7] ^ 1]) + content[8:])
+    for place in (run_dir, tmp_path / "another run"):
+        with pytest.raises(ValueError, match=f"{file}: not the file that the manifest lists"):
+            check_shards(config, open_data(config), place)
+    unread = dataclasses.replace(config, data=dataclasses.replace(config.data, verify=False))
+    assert "contents were not compared" in check_shards(unread, open_data(unread), run_dir)
 
 
 def test_a_model_with_another_vocabulary_is_refused(shards):

@@ -46,7 +46,7 @@ def opened(folders, run_dir, shares=SHARES, **data):
 
 def alone(folder, index_dir):
     prefixes = Manifest.load(folder).train_prefixes(folder)
-    return Samples(prefixes, index_dir, vocab_size=96, sequence_length=32, seed=1234, start_token=1)
+    return Samples(prefixes, index_dir, vocab_size=96, sequence_length=32, seed=1234, documents_apart=True)
 
 
 def folder_of(samples, index):

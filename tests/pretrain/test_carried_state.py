@@ -234,7 +234,7 @@ def strands(shards, tmp_path_factory, one_process):
         vocab_size=96,
         sequence_length=5,
         seed=3,
-        start_token=BOS,
+        documents_apart=True,
         strands=4,
     )
     samples.prepare(0, 2 * samples.per_epoch - 1)

@@ -35,9 +35,12 @@ LAYOUTS = {
     "tensor 2": (2, "--parallel.tensor 2"),
     "tensor 2, sequence, recomputed": (
         2,
-        "--parallel.tensor 2 --parallel.sequence true --train.recompute except_memory",
+        "--parallel.tensor 2 --parallel.sequence true --train.recompute except_memory --train.loss-chunk 20",
     ),
-    "tensor 2 x data 2, ZeRO 3": (4, "--parallel.tensor 2 --parallel.zero-stage 3 --train.recompute block"),
+    "tensor 2 x data 2, ZeRO 3": (
+        4,
+        "--parallel.tensor 2 --parallel.zero-stage 3 --train.recompute block --train.loss-chunk 24",
+    ),
     "tensor 2, hidden, ZeRO 2": (2, "--parallel.tensor 2 --parallel.memory-parallel hidden --parallel.zero-stage 2"),
     "tensor 4": (4, "--parallel.tensor 4"),
     "tensor 4, hidden": (4, "--parallel.tensor 4 --parallel.memory-parallel hidden"),

@@ -86,6 +86,11 @@ def test_switches_take_true_and_false(tmp_path, tiny_toml):
         (["--optimizer.beta2", "1"], r"optimizer\.beta2 is 1\.0; it must be below 1"),
         (["--optimizer.lr", "nan"], r"optimizer\.lr is nan; it must be at least 0"),
         (["--parallel.zero-stage", "4"], "zero_stage is 4; it must be 0, 1, 2 or 3"),
+        (
+            ["--optimizer.name", "muon"],
+            r"whole matrices, .*zero_stage 1 divide over ranks; use .*zero_stage 0 \(in fp32\)",
+        ),
+        (["--optimizer.name", "sgd"], r"optimizer\.name is 'sgd'; it must be one of adamw, muon"),
         (["--parallel.pipeline", "2"], r"pipeline parallelism is not supported; divide .* parallel\.tensor, .*context"),
         (["--parallel.sequence", "true"], r"parallel\.sequence shares tokens over .* parallel\.tensor is 1"),
         (["--parallel.memory-parallel", "width"], "memory_parallel is 'width'; it must be one of auto, heads, hidden"),

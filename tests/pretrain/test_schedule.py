@@ -1,14 +1,17 @@
 """The learning rate, and what a step learns from."""
 
+from itertools import pairwise
+
 import pytest
 
 from pretrain.config.run_config import RunConfig
-from pretrain.config.settings import TrainConfig
+from pretrain.config.settings import ScheduleConfig, TrainConfig
 from pretrain.schedule import Portion, learning_rate, portion_of, tokens_after
 
 
-def rate(step, warmup_steps=10, total_steps=110):
-    return learning_rate(step, peak=2.0, warmup_steps=warmup_steps, total_steps=total_steps, min_fraction=0.1)
+def rate(step, warmup_steps=10, total_steps=110, **schedule):
+    schedule = ScheduleConfig(warmup_steps=warmup_steps, min_lr_fraction=0.1, **schedule)
+    return learning_rate(step, schedule, peak=2.0, total_steps=total_steps)
 
 
 def test_it_rises_in_a_line_to_the_peak():
@@ -21,6 +24,24 @@ def test_it_falls_as_half_a_cosine_to_the_minimum_and_stays_there():
     assert rate(500) == pytest.approx(0.2)
     rates = [rate(step) for step in range(10, 111)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_a_line_falls_by_the_same_at_every_step():
+    rates = [rate(step, shape="linear") for step in range(10, 111)]
+    assert [a - b for a, b in pairwise(rates)] == pytest.approx([1.8 / 100] * 100)
+    assert rate(500, shape="linear") == pytest.approx(0.2)
+
+
+def test_warm_up_stable_decay_stays_at_the_peak_and_falls_in_its_last_steps():
+    rates = [rate(step, shape="wsd", decay_steps=20) for step in range(1, 111)]
+    assert rates[9:90] == pytest.approx([2.0] * 81)
+    assert [a - b for a, b in pairwise(rates[89:])] == pytest.approx([1.8 / 20] * 20)
+    assert [rate(step, shape="wsd") for step in (10, 60, 110)] == pytest.approx([2.0] * 3)
+
+
+def test_how_far_a_stable_run_is_meant_to_go_changes_none_of_its_rates():
+    short, long = ([rate(step, shape="wsd", total_steps=total) for step in range(1, 80)] for total in (80, 8_000))
+    assert short == long
 
 
 def test_without_a_warm_up_the_first_step_is_near_the_peak():

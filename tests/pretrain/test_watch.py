@@ -1,5 +1,6 @@
 """`python -m pretrain.watch`: what it shows of runs that go on, are finished, were killed or were never started."""
 
+import json
 import os
 import pty
 import select
@@ -92,6 +93,20 @@ def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_pat
     assert f"plot: {tmp_path / 'run' / 'watch.png'}" in out
     assert (tmp_path / "run" / "watch.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_records_are_printed_as_lines_of_json_every_step_once(tmp_path):
+    write(begin(tmp_path / "run"), range(1, 7))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "lo\n')
+    write(begin(tmp_path / "run", resumed_step=4), range(5, 9))
+    status, out, err = watch(tmp_path / "run", "--json").wait(120)
+    assert status == 0
+    records = [json.loads(line) for line in out.splitlines()]
+    assert records == read_records(tmp_path / "run")
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 9))
+    assert err.startswith("note: 1 lines of ")
+    assert not (tmp_path / "run" / "watch.png").exists()
 
 
 def test_a_run_that_was_never_started_is_a_sentence(tmp_path):

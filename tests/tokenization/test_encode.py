@@ -286,3 +286,20 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path, corpus, texts):
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **wanted)
     with pytest.raises(TokenizationError, match=r"start or an end token \(bos 1, eos -1\)"):
         encode(encode_settings(corpus, tmp_path / "t.model", tmp_path / "out"))
+
+
+def test_what_the_tokenizer_cannot_do_is_said_before_anything_is_trained(tmp_path, corpus, texts, tokenizer, capsys):
+    spelled = encode(encode_settings(corpus, tokenizer, tmp_path / "spelled"))
+    assert spelled.unknown_tokens == 0
+    assert "note:" not in capsys.readouterr().out
+    settings = llama_settings(200) | {"byte_fallback": False, "user_defined_symbols": "@@"}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "plain"), **settings
+    )
+    foreign = write_jsonl(tmp_path / "foreign.jsonl", [f"{text} Ω" for text in texts])
+    manifest = encode(encode_settings(foreign, tmp_path / "plain.model", tmp_path / "shards"))
+    ids = [token for document in documents(*manifest.train_prefixes(tmp_path / "shards")) for token in document]
+    assert manifest.unknown_tokens == ids.count(0) > 0
+    told = capsys.readouterr().out
+    assert "cannot be exported: it has user-defined or unused pieces ('@@' first)" in told
+    assert f"{manifest.unknown_tokens:,} train tokens" in told

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
-SENTENCEPIECE, TOKENIZER = "tokenizer.model", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 PROOF = "proof.json"
 
 

@@ -56,6 +56,15 @@ class TitansMLP(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+def _traced(mixer: nn.Module, x: Tensor, state: Any, rows: PackedRows | None) -> tuple[Tensor, Any]:
+    return mixer(x, state, rows)
+
+
+_untraced = torch.compiler.disable(_traced)
+"""torch.compile leaves out what loops over chunks, whose number and shapes depend on the rows: traced, it breaks into
+dozens of graphs and takes minutes. Norms, feed-forward layers and output are compiled."""
+
+
 class TitansBlock(nn.Module):
     """x += Mixer(RMSNorm(x)); x += SwiGLU(RMSNorm(x)); some mixers add something before."""
 
@@ -65,13 +74,15 @@ class TitansBlock(nn.Module):
         self.mixer, self.fronted = _make_mixer(config, block), config.blocks[block].front
         self.pre_mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = TitansMLP(config)
+        self.looping = not config.blocks[block].attention or config.blocks[block].memory
 
     def forward(self, hidden: Tensor, state: Any = None, rows: PackedRows | None = None) -> tuple[Tensor, Any]:
         """Hidden states (B, T, E) and the mixer's state after them; a state of None begins a sequence."""
         rows = rows_on(hidden.device, rows)
+        run = _untraced if self.looping or rows is not None else _traced
         if self.fronted:
-            hidden, state = self.mixer.get_submodule("front")(hidden, state, rows)
-        mixed, state = self.mixer(self.input_norm(hidden), state, rows)
+            hidden, state = run(self.mixer.get_submodule("front"), hidden, state, rows)
+        mixed, state = run(self.mixer, self.input_norm(hidden), state, rows)
         hidden = hidden + mixed
         return hidden + self.mlp(self.pre_mlp_norm(hidden)), state
 

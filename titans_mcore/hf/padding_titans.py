@@ -69,6 +69,14 @@ def padding_of(mask: Tensor | None, hidden: Tensor, earlier: int, given: Mapping
     Raises:
         ValueError: The mask has another shape, or documents cannot begin as they are said to.
     """
+    if mask is None and all(given.get(name) is None for name in _PACKING):
+        return None
+    return _padding_of(mask, hidden, earlier, given)
+
+
+@torch.compiler.disable
+def _padding_of(mask: Tensor | None, hidden: Tensor, earlier: int, given: Mapping[str, Any]) -> Padding | None:
+    """What depends on the values of tensors, and is not traced by torch.compile."""
     real = _real(mask, hidden, earlier)
     if real is None:
         starts = starts_of(given, hidden, None, None)

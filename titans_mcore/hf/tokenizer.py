@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from titans_mcore.hf.errors import ExportError
-from titans_mcore.hf.exported import SENTENCEPIECE
 
+SENTENCEPIECE = "tokenizer.model"
 SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type
 _BPE = 2  # TrainerSpec.ModelType

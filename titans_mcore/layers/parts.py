@@ -54,12 +54,12 @@ class OwnedHeads:
         self.all_heads, self.heads = heads, heads // self.ranks
         self.shard: WholeMatrices = WHOLE
 
-    def column(self, d_in: int, per_head: int) -> nn.Module:
+    def column(self, d_in: int, *per_head: int) -> nn.Module:
         """See mixers.parts.MemoryParts."""
-        return build_module(
+        module = build_module(
             self.submodules.column,
             d_in,
-            self.all_heads * per_head,
+            self.all_heads * sum(per_head),
             config=self.inner_config,
             init_method=self.config.init_method,
             bias=False,
@@ -67,6 +67,8 @@ class OwnedHeads:
             disable_grad_reduce=True,  # open() and enter() reduce once for all maps of one input
             tp_group=self.group,
         )
+        module.weight.rows_per_head = per_head  # what an optimizer of whole matrices takes for one
+        return module
 
     def per_head(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.MemoryParts."""
@@ -197,9 +199,9 @@ class HiddenParts:
         self.config, self.heads, self.group = config, heads, pg_collection.tp
         self.shard: WholeMatrices = TPShard(self.group.rank(), self.group.size(), self._add)
 
-    def column(self, d_in: int, per_head: int) -> nn.Module:
+    def column(self, d_in: int, *per_head: int) -> nn.Module:
         """See mixers.parts.MemoryParts."""
-        return WholeLinear(self.config, d_in, self.heads * per_head, self.group.size())
+        return WholeLinear(self.config, d_in, self.heads * sum(per_head), self.group.size())
 
     def per_head(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.MemoryParts; every rank computes all heads."""

@@ -40,7 +40,7 @@ class Attention(FromParts):
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         self.config, self.heads = config, parts.heads
-        self.query_key_value = parts.column(config.dim, 3 * config.head_dim)
+        self.query_key_value = parts.column(config.dim, *3 * [config.head_dim])
 
     def begin(self, batch: int, persistent: Tensor | None = None, kept: Kept | None = None) -> AttentionState:
         """The state before the first token of so many rows.

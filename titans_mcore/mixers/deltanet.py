@@ -30,7 +30,7 @@ class DeltaNetMixer(FromParts):
         super().__init__()
         heads, keys, values = self.shape = DeltaNet().shape(config)
         self.parts, self.eps = parts.with_heads(heads), config.norm_eps
-        self.projection = self.parts.column(config.dim, 2 * keys + values + 1)  # a head: query, key, value, beta
+        self.projection = self.parts.column(config.dim, keys, keys, values, 1)  # a head: query, key, value, beta
         self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
         self.output = self.parts.last_row(heads * values, config.dim)

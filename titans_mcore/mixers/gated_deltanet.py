@@ -42,7 +42,7 @@ class GatedDeltaNetMixer(FromParts):
         heads, keys, values = self.shape = GatedDeltaNet().shape(config)
         self.parts, self.eps = parts.with_heads(heads), config.norm_eps
         # A head: query, key, value, output gate, and a number each for beta and for the decay.
-        self.projection = self.parts.column(config.dim, 2 * (keys + values) + 2)
+        self.projection = self.parts.column(config.dim, keys, keys, values, values, 1, 1)
         self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
         # Uniform up to 16; from 0.01 on, since the logarithm of 0 is none.
         self.A_log = self.parts.per_head(torch.empty(heads).uniform_(0.01, 16.0).log())

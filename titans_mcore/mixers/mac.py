@@ -69,7 +69,7 @@ class MacMixer(FromParts):
         self.memory = NeuralMemory(config, parts)
         self.memory_output = parts.row(config.memory_shape.channels, config.dim)
         self.query = parts.column(config.dim, width)
-        self.key_value = parts.column(config.dim, 2 * width)
+        self.key_value = parts.column(config.dim, width, width)
         self.attention_output = parts.row(config.dim, config.dim)
         self.begin_recalling()
         self.attention_norm = parts.replicated(torch.full((config.dim,), initial_norm(config)))

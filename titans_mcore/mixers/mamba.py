@@ -61,7 +61,7 @@ class MambaMixer(FromParts):
         super().__init__()
         channels, self.rank, taps = 2 * config.dim, time_step_rank(config), config.conv_kernel
         self.parts = parts.with_heads(channels)
-        self.projection = self.parts.column(config.dim, 2)  # a channel: u, z
+        self.projection = self.parts.column(config.dim, 1, 1)  # a channel: u, z
         self.kernel = self.parts.per_head(initial_taps(channels, 1, taps))
         self.bias = self.parts.per_head(initial_taps(channels, 1, taps)[..., 0])
         self.selection = self.parts.row(channels, self.rank + 2 * _NUMBERS, residual=False)  # W_x

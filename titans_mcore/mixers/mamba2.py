@@ -43,7 +43,7 @@ class Mamba2Mixer(FromParts):
         super().__init__()
         heads, keys, values = self.shape = Mamba2().shape(config)
         self.parts, self.eps, taps = parts.with_heads(heads), config.norm_eps, config.conv_kernel
-        self.projection = self.parts.column(config.dim, 2 * values + 1)  # a head: z, u, dt
+        self.projection = self.parts.column(config.dim, values, values, 1)  # a head: z, u, dt
         self.shared = self.parts.whole(config.dim, 2 * keys)  # B, C
         self.kernel = self.parts.per_head(initial_taps(heads, values, taps))
         self.bias = self.parts.per_head(initial_taps(heads, values, taps)[..., 0])

@@ -48,9 +48,9 @@ class NeuralMemory(FromParts):
         memory = parts.memory
         self.config, self.heads, self.shard = config, memory.heads, memory.shard
         heads, width = config.memory_shape
-        self.query_gate = memory.column(config.dim, 2 * width)  # a head: query, output gate
+        self.query_gate = memory.column(config.dim, width, width)  # a head: query, output gate
         # A head: key, value, and its gates.
-        self.key_value = memory.column(config.dim, 2 * width + sum(gate_widths(config)))
+        self.key_value = memory.column(config.dim, width, width, *gate_widths(config))
         self.begin_recalling()
         query_kernel, key_value_kernel = initial_kernels(config)
         self.query_kernel = memory.per_head(query_kernel)

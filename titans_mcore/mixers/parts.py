@@ -26,8 +26,11 @@ class MemoryParts(Protocol):
     heads: int
     shard: WholeMatrices
 
-    def column(self, d_in: int, per_head: int) -> nn.Module:
-        """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
+    def column(self, d_in: int, *per_head: int) -> nn.Module:
+        """Linear map (..., d_in) to (..., heads * sum(per_head)); its input has passed open() or enter().
+
+        Head by head, and in a head one thing behind the other, each so wide: query, key, value, gates.
+        """
 
     def per_head(self, full: Tensor) -> nn.Parameter:
         """A parameter whose first axis is heads, from its value for all H heads."""
@@ -56,8 +59,11 @@ class Parts(Protocol):
     def with_heads(self, heads: int) -> Self:
         """The same for a mixer that has so many heads of its own, over all ranks."""
 
-    def column(self, d_in: int, per_head: int) -> nn.Module:
-        """Linear map (..., d_in) to (..., heads * per_head), head by head; its input has passed open() or enter()."""
+    def column(self, d_in: int, *per_head: int) -> nn.Module:
+        """Linear map (..., d_in) to (..., heads * sum(per_head)); its input has passed open() or enter().
+
+        Head by head, and in a head one thing behind the other, each so wide: query, key, value, gates.
+        """
 
     def row(self, d_in: int, d_out: int, *, residual: bool = True) -> nn.Module:
         """Linear map (..., this process's channels of d_in) to (..., d_out), summed over all channels of all ranks.
@@ -114,9 +120,9 @@ class PlainHeads:
         self.heads = heads
         self.shard = WHOLE
 
-    def column(self, d_in: int, per_head: int) -> nn.Module:
+    def column(self, d_in: int, *per_head: int) -> nn.Module:
         """See MemoryParts."""
-        return nn.Linear(d_in, self.heads * per_head, bias=False)
+        return nn.Linear(d_in, self.heads * sum(per_head), bias=False)
 
     def per_head(self, full: Tensor) -> nn.Parameter:
         """See MemoryParts; which parameters decay is up to who trains."""

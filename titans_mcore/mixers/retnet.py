@@ -34,7 +34,8 @@ class RetNetMixer(FromParts):
         super().__init__()
         heads, keys, values = self.shape = RetNet().shape(config)
         self.config, self.parts = config, parts.with_heads(heads)
-        self.projection = self.parts.column(config.dim, 2 * (keys + values))  # a head: query, key, value, output gate
+        # A head: query, key, value, output gate.
+        self.projection = self.parts.column(config.dim, keys, keys, values, values)
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
         self.output = self.parts.last_row(heads * values, config.dim)
 

@@ -88,7 +88,7 @@ class TTTMixer(FromParts):
         self.config, self.parts, taps = config, parts.with_heads(heads), config.conv_kernel
         per_head = self.parts.per_head
         self.front = ResidualConv(config, self.parts)
-        self.projection = self.parts.column(config.dim, 3 * keys + 1)  # a head: query and key, value, gate, rate
+        self.projection = self.parts.column(config.dim, keys, keys, keys, 1)  # a head: query and key, value, gate, rate
         self.query_kernel, self.key_kernel = (per_head(initial_taps(heads, keys, taps)) for _ in range(2))
         self.query_bias, self.key_bias = (per_head(initial_taps(heads, keys, taps)[..., 0]) for _ in range(2))
         self.rate_bias = per_head(torch.zeros(heads))

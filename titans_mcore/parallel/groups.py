@@ -80,9 +80,11 @@ def start(
 
 def tighten_timeouts(timeout_seconds: float) -> None:
     """From now on a collective of any group fails that waits longer: the first step, which compiles, is over."""
+    # torch 2.14 has a public name for it.
+    set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in list(distributed_c10d._world.pg_map):
         if not distributed_c10d._rank_not_in_group(group):
-            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+            set_timeout(timedelta(seconds=timeout_seconds), group)
 
 
 def stop() -> None:
