@@ -24,6 +24,7 @@ FILLED_IN = {
     "--lengths 1024 16384": "--lengths 512 1024",
     "--tokens 256 --tokenizer": "--tokens 4096 --tokenizer",  # four hundred pieces are few
     "--text book.txt --length 2097152 --tokens 2097152": "--text text/argparse.txt --length 512 --tokens 512",
+    "--text book.txt --question": "--text text/argparse.txt --question",
     "--babi tasks_1-20_v1-2/en-10k --pg19 pg19/test": "--lengths 0 500 --samples 1",  # stories of our own
     "mac=runs/mac lmm=runs/lmm": "mac=runs/mine",
     "MAG=runs/a/eval/niah.jsonl MAC=runs/b/eval/niah.jsonl": "MAC=runs/mine/eval/niah.jsonl",
