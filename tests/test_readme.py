@@ -109,13 +109,13 @@ def test_a_command_of_the_readme_runs(fresh_copy: Path, written: str) -> None:
     for placeholder, value in FILLED_IN.items():
         command = command.replace(placeholder, value)
     command += next((more for script, more in SMALL.items() if script in command), "")
-    folder = fresh_copy / "runs" / ("quickstart-mag" if "--variant mag" in command else "quickstart")
+    folder = fresh_copy / "runs" / ("quickstart-lmm" if "--variant lmm" in command else "quickstart")
     if "--input text" in command and "quickstart" in command:
         shutil.rmtree(folder, ignore_errors=True)  # another text asks for another folder
     result = run(command, fresh_copy)
     assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     if "quickstart.sh" in command:
-        for name in ("config.toml", "metrics.jsonl", "tokenizer/tokenizer.model", "summary.json", "eval/niah.png"):
+        for name in ("config.toml", "metrics.jsonl", "tokenizer/tokenizer.model", "summary.json", "report.html"):
             assert (folder / name).is_file(), name
 
 
