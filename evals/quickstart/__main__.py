@@ -22,15 +22,15 @@ NEEDLE = ("gentle-otter", "4807215")
 RECALL = (
     ("lists", 256, 0.1, ("--lists",)),
     ("short", 256, 0.2, ("--repeats", "6", "--questions", "3", "--other-words", "0.5")),
-    ("long", 1_024, 0.4, ("--repeats", "2", "--questions", "2", "--other-words", "0.5")),
+    ("long", 2_048, 0.4, ("--needles", "3", "--repeats", "2", "--questions", "3", "--other-words", "0.5")),
 )
 """Documents to learn recall from: what they are called, their tokens, their share of what is trained on, what they are
 made with. Lists come to nothing but teach to recall at all, short ones to recall a number, long ones to pass over
 noise (evals/results/recall/README.md)."""
 TEXT_SHARE = 0.3
 HELDOUT = "0.05"  # of the text: one hundredth of a library is too little for a smooth line
-LOSS_LENGTH, LOSS_TOKENS = "2048", "131072"
-DEPTHS, SAMPLES = 5, 1
+LOSS_LENGTH, LOSS_TOKENS = "2048", "65536"
+DEPTHS, SAMPLES = 5, 2
 PROMPT = "    def read(self"
 
 
@@ -85,30 +85,39 @@ def python(module: str, *words: object) -> list[str]:
 
 def prepare(settings: QuickstartSettings) -> list[list[Stage]]:
     """Tokenizer and shards of the text, and documents to learn recall from."""
-    run, tokenizer = settings.run, settings.run / "tokenizer" / "tokenizer.model"
-    own = python("tokenization.train", "--input", *settings.input, "--vocab-size", 2048, "--output", tokenizer)
-    given = ["cp", str(settings.tokenizer), str(tokenizer)]
-    stages = [Stage("tokenizer", "Tokenizer", given if settings.tokenizer else own, tokenizer.is_file)]
-    encode = ("--tokenizer", tokenizer, "--workers", 2)
-    words: tuple[object, ...] = ("--input", *settings.input, "--output", run / "shards", "--heldout-fraction", HELDOUT)
-    stages.append(Stage("shards", "Text to tokens", python("tokenization.encode", *words, *encode)))
+    run, recall, file = settings.run, settings.run / "recall", settings.run / "tokenizer" / "tokenizer.model"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    words = recall / "words.jsonl"  # pieces of their own make the documents of recall short
+    trained = [
+        python("evals.niah.training_data", "--output", words, "--documents", 3000, "--most-lines", 1),
+        python("tokenization.train", "--input", *settings.input, words, "--vocab-size", 2048, "--output", file),
+    ]
+    given = [["cp", str(settings.tokenizer), str(file)]]
+    encode = python("tokenization.encode", "--tokenizer", file, "--workers", 2, "--input")
+    text = [*encode, *settings.input, "--output", str(run / "shards"), "--heldout-fraction", HELDOUT]
+    documents = []
     for kind, tokens, share, more in RECALL:
-        file, folder = run / "recall" / f"{kind}.jsonl", run / "recall" / kind
-        count = int(share * training_tokens(settings) / tokens * 1.1) + 10
-        words = ("--output", file, "--tokens", tokens, "--tokenizer", tokenizer, "--documents", count, *more)
-        done = (folder / "manifest.json").is_file
-        stages.append(Stage(f"{kind}-text", f"Recall: {kind}", python("evals.niah.training_data", *words), done))
-        words = ("--input", file, "--output", folder, *encode)
-        stages.append(Stage(f"{kind}-shards", f"Recall: {kind} to tokens", python("tokenization.encode", *words), done))
+        source, count = recall / f"{kind}.jsonl", int(share * training_tokens(settings) / tokens * 1.1) + 100
+        made_of = ("--output", source, "--tokens", tokens, "--tokenizer", file, "--documents", count, *more)
+        documents += [
+            python("evals.niah.training_data", *made_of),
+            [*encode, str(source), "--output", str(recall / kind)],
+        ]
+    last = recall / RECALL[-1][0] / "manifest.json"
+    stages = [
+        Stage("tokenizer", "Tokenizer", given if settings.tokenizer else trained, file.is_file),
+        Stage("shards", "Text to tokens", [text]),
+        Stage("recall", "Documents of recall", documents, last.is_file),
+    ]
     return [stages]
 
 
 def training_tokens(settings: QuickstartSettings) -> int:
-    """Tokens of a training by the preset."""
+    """Tokens of a training."""
     from pretrain.config.files import read_config
 
     train = read_config("quickstart")[0]["train"]
-    return train["steps"] * train["global_batch"] * train["sequence_length"]
+    return (settings.steps or train["steps"]) * train["global_batch"] * train["sequence_length"]
 
 
 def beside(settings: QuickstartSettings) -> list[tuple[str, Path]]:
@@ -129,7 +138,7 @@ def train(settings: QuickstartSettings) -> list[Stage]:
         Stage(
             f"pretrain-{variant}",
             f"Train {variant}",
-            [*torchrun, "--variant", variant, "--run-dir", str(run), "--data.blend", *blend, *more],
+            [[*torchrun, "--variant", variant, "--run-dir", str(run), "--data.blend", *blend, *more]],
             progress=training_progress(run, lambda: blend_entropy(settings.run)),
         )
         for variant, run in beside(settings)
@@ -147,21 +156,21 @@ def measure(settings: QuickstartSettings) -> list[list[Stage]]:
         words: tuple[object, ...] = ("--checkpoint", run, "--data", settings.run / "shards")
         words = (*words, "--length", LOSS_LENGTH, "--tokens", LOSS_TOKENS, "--output")
         losses = python("evals.position_perplexity", *words, out)
-        lane = [Stage(f"loss-{variant}", f"Loss, {variant}", losses, made(out / "position_perplexity.json", run))]
+        lane = [Stage(f"loss-{variant}", f"Loss, {variant}", [losses], made(out / "position_perplexity.json", run))]
         if memory:
             file, off = out / "memory_off" / "position_perplexity.json", (*words, out / "memory_off", "--memory-off")
             title, command = f"Loss, {variant} without memory", python("evals.position_perplexity", *off)
-            lane.append(Stage(f"loss-{variant}-off", title, command, made(file, run)))
+            lane.append(Stage(f"loss-{variant}-off", title, [command], made(file, run)))
         words = ("--checkpoint", run, "--output", out, "--lengths", *settings.lengths, "--depths", DEPTHS)
         words = (*words, "--samples", SAMPLES, "--max-new-tokens", 16)
         command = python("evals.niah", *words, *(("--controls", "memory_reset") if memory else ()))
         tokens = sum(settings.lengths) * DEPTHS * SAMPLES * (1 + memory)
         progress = niah_progress(out / "niah.jsonl", tokens)
-        lane.append(Stage(f"niah-{variant}", f"Needles, {variant}", command, made(out / "niah.json", run), progress))
+        lane.append(Stage(f"niah-{variant}", f"Needles, {variant}", [command], made(out / "niah.json", run), progress))
         lanes.append(lane)
     words = ("--checkpoint", settings.run, "--output", settings.run / "hf")
     title, command = "Export, compared with the run", python("titans_mcore.hf.convert", *words)
-    lanes[-1].append(Stage("export", title, command, made(settings.run / "hf" / "proof.json", settings.run)))
+    lanes[-1].append(Stage("export", title, [command], made(settings.run / "hf" / "proof.json", settings.run)))
     return lanes
 
 
@@ -240,7 +249,7 @@ def sentence(model: "EvalModel") -> str:
     ids = [processor.bos_id(), *processor.encode(PROMPT)]
     logits, states = read(model.stream, [torch.tensor([ids])], lambda _: None)
     for _ in range(60):
-        token = torch.multinomial((logits[0].float().cpu() / 0.8).softmax(-1), 1, generator=luck)
+        token = torch.multinomial((logits[0].float().cpu() / 0.5).softmax(-1), 1, generator=luck)
         ids.append(int(token))
         logits, states = read(model.stream, [token[None]], lambda _: None, states)
     return processor.decode(ids)

@@ -1,6 +1,7 @@
-"""Commands one behind the other, several such lanes side by side, each command a bar on a terminal."""
+"""Stages of commands one behind the other, several such lanes side by side, each stage a bar on a terminal."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -25,18 +26,20 @@ _LOOKS_A_SECOND = 4
 
 @dataclass
 class Stage:
-    """A command, and how far it is."""
+    """One or more commands, and how far they are."""
 
     name: str
     """Of its output in RUN/log and its row in RUN/seconds.txt."""
     title: str
     """In front of its bar."""
-    command: Sequence[str]
-    """Words of it."""
+    commands: Sequence[Sequence[str]]
+    """Words of each, one behind the other."""
     done_already: Callable[[], bool] = lambda: False
     """Whether an earlier run made what it makes."""
     progress: Progressed | None = None
-    """None where only its end can be seen."""
+    """None where only the end of each command can be seen."""
+    ended: int = field(default=0, init=False)
+    """Commands that have."""
     began: float | None = field(default=None, init=False)
     seconds: float | None = field(default=None, init=False)
     """None until it has ended."""
@@ -73,6 +76,9 @@ class Lanes:
     def __init__(self, lanes: Sequence[Sequence[Stage]], show: Show) -> None:
         self._show, self._stages = show, [stage for lane in lanes for stage in lane]
         self._fault: EvaluationError | None = None
+        threads = max(len(os.sched_getaffinity(0)) // len(lanes), 1)
+        # Lanes share the cores; a training divides them itself.
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if len(lanes) > 1 else None
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._run, args=(lane,), daemon=True) for lane in lanes]
         (show.run / "log").mkdir(parents=True, exist_ok=True)
@@ -83,12 +89,18 @@ class Lanes:
         """Shows them until all have ended.
 
         Raises:
-            EvaluationError: A command failed; those behind it were not run.
+            EvaluationError: A command failed; those behind it in its lane were not run.
         """
-        if self._show.bars:
-            self._draw()
-        for thread in self._threads:
-            thread.join()
+        try:
+            if self._show.bars:
+                self._draw()
+            for thread in self._threads:
+                thread.join()
+        except KeyboardInterrupt:  # the commands had the signal, too: a training saves before it ends
+            self._fault = EvaluationError("interrupted")
+            for thread in self._threads:
+                thread.join()
+            raise
         if self._fault:
             raise self._fault
 
@@ -112,7 +124,7 @@ class Lanes:
                 stage.seconds = 0.0
                 self._tell(f"{stage.title}: done already")
                 continue
-            self._tell(f"{stage.title}\n   {shlex.join(stage.command)}")
+            self._tell("\n   ".join([stage.title, *map(shlex.join, stage.commands)]))
             try:
                 self._call(stage)
             except EvaluationError as fault:
@@ -131,12 +143,20 @@ class Lanes:
         began, log = time.monotonic(), self._show.run / "log" / f"{stage.name}.txt"
         with log.open("wb") as file:
             output = None if self._show.verbose else file
-            status = subprocess.run(stage.command, stdout=output, stderr=output, stdin=subprocess.DEVNULL).returncode
-        if status:
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["it says why above"]
-            where = "" if self._show.verbose else f"; all it said is in {log}"
-            raise EvaluationError(f"{stage.title} ended with status {status}: {last[0].removeprefix('error: ')}{where}")
+            for command in stage.commands:
+                status = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment
+                ).returncode
+                if status:
+                    raise EvaluationError(f"{stage.title} ended with status {status}{self._reason(log)}")
+                stage.ended += 1
         stage.seconds = time.monotonic() - began
+
+    def _reason(self, log: Path) -> str:
+        if self._show.verbose:
+            return "; it says why above"
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        return "".join(f": {line.removeprefix('error: ')}" for line in last) + f"; all it said is in {log}"
 
 
 def _move(bars: Progress, task: Task, stage: Stage) -> None:
@@ -144,7 +164,7 @@ def _move(bars: Progress, task: Task, stage: Stage) -> None:
         return
     if not task.started:
         bars.start_task(task.id)
-    share, words = stage.progress() if stage.progress else (None, "")
+    share, words = stage.progress() if stage.progress else (stage.ended / len(stage.commands) or None, "")
     if stage.seconds is not None:
         share = 1.0
     bars.update(task.id, completed=share or 0, total=None if share is None else 1, words=words)

@@ -21,8 +21,8 @@ from pretrain.report.records import METRICS_FILE, line_of, make_record
 from .conftest import MakeRun
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+def python(*codes: str) -> list[list[str]]:
+    return [[sys.executable, "-c", code] for code in codes]
 
 
 def test_lanes_run_side_by_side_and_a_stage_behind_the_one_before(
@@ -34,7 +34,7 @@ def test_lanes_run_side_by_side_and_a_stage_behind_the_one_before(
     there = Stage("there", "There", python("raise SystemExit(9)"), lambda: True)
     first = [
         Stage("first", "First", python(wait.format(b))),
-        Stage("second", "Second", python(f"open({b!r}); print(7)")),
+        Stage("second", "Second", python(f"open({b!r})", "print(7)")),
     ]
     Lanes(
         [[there, *first], [Stage("other", "Other", python(touch.format(a) + touch.format(b)))]], Show(tmp_path, False)
