@@ -22,6 +22,7 @@ Progressed = Callable[[], tuple[float, str]]
 """Share of a stage that is done, and words on how it goes."""
 SECONDS_FILE = "seconds.txt"
 _LOOKS_A_SECOND = 4
+_ENVIRONMENT = dict(os.environ)  # as it was given: a model that is loaded here writes its threads into it
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Lanes:
         self._fault: EvaluationError | None = None
         threads = max(len(os.sched_getaffinity(0)) // len(lanes), 1)
         # Lanes share the cores; a training divides them itself.
-        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ} if len(lanes) > 1 else None
+        self._environment = {"OMP_NUM_THREADS": str(threads), **_ENVIRONMENT} if len(lanes) > 1 else _ENVIRONMENT
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._run, args=(lane,), daemon=True) for lane in lanes]
         (show.run / "log").mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from evals.models import load_model
 from evals.niah import run as niah
 from evals.niah.settings import NiahSettings
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
+from evals.quickstart import stages
 from evals.quickstart.__main__ import RECALL, TEXT_SHARE, made
 from evals.quickstart.page import Page, Results
 from evals.quickstart.stages import SECONDS_FILE, Lanes, Show, Stage, niah_progress, training_progress
@@ -46,6 +48,18 @@ def test_lanes_run_side_by_side_and_a_stage_behind_the_one_before(
     out = capsys.readouterr().out
     assert "There: done already" in out
     assert out.index("First: done in") < out.index("Second: done in")
+
+
+def test_commands_have_the_environment_of_the_start_and_lanes_a_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_ENVIRONMENT", {"PATH": os.environ["PATH"]})
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    asked = python("import os; print(os.environ.get('OMP_NUM_THREADS'))")
+    Lanes([[Stage("alone", "Alone", asked)]], Show(tmp_path, False)).finish()
+    Lanes([[Stage("one", "One", asked)], [Stage("two", "Two", asked)]], Show(tmp_path, False)).finish()
+    said = [(tmp_path / "log" / f"{name}.txt").read_text().strip() for name in ("alone", "one", "two")]
+    assert said == ["None", *[str(max(len(os.sched_getaffinity(0)) // 2, 1))] * 2]
 
 
 def test_a_stage_that_fails_is_named_with_its_last_words_and_those_behind_it_do_not_run(tmp_path: Path) -> None:
