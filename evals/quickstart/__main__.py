@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 KEPT = Path("evals/results/recall/mag/run")
 NEEDLE = ("gentle-otter", "4807215")
 RECALL = (
-    ("lists", 256, 0.1, ("--lists",)),
-    ("short", 256, 0.2, ("--repeats", "6", "--questions", "3", "--other-words", "0.5")),
-    ("long", 2_048, 0.4, ("--needles", "3", "--repeats", "2", "--questions", "3", "--other-words", "0.5")),
+    ("lists", 256, 0.05, ("--lists",)),
+    ("short", 256, 0.4, ("--repeats", "6", "--questions", "3", "--other-words", "0.5")),
+    ("long", 2_048, 0.3, ("--needles", "3", "--repeats", "2", "--questions", "3", "--other-words", "0.5")),
 )
 """Documents to learn recall from: what they are called, their tokens, their share of what is trained on, what they are
 made with. Lists come to nothing but teach to recall at all, short ones to recall a number, long ones to pass over
 noise (evals/results/recall/README.md)."""
-TEXT_SHARE = 0.3
+TEXT_SHARE = 0.25
 HELDOUT = "0.05"  # of the text: one hundredth of a library is too little for a smooth line
 LOSS_LENGTH, LOSS_TOKENS = "2048", "65536"
 DEPTHS, SAMPLES = 5, 2
@@ -97,12 +97,10 @@ def prepare(settings: QuickstartSettings) -> list[list[Stage]]:
     text = [*encode, *settings.input, "--output", str(run / "shards"), "--heldout-fraction", HELDOUT]
     documents = []
     for kind, tokens, share, more in RECALL:
-        source, count = recall / f"{kind}.jsonl", int(share * training_tokens(settings) / tokens * 1.1) + 100
+        source, count = recall / f"{kind}.jsonl", int(share * training_tokens(settings) / tokens * 1.25) + 300
         made_of = ("--output", source, "--tokens", tokens, "--tokenizer", file, "--documents", count, *more)
-        documents += [
-            python("evals.niah.training_data", *made_of),
-            [*encode, str(source), "--output", str(recall / kind)],
-        ]
+        to_tokens = [*encode, str(source), "--output", str(recall / kind), "--heldout-fraction", "0.1"]
+        documents += [python("evals.niah.training_data", *made_of), to_tokens]
     last = recall / RECALL[-1][0] / "manifest.json"
     stages = [
         Stage("tokenizer", "Tokenizer", given if settings.tokenizer else trained, file.is_file),

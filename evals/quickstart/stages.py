@@ -156,8 +156,10 @@ class Lanes:
     def _reason(self, log: Path) -> str:
         if self._show.verbose:
             return "; it says why above"
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        return "".join(f": {line.removeprefix('error: ')}" for line in last) + f"; all it said is in {log}"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        # The first error is the cause: what follows may be a launcher that stopped the other processes.
+        cause = [line for line in lines if line.startswith("error: ")][:1] or lines[-1:]
+        return "".join(f": {line.removeprefix('error: ')}" for line in cause) + f"; all it said is in {log}"
 
 
 def _move(bars: Progress, task: Task, stage: Stage) -> None:

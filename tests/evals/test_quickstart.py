@@ -62,8 +62,8 @@ def test_commands_have_the_environment_of_the_start_and_lanes_a_share_of_the_cor
     assert said == ["None", *[str(max(len(os.sched_getaffinity(0)) // 2, 1))] * 2]
 
 
-def test_a_stage_that_fails_is_named_with_its_last_words_and_those_behind_it_do_not_run(tmp_path: Path) -> None:
-    bad = Stage("bad", "Bad", python("import sys; print('much'); sys.exit('error: no room')"))
+def test_a_stage_that_fails_is_named_with_its_first_error_and_those_behind_it_do_not_run(tmp_path: Path) -> None:
+    bad = Stage("bad", "Bad", python("import sys; print('much\\nerror: no room'); sys.exit('error: others stopped')"))
     never = Stage("never", "Never", python(f"open({str(tmp_path / 'never')!r}, 'w')"))
     with pytest.raises(EvaluationError, match=r"^Bad ended with status 1: no room; all it said is in .*log/bad.txt$"):
         Lanes([[bad, never]], Show(tmp_path, False)).finish()
