@@ -13,15 +13,21 @@ from torch.nn import functional as F
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
 from evals.progress import Pace, StatusLine
+from evals.report import mean_interval
 
 Rows = Sequence[Any]
 """Rows of L + 1 token ids; whatever can be sliced and read by `np.asarray`, such as DiskTokens."""
 _LOGITS = 64  # positions whose losses are computed at a time: copies of logits are what takes memory
 
 
-@torch.inference_mode()
 def loss_sums(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequence[int]) -> np.ndarray:
-    """Sums of the loss over stretches of positions and over rows, in nats.
+    """Sums of the loss over stretches of positions and over rows, (len(ends),) float64; see `row_losses`."""
+    return row_losses(model, rows, batch, piece, ends).sum(0)
+
+
+@torch.inference_mode()
+def row_losses(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequence[int]) -> np.ndarray:
+    """Sums of the loss over stretches of positions, row by row, in nats.
 
     Args:
         model: Streams each row from a fresh state.
@@ -32,14 +38,14 @@ def loss_sums(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequen
             first stretch begins at position 1, each other one behind the end before.
 
     Returns:
-        (len(ends),) float64.
+        (len(rows), len(ends)) float64.
 
     Raises:
         EvaluationError: A loss is not finite.
     """
     length = len(rows[0]) - 1
     assert ends[-1] == length
-    total, borders = np.zeros(len(ends)), np.array(ends)
+    total, borders = np.zeros((len(rows), len(ends))), np.array(ends)
     pace, line = Pace(), StatusLine()
     pace.plan(len(rows) * length, 0)
     _tell(f"{len(rows)} rows of {length:,} tokens")
@@ -52,7 +58,7 @@ def loss_sums(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequen
             logits, states = model.stream(tokens[:, :-1], states)
             losses = _losses(logits, tokens[:, 1:])
             stretches = np.searchsorted(borders, np.arange(start + 1, stop + 1))
-            total += np.bincount(stretches, losses, len(ends))
+            np.add.at(total, (np.arange(first, first + len(part))[:, None], stretches), losses)
             pace.done("read", tokens[:, 1:].numel())
             line.show(f"rows {first + len(part)} of {len(rows)}, {stop:,} tokens read: {pace.text()}")
             if first == start == 0 and length > piece:
@@ -66,12 +72,12 @@ def loss_sums(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequen
 
 
 def _losses(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """(T,) cross-entropy in nats, summed over rows."""
+    """(B, T) cross-entropy in nats."""
     parts = [
-        F.cross_entropy(part.float().transpose(1, 2), target.to(part.device), reduction="none").double().sum(0)
+        F.cross_entropy(part.float().transpose(1, 2), target.to(part.device), reduction="none").double()
         for part, target in zip(logits.split(_LOGITS, 1), targets.split(_LOGITS, 1), strict=True)
     ]
-    return torch.cat(parts).cpu().numpy()
+    return torch.cat(parts, 1).cpu().numpy()
 
 
 def stretch_ends(length: int, trained_length: int | None) -> list[int]:
@@ -106,6 +112,23 @@ def summarise(sums: np.ndarray, ends: Sequence[int], rows: int, trained_length: 
         if trained_length < length:
             report["beyond_trained_length"] = mean(trained_length, length)
     return report
+
+
+def bucket_intervals(sums: np.ndarray, ends: Sequence[int], last: Sequence[int]) -> list[tuple[float, float] | None]:
+    """95 % intervals of the mean loss in each bucket, from how it differs between rows.
+
+    Args:
+        sums: (rows, len(ends)), from `row_losses`.
+        ends: Where its stretches end.
+        last: Where the buckets end, some of the ends.
+
+    Returns:
+        Lowest and highest of each bucket; None where there is one row.
+    """
+    before = np.pad(sums.cumsum(1), ((0, 0), (1, 0)))[:, [0, *(list(ends).index(end) + 1 for end in last)]]
+    means = np.diff(before, axis=1) / np.diff([0, *last])
+    found = [mean_interval(column.tolist()) for column in means.T]
+    return [None if half is None else (mean - half, mean + half) for mean, half in found]
 
 
 def _tell(text: str) -> None:

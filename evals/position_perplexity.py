@@ -39,6 +39,8 @@ class PositionPerplexitySettings:
     """Rows read side by side."""
     piece: int = 512
     """Tokens of each row read at a time; bounds the memory, results do not depend on it."""
+    memory_off: bool = False
+    """Never write the memory: what the model does without one. What is read of it is its learned beginning."""
     no_verify: bool = False
     """Do not compare the weights' files with the checksums that were noted when they were written."""
     tokenizer: Path | None = None
@@ -57,17 +59,26 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
         What position_perplexity.json holds.
 
     Raises:
-        EvaluationError: The shards are missing, too short, or not of this model's tokenizer.
+        EvaluationError: The shards are missing, too short, or not of this model's tokenizer; a memory is to be off and
+            there is none.
     """
     from evals.measure import PeakMemory
-    from evals.position_loss import loss_sums, stretch_ends, summarise
+    from evals.niah.controls import controlled
+    from evals.niah.samples import MAIN
+    from evals.position_loss import bucket_intervals, row_losses, stretch_ends, summarise
     from evals.report import loss_plot, settings_of, write_csv, write_figure, write_json
 
     rows = open_rows(model, settings)
     ends = stretch_ends(settings.length, model.trained_length)
     peak = PeakMemory(model.device)
-    sums = loss_sums(model, rows, settings.batch, settings.piece, ends)
-    summary = summarise(sums, ends, len(rows), model.trained_length)
+    if settings.memory_off and not any(mixer.memory for mixer in model.config.mixers):
+        raise EvaluationError(f"--memory-off: variant {model.config.variant} has no memory; leave it out")
+    with controlled(model, "memory_off" if settings.memory_off else MAIN) as changed:
+        sums = row_losses(changed, rows, settings.batch, settings.piece, ends)
+    summary = summarise(sums.sum(0), ends, len(rows), model.trained_length)
+    buckets = summary["buckets"]
+    for bucket, interval in zip(buckets, bucket_intervals(sums, ends, [b["last"] for b in buckets]), strict=True):
+        bucket["interval"] = interval
     report = {
         **summary,
         "rows": len(rows),
@@ -78,13 +89,8 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
         "settings": settings_of(settings),
     }
     write_json(settings.output / "position_perplexity.json", report)
-    write_csv(settings.output / "position_perplexity.csv", summary["buckets"])
-    plot = loss_plot(
-        f"Loss by position ({model.config.variant})",
-        [bucket["last"] for bucket in summary["buckets"]],
-        [bucket["loss"] for bucket in summary["buckets"]],
-        model.trained_length,
-    )
+    write_csv(settings.output / "position_perplexity.csv", buckets)
+    plot = loss_plot(f"Loss by position ({model.config.variant})", {"": buckets}, model.trained_length)
     write_figure(settings.output / "position_perplexity.png", plot)
     return report
 

@@ -88,7 +88,7 @@ def text_rows(paths: Sequence[Path], model: EvalModel, rows: int, length: int) -
     for file in files:
         if len(found) == rows:
             break
-        have = _encode(file, model.tokenizer.processor, ids, length + 1)
+        have = encode_text(file, model.tokenizer.processor, ids, length + 1)
         if have > length:
             found.append(DiskTokens(ids, end, end + length + 1))
         longest, end = max(longest, have), end + have
@@ -101,8 +101,15 @@ def text_rows(paths: Sequence[Path], model: EvalModel, rows: int, length: int) -
     return found
 
 
-def _encode(file: Path, processor: Any, ids: IO[bytes], most: int) -> int:
-    """Appends the ids of a text, at most so many, and returns how many there are."""
+def encode_text(file: Path, processor: Any, ids: IO[bytes], most: int) -> int:
+    """Appends the start token and the ids of a text as int32, at most so many, and returns how many there are.
+
+    Args:
+        file: UTF-8; it is read in parts, whatever its length.
+        processor: The `sentencepiece.SentencePieceProcessor`, or what encodes like it.
+        ids: File to append to.
+        most: Tokens.
+    """
     encode = encoder(processor, ".")
     ids.write(np.array([processor.bos_id()], np.int32).tobytes())
     have = 1

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from evals.report import seconds_text
 
@@ -67,3 +69,24 @@ class StatusLine:
         """Removes the line."""
         if self._live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, for the time of a `with` block; nothing elsewhere.
+
+    Args:
+        title: What is done.
+        total: Tokens, or what else it is counted in.
+
+    Returns:
+        What moves it on by so many.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f}"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda units: progress.advance(task, units)

@@ -136,14 +136,15 @@ def heat_maps(
     size = (2.5 + 0.9 * len(lengths), (1.8 + 0.5 * len(depths)) * len(maps))
     figure = Figure(figsize=size, layout="constrained")
     for axes, (title, cells) in zip(figure.subplots(len(maps), squeeze=False)[:, 0], maps.items(), strict=True):
-        image = _draw_heat_map(axes, title, lengths, depths, cells, trained_length)
+        image = draw_heat_map(axes, title, lengths, depths, cells, trained_length)
         figure.colorbar(image, ax=axes, label="accuracy")
     return figure
 
 
-def _draw_heat_map(
+def draw_heat_map(
     axes: "Axes", title: str, lengths: Sequence[int], depths: Sequence[float], cells: Cells, trained_length: int | None
 ) -> "AxesImage":
+    """One heat map; see `heat_map`."""
     accuracy = [[cells.get((length, depth), (math.nan, 0))[0] for length in lengths] for depth in depths]
     image = axes.imshow(accuracy, cmap="YlGn", vmin=0, vmax=1, aspect="auto")
     for (length, depth), (value, trials) in cells.items():
@@ -200,17 +201,40 @@ def accuracy_plot(
     return figure
 
 
-def loss_plot(title: str, positions: Sequence[int], losses: Sequence[float], trained_length: int | None) -> "Figure":
-    """Loss in nats a token against the tokens read, log axis, with the trained length marked."""
+Buckets = Sequence[Mapping[str, Any]]
+_FEWEST_TOKENS = 256  # of a bucket that is drawn: the mean of fewer predictions is noise
+
+
+def loss_plot(title: str, lines: Mapping[str, Buckets], trained_length: int | None) -> "Figure":
+    """Loss by position of models, see `draw_losses`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6))
-    axes = figure.subplots()
-    axes.plot(positions, losses, marker="o", markersize=4)
+    draw_losses(figure.subplots(), title, lines, trained_length)
+    return figure
+
+
+def draw_losses(axes: "Axes", title: str, lines: Mapping[str, Buckets], trained_length: int | None) -> None:
+    """Loss in nats a token against the tokens read, log axis, with 95 % intervals and the trained length.
+
+    Args:
+        axes: To draw on.
+        title: Above the plot.
+        lines: By their names, buckets of positions as position_perplexity.json has them. Those of fewer than some
+            hundred predictions are left out, unless there are no others.
+        trained_length: Tokens of a training sequence; None draws no line.
+    """
+    for name, buckets in lines.items():
+        drawn = [bucket for bucket in buckets if bucket["tokens"] >= _FEWEST_TOKENS] or buckets
+        places = [bucket["last"] for bucket in drawn]
+        (line,) = axes.plot(places, [bucket["loss"] for bucket in drawn], marker="o", markersize=4, label=name or None)
+        if all(bucket["interval"] for bucket in drawn):
+            low, high = zip(*(bucket["interval"] for bucket in drawn), strict=True)
+            axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens read before the prediction", ylabel="held-out loss (nats/token)", title=title)
     axes.grid(alpha=0.3)
     if trained_length is not None:
         axes.axvline(trained_length, color="black", linestyle="--", label=f"trained length {trained_length:,}")
-        axes.legend()
-    return figure
+    if trained_length is not None or any(lines):
+        axes.legend(fontsize=8)

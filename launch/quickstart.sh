@@ -1,20 +1,23 @@
 #!/usr/bin/env bash
-# From text to a trained, evaluated and exported Titans, each step one command that is printed as it runs.
+# From text to a trained, evaluated and exported Titans; evals/quickstart/__main__.py has the stages.
 set -euo pipefail
 
 usage() {
     cat <<'TEXT'
 usage: bash launch/quickstart.sh [--variant X] [--steps N] [--input PATH ...] [--tokenizer FILE] [--lengths N ...]
+                                 [--verbose]
 
-Trains a tiny Titans on two processes, evaluates it and exports it to Hugging Face, in about ten minutes on two CPU
-cores after installation. Run it again and it goes on where it stopped; finished steps are skipped.
+Shows what a Titans is for: trains a small one, and a Transformer++ with the same window beside it, on text and on
+documents of recall; looks for needles in up to 65,536 tokens; exports it to Hugging Face; and puts all of it on one
+page, report.html. Run it again and it goes on where it stopped; finished stages are skipped.
 
-  --variant X       token mixer, a name in titans_mcore/mixers (default mac), or several joined by +
+  --variant X       token mixer, a name in titans_mcore/mixers (default mag), or several joined by +
   --steps N         training steps; default: those of pretrain/config/presets/quickstart.toml
   --input PATH ...  .txt, .md, .jsonl(.gz|.zst) or .parquet files, or folders of them; default: the sources and
                     documentation of this machine's Python standard library
   --tokenizer FILE  an existing sentencepiece tokenizer.model (Llama-2's, for example); default: one is trained
   --lengths N ...   tokens of the needle-in-a-haystack samples; default: 1024 4096 16384 65536
+  --verbose         the commands and their own lines in place of one bar for each
   --help            shows this
 
 Everything is written to runs/quickstart/ (runs/quickstart-VARIANT/ for the other variants).
@@ -24,12 +27,16 @@ TEXT
 # A path of the caller's folder, whatever folder the steps run in.
 absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
 
-variant=mac steps='' tokenizer='' inputs=() lengths=()
+variant=mag steps='' verbose='' tokenizer='' inputs=() lengths=()
 while (($#)); do
     case $1 in
     --help | -h)
         usage
         exit 0
+        ;;
+    --verbose)
+        verbose=1
+        shift
         ;;
     --variant | --steps | --tokenizer)
         if (($# < 2)); then
@@ -89,8 +96,8 @@ if ! wrong=$("$PYTHON" -c 'import sys; from titans_mcore.config import TitansCon
 fi
 
 run=runs/quickstart
-if [[ $variant != mac ]]; then run=runs/quickstart-$variant; fi
-mkdir -p "$run/tokenizer" "$run/eval"
+if [[ $variant != mag ]]; then run=runs/quickstart-$variant; fi
+mkdir -p "$run"
 
 # A run folder belongs to one text and one tokenizer: going on with others would mix two runs.
 asked=$(printf '%s\n' "${inputs[@]}" "tokenizer: ${tokenizer:-trained}")
@@ -99,64 +106,8 @@ if [[ -f $run/asked.txt && $(<"$run/asked.txt") != "$asked" ]]; then
 fi
 printf '%s\n' "$asked" >"$run/asked.txt"
 
-# step NAME TITLE COMMAND ...: prints the command, runs it, and notes how long it took.
-step() {
-    local name=$1 title=$2 began=$SECONDS
-    shift 2
-    say "$title"
-    printf '   '
-    printf '%q ' "$@"
-    printf '\n\n'
-    "$@"
-    printf '%s %s\n' "$name" $((SECONDS - began)) >>"$run/seconds.txt"
-}
-skip() { say "$1 (done already)"; }
-
-newest_checkpoint() { find "$run/checkpoints" -path '*/step-*/checkpoint.json' 2>/dev/null | sort | tail -n 1; }
-# Whether FILE was made from the newest checkpoint.
-is_current() { [[ -f $1 && ! $(newest_checkpoint) -nt $1 ]]; }
-
-if [[ -f $run/tokenizer/tokenizer.model ]]; then
-    skip "1/6 Tokenizer"
-elif [[ -n $tokenizer ]]; then
-    step tokenizer "1/6 Tokenizer: the one given" cp "$tokenizer" "$run/tokenizer/tokenizer.model"
-else
-    step tokenizer "1/6 Tokenizer: sentencepiece BPE, 2,048 pieces" \
-        "$PYTHON" -m tokenization.train --input "${inputs[@]}" --vocab-size 2048 \
-        --output "$run/tokenizer/tokenizer.model"
-fi
-
-step shards "2/6 Shards: text to token files, train and held-out" \
-    "$PYTHON" -m tokenization.encode --input "${inputs[@]}" --tokenizer "$run/tokenizer/tokenizer.model" \
-    --output "$run/shards" --workers 2
-
-layout=()
-if has_cuda && (($(nvidia-smi -L | wc -l) < 2)); then layout=(--nproc 1 --parallel.tensor 1); elif has_cuda; then layout=(--nproc 2); fi
-step pretrain "3/6 Pretrain: Titans $variant, tensor parallel, DeepSpeed ZeRO 1" \
-    bash launch/torchrun.sh --config quickstart --run-dir "$run" --data.path "$run/shards" \
-    --variant "$variant" ${steps:+--train.steps "$steps"} ${layout[@]+"${layout[@]}"}
-
-if is_current "$run/eval/position_perplexity.json"; then
-    skip "4/6 Held-out loss by position"
-else
-    step position_perplexity "4/6 Held-out loss by position" \
-        "$PYTHON" -m evals.position_perplexity --checkpoint "$run" --data "$run/shards" --output "$run/eval"
-fi
-
-if is_current "$run/eval/niah.json"; then
-    skip "5/6 Needle in a haystack"
-else
-    step niah "5/6 Needle in a haystack: S-NIAH, noise haystack, in constant memory" \
-        "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run/eval" \
-        --lengths "${lengths[@]}" --depths 5 --samples 1 --max-new-tokens 16
-fi
-
-if is_current "$run/hf/proof.json"; then
-    skip "6/6 Hugging Face export"
-else
-    step export "6/6 Hugging Face export, compared with the trained model" \
-        "$PYTHON" -m titans_mcore.hf.convert --checkpoint "$run" --output "$run/hf"
-fi
-
-say "Summary"
-"$PYTHON" -m evals.summary --run "$run"
+processes=2
+if has_cuda && (($(nvidia-smi -L | wc -l) < 2)); then processes=1; fi
+exec "$PYTHON" -m evals.quickstart --run "$run" --input "${inputs[@]}" ${tokenizer:+--tokenizer "$tokenizer"} \
+    --variant "$variant" ${steps:+--steps "$steps"} --lengths "${lengths[@]}" --processes "$processes" \
+    ${verbose:+--verbose}

@@ -24,6 +24,7 @@ FILLED_IN = {
     "--lengths 1024 16384": "--lengths 512 1024",
     "--tokens 256 --tokenizer": "--tokens 4096 --tokenizer",  # four hundred pieces are few
     "--text book.txt --length 2097152 --tokens 2097152": "--text text/argparse.txt --length 512 --tokens 512",
+    "--text book.txt --question": "--text text/argparse.txt --question",
     "--babi tasks_1-20_v1-2/en-10k --pg19 pg19/test": "--lengths 0 500 --samples 1",  # stories of our own
     "mac=runs/mac lmm=runs/lmm": "mac=runs/mine",
     "MAG=runs/a/eval/niah.jsonl MAC=runs/b/eval/niah.jsonl": "MAC=runs/mine/eval/niah.jsonl",
@@ -108,13 +109,13 @@ def test_a_command_of_the_readme_runs(fresh_copy: Path, written: str) -> None:
     for placeholder, value in FILLED_IN.items():
         command = command.replace(placeholder, value)
     command += next((more for script, more in SMALL.items() if script in command), "")
-    folder = fresh_copy / "runs" / ("quickstart-mag" if "--variant mag" in command else "quickstart")
+    folder = fresh_copy / "runs" / ("quickstart-lmm" if "--variant lmm" in command else "quickstart")
     if "--input text" in command and "quickstart" in command:
         shutil.rmtree(folder, ignore_errors=True)  # another text asks for another folder
     result = run(command, fresh_copy)
     assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
     if "quickstart.sh" in command:
-        for name in ("config.toml", "metrics.jsonl", "tokenizer/tokenizer.model", "summary.json", "eval/niah.png"):
+        for name in ("config.toml", "metrics.jsonl", "tokenizer/tokenizer.model", "summary.json", "report.html"):
             assert (folder / name).is_file(), name
 
 

@@ -142,10 +142,10 @@ class _Filler:
     """Noise that brings a document to a number of tokens."""
 
     def __init__(self, generator: random.Random, settings: TrainingDataSettings, words: templates.Words) -> None:
-        from evals.models import load_tokenizer
+        from tokenization.tokenizer import load_tokenizer
 
         assert settings.tokenizer is not None
-        self._processor: Any = load_tokenizer(settings.tokenizer).processor
+        self._processor: Any = load_tokenizer(settings.tokenizer)
         self._generator, self._settings, self._words = generator, settings, words
         self._before = len(self._processor.encode("."))
         self._noise = self._ids(templates.NOISE)
@@ -203,9 +203,9 @@ class Lists:
     """
 
     def __init__(self, tokenizer: Path, tokens: int) -> None:
-        from evals.models import load_tokenizer
+        from tokenization.tokenizer import load_tokenizer
 
-        self._processor: Any = load_tokenizer(tokenizer).processor
+        self._processor: Any = load_tokenizer(tokenizer)
         self._tokens = tokens - 2
         without_text = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
         self._pieces = [

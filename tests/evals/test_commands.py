@@ -20,7 +20,7 @@ from .conftest import MakeRun, train_tokenizer
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", ["evals.niah", "evals.position_perplexity"])
+@pytest.mark.parametrize("module", ["evals.ask", "evals.niah", "evals.position_perplexity"])
 def test_help_documents_every_setting_without_torch(module: str) -> None:
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True

@@ -13,7 +13,7 @@ import torch
 from evals import position_rows
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
-from evals.position_loss import loss_sums, stretch_ends, summarise
+from evals.position_loss import bucket_intervals, loss_sums, row_losses, stretch_ends, summarise
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
 from evals.position_rows import document_rows, heldout_rows, text_rows
 
@@ -41,6 +41,36 @@ def test_streamed_loss_equals_one_pass(make_run: MakeRun, shards: Path, variant:
     stretches = loss_sums(model, rows, 2, 50, (1, 100, 128, 333))
     parts = [part.sum() for part in np.split(direct.sum(0).double().numpy(), (1, 100, 128))]
     np.testing.assert_allclose(stretches, parts, rtol=2e-5)
+
+
+def test_intervals_are_those_of_the_rows_means(make_run: MakeRun, shards: Path) -> None:
+    model = load_model(make_run("mag"))
+    rows = heldout_rows(shards, model, 5, 333)
+    single = row_losses(model, rows, 2, 50, range(1, 334))
+    sums = row_losses(model, rows, 8, 1000, (1, 100, 128, 333))
+    found = bucket_intervals(sums, (1, 100, 128, 333), (100, 333))
+    for interval, (first, last) in zip(found, ((0, 100), (100, 333)), strict=True):
+        means = single[:, first:last].mean(1)
+        half = 2.776 * means.std(ddof=1) / math.sqrt(5)  # Student's t, four degrees
+        assert interval == pytest.approx((means.mean() - half, means.mean() + half), rel=1e-5)
+    assert bucket_intervals(sums[:1], (1, 100, 128, 333), (100, 333)) == [None, None]
+
+
+def test_a_memory_that_is_off_is_off_for_the_measurement_alone(make_run: MakeRun, shards: Path, tmp_path: Path) -> None:
+    model = load_model(make_run("mag"))
+
+    def loss(**more: bool) -> float:
+        report = evaluate(model, PositionPerplexitySettings(Path(), tmp_path, data=shards, length=300, **more))  # type: ignore[arg-type]
+        return report["loss"]
+
+    written = loss()
+    assert abs(loss(memory_off=True) - written) > 1e-4
+    assert loss() == written
+    with pytest.raises(EvaluationError, match="--memory-off: variant transformer has no memory; leave it out"):
+        evaluate(
+            load_model(make_run("transformer")),
+            PositionPerplexitySettings(Path(), tmp_path, data=shards, length=300, memory_off=True),
+        )
 
 
 def test_every_heldout_token_but_the_first_is_predicted_once(shards: Path, model: EvalModel) -> None:

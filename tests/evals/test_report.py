@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evals import measure
-from evals.report import heat_map, table, wilson_interval, write_bytes, write_figure, write_json
+from evals.report import heat_map, loss_plot, table, wilson_interval, write_bytes, write_figure, write_json
 from titans_mcore.memory import MemoryState
 
 
@@ -45,6 +45,17 @@ def test_heat_map_shows_n_in_each_cell_that_was_run_and_the_trained_length(tmp_p
     np.testing.assert_array_equal(drawn, [[1.0, 0.0], [0.5, math.nan]])
     write_figure(tmp_path / "map.png", figure)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_point_of_few_tokens_is_not_drawn_unless_there_are_no_others() -> None:
+    tokens = (10, 255, 256, 9_000)
+    buckets = [
+        {"last": 2**n, "tokens": n_tokens, "loss": 1.0, "interval": (0.5, 2.0)} for n, n_tokens in enumerate(tokens)
+    ]
+    for drawn, given in (([4, 8], buckets), ([1, 2], buckets[:2])):
+        axes = loss_plot("title", {"model": given}, None).axes[0]
+        assert list(axes.lines[0].get_xdata()) == drawn
+        assert len(axes.collections) == 1  # the interval
 
 
 def test_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

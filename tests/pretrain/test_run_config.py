@@ -167,8 +167,9 @@ def test_the_batch_must_be_shared_out_evenly():
 
 def test_the_quickstart_configuration_is_legal():
     config = build(*read_config("quickstart"))
-    assert config.parallel.tensor == 2
-    assert dataclasses.replace(config.model, variant="lmm").variant == "lmm"
+    assert config.accumulation(2) == 1
+    for variant in ("lmm", "mac", "mal", "transformer", "gated_deltanet"):
+        assert dataclasses.replace(config.model, variant=variant).variant == variant
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ A layer holds a mixer's state, of constant size however long the sequence has be
 """
 
 import json
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -117,15 +118,21 @@ class TitansCache(Cache):
             layer.state = None if layer.state is None else layer.state.to(device)
         return self
 
-    def save(self, file: str | PathLike[str]) -> None:
-        """Writes the states to a safetensors file, of a size that does not depend on what has been read."""
+    def save(self, file: str | PathLike[str], about: Mapping[str, str] | None = None) -> None:
+        """Writes the states to a safetensors file, of a size that does not depend on what has been read.
+
+        Args:
+            file: The file.
+            about: Words to keep in its header beside the cache's own.
+        """
         tensors: dict[str, Tensor] = {}
         for index, layer in enumerate(self.blocks):
             # States hold views of parameters and of each other, which a file may not.
             own = {} if layer.state is None else layer.state.map(lambda tensor: tensor.detach().clone()).state_dict()
             tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in own.items()}
         kinds = ["" if layer.state is None else type(layer.state).__name__ for layer in self.blocks]
-        save_file(tensors, file, {"titans_cache": json.dumps({"kinds": kinds, "tokens": self.get_seq_length()})})
+        record = {"titans_cache": json.dumps({"kinds": kinds, "tokens": self.get_seq_length()})}
+        save_file(tensors, file, {**(about or {}), **record})
 
     @classmethod
     def load(cls, file: str | PathLike[str], device: torch.device | str = "cpu") -> "TitansCache":
