@@ -38,7 +38,8 @@ class TitansForSequenceClassification(TitansPreTrainedModel):
         if self.pooling not in _POOLING:
             raise ValueError(f"classifier_pooling is {self.pooling!r}; it must be one of {', '.join(_POOLING)}")
         self.model = TitansModel(config)
-        self.score = nn.Linear(config.dim, config.num_labels, bias=False)
+        self.classes = int(config.num_labels or 0)
+        self.score = nn.Linear(config.dim, self.classes, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -47,7 +48,7 @@ class TitansForSequenceClassification(TitansPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the embedding."""
-        self.model.embedding = value  # type: ignore[assignment]
+        self.model.embedding = value
 
     def forward(
         self,
@@ -92,9 +93,11 @@ class TitansForSequenceClassification(TitansPreTrainedModel):
         logits = self.score(hidden.sum(1) / real.sum(1, keepdim=True).clamp_min(1))
         loss = None
         if labels is not None:
-            if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.config.num_labels:
-                wrong = int(labels.max()) if int(labels.max()) >= self.config.num_labels else int(labels.min())
-                raise ValueError(f"labels hold {wrong}; this model has {self.config.num_labels} classes, from 0")
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.classes:
+                raise ValueError(
+                    f"labels hold {low if low < 0 else high}; this model has {self.classes} classes, from 0"
+                )
             loss = F.cross_entropy(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
         return output.to_tuple() if return_dict is False else output
@@ -197,7 +200,7 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         # A norm follows the embedding: of a single number times a vector it would keep the sign alone, so the bias is
         # as large as the weight from the start, as in torch.
         if module is self.embedding or module is self.head or isinstance(module, EinFFT):
-            module.reset_parameters()  # type: ignore[operator, union-attr]
+            module.reset_parameters()
         elif module is self and self.config.scaling == "revin":
             nn.init.ones_(self.gain)
             nn.init.zeros_(self.shift)
@@ -234,10 +237,10 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         _check_shape("past_observed_mask", past_observed_mask, (length, channels))
         x, loc, scale = self._normalised(past_values, past_observed_mask)
         patches = x[:, length - self.config.covered :].unfold(1, self.config.patch_length, self.config.patch_stride)
-        if self.config.channels == "together":
-            tokens = patches.flatten(2)  # (B, tokens, C P)
-        else:
-            tokens = patches.permute(0, 2, 1, 3).flatten(0, 1)  # (B C, tokens, P)
+        apart = self.config.channels == "apart"
+        tokens = (
+            patches.transpose(1, 2).flatten(0, 1) if apart else patches.flatten(2)
+        )  # (B C, tokens, P) or (B, ., C P)
         outputs = self.model(
             self.embedding(tokens),
             use_cache=False,
