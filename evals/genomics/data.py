@@ -92,7 +92,8 @@ def nucleotide_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="N"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s"), ""), normalizers.Uppercase()])
+    upper = [normalizers.Replace(letter.lower(), letter) for letter in LETTERS]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s"), ""), *upper])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -25,8 +25,8 @@ class GenomicsSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each decides initial weights, the order of the data and what is held out, for all systems alike."""
     protocol: Literal["caduceus", "hyenadna"] = "caduceus"
-    """What chooses among five states of a training. caduceus: a dev file, or a tenth of the training data; hyenadna: the
-    TEST data, as the paper's numbers are made; its rows are labelled as contaminated."""
+    """What chooses among five states of a training. caduceus: a dev file, or a tenth of the training data; hyenadna:
+    the TEST data, as the paper's numbers are made; its rows are labelled as contaminated."""
     steps: int = 1_000
     """Updates."""
     batch: int = 64

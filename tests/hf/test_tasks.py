@@ -177,11 +177,11 @@ def test_einfft_is_its_formula_in_sums() -> None:
     torch.manual_seed(0)
     layer, x = EinFFT(8).double(), torch.randn(2, 5, 8, dtype=torch.float64) * 3
     torch.nn.init.normal_(layer.weight)
-    tokens, blocks = torch.arange(5), torch.arange(4)
+    tokens, blocks = torch.arange(5, dtype=torch.float64), torch.arange(4, dtype=torch.float64)
     turn = torch.exp(
         -2j * torch.pi * (torch.outer(tokens, tokens)[:, None, :, None] / 5 + torch.outer(blocks, blocks)[:, None] / 4)
     )
-    turn = turn.to(torch.complex128) / 20**0.5  # (frequency of time, of blocks, time, block)
+    turn = turn / 20**0.5  # (frequency of time, of blocks, time, block)
     z = torch.einsum("fgtk,btkd->bfgd", turn, x.unflatten(-1, (4, 2)).to(torch.complex128))
     for index in range(2):
         weight, bias = layer.weight[index], layer.bias[index]
