@@ -114,9 +114,9 @@ def _theirs(system: str, settings: ForecastingSettings, shared: dict[str, Any], 
     shared = {**shared, "d_model": settings.dim, "scaling": "std", "loss": "mse"}
     if system == "patchtsmixer":
         return PatchTSMixerForPrediction(PatchTSMixerConfig(**shared, num_layers=settings.layers))
-    blocks = {"num_hidden_layers": settings.layers, "num_attention_heads": heads, "ffn_dim": 2 * settings.dim}
     # As published, all tokens go to the forecast; transformers' default is their mean.
-    return PatchTSTForPrediction(PatchTSTConfig(**shared, **blocks, pooling_type=None))
+    shared |= {"num_hidden_layers": settings.layers, "num_attention_heads": heads, "pooling_type": None}
+    return PatchTSTForPrediction(PatchTSTConfig(**shared, ffn_dim=2 * settings.dim))
 
 
 @torch.inference_mode()

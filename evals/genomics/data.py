@@ -127,9 +127,10 @@ def load_task(source: str, max_length: int) -> Task:
     number = {label: index for index, label in enumerate(classes)}
     parts: dict[str, list[tuple[Tensor, int]]] = {}
     for part, samples in rows.items():
+        encoded = [encode(sequence, where, max_length) for sequence, _, where in samples]
         if unknown := sorted({label for _, label, _ in samples} - set(classes)):
             raise EvaluationError(f"--data {source}: {part} has class {unknown[0]}, which training has not")
-        parts[part] = [(encode(sequence, where, max_length), number[label]) for sequence, label, where in samples]
+        parts[part] = [(ids, number[label]) for ids, (_, label, _) in zip(encoded, samples, strict=True)]
     return Task("/".join(folder.parts[-2:]) if folder.is_dir() else source, classes, parts)
 
 

@@ -46,17 +46,17 @@ REAL = os.environ.get("TITANS_TIMESERIES", "")
 def test_a_set_has_the_windows_of_the_protocol_and_each_part_its_own_targets(name: str) -> None:
     rows, windows = SHAPES[name]
     series = scaled(name, ("x",), torch.arange(rows, dtype=torch.float64)[:, None])
-    step = float(series.values[1] - series.values[0])
+    lowest, highest = float(series.values[0]), float(series.values[-1])
+
+    def row(value: Tensor) -> int:
+        return round((float(value) - lowest) / (highest - lowest) * (rows - 1))
+
     for horizon in HORIZONS:
         assert len(series.windows("test", 96, horizon)) == windows - horizon
         for part, (begin, end) in zip(("train", "validation", "test"), splits(name, rows), strict=True):
             found = series.windows(part, 96, horizon)
-            first, last = (
-                float((found[index]["future_values"][place] - series.values[0]) / step)
-                for index, place in ((0, 0), (-1 + len(found), -1))
-            )
-            assert round(first) == (begin + 96 if part == "train" else begin)
-            assert round(last) == end - 1
+            assert row(found[0]["future_values"][0]) == (begin + 96 if part == "train" else begin)
+            assert row(found[len(found) - 1]["future_values"][-1]) == end - 1
 
 
 @pytest.mark.skipif(not REAL, reason="TITANS_TIMESERIES names no folder with the real files")
@@ -247,7 +247,7 @@ def test_the_command_prints_the_papers_table_with_ours_beside_and_goes_on_where_
 def test_faults_are_found_before_any_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = made(tmp_path / "waves.csv")
+    data = made(tmp_path / "waves.csv", 1200)
 
     def fault(*words: object) -> str:
         assert command(monkeypatch, "--data", data, "--output", tmp_path / "out", *words) == 2
@@ -256,7 +256,7 @@ def test_faults_are_found_before_any_training(
         return lines[0]
 
     assert "--systems lstm: variant is 'lstm'; it must be one of" in fault("--systems", "dlinear", "lstm")
-    assert "a horizon of 300 needs 396" in fault("--horizons", 8, 300)
+    assert "waves: validation has 216 rows with the 96 in front; a horizon of 300 needs 396" in fault("--horizons", 8, 300)
     assert "--patch-length 97 is longer than --context 96" in fault("--patch-length", 97)
     assert "--seeds 1 1 is empty or names one twice" in fault("--seeds", 1, 1)
     assert "--learning-rate is 0.0" in fault("--learning-rate", 0)

@@ -170,7 +170,7 @@ def test_each_fault_of_the_data_is_one_sentence(tmp_path: Path, monkeypatch: pyt
         return str(caught.value)
 
     head = "sequence,label\n"
-    assert "train.csv, line 3: 'X' is no nucleotide" in says(train=head + "ACGT,a\nACXT,b\n")
+    assert "train.csv, line 3: 'X' is no nucleotide" in says(train=head + "ACGT,negative\nACXT,positive\n")
     assert "test.csv, line 2: the sequence is empty" in says(train=head + "A,a\nC,b\n", test=head + ",a\n")
     assert "all training sequences are of class a" in says(train=head + "A,a\nC,a\n")
     assert "test has class c, which training has not" in says(train=head + "A,a\nC,b\n", test=head + "A,c\n")
