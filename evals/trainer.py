@@ -1,6 +1,7 @@
 """One training for models that are no language models: transformers' Trainer, the best of a few looks at validation."""
 
 import math
+import os
 import random
 import tempfile
 import time
@@ -49,6 +50,8 @@ def train(
     Raises:
         EvaluationError: accelerate is not installed, or the loss is not finite.
     """
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed where it is, which looks for one aloud
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
     from transformers.utils import logging

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evals.command_line import EvaluationError
+from evals.forecasting.data import Windows
 from evals.forecasting.settings import OTHERS, ForecastingSettings
 
 _HEAD_WIDTH = 16
@@ -120,7 +121,7 @@ def _theirs(system: str, settings: ForecastingSettings, shared: dict[str, Any], 
 
 
 @torch.inference_mode()
-def errors(model: nn.Module, windows: Any, batch: int = 64) -> tuple[float, float]:
+def errors(model: nn.Module, windows: Windows, batch: int = 64) -> tuple[float, float]:
     """Mean squared and mean absolute error over all windows, steps and channels; no window is left out."""
     squared = absolute = torch.zeros((), dtype=torch.float64)
     numbers = 0
@@ -130,3 +131,27 @@ def errors(model: nn.Module, windows: Any, batch: int = 64) -> tuple[float, floa
         off = (model(past_values=past)["prediction_outputs"] - future).double()
         squared, absolute, numbers = squared + off.square().sum(), absolute + off.abs().sum(), numbers + off.numel()
     return float(squared) / numbers, float(absolute) / numbers
+
+
+@torch.inference_mode()
+def carried_errors(model: Any, windows: Windows) -> tuple[tuple[float, float], tuple[float, float], int]:
+    """Errors over windows that follow each other without overlap, from an empty state, and from the last one's.
+
+    Args:
+        model: One of ours.
+        windows: Of which each `context`-th is read.
+
+    Returns:
+        Mean squared and absolute error of both, and how many windows there were.
+    """
+    from titans_mcore.hf.cache_titans import TitansCache
+
+    cache, places = TitansCache(model.config.num_layers), range(0, len(windows), windows.context)
+    off: list[list[Tensor]] = [[], []]
+    for place in places:
+        past, future = (window[None] for window in windows[place].values())
+        for kept, carried in zip(off, ({}, {"cache": cache}), strict=True):
+            kept.append((model(past_values=past, **carried).prediction_outputs - future).double())
+    empty, goes_on = (torch.cat(kept) for kept in off)
+    alone, together = ((float(x.square().mean()), float(x.abs().mean())) for x in (empty, goes_on))
+    return alone, together, len(places)

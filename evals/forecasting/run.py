@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from evals.command_line import EvaluationError
 from evals.forecasting.data import Series, Windows, load_series
-from evals.forecasting.models import build, errors
+from evals.forecasting.models import build, carried_errors, errors
 from evals.forecasting.published import HORIZONS, PUBLISHED, SETS
 from evals.forecasting.settings import OTHERS, ForecastingSettings
 from evals.record_file import RecordFile
@@ -20,7 +20,8 @@ from evals.report import markdown_table, mean_interval, settings_of, write_bytes
 from evals.trainer import seed_all, train
 
 _VALIDATED = 512  # windows, spread over all of validation: they choose among five states, and are no result
-_NOT_BUDGET = ("data", "output", "systems", "horizons", "seeds", "export")
+CARRIED = "the same windows, state carried (not comparable)"
+_NOT_BUDGET = ("data", "output", "systems", "horizons", "seeds", "carried", "export")
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,15 @@ def compare(settings: ForecastingSettings) -> str:
                 for series in every:
                     for system in settings.systems:
                         if (series.name, system, horizon, seed) not in found:
-                            result = _trained(series, system, horizon, seed, settings, budget)
-                            results.append([result])
-                            found[result.key] = result
+                            new = _trained(series, system, horizon, seed, settings, budget)
+                            results.append(new)
+                            found |= {result.key: result for result in new}
         return write_report(settings.output, list(found.values()))
 
 
 def _trained(
     series: Series, system: str, horizon: int, seed: int, settings: ForecastingSettings, budget: dict[str, Any]
-) -> Result:
+) -> list[Result]:
     parts = {part: series.windows(part, settings.context, horizon) for part in ("train", "validation", "test")}
     seed_all(seed)
     model = build(system, settings, len(series.channels), horizon)
@@ -116,10 +117,17 @@ def _trained(
         save_alone(model, settings.output / "models" / f"{series.name}-{system}-{horizon}", sample)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     shown = _shown(model, parts["test"]) if first else {}
-    return Result(
-        *(series.name, system, horizon, seed, mse, mae, validated, parameters, round(seconds, 1)),
-        *(len(parts["test"]), budget, shown),
-    )
+
+    def result(name: str, pair: tuple[float, float], windows: int, shown: dict[str, list[float]]) -> Result:
+        key, trained = (series.name, name, horizon, seed), (parameters, round(seconds, 1))
+        return Result(*key, *pair, validated, *trained, windows, budget, shown)
+
+    found = [result(system, (mse, mae), len(parts["test"]), shown)]
+    if settings.carried and system not in OTHERS:
+        empty, carried, windows = carried_errors(model, parts["test"])
+        found.append(result(f"{system}, every {settings.context}th window", empty, windows, {}))
+        found.append(result(f"{system}, {CARRIED}", carried, windows, {}))
+    return found
 
 
 @torch.inference_mode()
@@ -166,7 +174,7 @@ def _paper_table(results: Sequence[Result]) -> str:
     found: dict[str, dict[str, dict[int, list[Result]]]] = {}
     for result in results:
         column = names.get(result.series.lower())
-        if column is not None and result.horizon in HORIZONS:
+        if column is not None and result.horizon in HORIZONS and "," not in result.system:
             found.setdefault(result.system, {}).setdefault(column, {}).setdefault(result.horizon, []).append(result)
     rows = [[name, *cells] for name, cells in PUBLISHED.items()]
     for system, sets in found.items():

@@ -56,6 +56,9 @@ class ForecastingSettings:
     """Width of ours, PatchTST and PatchTSMixer."""
     layers: int = 2
     """Blocks of each of these."""
+    carried: bool = False
+    """ours: measure also windows that follow each other, with the memory's state going on from one to the next, in rows
+    of their own beside the same windows read from an empty state; comparable with nothing else."""
     export: bool = False
     """Write each of our models of the first seed as a folder that transformers loads alone, OUTPUT/models/..."""
 
@@ -72,5 +75,7 @@ class ForecastingSettings:
                 )
         if not self.learning_rate > 0:
             raise EvaluationError(f"--learning-rate is {self.learning_rate}; it must be above 0")
+        if self.carried and self.frame == "einfft":
+            raise EvaluationError("--carried needs a causal model; give --frame swiglu")
         if self.patch_length > self.context:
             raise EvaluationError(f"--patch-length {self.patch_length} is longer than --context {self.context}")

@@ -17,6 +17,7 @@ from evals.command_line import EvaluationError, run_command
 from evals.forecasting import __main__ as forecasting
 from evals.forecasting.data import Windows, load_series, scaled, splits
 from evals.forecasting.models import DLinear, RepeatLast, build, errors
+from evals.forecasting.run import CARRIED
 from evals.forecasting.settings import ForecastingSettings
 from evals.trainer import seed_all, train
 
@@ -225,18 +226,23 @@ def test_the_command_prints_the_papers_table_with_ours_beside_and_goes_on_where_
     data, output = made(tmp_path / "weather.csv", 1200), tmp_path / "out"
     words = ["--data", data, "--output", output, "--systems", "repeat", "lmm", "--horizons", 4, 8, "--steps", 2]
     words += ["--batch", 4, "--context", 16, "--patch-length", 4, "--patch-stride", 4, "--dim", 8, "--layers", 1]
+    words += ["--carried"]
     assert command(monkeypatch, *words, "--seeds", 0) == 0
     out = capsys.readouterr().out
     assert "| Titans memory | .358/.387 | .261/.309 | .420/.421 |" in out
     assert "| here: lmm |" not in out  # none of the paper's horizons was run
     lines = (output / "forecasting.jsonl").read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 8  # two systems, two horizons, and of ours two more
+    rows = {json.loads(line)["system"]: json.loads(line) for line in lines if json.loads(line)["horizon"] == 4}
+    assert rows["lmm"]["windows"] == 240 - 4 + 1
+    assert [row["windows"] for row in rows.values()][2:] == [15, 15]
+    assert rows["lmm, every 16th window"]["mse"] != rows[f"lmm, {CARRIED}"]["mse"]
     assert (output / "forecasting.png").read_bytes().startswith(b"\x89PNG")
     assert command(monkeypatch, *words, "--seeds", 0, 1) == 0
     again = (output / "forecasting.jsonl").read_text().splitlines()
-    assert again[:4] == lines
-    assert [json.loads(line)["seed"] for line in again] == [0] * 4 + [1] * 4
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| weather | 8 | lmm"))
+    assert again[:8] == lines
+    assert [json.loads(line)["seed"] for line in again] == [0] * 8 + [1] * 8
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| weather | 8 | lmm |"))
     values = [json.loads(line)["mse"] for line in again if '"lmm"' in line and json.loads(line)["horizon"] == 8]
     assert f"{sum(values) / 2:.3f} ± {12.706 * abs(values[0] - values[1]) / 2:.3f}" in row
     words[words.index("--steps") + 1] = 3
@@ -256,7 +262,10 @@ def test_faults_are_found_before_any_training(
         return lines[0]
 
     assert "--systems lstm: variant is 'lstm'; it must be one of" in fault("--systems", "dlinear", "lstm")
-    assert "waves: validation has 216 rows with the 96 in front; a horizon of 300 needs 396" in fault("--horizons", 8, 300)
+    assert "waves: validation has 216 rows with the 96 in front; a horizon of 300 needs 396" in fault(
+        "--horizons", 8, 300
+    )
+    assert "--carried needs a causal model" in fault("--carried", "--frame", "einfft")
     assert "--patch-length 97 is longer than --context 96" in fault("--patch-length", 97)
     assert "--seeds 1 1 is empty or names one twice" in fault("--seeds", 1, 1)
     assert "--learning-rate is 0.0" in fault("--learning-rate", 0)

@@ -9,8 +9,10 @@ import torch
 from torch.nn import functional as F
 from transformers import PatchTSTConfig, PatchTSTForPrediction
 
+from titans_mcore.hf.cache_titans import TitansCache
 from titans_mcore.hf.configuration_titans import TitansHFConfig, TitansTimeSeriesConfig
 from titans_mcore.hf.errors import ExportError, ProofFailed
+from titans_mcore.hf.exported import read_config
 from titans_mcore.hf.modeling_titans import TitansBackbone, TitansModel
 from titans_mcore.hf.save import save_alone
 from titans_mcore.hf.tasks_titans import EinFFT, TitansForSequenceClassification, TitansForTimeSeriesPrediction
@@ -203,6 +205,20 @@ def test_einfft_frame_sees_later_tokens_and_swiglu_does_not() -> None:
         assert torch.allclose(first, second, rtol=0, atol=1e-12) == causal
 
 
+@pytest.mark.parametrize("variant", ["lmm", "mac", "mag"])
+def test_windows_that_follow_each_other_with_a_cache_are_one_long_sequence(variant: str) -> None:
+    model, first, second = series_model(variant=variant, scaling="none", patch_stride=6), windows(), windows(seed=5)
+    cache = TitansCache(2)
+    model(first, cache=cache)
+    found = model(second, cache=cache).prediction_outputs
+    patches = torch.cat([first, second], 1).unfold(1, 6, 6).transpose(1, 2).flatten(0, 1)
+    hidden = model.model(inputs_embeds=model.embedding(patches)).last_hidden_state[:, 4:]
+    torch.testing.assert_close(found, model.head(hidden.flatten(1)).view(4, 3, 5).transpose(1, 2))
+    assert not torch.allclose(found, model(second).prediction_outputs)
+    with pytest.raises(ValueError, match="frame einfft is not causal"):
+        series_model(frame="einfft")(first, cache=TitansCache(2))
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -283,6 +299,12 @@ def test_a_saved_folder_loads_with_transformers_alone_and_computes_the_same(kind
         (folder / "proof.json").write_text(json.dumps(proof))
         with pytest.raises(ProofFailed, match="differs by 1 in loc"):
             verify(folder)
+
+
+def test_a_classifier_is_not_read_as_a_language_model(tmp_path: Path) -> None:
+    classifier().save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match="holds a TitansForSequenceClassification, no language model"):
+        read_config(tmp_path)
 
 
 def test_a_language_model_and_a_foreign_folder_are_refused(tmp_path: Path) -> None:

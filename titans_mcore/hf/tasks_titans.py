@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
@@ -215,6 +216,7 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> TitansForecast | tuple[Any, ...]:
         """Forecasts the steps behind a window.
@@ -226,11 +228,16 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
             output_hidden_states: Return the hidden states between blocks too.
             output_attentions: Refused where true; there are none.
             return_dict: False for a tuple.
+            cache: A TitansCache of the blocks, where the window follows those that it has read: the memory goes on
+                learning from window to window. It is brought forward in place.
             **kwargs: As TitansBackbone.forward's.
 
         Raises:
-            ValueError: A shape does not fit the configuration, or attention weights are asked for.
+            ValueError: A shape does not fit the configuration, attention weights are asked for, or a cache where the
+                frame is not causal.
         """
+        if cache is not None and self.config.frame == "einfft":
+            raise ValueError("cache: frame einfft is not causal and cannot go on from window to window; leave it out")
         length, channels = self.config.context_length, self.config.num_input_channels
         _check_shape("past_values", past_values, (length, channels))
         _check_shape("future_values", future_values, (self.config.prediction_length, channels))
@@ -243,6 +250,7 @@ class TitansForTimeSeriesPrediction(TitansPreTrainedModel):
         )  # (B C, tokens, P) or (B, ., C P)
         outputs = self.model(
             self.embedding(tokens),
+            cache=cache,
             use_cache=False,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
