@@ -21,7 +21,6 @@ def train(
     model: nn.Module,
     data: Any,
     validation: Any,
-    *,
     label: str,
     steps: int,
     batch: int,

@@ -41,6 +41,7 @@ SMALL = {
     "evals.memory_rule": " --steps 2 --cases lmm",
     "evals.forecasting": " --steps 2 --seeds 0 --systems repeat lmm",
     "evals.genomics": " --steps 2 --seeds 0 --systems lmm cnn",
+    "evals.recommendation": " --steps 2 --systems popularity lmm",
     "evals.comparison": " --steps 2 --recall-steps 2 --systems transformer lmm --seeds 0",
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
@@ -93,6 +94,8 @@ def fresh_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dna.mkdir(parents=True)
     for part in ("train", "dev", "test"):
         (dna / f"{part}.csv").write_text("sequence,label\n" + "ACGTACGTAA,0\nTTGACCGTAA,1\n" * 40, encoding="utf-8")
+    log = [f"{user}\t{(user + event) % 9}\t{event}" for user in range(9) for event in range(5)]
+    (copy / "LOG.tsv").write_text("\n".join(["user_id\titem_id\ttimestamp", *log]), encoding="utf-8")
     return copy
 
 

@@ -77,7 +77,7 @@ class CNN(nn.Module):
         self.embedding = nn.Embedding(len(VOCABULARY), 100, padding_idx=PAD)
         layers: list[nn.Module] = []
         for before, width in zip((100, *self.WIDTHS), self.WIDTHS, strict=False):
-            layers += [nn.Conv1d(before, width, 8, padding="same"), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(2)]
+            layers += [nn.Conv1d(before, width, 8, padding=4), nn.BatchNorm1d(width), nn.ReLU(), nn.MaxPool1d(2)]
         self.layers = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Linear(self.WIDTHS[-1], 512), nn.ReLU(), nn.Linear(512, classes))
 
