@@ -1,5 +1,6 @@
 """The commands of the READMEs are run as they stand there, with small numbers in place of large ones."""
 
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,9 @@ SMALL = {
     "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
     "evals.memory_rule": " --steps 2 --cases lmm",
+    "evals.forecasting": " --steps 2 --seeds 0 --systems repeat lmm",
+    "evals.genomics": " --steps 2 --seeds 0 --systems lmm cnn",
+    "evals.recommendation": " --steps 2 --systems popularity lmm",
     "evals.comparison": " --steps 2 --recall-steps 2 --systems transformer lmm --seeds 0",
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
@@ -85,6 +89,14 @@ def fresh_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("argparse", "ast", "heapq", "json/decoder", "random", "shutil", "textwrap", "typing"):
         source = Path(os.__file__).parent / f"{name}.py"
         (text / f"{source.stem}.txt").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    rows = (f"{row},{math.sin(row / 9):.4f},{math.cos(row / 5):.4f}" for row in range(14_700))
+    (copy / "ETTh1.csv").write_text("\n".join(["date,HUFL,OT", *rows]), encoding="utf-8")
+    dna = copy / "GUE" / "prom" / "prom_core_tata"
+    dna.mkdir(parents=True)
+    for part in ("train", "dev", "test"):
+        (dna / f"{part}.csv").write_text("sequence,label\n" + "ACGTACGTAA,0\nTTGACCGTAA,1\n" * 40, encoding="utf-8")
+    log = [f"{user}\t{(user + event) % 9}\t{event}" for user in range(9) for event in range(5)]
+    (copy / "LOG.tsv").write_text("\n".join(["user_id\titem_id\ttimestamp", *log]), encoding="utf-8")
     return copy
 
 

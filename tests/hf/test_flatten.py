@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from titans_mcore.hf.flatten import PACKAGE_FOLDER, flatten_code
+from titans_mcore.hf.flatten import ENTRIES, PACKAGE_FOLDER, flatten_code
 
 ROOMS = {"memory": "titans_memory", "attention": "titans_attention", "mixers": "titans_mixers"}
 PARTS = {
@@ -52,8 +52,11 @@ def statements(source: str) -> list[str]:
     return [text for text in texts if not text.startswith("__all__")]
 
 
-def test_no_import_is_left_outside_torch_transformers_the_standard_library_and_siblings() -> None:
-    code = flatten_code()
+@pytest.mark.parametrize("entries", [ENTRIES, ("tasks_titans", "configuration_titans")])
+def test_no_import_is_left_outside_torch_transformers_the_standard_library_and_siblings(
+    entries: tuple[str, ...],
+) -> None:
+    code = flatten_code(entries=entries)
     for name, source in code.items():
         tree = ast.parse(source)
         guarded = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
@@ -99,10 +102,11 @@ def test_the_code_is_the_same_at_every_export() -> None:
     assert flatten_code() == flatten_code()
 
 
-def test_each_entry_names_every_file_it_needs() -> None:
-    code = flatten_code()
-    named = set(re.findall(r"^\s*from \.(\S+) import", code["modeling_titans.py"], re.MULTILINE))
-    assert named == {name.removesuffix(".py") for name in code} - {"modeling_titans"}
+@pytest.mark.parametrize("entry", ["modeling_titans", "tasks_titans"])
+def test_each_entry_names_every_file_it_needs(entry: str) -> None:
+    code = flatten_code(entries=(entry, "configuration_titans"))
+    named = set(re.findall(r"^\s*from \.(\S+) import", code[f"{entry}.py"], re.MULTILINE))
+    assert named == {name.removesuffix(".py") for name in code} - {entry}
 
 
 Write = Callable[..., dict[str, str]]

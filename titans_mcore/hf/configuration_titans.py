@@ -76,6 +76,68 @@ class TitansHFConfig(PretrainedConfig):
         return TitansConfig(**{name: getattr(self, name) for name in _NAMES})
 
 
+class TitansTimeSeriesConfig(TitansHFConfig):
+    """The settings of a model that forecasts time series: TitansHFConfig's, and these, with PatchTST's names.
+
+    Args:
+        context_length: Steps of a window that the model sees.
+        prediction_length: Steps behind it that are forecast.
+        num_input_channels: C.
+        patch_length: Steps of a token; 1 is a token a step. Steps at the window's beginning that fill no patch are left
+            out, as in PatchTST.
+        patch_stride: Steps from token to token.
+        channels: apart reads each channel as a sequence of its own, with the same weights; together reads all channels
+            in each token.
+        scaling: std takes off every window's mean and divides by its deviation; revin learns a gain and a shift for
+            each channel beside it (RevIN); none does neither.
+        frame: What follows the memory in a block: swiglu, or SiMBA's einfft, which is not causal.
+        **kwargs: See TitansHFConfig.
+
+    Raises:
+        ValueError: The settings do not fit together.
+    """
+
+    model_type = "titans_time_series"
+
+    def __init__(
+        self,
+        context_length: int = 96,
+        prediction_length: int = 96,
+        num_input_channels: int = 1,
+        patch_length: int = 1,
+        patch_stride: int = 1,
+        channels: str = "apart",
+        scaling: str = "std",
+        frame: str = "swiglu",
+        **kwargs: Any,
+    ) -> None:
+        own = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "__class__")}
+        super().__init__(**{"vocab_size": 1} | kwargs)  # there is no vocabulary
+        for name, value in own.items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+            if name in _SERIES and value not in _SERIES[name]:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(_SERIES[name])}")
+            setattr(self, name, value)
+        if patch_length > context_length:
+            raise ValueError(f"patch_length {patch_length} is longer than context_length {context_length}; shorten it")
+        if frame == "einfft" and self.dim % 4:
+            raise ValueError(f"dim {self.dim} is not divisible by the 4 blocks of frame einfft; change it")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a window."""
+        return (self.context_length - self.patch_length) // self.patch_stride + 1
+
+    @property
+    def covered(self) -> int:
+        """Steps of a window that tokens cover, its last ones."""
+        return self.patch_length + (self.num_tokens - 1) * self.patch_stride
+
+
+_SERIES = {"channels": ("apart", "together"), "scaling": ("std", "revin", "none"), "frame": ("swiglu", "einfft")}
+
+
 def _renamed(attribute_map: dict[str, str]) -> dict[str, str]:
     """Our name to transformers' for every setting that has two."""
     return {(a if a in _NAMES else b): (b if a in _NAMES else a) for a, b in attribute_map.items()}

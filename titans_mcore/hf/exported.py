@@ -44,6 +44,8 @@ def read_config(folder: Path) -> TitansConfig:
         raise ExportError(
             f"{folder / CONFIG} is of model type {settings.get('model_type')!r}; name a folder that was exported here"
         )
+    if not {"TitansForCausalLM", "TitansModel"}.issuperset(kinds := settings.get("architectures") or []):
+        raise ExportError(f"{folder} holds a {kinds[0]}, no language model; name a folder that convert has written")
     try:
         return TitansHFConfig.from_dict(with_memory_heads(settings)).to_titans()
     except (TypeError, ValueError) as error:

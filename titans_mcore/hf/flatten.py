@@ -24,9 +24,10 @@ from titans_mcore.hf.package_module import (
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 ENTRIES = ("modeling_titans", "configuration_titans")
-"""Modules of hf that an exported config.json names."""
+"""Modules of hf that a language model's config.json names."""
 _FILES = {
     "hf/modeling_titans": "modeling_titans",
+    "hf/tasks_titans": "tasks_titans",
     "hf/configuration_titans": "configuration_titans",
     "hf/cache_names_titans": "configuration_titans",  # the rest of hf needs the mixers, which need the configuration
     "config": "configuration_titans",
@@ -37,13 +38,13 @@ _WHOLE = {"mixers"}
 """Rooms whose every module counts as imported by the room: it may find them itself instead of naming them."""
 
 
-def flatten_code(root: Path = PACKAGE_FOLDER) -> dict[str, str]:
+def flatten_code(root: Path = PACKAGE_FOLDER, entries: tuple[str, ...] = ENTRIES) -> dict[str, str]:
     """Every file that the entries in `root`/hf need, them included: name in the exported folder to source.
 
     Raises:
         ValueError: An import cannot be followed, or modules do not go into one file; the message names them.
     """
-    folder = _ExportedFolder(root)
+    folder = _ExportedFolder(root, entries)
     folder.check_order()
     for file in folder.files:
         folder.check_names(file)
@@ -53,8 +54,8 @@ def flatten_code(root: Path = PACKAGE_FOLDER) -> dict[str, str]:
 class _ExportedFolder:
     """The modules that the entries need, and the files that they go into."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, entries: tuple[str, ...]) -> None:
+        self.root, self.entries = root, entries
         self.modules: dict[Path, PackageModule] = {}
         self.loaded = self._needed(TOP, LOADING)
         self.files: dict[str, list[PackageModule]] = {}
@@ -70,7 +71,7 @@ class _ExportedFolder:
     def _needed(self, *kinds: str) -> set[Path]:
         """The entries and all that they import, at these times."""
         needed: set[Path] = set()
-        waiting = [self.root / "hf" / f"{entry}.py" for entry in ENTRIES]
+        waiting = [self.root / "hf" / f"{entry}.py" for entry in self.entries]
         while waiting:
             path = waiting.pop()
             if path not in needed:
@@ -165,7 +166,7 @@ class _ExportedFolder:
         for module in members:
             if module.file not in done:
                 parts += self._sections(module, file, done, main)
-        if file in ENTRIES:
+        if file in self.entries:
             parts += self._imports_of_rest(file)
         return "\n\n".join(parts) + "\n"
 

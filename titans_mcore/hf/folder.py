@@ -36,7 +36,7 @@ def is_export(folder: Path) -> bool:
     """Whether a folder was written by an export."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["model_type"] == "titans" and "AutoModelForCausalLM" in config["auto_map"]
+        return config["model_type"] in ("titans", "titans_time_series") and "AutoConfig" in config["auto_map"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

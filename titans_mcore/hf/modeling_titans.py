@@ -193,36 +193,33 @@ class TitansPreTrainedModel(PreTrainedModel):
             module.begin_recalling()
 
 
-class TitansModel(TitansPreTrainedModel):
-    """Embedding, blocks and the last norm.
+class TitansBackbone(TitansPreTrainedModel):
+    """Blocks and the last norm, without a vocabulary: the memory as a layer on vectors of any kind.
+
+    `backbone(inputs_embeds=x).last_hidden_state` of x (B, T, E) is (B, T, E), causal like the language model's.
 
     Args:
-        config: The settings.
+        config: The settings; of them vocab_size and tie_embeddings mean nothing here.
     """
+
+    main_input_name = "inputs_embeds"
+    reads_tokens = False
 
     def __init__(self, config: TitansHFConfig) -> None:
         super().__init__(config)
         titans = config.to_titans()
-        self.embedding = nn.Embedding(titans.vocab_size, titans.dim)
+        if self.reads_tokens:
+            self.embedding = nn.Embedding(titans.vocab_size, titans.dim)
         self.layers = nn.ModuleList([TitansBlock(titans, block) for block in range(titans.num_layers)])
         self.final_norm = RMSNorm(titans.dim, titans.norm_eps)
         self.gradient_checkpointing = False  # transformers sets it, and the function beside it
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding."""
-        self.embedding = value  # type: ignore[assignment]
-
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -232,11 +229,10 @@ class TitansModel(TitansPreTrainedModel):
         """Reads whole sequences, or the next piece of those that the cache has read before.
 
         Args:
-            input_ids: (B, T).
+            inputs_embeds: (B, T, E).
             attention_mask: 1 for tokens and 0 for padding, on any side, (B, T) or (B, all tokens so far). A padded row
                 computes what it computes alone; what comes out for padding means nothing.
             cache: A TitansCache, which is brought forward in place, or an empty DynamicCache.
-            inputs_embeds: (B, T, E) instead of input_ids.
             use_cache: Return a cache; by default the configuration's use_cache, and not while training.
             output_hidden_states: Return the hidden states between blocks too.
             return_dict: False for a tuple.
@@ -246,19 +242,21 @@ class TitansModel(TitansPreTrainedModel):
                 nothing here would look at is refused.
 
         Raises:
-            ValueError: The mask has another shape, documents cannot begin as they are said to, the cache is another
-                model's or comes under both its names, there are no tokens or one beyond the vocabulary, or attention
-                weights are asked for.
+            ValueError: The vectors have another shape, the mask too, documents cannot begin as they are said to, the
+                cache is another model's or comes under both its names, there are no tokens, or attention weights are
+                asked for.
         """
         check_arguments(kwargs)
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: Titans models do not give attention weights; leave it out")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
-        cache = self._open_cache(given_cache(cache, past_key_values), use_cache)
-        hidden = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
-        if not hidden.shape[1]:
+        width = self.config.dim
+        if inputs_embeds is None or inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+            came = "missing" if inputs_embeds is None else str(tuple(inputs_embeds.shape))
+            raise ValueError(f"inputs_embeds is {came}; give (B, T, {width}), vectors of the model's width")
+        if not inputs_embeds.shape[1]:
             raise ValueError(_NO_TOKENS)
+        cache = self._open_cache(given_cache(cache, past_key_values), use_cache)
+        hidden = inputs_embeds
         padding = padding_of(attention_mask, hidden, 0 if cache is None else cache.get_seq_length(), kwargs)
         rows = None if padding is None else padding.rows
         between = []
@@ -279,18 +277,6 @@ class TitansModel(TitansPreTrainedModel):
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _embedded(self, input_ids: Tensor | None) -> Tensor:
-        try:
-            return self.embedding(input_ids)
-        except IndexError as error:  # a GPU has its own way of saying so
-            assert input_ids is not None
-            rows = self.embedding.num_embeddings
-            beyond = input_ids[(input_ids < 0) | (input_ids >= rows)]
-            raise ValueError(
-                f"input_ids hold {int(beyond[0])}; the vocabulary has {rows} tokens, 0 to {rows - 1}: is it the "
-                "tokenizer of this model?"
-            ) from error
-
     def _run(self, block: nn.Module, hidden: Tensor, state: Any, rows: PackedRows | None) -> tuple[Tensor, Any]:
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(block, hidden, state, rows)
@@ -307,6 +293,62 @@ class TitansModel(TitansPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         return TitansCache(len(self.layers)) if use_cache else None
+
+
+class TitansModel(TitansBackbone):
+    """Embedding, blocks and the last norm.
+
+    Args:
+        config: The settings.
+    """
+
+    main_input_name = "input_ids"
+    reads_tokens = True
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the embedding."""
+        self.embedding = value  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TitansModelOutput | tuple[Any, ...]:
+        """As TitansBackbone.forward, of tokens.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: As there.
+            cache: As there.
+            inputs_embeds: (B, T, E) instead of input_ids.
+            **kwargs: As there.
+
+        Raises:
+            ValueError: As there, or a token is beyond the vocabulary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        hidden = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
+        return super().forward(hidden, attention_mask, cache, **kwargs)
+
+    def _embedded(self, input_ids: Tensor | None) -> Tensor:
+        try:
+            return self.embedding(input_ids)
+        except IndexError as error:  # a GPU has its own way of saying so
+            assert input_ids is not None
+            rows = self.embedding.num_embeddings
+            beyond = input_ids[(input_ids < 0) | (input_ids >= rows)]
+            raise ValueError(
+                f"input_ids hold {int(beyond[0])}; the vocabulary has {rows} tokens, 0 to {rows - 1}: is it the "
+                "tokenizer of this model?"
+            ) from error
 
 
 def check_device_map(model: nn.Module) -> None:

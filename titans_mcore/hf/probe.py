@@ -2,7 +2,8 @@
 
 A script of its own, run as `python -P probe.py FOLDER REQUEST.json ANSWERS.safetensors`: it loads the folder as a user
 without this project would, reads the requested tokens whole, in pieces and one by one, and continues them and a text.
-What is no tensor stands in the metadata of the answers.
+What is no tensor stands in the metadata of the answers. Run as `python -P probe.py FOLDER AUTO_CLASS INPUTS.safetensors
+OUTPUTS.safetensors`, it gives a model that is no language model its inputs by name.
 """
 
 import importlib
@@ -69,6 +70,20 @@ def main(folder: str, request_file: str, answers_file: str) -> None:
     save_file({name: value.cpu().contiguous() for name, value in answers.items()}, answers_file, words)
 
 
+def answer(folder: str, auto_class: str, inputs_file: str, outputs_file: str) -> None:
+    """Writes every tensor that the model, loaded by this class of transformers, gives for the inputs."""
+    block_imports()
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        outputs = model(**load_file(inputs_file))
+    tensors = {name: value.contiguous() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    save_file(tensors, outputs_file)
+
+
 def _stream(model, pieces, cache):
     """Logits of pieces (1, T) read one after the other, (all T, V); the cache is brought forward."""
     import torch
@@ -82,4 +97,4 @@ def _stream(model, pieces, cache):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (answer if len(sys.argv) == 5 else main)(*sys.argv[1:])

@@ -210,23 +210,37 @@ def ask_exported(folder: Path, question: Question) -> Answer:
     with tempfile.TemporaryDirectory() as scratch:
         request_file, answers = Path(scratch, "request.json"), Path(scratch, "answers.safetensors")
         request_file.write_text(json.dumps(asdict(question)), encoding="utf-8")
-        # A module cache of its own: transformers may take code that an earlier folder of this name left in it.
-        environment = {**os.environ, "HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
-        environment.pop("PYTHONPATH", None)
-        result = subprocess.run(
-            [sys.executable, "-P", Path(__file__).with_name("probe.py"), folder.resolve(), request_file, answers],
-            cwd=scratch,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if result.returncode:
-            last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ProofFailed(f"the exported folder could not be loaded and run: {last}")
+        run_probe(Path(scratch), folder, request_file, answers)
         with safe_open(answers, "pt") as file:
             words = file.metadata()
             logits = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return Answer(logits, json.loads(words["generated"]), words["continuation"], words["transformers"])
+
+
+def run_probe(scratch: Path, folder: Path, *words: Path | str) -> None:
+    """Runs probe.py on an exported folder, in a process that cannot import this package.
+
+    Args:
+        scratch: An empty folder for what the process needs.
+        folder: The exported folder.
+        *words: What else the probe takes.
+
+    Raises:
+        ProofFailed: The process failed; the message ends with the last line it wrote.
+    """
+    # A module cache of its own: transformers may take code that an earlier folder of this name left in it.
+    environment = {**os.environ, "HF_MODULES_CACHE": f"{scratch}/modules", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    result = subprocess.run(
+        [sys.executable, "-P", Path(__file__).with_name("probe.py"), folder.resolve(), *words],
+        cwd=scratch,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ProofFailed(f"the exported folder could not be loaded and run: {last}")
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:

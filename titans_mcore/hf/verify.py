@@ -18,6 +18,7 @@ from torch import Tensor
 from titans_mcore.hf.errors import ExportError, ProofFailed
 from titans_mcore.hf.exported import PROOF
 from titans_mcore.hf.proof import FORMAT, READINGS, Answer, Question, ask_exported, places_of, same_choices
+from titans_mcore.hf.save import repeat_proof
 from titans_mcore.weights import file_sha256
 
 EXIT_FAILED, EXIT_MISTAKE = 1, 2
@@ -45,6 +46,8 @@ class Verdict:
     """Logits compared."""
     allowed: float
     """Largest difference allowed."""
+    what: str = "logits, read whole, in pieces and token by token,"
+    """What was compared."""
 
 
 def verify(folder: Path, *, device: str = "cpu", tolerance: float = 1e-4) -> Verdict:
@@ -56,6 +59,9 @@ def verify(folder: Path, *, device: str = "cpu", tolerance: float = 1e-4) -> Ver
     """
     proof = _read(folder)
     _check_files(folder, proof["files"])
+    if "auto_class" in proof:  # no language model
+        error, compared, allowed = repeat_proof(folder, proof, tolerance)
+        return Verdict(error, compared, allowed, "numbers")
     prompts, continuation = proof["prompts"], proof["continuation"]
     question = Question(
         [prompt["tokens"] for prompt in prompts],
@@ -133,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return EXIT_FAILED
     print(
-        f"verified {settings.folder} on {settings.device}: {verdict.compared:,} logits, read whole, in pieces and "
-        f"token by token, differ from the trained model's by at most {verdict.max_abs_error:.3g} "
+        f"verified {settings.folder} on {settings.device}: {verdict.compared:,} {verdict.what} "
+        f"differ from the trained model's by at most {verdict.max_abs_error:.3g} "
         f"({verdict.allowed:.3g} is allowed)"
     )
     return 0

@@ -1,0 +1,105 @@
+"""One training for models that are no language models: transformers' Trainer, the best of a few looks at validation."""
+
+import math
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evals.command_line import EvaluationError
+
+LOOKS = 5
+"""Times that validation is looked at, the end among them; the weights of the best one are kept."""
+
+
+def train(
+    model: nn.Module,
+    data: Any,
+    validation: Any,
+    label: str,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    weight_decay: float = 0.0,
+    collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+) -> tuple[float, float]:
+    """Trains in place: AdamW, a tenth of the steps warm-up, then a cosine; the order of the data is the seed's alone.
+
+    Args:
+        model: Its forward gives a loss first.
+        data: A torch dataset of what forward takes by name.
+        validation: The same; its mean loss chooses the weights that are kept.
+        label: The name of what is predicted.
+        steps: Updates.
+        batch: Samples of an update.
+        learning_rate: The highest.
+        seed: Of the order.
+        weight_decay: AdamW's, of matrices.
+        collate: Makes a batch; by default transformers'.
+
+    Returns:
+        The lowest validation loss, and seconds.
+
+    Raises:
+        EvaluationError: accelerate is not installed, or the loss is not finite.
+    """
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed where it is, which looks for one aloud
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    every = max(1, steps // LOOKS)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            arguments = TrainingArguments(
+                output_dir=scratch,
+                max_steps=steps,
+                per_device_train_batch_size=batch,
+                per_device_eval_batch_size=2 * batch,
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=max(1, steps // 10),
+                weight_decay=weight_decay,
+                seed=seed,
+                data_seed=seed,
+                eval_strategy="steps",
+                eval_steps=every,
+                save_strategy="steps",
+                save_steps=every,
+                save_total_limit=1,
+                save_only_model=True,
+                load_best_model_at_end=True,
+                metric_for_best_model="eval_loss",
+                prediction_loss_only=True,
+                label_names=[label],
+                logging_nan_inf_filter=False,
+                report_to="none",
+                dataloader_pin_memory=torch.cuda.is_available(),
+                disable_tqdm=True,
+            )
+        except ImportError:
+            raise EvaluationError("accelerate is not installed; install it with `pip install -e '.[evals]'`") from None
+        trainer = Trainer(model, arguments, collate, data, validation)
+        trainer.remove_callback(PrinterCallback)
+        loss = trainer.train().training_loss
+    best = trainer.state.best_metric
+    if best is None or not math.isfinite(best) or not math.isfinite(loss):
+        raise EvaluationError(f"the training loss is {loss} with --learning-rate {learning_rate:g}; give a smaller one")
+    model.eval()
+    return best, time.monotonic() - begun
+
+
+def seed_all(seed: int) -> None:
+    """Random numbers of torch and Python, for initial weights and what is drawn."""
+    torch.manual_seed(seed)
+    random.seed(seed)
