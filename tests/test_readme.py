@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from .tokenization.test_adopt import make_documents, write_pair
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("tokenization", "pretrain", "titans_mcore", "evals", "launch", "tests")
 PAGES = [ROOT / "README.md", *(page for room in ROOMS for page in sorted((ROOT / room).rglob("README.md")))]
@@ -96,6 +98,7 @@ def fresh_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("train", "dev", "test"):
         (dna / f"{part}.csv").write_text("sequence,label\n" + "ACGTACGTAA,0\nTTGACCGTAA,1\n" * 40, encoding="utf-8")
     log = [f"{user}\t{(user + event) % 9}\t{event}" for user in range(9) for event in range(5)]
+    write_pair(copy / "corpus_text_document", make_documents(400))
     (copy / "LOG.tsv").write_text("\n".join(["user_id\titem_id\ttimestamp", *log]), encoding="utf-8")
     return copy
 
