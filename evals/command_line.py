@@ -48,6 +48,18 @@ def check_at_least(least: int, settings: object, *names: str) -> None:
             raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
 
 
+def check_named_once(settings: object, *names: str) -> None:
+    """Refuses lists, fields of a dataclass, that are empty or hold something twice.
+
+    Raises:
+        EvaluationError: Names the first one.
+    """
+    for name in names:
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            raise EvaluationError(f"--{name} {' '.join(map(str, values))} is empty or names one twice; name each once")
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command line and ends the process with its status.
 

@@ -6,6 +6,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,3 +104,13 @@ def seed_all(seed: int) -> None:
     """Random numbers of torch and Python, for initial weights and what is drawn."""
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+def check_budget(results: list[Any], budget: dict[str, Any], output: Path) -> None:
+    """Refuses a folder whose results, with a `budget` each, are of another one."""
+    for known in results:
+        if other := sorted(name for name in budget if known.budget.get(name) != budget[name]):
+            raise EvaluationError(
+                f"--output {output} has results with --{other[0].replace('_', '-')} "
+                f"{known.budget.get(other[0])}, not {budget[other[0]]}; give another folder"
+            )

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from evals.command_line import EvaluationError
 from evals.forecasting.data import Series, Windows, load_series
 from evals.forecasting.models import build, carried_errors, errors
 from evals.forecasting.published import HORIZONS, PUBLISHED, SETS
 from evals.forecasting.settings import OTHERS, ForecastingSettings
 from evals.record_file import RecordFile
 from evals.report import markdown_table, mean_interval, settings_of, write_bytes, write_figure
-from evals.trainer import seed_all, train
+from evals.trainer import check_budget, seed_all, train
 
 _VALIDATED = 512  # windows, spread over all of validation: they choose among five states, and are no result
 CARRIED = "the same windows, state carried (not comparable)"
@@ -66,12 +65,7 @@ def compare(settings: ForecastingSettings) -> str:
                 build(system, settings, len(series.channels), horizon)
     budget = {name: value for name, value in settings_of(settings).items() if name not in _NOT_BUDGET}
     with RecordFile(settings.output / "forecasting.jsonl", Result) as results:
-        for known in results.records:
-            if other := sorted(name for name in budget if known.budget.get(name) != budget[name]):
-                raise EvaluationError(
-                    f"--output {settings.output} has results with --{other[0].replace('_', '-')} "
-                    f"{known.budget.get(other[0])}, not {budget[other[0]]}; give another folder"
-                )
+        check_budget(results.records, budget, settings.output)
         found = {result.key: result for result in results.records}
         for seed in settings.seeds:
             for horizon in settings.horizons:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evals.command_line import EvaluationError, check_at_least
+from evals.command_line import EvaluationError, check_at_least, check_named_once
 
 OTHERS = ("repeat", "dlinear", "patchtst", "patchtsmixer")
 """Systems that are not ours: the last value again and again; DLinear; transformers' PatchTST and PatchTSMixer."""
@@ -67,12 +67,7 @@ class ForecastingSettings:
             1, self, "horizons", "steps", "batch", "context", "patch_length", "patch_stride", "dim", "layers"
         )
         check_at_least(0, self, "seeds")
-        for name in ("data", "systems", "horizons", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise EvaluationError(
-                    f"--{name} {' '.join(map(str, values))} is empty or names one twice; name each once"
-                )
+        check_named_once(self, "data", "systems", "horizons", "seeds")
         if not self.learning_rate > 0:
             raise EvaluationError(f"--learning-rate is {self.learning_rate}; it must be above 0")
         if self.carried and self.frame == "einfft":

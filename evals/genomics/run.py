@@ -16,7 +16,7 @@ from evals.genomics.data import PAD, VOCABULARY, Sequences, Task, collate, load_
 from evals.genomics.settings import GenomicsSettings
 from evals.record_file import RecordFile
 from evals.report import markdown_table, mean_interval, settings_of, write_bytes
-from evals.trainer import seed_all, train
+from evals.trainer import check_budget, seed_all, train
 
 _NOT_BUDGET = ("data", "output", "systems", "seeds", "export")
 _PAPER_SETS = {
@@ -101,12 +101,7 @@ def compare(settings: GenomicsSettings) -> str:
         build(system, settings, 2)
     budget = {name: value for name, value in settings_of(settings).items() if name not in _NOT_BUDGET}
     with RecordFile(settings.output / "genomics.jsonl", Result) as results:
-        for known in results.records:
-            if other := sorted(name for name in budget if known.budget.get(name) != budget[name]):
-                raise EvaluationError(
-                    f"--output {settings.output} has results with --{other[0].replace('_', '-')} "
-                    f"{known.budget.get(other[0])}, not {budget[other[0]]}; give another folder"
-                )
+        check_budget(results.records, budget, settings.output)
         found = {result.key: result for result in results.records}
         for seed in settings.seeds:
             for task in tasks:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evals.command_line import EvaluationError, check_at_least
+from evals.command_line import EvaluationError, check_at_least, check_named_once
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ class GenomicsSettings:
     def __post_init__(self) -> None:
         check_at_least(1, self, "steps", "batch", "dim", "layers", "chunk_size", "max_length")
         check_at_least(0, self, "seeds", "weight_decay")
-        for name in ("data", "systems", "seeds"):
-            values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise EvaluationError(
-                    f"--{name} {' '.join(map(str, values))} is empty or names one twice; name each once"
-                )
+        check_named_once(self, "data", "systems", "seeds")
         if not self.learning_rate > 0:
             raise EvaluationError(f"--learning-rate is {self.learning_rate}; it must be above 0")

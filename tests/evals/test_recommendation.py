@@ -34,6 +34,7 @@ def test_popularity_ranks_the_whole_catalogue_but_what_the_user_had(tmp_path: Pa
     assert found["NDCG@10"] == pytest.approx([1.0])
 
 
+@pytest.mark.slow
 def test_a_model_learns_an_order_that_shuffling_takes_away(tmp_path: Path) -> None:
     draw, events = random.Random(0), []
     for user in range(80):  # each goes around a ring of 40 items, from anywhere: all are equally popular

@@ -99,6 +99,7 @@ def test_an_update_that_is_left_out_changes_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=False)) == bool(bad)
 
 
+@pytest.mark.slow
 def test_a_run_with_muon_goes_on_as_one_that_never_stopped(train, tmp_path):
     muon = ["--optimizer.name", "muon", "--parallel.zero-stage", "0", "--evaluate.heldout-sequences", "0"]
     muon += ["--train.steps", "4", "--schedule.shape", "wsd"]
