@@ -345,10 +345,10 @@ def work_out(
     if rule.holds_last:
         steps = torch.cat([steps[..., :-1], _held_last(memory, tokens, inputs[-1]).unsqueeze(-1)], -1)
     met, kernel = _met_by_keys(memory, inputs[-1], steps[..., -1], gates[-1], state, before)
-    delta, normed = _errors(network, tokens, met, kernel)
+    delta, normed, aim = _errors(network, tokens, met, kernel)
     deltas = propagate_down(network, state.weights, hidden, delta)
     if rule.exact and len(inputs) > 1:
-        share = _lower_share(memory, tokens, inputs, deltas, _removable(network, tokens, delta, normed)).unsqueeze(-1)
+        share = _lower_share(memory, tokens, inputs, deltas, _removable(network, delta, normed, aim)).unsqueeze(-1)
         steps = torch.cat([steps[..., :-1] * share, steps[..., -1:]], -1)
     writes = Writes(inputs, deltas, steps)
     return Work(memory, writes if before is None else writes.behind(before), gates)
@@ -390,32 +390,26 @@ def _met_by_keys(
     return met, kernel
 
 
-def _errors(network: Network, tokens: Tokens, met: Tensor, kernel: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Errors at the last matrix' output and this output, normalised, (N, n, D); see _met_by_keys."""
+def _errors(network: Network, tokens: Tokens, met: Tensor, kernel: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors at the last matrix' output, (N, n, D), for what _met_by_keys gives.
+
+    Also, with LayerNorm, this output normalised, and aim: what of the gradient at it does not depend on the memory.
+    """
     if not network.residual_norm:
         error = LOSS_SLOPE * (met - tokens.values)
         if kernel is not None:
             error = torch.linalg.solve_triangular(LOSS_SLOPE * kernel, error, upper=False, unitriangular=True)
-        return error, met
-    slope = (LOSS_SLOPE * _scale(network, met).square()).expand(len(met), 1, met.shape[-1])
-    return _NormErrors.apply(met, kernel, _aim(network, tokens), slope)
+        return error, error, error
+    scale = met.new_ones(1) if network.norm_weight is None else per_memory(network.norm_weight, met)
+    aim = scale * answer_error(network, tokens.keys, tokens.values, torch.zeros_like(met))
+    slope = (LOSS_SLOPE * scale.square()).expand(len(met), 1, met.shape[-1])
+    return *_NormErrors.apply(met, kernel, aim, slope), aim
 
 
-def _aim(network: Network, tokens: Tokens) -> Tensor:
-    """What of the gradient at LayerNorm's output does not depend on the memory, (N, n, D)."""
-    nothing = torch.zeros_like(tokens.values)
-    return _scale(network, nothing) * answer_error(network, tokens.keys, tokens.values, nothing)
-
-
-def _scale(network: Network, x: Tensor) -> Tensor:
-    return x.new_ones(1) if network.norm_weight is None else per_memory(network.norm_weight, x)
-
-
-def _removable(network: Network, tokens: Tokens, delta: Tensor, normed: Tensor) -> Tensor:
+def _removable(network: Network, delta: Tensor, normed: Tensor, aim: Tensor) -> Tensor:
     """What can be removed (N, n) of tokens' losses: see removable_loss. Without LayerNorm it is all of them."""
     if not network.residual_norm:
         return (delta / LOSS_SLOPE).square().sum(-1)
-    aim = _aim(network, tokens)
     return removable_loss(normed, aim - aim.mean(-1, keepdim=True))
 
 
