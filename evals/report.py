@@ -45,6 +45,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), _T_95[min(len(values) - 1, len(_T_95)) - 1] * error
 
 
+def interval_text(values: Sequence[float]) -> str:
+    """mean_interval as a cell of a table."""
+    mean, half = mean_interval(values)
+    return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned to the right, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

@@ -114,3 +114,18 @@ def check_budget(results: list[Any], budget: dict[str, Any], output: Path) -> No
                 f"--output {output} has results with --{other[0].replace('_', '-')} "
                 f"{known.budget.get(other[0])}, not {budget[other[0]]}; give another folder"
             )
+
+
+def titans_sizes(layers: int, dim: int, heads: int, chunk_size: int) -> dict[str, int]:
+    """Settings of a small model of ours, whatever it reads."""
+    return {
+        "num_layers": layers,
+        "dim": dim,
+        "num_heads": heads,
+        "ffn_dim": 2 * dim,
+        "memory_expansion": 2,
+        "chunk_size": chunk_size,
+        "segment_length": 4 * chunk_size,
+        "persistent_tokens": 4,
+        "window": 0,
+    }

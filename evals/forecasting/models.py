@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from evals.command_line import EvaluationError
 from evals.forecasting.data import Windows
 from evals.forecasting.settings import OTHERS, ForecastingSettings
+from evals.trainer import titans_sizes
 
 _HEAD_WIDTH = 16
 
@@ -96,15 +97,7 @@ def _ours(system: str, settings: ForecastingSettings, shared: dict[str, Any], he
         channels=settings.channels,
         scaling=settings.scaling,
         frame=settings.frame,
-        num_layers=settings.layers,
-        dim=settings.dim,
-        num_heads=heads,
-        ffn_dim=2 * settings.dim,
-        memory_expansion=2,
-        chunk_size=settings.chunk_size,
-        segment_length=4 * settings.chunk_size,
-        persistent_tokens=4,
-        window=0,
+        **titans_sizes(settings.layers, settings.dim, heads, settings.chunk_size),
     )
     return TitansForTimeSeriesPrediction(config)
 

@@ -15,7 +15,7 @@ from evals.forecasting.models import build, carried_errors, errors
 from evals.forecasting.published import HORIZONS, PUBLISHED, SETS
 from evals.forecasting.settings import OTHERS, ForecastingSettings
 from evals.record_file import RecordFile
-from evals.report import markdown_table, mean_interval, settings_of, write_bytes, write_figure
+from evals.report import interval_text, markdown_table, settings_of, write_bytes, write_figure
 from evals.trainer import check_budget, seed_all, train
 
 _VALIDATED = 512  # windows, spread over all of validation: they choose among five states, and are no result
@@ -149,17 +149,12 @@ def _ours_table(results: Sequence[Result]) -> str:
     for (series, horizon, system), group in groups.items():
         mse, mae = ([getattr(result, name) for result in group] for name in ("mse", "mae"))
         seconds = statistics.fmean(result.seconds for result in group)
-        row = [series, str(horizon), system, f"{group[0].parameters:,}", _interval(mse), _interval(mae)]
+        row = [series, str(horizon), system, f"{group[0].parameters:,}", interval_text(mse), interval_text(mae)]
         rows.append([*row, str(len(group)), f"{seconds:.0f}", f"{group[0].windows:,}"])
     order = {series: place for place, series in enumerate(dict.fromkeys(result.series for result in results))}
     rows.sort(key=lambda row: (order[row[0]], int(row[1])))
     header = ["set", "horizon", "system", "parameters", "MSE", "MAE", "seeds", "seconds", "test windows"]
     return markdown_table(header, rows)
-
-
-def _interval(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def _paper_table(results: Sequence[Result]) -> str:

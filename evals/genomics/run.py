@@ -15,8 +15,8 @@ from evals.command_line import EvaluationError
 from evals.genomics.data import PAD, VOCABULARY, Sequences, Task, collate, load_task, nucleotide_tokenizer
 from evals.genomics.settings import GenomicsSettings
 from evals.record_file import RecordFile
-from evals.report import markdown_table, mean_interval, settings_of, write_bytes
-from evals.trainer import check_budget, seed_all, train
+from evals.report import interval_text, markdown_table, settings_of, write_bytes
+from evals.trainer import check_budget, seed_all, titans_sizes, train
 
 _NOT_BUDGET = ("data", "output", "systems", "seeds", "export")
 _PAPER_SETS = {
@@ -133,15 +133,7 @@ def build(system: str, settings: GenomicsSettings, classes: int) -> nn.Module:
             pad_token_id=PAD,
             num_labels=classes,
             classifier_pooling=settings.pooling,
-            num_layers=settings.layers,
-            dim=settings.dim,
-            num_heads=max(1, settings.dim // 32),
-            ffn_dim=2 * settings.dim,
-            memory_expansion=2,
-            chunk_size=settings.chunk_size,
-            segment_length=4 * settings.chunk_size,
-            persistent_tokens=4,
-            window=0,
+            **titans_sizes(settings.layers, settings.dim, max(1, settings.dim // 32), settings.chunk_size),
         )
         return TitansForSequenceClassification(config)
     except ValueError as fault:
@@ -214,7 +206,7 @@ def _tables(results: Sequence[Result], protocol: str) -> str:
         groups.setdefault((result.task, result.system), []).append(result)
     rows, paper = [], {name: dict(zip(_PAPER_SETS, cells.split(), strict=True)) for name, cells in _PAPER.items()}
     for (task, system), group in sorted(groups.items()):
-        mcc, accuracy = (_interval([getattr(result, name) for result in group]) for name in ("mcc", "accuracy"))
+        mcc, accuracy = (interval_text([getattr(result, name) for result in group]) for name in ("mcc", "accuracy"))
         seconds = f"{statistics.fmean(result.seconds for result in group):.0f}"
         row = [task, system + contaminated, f"{group[0].parameters:,}", mcc, accuracy]
         rows.append([*row, str(len(group)), seconds, f"{group[0].sequences:,}"])
@@ -228,8 +220,3 @@ def _tables(results: Sequence[Result], protocol: str) -> str:
         return text
     body = [[name, *(cells.get(column, "-") for column in _PAPER_SETS)] for name, cells in paper.items()]
     return f"{text}\n{markdown_table(['top-1 %, the paper (pretrained but CNN)', *_PAPER_SETS.values()], body)}\n"
-
-
-def _interval(values: Sequence[float]) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
