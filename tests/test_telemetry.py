@@ -109,7 +109,7 @@ def test_gates_and_retention_are_what_the_biases_make_them(groups, variant, gate
         if name.endswith("gate_bias"):
             biases = [[theta] * sets + [eta] * sets + [rate] * sets for rate in alpha]
             parameter.data = torch.logit(torch.tensor(biases))
-        if name.endswith("memory.key_value.weight"):  # a head: key, value, gates
+        if name.endswith("memory.kv_gates_proj.weight"):  # a head: key, value, gates
             parameter.data.unflatten(0, (2, -1))[:, 2 * 16 :] = 0.0
     seen = seen_of(model, documents=False)
     for block in range(2):

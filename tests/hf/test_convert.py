@@ -176,7 +176,7 @@ def test_weights_of_another_variant_are_named(tmp_path: Path, tokenizer: Path, f
     description = run / "checkpoints" / "step-00000010" / "weights" / "model.json"
     text = description.read_text()
     description.write_text(text.replace('"mac"', '"mal"'))
-    assert "layers.0.mixer.attention.query_key_value.weight is missing in the checkpoint" in fails(
+    assert "layers.0.mixer.attention.qkv_proj.weight is missing in the checkpoint" in fails(
         "--checkpoint", run, "--output", tmp_path / "hf"
     )
 

@@ -296,7 +296,7 @@ def test_initial_weights_are_the_mixers_own_and_complete() -> None:
     model.apply(model._init_weights)
     assert not [name for name, parameter in model.named_parameters() if (parameter == 7.0).any()]
     mixer = model.model.layers[0].mixer
-    assert abs(mixer.query.weight.std() / 0.02 - 1) < 0.2
+    assert abs(mixer.q_proj.weight.std() / 0.02 - 1) < 0.2
     assert abs(mixer.attention_output.weight.std() / (0.02 / 2) - 1) < 0.2  # / sqrt(2 * 2 blocks)
     assert abs(mixer.memory.initial_weights[0].std() - 1) < 0.2
 
@@ -322,12 +322,12 @@ def test_configuration_converts_both_ways_and_names_bad_settings() -> None:
 def test_a_new_model_begins_recalling_and_a_loaded_one_stays_as_it_was_trained(tmp_path: Path) -> None:
     model = make("mac", memory_init="next_token")
     mixer = model.model.layers[0].mixer
-    maps = mixer.query, mixer.key_value, mixer.attention_output, mixer.memory_output
+    maps = mixer.q_proj, mixer.kv_proj, mixer.attention_output, mixer.memory_output
     for module in maps:  # from whatever init_std they came
         assert module.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
     for query, key, heads, width in (
-        (mixer.query, mixer.key_value, 4, 8),
-        (mixer.memory.query_gate, mixer.memory.key_value, 2, 16),
+        (mixer.q_proj, mixer.kv_proj, 4, 8),
+        (mixer.memory.qg_proj, mixer.memory.kv_gates_proj, 2, 16),
     ):
         queries, keys = (module.weight.unflatten(0, (heads, -1))[:, :width] for module in (query, key))
         assert torch.equal(queries, keys)

@@ -37,9 +37,9 @@ class EmaMixer(FromParts):
 
     def forward(self, x: Tensor, state: EmaState | None, rows: PackedRows | None = None) -> tuple[Tensor, EmaState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
-        x = self.parts.open(x)
+        x = self.parts.gather_from_sp_region(x)
         value, gate = heads_of(linear(self.value_gate, x), self.parts.heads).chunk(2, -1)
-        rate = self.parts.enter(linear(self.rate, x)).unsqueeze(2)
+        rate = self.parts.copy_to_tp_region(linear(self.rate, x)).unsqueeze(2)
         keep = torch.sigmoid(rate + self.rate_bias).expand_as(value)
         before = torch.zeros_like(value[:, 0]) if state is None else state.average
         average, last = moving_average(value, keep, before, rows)

@@ -21,7 +21,7 @@ def memory_of(**settings: object) -> NeuralMemory:
 
 
 def queries_and_keys(memory: NeuralMemory, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    query, _ = heads_of(memory.query_gate(x), memory.heads).chunk(2, -1)
+    query, _ = heads_of(memory.qg_proj(x), memory.heads).chunk(2, -1)
     return memory._queries(query, None, None, None)[0], memory._keys_values_gates(x, None, None, None)[0]
 
 
@@ -65,7 +65,7 @@ def test_an_untrained_memory_answers_a_token_with_what_followed_it_before() -> N
 def test_attention_of_mac_begins_with_keys_like_queries() -> None:
     mixer = mixer_of("mac", memory_init="next_token")
     assert isinstance(mixer, MacMixer)
-    query, key_value = mixer.query.weight.unflatten(0, (3, -1)), mixer.key_value.weight.unflatten(0, (3, -1))
+    query, key_value = mixer.q_proj.weight.unflatten(0, (3, -1)), mixer.kv_proj.weight.unflatten(0, (3, -1))
     assert torch.equal(key_value[:, :8], query)
     assert not torch.equal(key_value[:, 8:], query)
 

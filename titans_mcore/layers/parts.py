@@ -47,7 +47,7 @@ class OwnedHeads:
         self, config: TransformerConfig, submodules: MixerSubmodules, heads: int, pg_collection: ProcessGroupCollection
     ) -> None:
         self.config, self.submodules, self.group = config, submodules, pg_collection.tp
-        # Between open() and finish() a mixer's tokens are whole, also under sequence parallelism.
+        # Behind gather_from_sp_region() a mixer's tokens are whole, also under sequence parallelism.
         self.inner_config = copy.copy(config)
         self.inner_config.sequence_parallel = False
         self.ranks, self.rank = self.group.size(), self.group.rank()
@@ -64,7 +64,7 @@ class OwnedHeads:
             init_method=self.config.init_method,
             bias=False,
             gather_output=False,
-            disable_grad_reduce=True,  # open() and enter() reduce once for all maps of one input
+            disable_grad_reduce=True,  # copy_to_tp_region() reduces once for all maps of one input
             tp_group=self.group,
         )
         module.weight.rows_per_head = per_head  # what an optimizer of whole matrices takes for one
@@ -78,7 +78,7 @@ class OwnedHeads:
         """See mixers.parts.MemoryParts."""
         return self.per_head(full)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def merge_heads(self, x: Tensor) -> Tensor:
         """See mixers.parts.MemoryParts; a rank's heads are its channels."""
         return x.flatten(2)
 
@@ -141,16 +141,15 @@ class MegatronParts(OwnedHeads):
             tp_group=self.group,
         )
 
-    def open(self, x: Tensor) -> Tensor:
+    def gather_from_sp_region(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
         """See mixers.parts.Parts."""
-        return self._gathered(x, summed=True) if self.config.sequence_parallel else self.enter(x)
-
-    def _gathered(self, x: Tensor, *, summed: bool) -> Tensor:
-        """All tokens from every rank's share; the share's gradient is the ranks' sum, or what each has of it."""
+        if not self.config.sequence_parallel:
+            return self.copy_to_tp_region(x) if tensor_parallel_output_grad else x
         share = x.transpose(0, 1).contiguous()
-        return tensor_parallel.gather_from_sequence_parallel_region(share, summed, self.group).transpose(0, 1)
+        whole = tensor_parallel.gather_from_sequence_parallel_region(share, tensor_parallel_output_grad, self.group)
+        return whole.transpose(0, 1)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def copy_to_tp_region(self, x: Tensor) -> Tensor:
         """See mixers.parts.Parts."""
         return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
 
@@ -160,15 +159,11 @@ class MegatronParts(OwnedHeads):
             return linear(row, x)
         return linear(row, x.transpose(0, 1).contiguous()).transpose(0, 1)  # Megatron scatters along the first axis
 
-    def close(self, x: Tensor) -> Tensor:
+    def scatter_to_sp_region(self, x: Tensor) -> Tensor:
         """See mixers.parts.Parts."""
         if not self.config.sequence_parallel:
             return x
         return tensor_parallel.scatter_to_sequence_parallel_region(x.transpose(0, 1), group=self.group).transpose(0, 1)
-
-    def reopen(self, x: Tensor) -> Tensor:
-        """See mixers.parts.Parts."""
-        return self._gathered(x, summed=False) if self.config.sequence_parallel else x
 
     def replicated(self, full: Tensor) -> nn.Parameter:
         """See mixers.parts.Parts."""
@@ -178,9 +173,9 @@ class MegatronParts(OwnedHeads):
         """See mixers.parts.Parts."""
         return full.chunk(self.ranks)[self.rank]
 
-    def total(self, x: Tensor) -> Tensor:
+    def sum_over_tp_region(self, x: Tensor) -> Tensor:
         """See mixers.parts.Parts."""
-        return self.enter(tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group))
+        return self.copy_to_tp_region(tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group))
 
 
 class HiddenParts:
@@ -211,7 +206,7 @@ class HiddenParts:
         """See mixers.parts.MemoryParts."""
         return _part(self.config, full, split_axis(layer, depth), self.group.rank(), self.group.size())
 
-    def leave(self, x: Tensor) -> Tensor:
+    def merge_heads(self, x: Tensor) -> Tensor:
         """See mixers.parts.MemoryParts."""
         return tensor_parallel.scatter_to_tensor_model_parallel_region(x.flatten(2), group=self.group)
 
@@ -225,7 +220,7 @@ class WholeLinear(nn.Module):
     """A linear map that every tensor-parallel rank holds whole and applies to all tokens.
 
     What arrives at its output is the whole gradient on every rank. At its input it goes on as one share of as many:
-    Parts.open() and enter() add them up, together with those of the split maps beside it.
+    Parts.gather_from_sp_region() and copy_to_tp_region() add them up, together with those of the split maps beside it.
 
     Args:
         config: Megatron's configuration.

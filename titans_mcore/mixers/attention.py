@@ -8,7 +8,7 @@ from ..attention import attend, rotate
 from ..attention.attend import Prefix
 from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
-from .kept import Kept
+from .kv_cache import KVCache
 from .parts import FromParts, Parts, heads_of, linear
 
 AROUND = ("attention.", "output.")  # the maps into and out of attention, in mixers that call them so
@@ -24,7 +24,7 @@ class AttentionState(TensorTree):
         prefix_values: Their values.
     """
 
-    kept: Kept
+    kept: KVCache
     prefix_keys: Tensor | None
     prefix_values: Tensor | None
 
@@ -40,30 +40,30 @@ class Attention(FromParts):
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         self.config, self.heads = config, parts.heads
-        self.query_key_value = parts.column(config.dim, *3 * [config.head_dim])
+        self.qkv_proj = parts.column(config.dim, *3 * [config.head_dim])
 
-    def begin(self, batch: int, persistent: Tensor | None = None, kept: Kept | None = None) -> AttentionState:
+    def begin(self, batch: int, persistent: Tensor | None = None, kept: KVCache | None = None) -> AttentionState:
         """The state before the first token of so many rows.
 
         Args:
             batch: B.
-            persistent: Persistent tokens that every token sees, (1, N, E), which have passed Parts.enter().
+            persistent: Persistent tokens that every token sees, (1, N, E), which have passed Parts.copy_to_tp_region().
             kept: Keys and values of earlier tokens, where rows go on and only the persistent tokens are read again.
         """
         prefix_keys = prefix_values = None
         if persistent is not None:
-            _, *both = heads_of(linear(self.query_key_value, persistent), self.heads).chunk(3, -1)
+            _, *both = heads_of(linear(self.qkv_proj, persistent), self.heads).chunk(3, -1)
             prefix_keys, prefix_values = (part.expand(batch, -1, -1, -1) for part in both)
         if kept is None:
-            weight = next(self.query_key_value.parameters())
+            weight = next(self.qkv_proj.parameters())
             nothing = weight.new_zeros(batch, 0, self.heads, self.config.head_dim)
-            kept = Kept(nothing, nothing)
+            kept = KVCache(nothing, nothing)
         return AttentionState(kept, prefix_keys, prefix_values)
 
     def forward(
         self, x: Tensor, state: AttentionState, rows: PackedRows | None = None
     ) -> tuple[Tensor, AttentionState]:
-        """Attend within x (B, T, E), which has passed Parts.enter(), and to what the state holds.
+        """Attend within x (B, T, E), which has passed Parts.copy_to_tp_region(), and to what the state holds.
 
         Args:
             x: The piece.
@@ -73,7 +73,7 @@ class Attention(FromParts):
         Returns:
             (B, T, heads, D), and the state after the last token.
         """
-        queries, keys, values = heads_of(linear(self.query_key_value, x), self.heads).chunk(3, -1)
+        queries, keys, values = heads_of(linear(self.qkv_proj, x), self.heads).chunk(3, -1)
         documents = state.kept.documents(rows, x.shape[1])
         kept = state.kept.extended(keys, values)
         # Only differences of positions count: counted from the oldest key still seen, they never grow large.

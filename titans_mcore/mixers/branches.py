@@ -14,8 +14,8 @@ from .parts import FromParts, Parts
 
 # What their specs say of the parts that they share.
 BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")
-MEMORY_USES = {"memory.query_gate": (1, 1), "memory.key_value": (1, 1)}
-ATTENTION_USES = {"attention.query_key_value": (1, 1)}
+MEMORY_USES = {"memory.qg_proj": (1, 1), "memory.kv_gates_proj": (1, 1)}
+ATTENTION_USES = {"attention.qkv_proj": (1, 1)}
 
 
 class PersistentTokens(FromParts):
@@ -40,7 +40,7 @@ class Persistent(NamedTuple):
     """What persistent tokens leave for the sequences behind them, the same for all.
 
     Attributes:
-        tokens: The tokens, (1, N, E), which have passed Parts.enter(); None without any.
+        tokens: The tokens, (1, N, E), which have passed Parts.copy_to_tp_region(); None without any.
         reads: What the memory answers to them, (1, N, heads, D); None without any.
         start: The memory after them, in which every sequence begins; None without any.
     """
@@ -54,7 +54,7 @@ def read_persistent(tokens: Tensor | None, memory: NeuralMemory, parts: Parts) -
     """Let the memory run over the persistent tokens, once for all rows and documents."""
     if tokens is None:
         return Persistent(None, None, None)
-    tokens = parts.enter(tokens)
+    tokens = parts.copy_to_tp_region(tokens)
     reads, state = memory(tokens, close=True)
     return Persistent(tokens, reads, state)
 

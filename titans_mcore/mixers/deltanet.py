@@ -38,7 +38,7 @@ class DeltaNetMixer(FromParts):
     def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         _, keys, values = self.shape
-        projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
+        projected = heads_of(linear(self.projection, self.parts.gather_from_sp_region(x)), self.parts.heads)
         tokens, beta = projected.split([2 * keys + values, 1], -1)
         tokens, tail = convolved(tokens, None if state is None else state.part("tail"), self.kernel, rows)
         read, matrix = delta_scan(tokens, beta, None, self.shape, state, rows)

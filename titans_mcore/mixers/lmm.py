@@ -28,8 +28,8 @@ class LmmMixer(FromParts):
         """Mix x as the block holds it; the state of None begins a sequence."""
         tokens = self.persistent(x) if begins(state, rows) else None
         persistent = read_persistent(tokens, self.memory, self.parts)
-        reads, state = self.memory(self.parts.open(x), state, start=persistent.start, rows=rows)
-        return self.parts.finish(self.output, self.parts.memory.leave(reads)), state
+        reads, state = self.memory(self.parts.gather_from_sp_region(x), state, start=persistent.start, rows=rows)
+        return self.parts.finish(self.output, self.parts.memory.merge_heads(reads)), state
 
 
 @register

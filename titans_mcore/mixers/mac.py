@@ -25,7 +25,7 @@ from .costs import (
     total_sums,
     weights_message,
 )
-from .kept import Kept, take
+from .kv_cache import KVCache, take
 from .neural_memory import NeuralMemory, NeuralMemoryState, Recall
 from .parts import FromParts, Parts, copy_rows, heads_of, linear, rms_norm
 from .segments import Segment, segments_of
@@ -45,7 +45,7 @@ class MacState(TensorTree):
 
     written: NeuralMemoryState | None
     recall: Recall
-    kept: Kept
+    kept: KVCache
 
 
 class MacMixer(FromParts):
@@ -68,8 +68,8 @@ class MacMixer(FromParts):
         self.persistent = PersistentTokens(config, parts)
         self.memory = NeuralMemory(config, parts)
         self.memory_output = parts.row(config.memory_shape.channels, config.dim)
-        self.query = parts.column(config.dim, width)
-        self.key_value = parts.column(config.dim, width, width)
+        self.q_proj = parts.column(config.dim, width)
+        self.kv_proj = parts.column(config.dim, width, width)
         self.attention_output = parts.row(config.dim, config.dim)
         self.begin_recalling()
         self.attention_norm = parts.replicated(torch.full((config.dim,), initial_norm(config)))
@@ -85,11 +85,11 @@ class MacMixer(FromParts):
         config = self.config
         if config.memory_init != "next_token":
             return
-        copy_rows(self.query, self.key_value, self.heads, config.head_dim)
+        copy_rows(self.q_proj, self.kv_proj, self.heads, config.head_dim)
         residual = math.sqrt(2.0 * config.num_layers)
         for module, d_in, factor in (
-            (self.query, config.dim, 1.0),
-            (self.key_value, config.dim, 1.0),
+            (self.q_proj, config.dim, 1.0),
+            (self.kv_proj, config.dim, 1.0),
             (self.attention_output, config.dim, residual),
             (self.memory_output, config.memory_shape.channels, residual),
         ):
@@ -101,17 +101,19 @@ class MacMixer(FromParts):
         tokens = self.persistent(x)  # the same for every row and every segment
         prefix = None
         if tokens is not None:
-            prefix = heads_of(linear(self.key_value, self.parts.enter(tokens)), self.heads).expand(batch, -1, -1, -1)
-        x = self.parts.open(x)
-        maps = [x, *(heads_of(linear(part, x), self.heads) for part in (self.query, self.key_value))]
+            prefix = heads_of(linear(self.kv_proj, self.parts.copy_to_tp_region(tokens)), self.heads).expand(
+                batch, -1, -1, -1
+            )
+        x = self.parts.gather_from_sp_region(x)
+        maps = [x, *(heads_of(linear(part, x), self.heads) for part in (self.q_proj, self.kv_proj))]
         if state is None:
             nothing = x.new_zeros(batch, 0, 2, self.heads, self.config.head_dim)
-            state = MacState(None, Recall(), Kept(nothing, nothing))
+            state = MacState(None, Recall(), KVCache(nothing, nothing))
         if rows is None and state.kept.real is None:
             output, state = self._whole_rows(maps, prefix, state)
         else:
             output, state = self._packed_rows(maps, prefix, state, rows)
-        return self.parts.close(output), state
+        return self.parts.scatter_to_sp_region(output), state
 
     def _whole_rows(self, maps: list[Tensor], prefix: Tensor | None, state: MacState) -> tuple[Tensor, MacState]:
         """The segments of rows that hold one sequence each."""
@@ -150,8 +152,8 @@ class MacMixer(FromParts):
             rows, real, before = segment.rows, PackedRows(real=segment.real), _without(before, segment.restarts)
             recall = Recall(recall.weights, recall.query_tail, segment.restarts)
         recalled, recall = self.memory(x, recall=recall, rows=rows)
-        recalled = self.parts.enter(linear(self.memory_output, self.parts.memory.leave(recalled)))
-        recalled_kv = heads_of(linear(self.key_value, recalled), self.heads)
+        recalled = self.parts.copy_to_tp_region(linear(self.memory_output, self.parts.memory.merge_heads(recalled)))
+        recalled_kv = heads_of(linear(self.kv_proj, recalled), self.heads)
         keys, values = torch.stack([recalled_kv, keys_values], 2).chunk(2, -1)
         kept = before.extended(keys, values)
         past, base = before.keys.shape[1], self.config.rope_base
@@ -165,8 +167,8 @@ class MacMixer(FromParts):
             backend=self.config.attention_backend,
         )
         y = linear(self.attention_output, attention.flatten(2))
-        memory, written = self.memory(self.parts.enter(y), state.written, rows=rows)
-        m, eps = linear(self.memory_output, self.parts.memory.leave(memory)), self.config.norm_eps
+        memory, written = self.memory(self.parts.copy_to_tp_region(y), state.written, rows=rows)
+        m, eps = linear(self.memory_output, self.parts.memory.merge_heads(memory)), self.config.norm_eps
         output = combine(rms_norm(y, self.attention_norm, eps), rms_norm(m, self.memory_norm, eps))
         return output, self._after(written, recall, kept, segment, rows)
 
@@ -174,7 +176,7 @@ class MacMixer(FromParts):
         self,
         written: NeuralMemoryState,
         recall: Recall,
-        kept: Kept,
+        kept: KVCache,
         segment: Segment | None,
         rows: PackedRows | None,
     ) -> MacState:
@@ -203,14 +205,14 @@ def initial_norm(config: TitansConfig) -> float:
     return config.init_std * math.sqrt(config.dim / (2.0 * config.num_layers))
 
 
-def _without(kept: Kept, restarts: Tensor) -> Kept:
+def _without(kept: KVCache, restarts: Tensor) -> KVCache:
     """Without the keys of rows that begin a document."""
     real = kept.keys.new_ones(kept.keys.shape[:2], dtype=torch.bool) if kept.real is None else kept.real
-    return Kept(kept.keys, kept.values, real & ~restarts.unsqueeze(1))
+    return KVCache(kept.keys, kept.values, real & ~restarts.unsqueeze(1))
 
 
 # The memory reads before the attention and once more behind it.
-_USES = {"memory.query_gate": (2, 0), "memory_output": (2, 0), "key_value": (2, 1)}
+_USES = {"memory.qg_proj": (2, 0), "memory_output": (2, 0), "kv_proj": (2, 1)}
 
 
 @register
@@ -222,7 +224,7 @@ class Mac(MixerSpec):
     paper = "Titans MAC"
     module = MacMixer
     state = MacState
-    attention = ("query.", "key_value.", "attention_output.")
+    attention = ("q_proj.", "kv_proj.", "attention_output.")
     memory = persistent = True
     beginnings = BEGINNINGS
     uses = _USES

@@ -49,12 +49,12 @@ class MagMixer(FromParts):
             attended = state.attention
         else:
             attended = self.attention.begin(len(x), persistent.tokens, None if state is None else state.attention.kept)
-        x = self.parts.open(x)
+        x = self.parts.gather_from_sp_region(x)
         memory, memory_state = self.memory(
             x, None if state is None else state.memory, start=persistent.start, rows=rows
         )
         attention, attended = self.attention(x, attended, rows)
-        memory = self.parts.memory.leave(rms_norm(memory, self.memory_norm, self.eps))
+        memory = self.parts.memory.merge_heads(rms_norm(memory, self.memory_norm, self.eps))
         mixed = combine(rms_norm(attention, self.attention_norm, self.eps).flatten(2), memory)
         return self.parts.finish(self.output, mixed), BranchesState(memory_state, attended)
 

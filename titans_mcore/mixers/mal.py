@@ -48,14 +48,17 @@ class MalMixer(FromParts):
             prefix = None if persistent.reads is None else self._answer(persistent.reads)
             attended = self.attention.begin(len(x), prefix, None if state is None else state.attention.kept)
         memory, memory_state = self.memory(
-            self.parts.open(x), None if state is None else state.memory, start=persistent.start, rows=rows
+            self.parts.gather_from_sp_region(x),
+            None if state is None else state.memory,
+            start=persistent.start,
+            rows=rows,
         )
         attention, attended = self.attention(self._answer(memory), attended, rows)
         return self.parts.finish(self.output, attention.flatten(2)), BranchesState(memory_state, attended)
 
     def _answer(self, reads: Tensor) -> Tensor:
         """y, as input of the attention's maps."""
-        return self.parts.enter(linear(self.memory_output, self.parts.memory.leave(reads)))
+        return self.parts.copy_to_tp_region(linear(self.memory_output, self.parts.memory.merge_heads(reads)))
 
 
 @register

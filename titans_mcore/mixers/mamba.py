@@ -45,7 +45,7 @@ class TimeSteps(FromParts):
         self.bias = parts.per_head(initial_dt_bias(channels))
 
     def forward(self, r: Tensor) -> Tensor:
-        """(B, T, R), which has passed Parts.enter(), to the process's channels, in float32 at least."""
+        """(B, T, R), which has passed Parts.copy_to_tp_region(), to the process's channels, in float32 at least."""
         return F.softplus(widened(F.linear(r, self.weight)) + widened(self.bias))
 
 
@@ -72,10 +72,10 @@ class MambaMixer(FromParts):
 
     def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
-        u, z = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads).split(1, -1)
+        u, z = heads_of(linear(self.projection, self.parts.gather_from_sp_region(x)), self.parts.heads).split(1, -1)
         u, tail = convolved(u, None if state is None else state.part("tail"), self.kernel, rows, self.bias)
         u, z = u.squeeze(-1), z.squeeze(-1)
-        selected = self.parts.enter(linear(self.selection, u))
+        selected = self.parts.copy_to_tp_region(linear(self.selection, u))
         r, b, c = selected.split([self.rank, _NUMBERS, _NUMBERS], -1)
         before = None if state is None else state.part("matrix")
         y, held = selective_scan(u, self.steps(r), -widened(self.A_log).exp(), b, c, state=before, rows=rows)

@@ -58,13 +58,13 @@ class Mamba2Mixer(FromParts):
     def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         heads, _, values = self.shape
-        x = self.parts.open(x)
+        x = self.parts.gather_from_sp_region(x)
         z, u, dt = heads_of(linear(self.projection, x), self.parts.heads).split([values, values, 1], -1)
         u, tail = convolved(u, None if state is None else state.part("tail"), self.kernel, rows, self.bias)
         shared = heads_of(linear(self.shared, x), 1)
         before = None if state is None else state.part("shared_tail")
         shared, shared_tail = convolved(shared, before, self.shared_kernel, rows, self.shared_bias)
-        b, c = self.parts.enter(shared).chunk(2, -1)
+        b, c = self.parts.copy_to_tp_region(shared).chunk(2, -1)
         step = F.softplus(widened(dt.squeeze(-1)) + widened(self.dt_bias))
         read, matrix = linear_scan(
             c,
@@ -75,7 +75,7 @@ class Mamba2Mixer(FromParts):
             rows=rows,
         )
         y = (read + self.D.unsqueeze(-1) * u) * F.silu(z)
-        mean = self.parts.total(y.square().sum((-2, -1), keepdim=True)) / (heads * values)
+        mean = self.parts.sum_over_tp_region(y.square().sum((-2, -1), keepdim=True)) / (heads * values)
         answer = (y * torch.rsqrt(mean + self.eps)).to(x.dtype) * self.output_norm
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail, shared_tail)
 

@@ -12,7 +12,7 @@ from ..config import TitansConfig
 from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan
 from ..memory.checkpoint import kept
 from ..memory.network import initial_weights
-from .kept import causal_conv
+from .kv_cache import causal_conv
 from .parts import FromParts, Parts, copy_rows, heads_of, linear, rms_norm, unit_norm
 
 
@@ -48,9 +48,9 @@ class NeuralMemory(FromParts):
         memory = parts.memory
         self.config, self.heads, self.shard = config, memory.heads, memory.shard
         heads, width = config.memory_shape
-        self.query_gate = memory.column(config.dim, width, width)  # a head: query, output gate
+        self.qg_proj = memory.column(config.dim, width, width)  # a head: query, output gate
         # A head: key, value, and its gates.
-        self.key_value = memory.column(config.dim, width, width, *gate_widths(config))
+        self.kv_gates_proj = memory.column(config.dim, width, width, *gate_widths(config))
         self.begin_recalling()
         query_kernel, key_value_kernel = initial_kernels(config)
         self.query_kernel = memory.per_head(query_kernel)
@@ -68,7 +68,7 @@ class NeuralMemory(FromParts):
     def begin_recalling(self) -> None:
         """Brings initial weights to where config.memory_init wants them: keys get the map of queries."""
         if self.config.memory_init == "next_token":
-            copy_rows(self.query_gate, self.key_value, self.heads, self.config.memory_shape.width)
+            copy_rows(self.qg_proj, self.kv_gates_proj, self.heads, self.config.memory_shape.width)
 
     def forward(
         self,
@@ -80,7 +80,7 @@ class NeuralMemory(FromParts):
         rows: PackedRows | None = None,
         close: bool = False,
     ) -> tuple[Tensor, "NeuralMemoryState | Recall"]:
-        """Write and read every token of x (B, T, E), which has passed Parts.open() or enter().
+        """Write and read every token of x (B, T, E), which is in the tp region (mixers.parts.Parts).
 
         With `recall` the tokens read a memory that stands still, and nothing is written. Both ways go through forward
         because sharded parameters can be read only here.
@@ -94,9 +94,9 @@ class NeuralMemory(FromParts):
             close: End the last chunk, so that documents may begin in the state.
 
         Returns:
-            (B, T, heads, D) for MemoryParts.leave(), and the state (or the recall) after the last token.
+            (B, T, heads, D) for MemoryParts.merge_heads(), and the state (or the recall) after the last token.
         """
-        query, output_gate = heads_of(linear(self.query_gate, x), self.heads).chunk(2, -1)
+        query, output_gate = heads_of(linear(self.qg_proj, x), self.heads).chunk(2, -1)
         if recall is not None:
             reads, after = self._recalled(query, recall, rows)
             return self._finish(reads, output_gate), after
@@ -167,7 +167,7 @@ class NeuralMemory(FromParts):
         self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None, start: NeuralMemoryState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         width = self.config.memory_shape.width
-        projected = heads_of(linear(self.key_value, x), self.heads)
+        projected = heads_of(linear(self.kv_gates_proj, x), self.heads)
         key_value, gates = projected.split([2 * width, projected.shape[-1] - 2 * width], -1)
         tail = self._tail(key_value, None if state is None else state.key_value_tail)
         first = None if start is None else start.key_value_tail

@@ -27,7 +27,7 @@ class MemoryParts(Protocol):
     shard: WholeMatrices
 
     def column(self, d_in: int, *per_head: int) -> nn.Module:
-        """Linear map (..., d_in) to (..., heads * sum(per_head)); its input has passed open() or enter().
+        """Linear map (..., d_in) to (..., heads * sum(per_head)); its input is in the tp region.
 
         Head by head, and in a head one thing behind the other, each so wide: query, key, value, gates.
         """
@@ -38,7 +38,7 @@ class MemoryParts(Protocol):
     def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
         """Initial weights of matrix `layer` of `depth`, from (H, d_in, d_out) for all heads."""
 
-    def leave(self, x: Tensor) -> Tensor:
+    def merge_heads(self, x: Tensor) -> Tensor:
         """What the heads give, (B, T, heads, F), as input of row(), (B, T, F'): this process's channels of H F."""
 
 
@@ -46,7 +46,8 @@ class Parts(Protocol):
     """Makes parameters: whole ones, or this rank's share. Its own heads are the attention's.
 
     A block holds x as (B, T', E): all tokens, or this rank's when sequence parallelism divides them. Inside a mixer
-    they are whole.
+    they are whole. In Megatron-core's words the sp region is sequence parallel, the tp region tensor parallel: what is
+    in the latter has passed gather_from_sp_region() or copy_to_tp_region().
 
     Attributes:
         heads: Heads that this process owns, H or a share of them.
@@ -60,7 +61,7 @@ class Parts(Protocol):
         """The same for a mixer that has so many heads of its own, over all ranks."""
 
     def column(self, d_in: int, *per_head: int) -> nn.Module:
-        """Linear map (..., d_in) to (..., heads * sum(per_head)); its input has passed open() or enter().
+        """Linear map (..., d_in) to (..., heads * sum(per_head)); its input is in the tp region.
 
         Head by head, and in a head one thing behind the other, each so wide: query, key, value, gates.
         """
@@ -75,25 +76,28 @@ class Parts(Protocol):
         """The same as a mixer's last map, to be applied by finish()."""
 
     def whole(self, d_in: int, d_out: int) -> nn.Module:
-        """Linear map (..., d_in) to (..., d_out) that every rank holds whole; its input has passed open() or enter().
+        """Linear map (..., d_in) to (..., d_out) that every rank holds whole; its input is in the tp region.
 
-        What of its output goes to the rank's own heads passes enter(), so that its gradient is that of all heads.
+        What of its output goes to the rank's own heads passes copy_to_tp_region(): its gradient is that of all heads.
         """
 
-    def open(self, x: Tensor) -> Tensor:
-        """x (B, T', E) as the block holds it, as input of column maps, (B, T, E)."""
+    def gather_from_sp_region(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
+        """x (B, T', E) as the block holds it, in the tp region, (B, T, E).
 
-    def enter(self, x: Tensor) -> Tensor:
+        Args:
+            x: All tokens, or this rank's.
+            tensor_parallel_output_grad: Whether ranks do different things with the result, whose gradients are summed;
+                false for what every rank computes alike and then scatters.
+        """
+
+    def copy_to_tp_region(self, x: Tensor) -> Tensor:
         """x (B, T, E) as input of column maps: unchanged, its gradient summed over the ranks that share the heads."""
 
     def finish(self, row: nn.Module, x: Tensor) -> Tensor:
         """What last_row() makes of x (B, T, F'), as the block holds it, (B, T', E)."""
 
-    def close(self, x: Tensor) -> Tensor:
+    def scatter_to_sp_region(self, x: Tensor) -> Tensor:
         """x (B, T, E) as the block holds it, (B, T', E)."""
-
-    def reopen(self, x: Tensor) -> Tensor:
-        """x (B, T', E) as the block holds it, (B, T, E), for what every rank computes alike and then closes."""
 
     def per_head(self, full: Tensor) -> nn.Parameter:
         """A parameter whose first axis is heads, from its value for all H heads."""
@@ -104,7 +108,7 @@ class Parts(Protocol):
     def own(self, full: Tensor) -> Tensor:
         """This process's heads of a constant whose first axis is heads."""
 
-    def total(self, x: Tensor) -> Tensor:
+    def sum_over_tp_region(self, x: Tensor) -> Tensor:
         """What the heads of all ranks come to, from a sum over those of this one; its gradient is the sum of theirs."""
 
 
@@ -132,7 +136,7 @@ class PlainHeads:
         """See MemoryParts."""
         return self.per_head(full)
 
-    def leave(self, x: Tensor) -> Tensor:
+    def merge_heads(self, x: Tensor) -> Tensor:
         """See MemoryParts."""
         return x.flatten(2)
 
@@ -166,11 +170,11 @@ class PlainParts(PlainHeads):
         """See Parts."""
         return nn.Linear(d_in, d_out, bias=False)
 
-    def open(self, x: Tensor) -> Tensor:
+    def gather_from_sp_region(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
         """See Parts."""
         return x
 
-    def enter(self, x: Tensor) -> Tensor:
+    def copy_to_tp_region(self, x: Tensor) -> Tensor:
         """See Parts."""
         return x
 
@@ -178,11 +182,7 @@ class PlainParts(PlainHeads):
         """See Parts."""
         return linear(row, x)
 
-    def close(self, x: Tensor) -> Tensor:
-        """See Parts."""
-        return x
-
-    def reopen(self, x: Tensor) -> Tensor:
+    def scatter_to_sp_region(self, x: Tensor) -> Tensor:
         """See Parts."""
         return x
 
@@ -194,7 +194,7 @@ class PlainParts(PlainHeads):
         """See Parts."""
         return full
 
-    def total(self, x: Tensor) -> Tensor:
+    def sum_over_tp_region(self, x: Tensor) -> Tensor:
         """See Parts."""
         return x
 

@@ -42,7 +42,7 @@ class RetNetMixer(FromParts):
     def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         heads, keys, values = self.shape
-        projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
+        projected = heads_of(linear(self.projection, self.parts.gather_from_sp_region(x)), self.parts.heads)
         q, k, v, gate = projected.split([keys, keys, values, values], -1)
         decays = torch.log1p(-(2.0 ** -(5.0 + torch.arange(heads, dtype=torch.float64, device=x.device))))
         log_decay = self.parts.own(decays).to(torch.promote_types(x.dtype, torch.float32)).expand(*v.shape[:3])

@@ -23,7 +23,7 @@ class TransformerMixer(FromParts):
     ) -> tuple[Tensor, AttentionState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         state = self.attention.begin(len(x)) if state is None else state
-        attention, state = self.attention(self.parts.open(x), state, rows)
+        attention, state = self.attention(self.parts.gather_from_sp_region(x), state, rows)
         return self.parts.finish(self.output, attention.flatten(2)), state
 
 

@@ -61,9 +61,11 @@ class ResidualConv(FromParts):
     def forward(self, x: Tensor, state: TTTState | None, rows: PackedRows | None = None) -> tuple[Tensor, TTTState]:
         """x as the block holds it, (B, T', E), and the state with what the next piece needs of these tokens."""
         state = state or TTTState()
-        normed = rms_norm(self.parts.reopen(x), self.norm, self.eps).unsqueeze(2)
+        normed = rms_norm(
+            self.parts.gather_from_sp_region(x, tensor_parallel_output_grad=False), self.norm, self.eps
+        ).unsqueeze(2)
         out, tail = short_conv(normed, state.front_tail, self.kernel, rows, self.bias)
-        return x + self.parts.close(out.squeeze(2)), replace(state, front_tail=tail)
+        return x + self.parts.scatter_to_sp_region(out.squeeze(2)), replace(state, front_tail=tail)
 
 
 def fast_widths(keys: int, expansion: int) -> list[tuple[int, int]]:
@@ -106,7 +108,7 @@ class TTTMixer(FromParts):
     def forward(self, x: Tensor, state: TTTState | None, rows: PackedRows | None = None) -> tuple[Tensor, TTTState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         keys, state = self.shape.keys, state or TTTState()
-        projected = heads_of(linear(self.projection, self.parts.open(x)), self.parts.heads)
+        projected = heads_of(linear(self.projection, self.parts.gather_from_sp_region(x)), self.parts.heads)
         shared, values, gate, rate = projected.split([keys, keys, keys, 1], -1)
         queries, tail = short_conv(shared, state.tail, self.query_kernel, rows, self.query_bias)
         read, fast = ttt_scan(
@@ -127,14 +129,14 @@ class TTTMixer(FromParts):
 
     def _places(self) -> Tensor:
         """i, which all heads of all ranks share."""
-        learned = widened(self.parts.enter(self.places))
+        learned = widened(self.parts.copy_to_tp_region(self.places))
         return F.relu(1.0 / torch.arange(1, MINI_BATCH + 1, dtype=learned.dtype, device=learned.device) + learned)
 
     def _normed(self, x: Tensor) -> Tensor:
         """LayerNorm of x (B, T, heads, K) over the channels of all heads of all ranks."""
         wide = widened(x)
         sums = torch.stack([wide.sum((-2, -1)), wide.square().sum((-2, -1))], -1)
-        mean, square = (self.parts.total(sums) / self.config.dim)[..., None, None, :].unbind(-1)
+        mean, square = (self.parts.sum_over_tp_region(sums) / self.config.dim)[..., None, None, :].unbind(-1)
         variance = (square - mean.square()).clamp_min(0.0)
         return ((wide - mean) * torch.rsqrt(variance + TTT_EPS)).to(x.dtype) * self.output_norm + self.output_bias
 

@@ -55,7 +55,7 @@ def causal_conv(
 
 
 @dataclass
-class Kept(TensorTree):
+class KVCache(TensorTree):
     """Keys and values that later tokens still see, without positions.
 
     Rows that have kept different numbers hold them at the end; only differences of places count.
@@ -79,12 +79,12 @@ class Kept(TensorTree):
         real = new.new_ones(batch, past, dtype=torch.bool) if self.real is None else self.real
         return Documents(new, torch.cat([real.long() - 1, new], 1))
 
-    def extended(self, keys: Tensor, values: Tensor) -> "Kept":
+    def extended(self, keys: Tensor, values: Tensor) -> "KVCache":
         """With those of a piece's tokens behind."""
         real = None if self.real is None else F.pad(self.real, (0, keys.shape[1]), value=True)
-        return Kept(torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1), real)
+        return KVCache(torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1), real)
 
-    def last(self, count: int, rows: PackedRows | None, fill: Tensor | None = None) -> "Kept":
+    def last(self, count: int, rows: PackedRows | None, fill: Tensor | None = None) -> "KVCache":
         """The last `count` of a tree that `extended` made with the tokens of `rows`.
 
         Args:
@@ -96,7 +96,7 @@ class Kept(TensorTree):
         count = min(count, total)
         if rows is None and fill is None:
             real = None if self.real is None else self.real[:, total - count :]
-            return Kept(self.keys[:, total - count :], self.values[:, total - count :], real)
+            return KVCache(self.keys[:, total - count :], self.values[:, total - count :], real)
         batch, device = self.keys.shape[0], self.keys.device
         past = total - (rows.shape[1] if rows is not None else 0)
         there = torch.ones(batch, total, dtype=torch.bool, device=device) if self.real is None else self.real
@@ -110,7 +110,7 @@ class Kept(TensorTree):
         if fill is not None:
             real &= torch.arange(count, device=device) >= count - fill.to(device).unsqueeze(1)
         places = places.clamp_min(0)
-        return Kept(take(self.keys, places), take(self.values, places), real)
+        return KVCache(take(self.keys, places), take(self.values, places), real)
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:
