@@ -75,13 +75,6 @@ def test_a_gated_matrix_is_cut_in_both_halves():
     assert Split(0, 2).take(whole, 1, 2).flatten().tolist() == [2, 3, 6, 7]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("rule", [Split(0), Split(1), Split(0, 2), Split(1, 3)], ids=str)
-def test_joining_undoes_taking(rule, size):
-    whole = torch.randn(24, 24)
-    assert torch.equal(rule.join([rule.take(whole, rank, size) for rank in range(size)]), whole)
-
-
 @pytest.mark.parametrize("saved", [1, 2, 4])
 @pytest.mark.parametrize("loaded", [1, 2, 4])
 def test_weights_of_one_tensor_parallel_size_load_at_another(tmp_path, saved, loaded):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from titans_mcore.config import TitansConfig
-from titans_mcore.tensor_files import read_tensors, write_tensors
+from titans_mcore.tensor_files import (
+    SavedPart,
+    SavedTensors,
+    Split,
+    check_names,
+    read_tensors,
+    rules_from_json,
+    rules_to_json,
+    shape_on_rank,
+    split_of,
+    write_tensors,
+)
 
 FORMAT = 1
 WEIGHTS_FOLDER = "weights"
@@ -27,53 +38,6 @@ MARKER = "checkpoint.json"
 BEGINS = "begins_with"  # in the marker of weights that no run has trained: what they were made of
 _CHECKPOINT_NAME = re.compile(r"step-\d+")
 _SPEED_SETTINGS = ("memory_backend", "attention_backend")
-
-
-@dataclass(frozen=True)
-class Split:
-    """How tensor-parallel ranks share a tensor.
-
-    The whole tensor is cut along `dim` into `stride` blocks (two for a gated linear: gate and value in one matrix),
-    and every rank holds its part of each block, one after the other.
-    """
-
-    dim: int
-    stride: int = 1
-
-    def take(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """The part of rank `rank` of `size`."""
-        return torch.cat(whole.chunk(size * self.stride, self.dim)[rank::size], self.dim)
-
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """The whole tensor from the parts of all ranks, in rank order."""
-        blocks = [part.chunk(self.stride, self.dim) for part in parts]
-        return torch.cat([block[i] for i in range(self.stride) for block in blocks], self.dim)
-
-    def whole_shape(self, part_shape: torch.Size, size: int) -> list[int]:
-        """Shape of the whole tensor, from the shape of one of `size` parts."""
-        return [n * size if i == self.dim else n for i, n in enumerate(part_shape)]
-
-
-def split_of(parameter: Tensor) -> Split | None:
-    """The rule in Megatron's attributes of a parameter; None when every rank holds the whole."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return Split(parameter.partition_dim, getattr(parameter, "partition_stride", 1))  # type: ignore[attr-defined]
-
-
-def rules_to_json(rules: Mapping[str, Split | None]) -> str:
-    """Rules by name, for a file's metadata."""
-    return json.dumps({name: asdict(rule) if rule else None for name, rule in rules.items()})
-
-
-def rules_from_json(text: str) -> dict[str, Split | None]:
-    """What `rules_to_json` wrote."""
-    return {name: Split(**rule) if rule else None for name, rule in json.loads(text).items()}
-
-
-def shape_on_rank(parameter: Tensor) -> torch.Size:
-    """Shape of this tensor-parallel rank's part; ZeRO 3 empties a parameter between uses and keeps it beside."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -156,17 +120,8 @@ def load_config(checkpoint: Path) -> TitansConfig:
     return TitansConfig.from_dict(_description(_weights_folder(checkpoint))["model"])
 
 
-class Shard(NamedTuple):
-    """One tensor-parallel rank's weights."""
-
-    file: Path
-    tensors: dict[str, Tensor]
-    """By name; their values come from the disk when they are used."""
-    rules: dict[str, Split | None]
-
-
-def read_shards(checkpoint: Path, *, verify: bool = True) -> list[Shard]:
-    """The files of the weights, in the order of the tensor-parallel ranks that wrote them.
+def saved_weights(checkpoint: Path, *, verify: bool = True) -> SavedTensors:
+    """The weights, as the tensor-parallel ranks wrote them.
 
     Args:
         checkpoint: A checkpoint folder, or its `weights` folder.
@@ -177,17 +132,21 @@ def read_shards(checkpoint: Path, *, verify: bool = True) -> list[Shard]:
     """
     folder = _weights_folder(checkpoint)
     size = _description(folder)["tensor_parallel"]
-    shards = []
+    parts: list[dict[str, SavedPart]] = []
     for rank in range(size):
         file = folder / shard_name(rank, size)
         tensors, metadata = read_tensors(file, "weights")
         try:
-            shards.append(Shard(file, tensors, rules_from_json(metadata["rules"])))
-        except (KeyError, TypeError, ValueError) as error:
+            rules = rules_from_json(metadata["rules"])
+            for name in parts[0] if parts else rules:
+                if name not in tensors:
+                    raise ValueError(f"{folder}: {name} is missing in the weights of one rank")
+            parts.append({name: SavedPart.of_file(tensor, rules[name], file.name) for name, tensor in tensors.items()})
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"cannot read the weights in {file}: {error!r}") from error
     if verify:
         _check_sums(folder)
-    return shards
+    return SavedTensors(folder, parts, "weights")
 
 
 def load_full(checkpoint: Path, *, verify: bool = True) -> tuple[TitansConfig, dict[str, Tensor]]:
@@ -195,22 +154,13 @@ def load_full(checkpoint: Path, *, verify: bool = True) -> tuple[TitansConfig, d
 
     Args:
         checkpoint: A checkpoint folder, or its `weights` folder.
-        verify: See read_shards.
+        verify: See saved_weights.
 
     Raises:
         ValueError: Files are missing or damaged, or the ranks disagree about a tensor that all of them hold.
     """
-    folder, shards = _weights_folder(checkpoint), read_shards(checkpoint, verify=verify)
-    state = {}
-    for name, rule in shards[-1].rules.items():
-        parts = [_tensor(shard.tensors, name, folder) for shard in shards]
-        if rule is None:
-            if any(not torch.equal(parts[0].view(torch.int32), part.view(torch.int32)) for part in parts[1:]):
-                raise ValueError(f"{folder}: the ranks hold different values of {name}, which all of them should share")
-            state[name] = parts[0]
-        else:
-            state[name] = rule.join(parts)
-    return load_config(checkpoint), state
+    saved = saved_weights(checkpoint, verify=verify)
+    return load_config(checkpoint), {name: saved.whole(name) for name in saved.parts[0]}
 
 
 def load_into(
@@ -243,25 +193,6 @@ def load_into(
         for name, target in targets.items():
             rule = rules.get(name)
             target.copy_(rule.take(state[name], rank, size) if rule else state[name])
-
-
-def check_names(targets: Mapping[str, object], state: Mapping[str, object]) -> None:
-    """Compares names of tensors: those of this model, and those of a checkpoint.
-
-    Raises:
-        ValueError: They differ.
-    """
-    missing, unexpected = sorted(set(targets) - set(state)), sorted(set(state) - set(targets))
-    if missing or unexpected:
-        parts = [
-            f"{len(names)} tensors {what}, {names[0]} first"
-            for names, what in (
-                (missing, "of this model are missing there"),
-                (unexpected, "there are not in this model"),
-            )
-            if names
-        ]
-        raise ValueError(f"checkpoint of another model: {' and '.join(parts)}")
 
 
 def check_same_model(saved: TitansConfig, wanted: TitansConfig, where: Path) -> None:
@@ -373,12 +304,6 @@ def _description(folder: Path) -> dict[str, Any]:
     if written != FORMAT:
         raise ValueError(f"{file} has format {written}; this version reads format {FORMAT}")
     return description
-
-
-def _tensor(shard: dict[str, Tensor], name: str, folder: Path) -> Tensor:
-    if name not in shard:
-        raise ValueError(f"{folder}: {name} is missing in the weights of one rank")
-    return shard[name]
 
 
 def _tensor_parallel_place() -> tuple[int, int]:

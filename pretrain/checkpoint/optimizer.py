@@ -18,11 +18,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint.reshape import Division, Fragment, Part, SavedTensors, Wanted
 from pretrain.engine import DeepSpeedEngine
 from titans_mcore.parallel import DeepSpeedGroups
-from titans_mcore.tensor_files import read_tensors, write_tensors
-from titans_mcore.weights import Split, rules_from_json, rules_to_json, shape_on_rank, split_of
+from titans_mcore.tensor_files import (
+    Division,
+    Fragment,
+    SavedPart,
+    SavedTensors,
+    Split,
+    Wanted,
+    read_tensors,
+    rules_from_json,
+    rules_to_json,
+    shape_on_rank,
+    split_of,
+    write_tensors,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HOLDING = "optimizer state"
@@ -95,7 +106,7 @@ def moments_of(engine: DeepSpeedEngine) -> Moments | None:
     return Moments(shapes, _moments(state, owned), metadata)
 
 
-def saved_moments(folder: Path) -> tuple[list[dict[str, Part]], int]:
+def saved_moments(folder: Path) -> tuple[list[dict[str, SavedPart]], int]:
     """What the files of all ranks hold: parts by name for each tensor-parallel rank, and steps done.
 
     Raises:
@@ -183,7 +194,7 @@ class _Contents(NamedTuple):
     ranges: dict[str, tuple[int, int]]
 
 
-def _parts(files: Sequence[_Contents]) -> dict[str, Part]:
+def _parts(files: Sequence[_Contents]) -> dict[str, SavedPart]:
     """One tensor-parallel rank's parts, from the files of its data ranks."""
     fragments: dict[str, list[Fragment]] = {}
     shapes: dict[str, list[int]] = {}
@@ -192,7 +203,9 @@ def _parts(files: Sequence[_Contents]) -> dict[str, Part]:
         shapes, rules = shapes | file.shapes, rules | file.rules
         for name, (start, stop) in file.ranges.items():
             fragments.setdefault(name, []).append(Fragment(start, stop, file.file))
-    return {name: Part(tuple(shapes[name]), rules[name], tuple(sorted(found))) for name, found in fragments.items()}
+    return {
+        name: SavedPart(tuple(shapes[name]), rules[name], tuple(sorted(found))) for name, found in fragments.items()
+    }
 
 
 def _moments(state: Mapping[Tensor, Mapping[str, Tensor]], owned: Mapping[str, Owned]) -> Iterator[tuple[str, Tensor]]:

@@ -26,18 +26,16 @@ from pretrain.checkpoint.format import (
     read_record,
 )
 from pretrain.checkpoint.optimizer import HOLDING, file_of_this_rank, restore_parameters, saved_moments
-from pretrain.checkpoint.reshape import Division, Fragment, Part, SavedTensors, Wanted
 from pretrain.checkpoint.retention import HEALTHY_FILE, whole_checkpoints
 from pretrain.checkpoint.save import RANDOM_STREAM
 from pretrain.config.run_config import RunConfig
 from pretrain.engine import DeepSpeedEngine
 from pretrain.recovery.rewinds import Rewinds
 from titans_mcore.parallel import DeepSpeedGroups, device
-from titans_mcore.tensor_files import read_tensors
+from titans_mcore.tensor_files import Division, SavedTensors, Wanted, read_tensors, shape_on_rank, split_of
 from titans_mcore.weights import (
     BEGINS,
     MARKER,
-    WEIGHTS_FOLDER,
     check_same_model,
     checkpoints_newest_first,
     damage,
@@ -46,9 +44,7 @@ from titans_mcore.weights import (
     load_full,
     load_into,
     model_tensors,
-    read_shards,
-    shape_on_rank,
-    split_of,
+    saved_weights,
 )
 
 _OTHER_LAYOUT = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -101,24 +97,23 @@ def restore(
         ValueError: Its files do not hold this model. Every rank raises it, and the engine is as it was.
     """
     checkpoint, record = point
-    weights, (moments, optimizer_steps) = on_rank_0(
+    masters, (moments, optimizer_steps) = on_rank_0(
         lambda: (
-            _saved_weights(checkpoint),
+            saved_weights(checkpoint, verify=False),  # _find_resume_point has read every file
             (None, 0) if BEGINS in record else saved_moments(checkpoint / OPTIMIZER_FOLDER),
         )
     )
-    saved_weights = SavedTensors(checkpoint / WEIGHTS_FOLDER, weights, "weights")
     saved_optimizer = None if moments is None else SavedTensors(checkpoint / OPTIMIZER_FOLDER, moments, HOLDING)
     parameters, tensors = dict(engine.module.named_parameters()), model_tensors(engine.module)
     shapes = {name: _whole_shape(parameters.get(name, tensor)) for name, tensor in tensors.items()}
-    saved_weights.check_same(shapes)
+    masters.check_same(shapes)
     if saved_optimizer is not None:
         saved_optimizer.check_same({name: shapes[name] for name in parameters})
-    restore_parameters(engine, saved_weights, saved_optimizer, optimizer_steps)
+    restore_parameters(engine, masters, saved_optimizer, optimizer_steps)
     for name in tensors.keys() - parameters.keys():
         buffer = tensors[name]
         whole = Wanted(Division.of(None, buffer.shape, 1), 0, 0, buffer.numel())
-        buffer.copy_(saved_weights.read(name, whole).view_as(buffer))
+        buffer.copy_(masters.read(name, whole).view_as(buffer))
     if BEGINS in record:
         return
     engine.global_steps, engine.global_samples = record["step"], record["samples"]
@@ -272,16 +267,6 @@ def _restore_random_state(folder: Path) -> None:
     get_cuda_rng_tracker().set_states(streams)
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _saved_weights(checkpoint: Path) -> list[dict[str, Part]]:
-    return [
-        {
-            name: Part(tuple(tensor.shape), shard.rules[name], (Fragment(0, tensor.numel(), shard.file.name),))
-            for name, tensor in shard.tensors.items()
-        }
-        for shard in read_shards(checkpoint, verify=False)  # _find_resume_point has read every file
-    ]
 
 
 def _whole_shape(tensor: Tensor) -> list[int]:

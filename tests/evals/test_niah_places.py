@@ -70,13 +70,14 @@ def test_a_checkpoint_of_any_tensor_parallel_size_gives_the_same_results(
     shutil.copytree(mac_run, run)
     checkpoint = next((run / "checkpoints").iterdir())
     config, whole = weights.load_full(checkpoint)
-    (only,) = weights.read_shards(checkpoint)
-    only.file.unlink()
+    only = checkpoint / "weights" / weights.shard_name(0, 1)
+    rules = {name: part.rule for name, part in weights.saved_weights(checkpoint).parts[0].items()}
+    only.unlink()
     for rank in range(size):
-        parts = {name: rule.take(whole[name], rank, size) if rule else whole[name] for name, rule in only.rules.items()}
-        header = weights.ShardHeader({name: part.shape for name, part in parts.items()}, only.rules)
-        weights.write_shard(only.file.with_name(weights.shard_name(rank, size)), header, parts.items())
-    weights.write_description(only.file.with_name(weights.DESCRIPTION), config, size=size, step=1, tokens=1)
+        parts = {name: rule.take(whole[name], rank, size) if rule else whole[name] for name, rule in rules.items()}
+        header = weights.ShardHeader({name: part.shape for name, part in parts.items()}, rules)
+        weights.write_shard(only.with_name(weights.shard_name(rank, size)), header, parts.items())
+    weights.write_description(only.with_name(weights.DESCRIPTION), config, size=size, step=1, tokens=1)
     files = (checkpoint / "weights").iterdir()
     listed = {f"weights/{file.name}": {"bytes": file.stat().st_size} for file in files}
     (checkpoint / weights.MARKER).write_text(json.dumps({"files": listed}))

@@ -1,4 +1,4 @@
-"""The one table between native and exported parameters: names, and how tensor-parallel ranks share each.
+"""The one table between native and exported parameters, by name.
 
 Names are near-identical on purpose; the exported model gets `model.` in front, and transformers' names where it has
 conventions. Natively the vocabulary is padded; the padding is left out of an export and put back on the way in.
@@ -6,20 +6,15 @@ conventions. Natively the vocabulary is padded; the padding is left out of an ex
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MixerSpec
-from titans_mcore.mixers.parts import PlainHeads, PlainParts
-from titans_mcore.weights import Split
-
-OUT, IN, HEADS, ALL = Split(0), Split(1), Split(0), None  # column-parallel, row-parallel, by heads, on every rank
-GATED = Split(0, stride=2)  # gate and value in one matrix, each of them split
+from titans_mcore.mixers.parts import PlainParts
 
 
 @dataclass(frozen=True)
@@ -30,79 +25,37 @@ class Rule:
     """Its name in a checkpoint."""
     exported: str
     """Its name in the exported model."""
-    split: Split | None
-    """How tensor-parallel ranks share it; None when each holds the whole."""
     vocabulary: bool = False
     """Whether its rows are the vocabulary, which is padded natively."""
 
 
 _BLOCK = {
-    "input_norm.weight": ("input_norm.weight", ALL),
-    "pre_mlp_norm.weight": ("pre_mlp_norm.weight", ALL),
-    "mlp.linear_fc1.weight": ("mlp.gate_up_proj.weight", GATED),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight", IN),
+    "input_norm.weight": "input_norm.weight",
+    "pre_mlp_norm.weight": "pre_mlp_norm.weight",
+    "mlp.linear_fc1.weight": "mlp.gate_up_proj.weight",  # gate and value in one matrix
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 
 
-class _MarkedHeads(PlainHeads):
-    """Writes at every parameter how ranks would share what is asked for."""
-
-    def column(self, *asked: Any) -> nn.Module:
-        """By its output."""
-        return _marked(super().column(*asked), OUT)
-
-    def per_head(self, full: Tensor) -> nn.Parameter:
-        """By heads."""
-        return _marked(super().per_head(full), HEADS)
-
-
-class _MarkedParts(_MarkedHeads, PlainParts):
-    """The same for all of a mixer."""
-
-    def __init__(self, config: TitansConfig) -> None:
-        super().__init__(config)
-        self.memory = _MarkedHeads(config.memory_shape.heads)
-
-    def row(self, *asked: Any, **named: Any) -> nn.Module:
-        """By its input."""
-        return _marked(super().row(*asked, **named), IN)
-
-    def whole(self, *asked: Any) -> nn.Module:
-        """On every rank."""
-        return _marked(super().whole(*asked), ALL)
-
-    def replicated(self, full: Tensor) -> nn.Parameter:
-        """On every rank."""
-        return _marked(super().replicated(full), ALL)
-
-
-def _marked(made: Any, split: Split | None) -> Any:
-    parameters: Any = made.parameters() if isinstance(made, nn.Module) else [made]
-    for parameter in parameters:
-        parameter.rule = split
-    return made
-
-
-def _mixer_splits(config: TitansConfig, mixer: MixerSpec) -> dict[str, Split | None]:
-    """How ranks share each parameter of a mixer, by name: it is made once, without memory, and asked."""
+def _parameters(config: TitansConfig, mixer: MixerSpec) -> list[str]:
+    """Names of a mixer's parameters: it is made once, without memory, and asked."""
     with FakeTensorMode():
-        made = mixer.module(config, _MarkedParts(config))
-    return {name: parameter.rule for name, parameter in made.named_parameters()}  # type: ignore[attr-defined]
+        made = mixer.module(config, PlainParts(config))
+    return [name for name, _ in made.named_parameters()]
 
 
 def rules(config: TitansConfig) -> list[Rule]:
     """The rule of every parameter of a model."""
-    table = [Rule("embedding.weight", "model.embedding.weight", OUT, vocabulary=True)]
-    splits = {mixer.name: _mixer_splits(config, mixer) for mixer in config.mixers}
+    table = [Rule("embedding.weight", "model.embedding.weight", vocabulary=True)]
+    names = {mixer.name: _parameters(config, mixer) for mixer in config.mixers}
     for layer, mixer in enumerate(config.blocks):
-        block = _BLOCK | {f"mixer.{name}": (f"mixer.{name}", split) for name, split in splits[mixer.name].items()}
+        block = _BLOCK | {f"mixer.{name}": f"mixer.{name}" for name in names[mixer.name]}
         table += [
-            Rule(f"layers.{layer}.{native}", f"model.layers.{layer}.{exported}", split)
-            for native, (exported, split) in block.items()
+            Rule(f"layers.{layer}.{native}", f"model.layers.{layer}.{exported}") for native, exported in block.items()
         ]
-    table.append(Rule("final_norm.weight", "model.final_norm.weight", ALL))
+    table.append(Rule("final_norm.weight", "model.final_norm.weight"))
     if not config.tie_embeddings:
-        table.append(Rule("output_layer.weight", "lm_head.weight", OUT, vocabulary=True))
+        table.append(Rule("output_layer.weight", "lm_head.weight", vocabulary=True))
     return table
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from titans_mcore.hf.errors import ExportError
 from titans_mcore.hf.exported import read_config, read_weights
 from titans_mcore.hf.folder import staged_folder
-from titans_mcore.hf.mapping import rules, to_native
+from titans_mcore.hf.mapping import to_native
 from titans_mcore.hf.tokenizer import SENTENCEPIECE
 from titans_mcore.weights import BEGINS, MARKER, WEIGHTS_FOLDER, ShardHeader, file_sha256, save_shard
 
@@ -52,8 +52,8 @@ def import_run(folder: Path, output: Path, *, no_verify: bool = False) -> Path:
         raise ExportError(f"{folder}: {error}") from error
     with staged_folder(output) as staging:
         checkpoint = staging / "checkpoints" / _CHECKPOINT
-        splits = {rule.native: rule.split for rule in rules(config)}
-        header = ShardHeader({name: tensor.shape for name, tensor in tensors.items()}, splits)
+        # One rank holds the whole of each tensor, which is all that this file has to say of how they are shared.
+        header = ShardHeader({name: tensor.shape for name, tensor in tensors.items()}, dict.fromkeys(tensors))
         place = {"rank": 0, "size": 1, "step": 0, "tokens": 0}
         save_shard(checkpoint / WEIGHTS_FOLDER, header, tensors.items(), config, **place)
         files = {

@@ -6,9 +6,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pretrain.checkpoint.reshape import Division, Fragment, Part, SavedTensors, Wanted, runs_in
-from titans_mcore.tensor_files import read_tensors, write_tensors
-from titans_mcore.weights import Split
+from titans_mcore.tensor_files import (
+    Division,
+    Fragment,
+    SavedPart,
+    SavedTensors,
+    Split,
+    Wanted,
+    read_tensors,
+    spans_in,
+    write_tensors,
+)
 
 RULES = [None, Split(0), Split(1), Split(2), Split(0, 2), Split(1, 3)]
 SHAPE = (24, 24, 8)
@@ -29,7 +37,7 @@ def save(folder, whole, rule, ranks, cuts):
             fragments.append(Fragment(start, stop, f"{rank}-{start}"))
             values = held.reshape(-1)[start:stop]
             write_tensors(folder / fragments[-1].file, {"exp_avg.name": [stop - start]}, [("exp_avg.name", values)], {})
-        parts.append({"name": Part(tuple(held.shape), rule, tuple(fragments))})
+        parts.append({"name": SavedPart(tuple(held.shape), rule, tuple(fragments))})
     return SavedTensors(folder, parts, "optimizer state")
 
 
@@ -48,11 +56,11 @@ def test_every_fragment_is_found_whatever_the_rules_and_ranks_were(tmp_path, sav
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_an_unchanged_division_is_one_run(rule):
+def test_an_unchanged_division_is_one_span(rule):
     shape = part(torch.empty(SHAPE), rule, 0, 2).shape
     division = Division.of(rule, shape, 2)
-    (run,) = runs_in(division, Wanted(division, 1, 5, math.prod(shape)))
-    assert (run.start, run.length) == (5, math.prod(shape) - 5)
+    (span,) = spans_in(division, Wanted(division, 1, 5, math.prod(shape)))
+    assert (span.start, span.length) == (5, math.prod(shape) - 5)
 
 
 def test_what_every_rank_held_is_read_from_the_ranks_in_turn(tmp_path):
@@ -69,7 +77,7 @@ def test_what_every_rank_held_is_read_from_the_ranks_in_turn(tmp_path):
 def test_a_gap_between_files_is_named(tmp_path, kept, missing):
     fragments = tuple(Fragment(start, stop, "file") for start, stop in kept)
     with pytest.raises(ValueError, match=f"exp of w at tensor-parallel rank 0 is incomplete: .* from {missing} on"):
-        SavedTensors(tmp_path, [{"w": Part((10,), None, fragments)}], "exp")
+        SavedTensors(tmp_path, [{"w": SavedPart((10,), None, fragments)}], "exp")
 
 
 def test_another_models_shapes_are_refused(tmp_path):
