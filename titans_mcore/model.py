@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import TitansConfig
-from .layer_specs import titans_layer_spec
-from .layers.norm import RMSNorm
+from .layers.titans_layer import RMSNorm, titans_layer_spec
 from .memory import PackedRows
 from .memory.checkpoint import keeping_scans
 from .parallel import padded_vocab_size

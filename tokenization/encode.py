@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from titans_mcore.hf.errors import ExportError
+from titans_mcore.hf.folder import ExportError
 from titans_mcore.hf.tokenizer import read_tokenizer
 from tokenization.assemble import assemble, remove_work
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command

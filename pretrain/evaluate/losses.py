@@ -14,7 +14,7 @@ from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import MicroBatch, NumberedSamples, Samples
 from pretrain.data.folders import Blend, RunData
 from titans_mcore.parallel import DeepSpeedGroups, Place, context_place, device, sample_place
-from titans_mcore.parallel.alone import tokens_unshared
+from titans_mcore.parallel.sequence import tokens_unshared
 from tokenization.manifest import HELDOUT
 from tokenization.progress import Progress
 

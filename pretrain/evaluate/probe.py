@@ -18,7 +18,7 @@ from evals.niah.templates import TASK
 from pretrain.config.run_config import RunConfig
 from pretrain.evaluate.losses import evaluating, piece_of, reading_place, turns
 from titans_mcore.parallel import DeepSpeedGroups, device
-from titans_mcore.parallel.alone import tokens_unshared
+from titans_mcore.parallel.sequence import tokens_unshared
 
 ANSWER_TOKENS = 32
 """Of an answer, and the room kept for it; a value has 7 digits, and `python -m evals.niah` asks for more."""

@@ -210,7 +210,7 @@ def _utilisation(text: str | None) -> float:
 
 
 def _known_gpu(name: str) -> Any:
-    from pretrain.plan.hardware import GPUS
+    from pretrain.plan.step_time import GPUS
 
     if name not in GPUS:
         raise ValueError(f"--gpu is {name!r}; it must be one of {', '.join(GPUS)}")

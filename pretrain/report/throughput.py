@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from pretrain.config.run_config import RunConfig
-from pretrain.plan.hardware import GPUS, Gpu
 from pretrain.plan.parameters import Parameter, parameters_of
-from pretrain.plan.step_time import step_flops
+from pretrain.plan.step_time import GPUS, Gpu, step_flops
 from pretrain.schedule import Portion, portion_of
 
 _PAGE_FILE = Path("/proc/self/statm")

@@ -21,7 +21,6 @@ PARTS = {
     "linear/scan.py": "titans_mixers",
     "linear/selective.py": "titans_mixers",
     "linear/ttt.py": "titans_mixers",
-    "hf/cache_names_titans.py": "configuration_titans",
     "hf/configuration_titans.py": "configuration_titans",
     "hf/modeling_titans.py": "modeling_titans",
     "hf/cache_titans.py": "titans_hf",

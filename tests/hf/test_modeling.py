@@ -14,9 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from evals.measure import return_large_blocks
 from titans_mcore.config import TitansConfig
-from titans_mcore.hf.cache_names_titans import CACHE_NAMES
 from titans_mcore.hf.cache_titans import TitansCache
-from titans_mcore.hf.configuration_titans import TitansHFConfig
+from titans_mcore.hf.configuration_titans import CACHE_NAMES, TitansHFConfig
 from titans_mcore.hf.modeling_titans import CACHE_FIELD, TitansForCausalLM, TitansModel
 from titans_mcore.mixers import MIXERS
 

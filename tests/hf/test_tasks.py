@@ -11,8 +11,8 @@ from transformers import PatchTSTConfig, PatchTSTForPrediction
 
 from titans_mcore.hf.cache_titans import TitansCache
 from titans_mcore.hf.configuration_titans import TitansHFConfig, TitansTimeSeriesConfig
-from titans_mcore.hf.errors import ExportError, ProofFailed
 from titans_mcore.hf.exported import read_config
+from titans_mcore.hf.folder import ExportError, ProofFailed
 from titans_mcore.hf.modeling_titans import TitansBackbone, TitansModel
 from titans_mcore.hf.save import save_alone
 from titans_mcore.hf.tasks_titans import EinFFT, TitansForSequenceClassification, TitansForTimeSeriesPrediction

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from titans_mcore.hf.errors import ExportError
+from titans_mcore.hf.folder import ExportError
 from titans_mcore.hf.tokenizer import read_tokenizer, write_tokenizer
 
 from .hf_runs import WORDS, train_tokenizer

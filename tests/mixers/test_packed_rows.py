@@ -7,7 +7,7 @@ import torch
 
 from titans_mcore.memory import PackedRows
 from titans_mcore.mixers import MIXERS
-from titans_mcore.mixers.segments import segments_of
+from titans_mcore.mixers.mac import segments_of
 
 from .test_mixers import LENGTH, inputs, mixer_of
 

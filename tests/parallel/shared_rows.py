@@ -27,7 +27,7 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
-from titans_mcore.parallel.alone import tokens_unshared
+from titans_mcore.parallel.sequence import tokens_unshared
 
 from ..pretrain.jobs import ROOT
 

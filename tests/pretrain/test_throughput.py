@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import TrainConfig
-from pretrain.plan.hardware import GPUS
 from pretrain.plan.parameters import parameters_of
-from pretrain.plan.step_time import step_flops
+from pretrain.plan.step_time import GPUS, step_flops
 from pretrain.report.throughput import MfuMeter, flops_of_portion, gpu_named, memory_bytes
 from pretrain.schedule import Portion
 from titans_mcore.attention import attend

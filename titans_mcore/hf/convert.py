@@ -17,9 +17,8 @@ from torch import Tensor
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.hf.card import model_card
-from titans_mcore.hf.errors import ExportError, ProofFailed
 from titans_mcore.hf.flatten import flatten_code
-from titans_mcore.hf.folder import check_output, staged_folder
+from titans_mcore.hf.folder import ExportError, ProofFailed, check_output, staged_folder
 from titans_mcore.hf.mapping import to_exported
 from titans_mcore.hf.proof import prove
 from titans_mcore.hf.tokenizer import TokenizerModel, read_tokenizer, write_tokenizer

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from titans_mcore.config import TitansConfig, with_memory_heads
-from titans_mcore.hf.errors import ExportError
 from titans_mcore.hf.files_titans import no_safetensors
+from titans_mcore.hf.folder import ExportError
 from titans_mcore.tensor_files import read_tensors
 from titans_mcore.weights import file_sha256
 

@@ -29,7 +29,6 @@ _FILES = {
     "hf/modeling_titans": "modeling_titans",
     "hf/tasks_titans": "tasks_titans",
     "hf/configuration_titans": "configuration_titans",
-    "hf/cache_names_titans": "configuration_titans",  # the rest of hf needs the mixers, which need the configuration
     "config": "configuration_titans",
     "linear": "titans_mixers",
 }

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from titans_mcore.hf.errors import ExportError
-
 
 def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
     """Whether a folder may be written at `output`.
@@ -79,3 +77,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class ExportError(Exception):
+    """A fault the user can mend. Its message is one sentence: the thing, what came, and what to do."""
+
+
+class ProofFailed(Exception):
+    """The exported model does not compute what the trained one computes; nothing was written."""

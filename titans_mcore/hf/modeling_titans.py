@@ -22,9 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..config import TitansConfig
 from ..memory import PackedRows
 from ..mixers.parts import FromParts, PlainParts, ResidualLinear, rms_norm
-from .cache_names_titans import CACHE_NAMES, CacheByBothNames, cache_field, given_cache
 from .cache_titans import TitansCache
-from .configuration_titans import TitansHFConfig
+from .configuration_titans import CACHE_NAMES, CacheByBothNames, TitansHFConfig, cache_field, given_cache
 from .files_titans import check_weight_files
 from .padding_titans import check_arguments, padding_of, predicted, rows_on
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from titans_mcore.config import TitansConfig
-from titans_mcore.hf.errors import ProofFailed
+from titans_mcore.hf.folder import ProofFailed
 from titans_mcore.weights import file_sha256
 
 FORMAT = 2

@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from titans_mcore.hf.errors import ExportError, ProofFailed
 from titans_mcore.hf.flatten import flatten_code
-from titans_mcore.hf.folder import check_output, staged_folder
+from titans_mcore.hf.folder import ExportError, ProofFailed, check_output, staged_folder
 from titans_mcore.hf.modeling_titans import TitansBackbone
 from titans_mcore.hf.proof import FORMAT, TOLERANCE, files_of, largest, run_probe
 from titans_mcore.hf.tasks_titans import TitansForSequenceClassification, TitansForTimeSeriesPrediction

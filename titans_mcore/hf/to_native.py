@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from titans_mcore.hf.errors import ExportError
 from titans_mcore.hf.exported import read_config, read_weights
-from titans_mcore.hf.folder import staged_folder
+from titans_mcore.hf.folder import ExportError, staged_folder
 from titans_mcore.hf.mapping import to_native
 from titans_mcore.hf.tokenizer import SENTENCEPIECE
 from titans_mcore.weights import BEGINS, MARKER, WEIGHTS_FOLDER, ShardHeader, file_sha256, save_shard

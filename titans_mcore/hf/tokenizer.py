@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titans_mcore.hf.errors import ExportError
+from titans_mcore.hf.folder import ExportError
 
 SENTENCEPIECE = "tokenizer.model"
 SPACE = "▁"

@@ -15,8 +15,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from titans_mcore.hf.errors import ExportError, ProofFailed
 from titans_mcore.hf.exported import PROOF
+from titans_mcore.hf.folder import ExportError, ProofFailed
 from titans_mcore.hf.proof import FORMAT, READINGS, Answer, Question, ask_exported, places_of, same_choices
 from titans_mcore.hf.save import repeat_proof
 from titans_mcore.weights import file_sha256

@@ -3,14 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TitansConfig
 from ..memory import PackedRows
+from ..mixers.parts import rms_norm
 from .parts import MegatronParts, MixerSubmodules
 
 
@@ -71,3 +75,48 @@ class TitansLayer(MegatronModule):
         hidden_states = hidden_states + mixed.transpose(0, 1)
         output, _ = self.mlp(self.pre_mlp_norm(hidden_states))
         return hidden_states + output, state
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis.
+
+    Args:
+        config: Megatron's configuration.
+        hidden_size: Width of the last axis.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # It may see a share of the tokens only: its gradient is then a part too (parallel.sequence).
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x normalised, same shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def titans_layer_spec(config: TitansConfig, block: int = 0, memory_parallel: str = "heads") -> ModuleSpec:
+    """Spec of one block; build it with Megatron's configuration and process groups.
+
+    Args:
+        config: The model's settings.
+        block: Which one, from 0.
+        memory_parallel: What tensor-parallel ranks share of the memory, "heads" or "hidden".
+    """
+    return ModuleSpec(
+        module=TitansLayer,
+        params={"titans_config": config, "block": block, "memory_parallel": memory_parallel},
+        submodules=TitansLayerSubmodules(
+            input_norm=RMSNorm,
+            mixer=MixerSubmodules(column=ColumnParallelLinear, row=RowParallelLinear),
+            pre_mlp_norm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                params={"ffn_hidden_size": config.ffn_dim},
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+        ),
+    )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention.rotary import rotate_to
+from ..attention.attend import rotate_to
 from ..memory import PackedRows, TensorTree
 from ..memory.checkpoint import Recomputed
 from ..memory.layout import Part

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, NamedTuple, Self, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -234,3 +234,15 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [map_tensors(item, function) for item in value]
     return value
+
+
+class Backend(NamedTuple):
+    """One way to compute the memory.
+
+    Attributes:
+        scan: Runs chunks; see chunk.chunk_scan.
+        go_on: Runs tokens that stay inside the open chunk; see chunk.go_on.
+    """
+
+    scan: Callable[..., tuple[Tensor, Matrices]]
+    go_on: Callable[..., tuple[Tensor, MemoryState]]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .chunk import flat, gates_of_chunk, work_out
-from .inputs import Matrices, MemoryState, Tokens
+from .inputs import Backend, Matrices, MemoryState, Tokens
 from .layout import Chunks
-from .pieces import Backend
 from .rule import Memory
 
 

@@ -18,7 +18,7 @@ from ..linear.handover import Handover
 from ..linear.scan import CHUNK, SPAN, linear_scan
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Workload
-from .kv_cache import causal_conv
+from .parts import causal_conv
 from .spec import Heads, MixerSpec
 
 

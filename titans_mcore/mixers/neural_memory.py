@@ -12,8 +12,7 @@ from ..config import TitansConfig
 from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan
 from ..memory.checkpoint import kept
 from ..memory.network import initial_weights
-from .kv_cache import causal_conv
-from .parts import FromParts, Parts, copy_rows, heads_of, linear, rms_norm, unit_norm
+from .parts import FromParts, Parts, causal_conv, copy_rows, heads_of, linear, rms_norm, unit_norm
 
 
 @dataclass

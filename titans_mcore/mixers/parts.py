@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import WHOLE, WholeMatrices
+from ..memory import WHOLE, PackedRows, WholeMatrices
 
 
 class MemoryParts(Protocol):
@@ -241,3 +241,53 @@ def unit_norm(x: Tensor) -> Tensor:
     """x with unit L2 norm over the last axis."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
+
+
+def causal_conv(
+    x: Tensor, tail: Tensor, kernel: Tensor, rows: PackedRows | None = None, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution over time.
+
+    Args:
+        x: (B, T, H, F).
+        tail: The K - 1 tokens before x, (B, K - 1, H, F), zeros at the start of a sequence.
+        kernel: (H, F, K), the last tap is the token's own.
+        rows: Documents and padding of x; padding stands behind the real tokens.
+        start: What stands before a document, (1, K - 1, H, F); zeros if None.
+
+    Returns:
+        (B, T, H, F), and the tail for the next piece.
+    """
+    taps, length = kernel.shape[-1], x.shape[1]
+    joined = torch.cat([tail, x], 1)
+    if rows is None and length == 1:
+        return (joined * kernel.movedim(-1, 0)).sum(1, keepdim=True), joined[:, 1:]
+    if rows is None:
+        # As a sum over taps: torch's depthwise convolution copies x twice, and takes longer for one token than for ten.
+        out = joined[:, :length] * kernel[..., 0]
+        for tap in range(1, taps):
+            out = torch.addcmul(out, joined[:, tap : tap + length], kernel[..., tap])
+        return out, joined[:, length:]
+    before = torch.zeros_like(tail) if start is None else start.expand_as(tail)
+    pool = torch.cat([joined, before], 1)
+
+    def earlier(token: Tensor, document: Tensor, position: Tensor, back: int) -> Tensor:
+        """Place in the pool of what stands `back` tokens before these, (B, I)."""
+        inside = (document <= 0) | (position >= back)
+        return torch.where(inside, taps - 1 + token - back, length + 2 * (taps - 1) + position - back)
+
+    token = torch.arange(length, device=x.device).expand(x.shape[:2])
+    out = torch.zeros_like(x)
+    for back in range(taps):
+        places = earlier(token, rows.documents, rows.positions, back)
+        out = out + take(pool, places) * kernel[..., taps - 1 - back]
+    last = rows.ends.unsqueeze(1) - 1
+    position = rows.positions.gather(1, last.clamp_min(0))
+    ended = [earlier(last, rows.last_documents.unsqueeze(1), position, back) for back in range(taps - 2, -1, -1)]
+    return out, take(pool, torch.cat(ended, 1)) if ended else tail
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """x[b, places[b, i]], (B, I, ...) from (B, T, ...)."""
+    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (rows + places).flatten()).unflatten(0, places.shape)
