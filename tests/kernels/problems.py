@@ -13,8 +13,7 @@ from titans_mcore.kernels import Borders, fused_scan
 from titans_mcore.memory.fused import chunk_mass, gates_of, held_theta
 from titans_mcore.memory.inputs import Matrices, Tokens
 from titans_mcore.memory.naive import naive_scan
-from titans_mcore.memory.network import Network, initial_weights
-from titans_mcore.memory.rule import Memory, Rule
+from titans_mcore.memory.rule import Memory, Network, Rule, initial_weights
 
 
 @dataclass(frozen=True)

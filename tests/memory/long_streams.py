@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_mcore.memory import MemoryState, memory_scan
-from titans_mcore.memory.network import initial_weights
-from titans_mcore.memory.rule import Rule
+from titans_mcore.memory.rule import Rule, initial_weights
 
 WIDTH = 8
 STREAMS = ("one token", "alternating", "opposite values", "scaled by 1e4", "bfloat16", "noise")

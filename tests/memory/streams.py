@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_mcore.memory.network import initial_weights
+from titans_mcore.memory.rule import initial_weights
 
 
 @dataclass

@@ -9,8 +9,7 @@ from torch import Tensor
 from titans_mcore.memory import PackedRows, Probe, Probed, memory_scan
 from titans_mcore.memory.inputs import Matrices, Tokens
 from titans_mcore.memory.naive import held_steps, inner_gradient, naive_scan
-from titans_mcore.memory.network import Network
-from titans_mcore.memory.rule import Memory, Rule
+from titans_mcore.memory.rule import Memory, Network, Rule
 
 HEADS, WIDTH, CHUNK = 2, 6, 4
 MEMORIES = [("residual_norm", 1), ("residual_norm", 2), ("plain", 1), ("plain", 3)]

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_mcore.memory import WHOLE, MemoryState, memory_scan
-from titans_mcore.memory.network import initial_weights
-from titans_mcore.memory.rule import Rule, last_step_share, removable_loss
+from titans_mcore.memory.rule import Rule, initial_weights, last_step_share, removable_loss
 
 from . import long_streams
 

@@ -24,8 +24,7 @@ from titans_mcore.linear.scan import Layout, in_chunks
 from titans_mcore.memory import memory_read, memory_scan
 from titans_mcore.memory.chunk import gates_of_chunk, work_out
 from titans_mcore.memory.inputs import Matrices, Tokens
-from titans_mcore.memory.network import Network
-from titans_mcore.memory.rule import Memory, Rule
+from titans_mcore.memory.rule import Memory, Network, Rule
 from titans_mcore.mixers import MIXERS, attention, mac, neural_memory
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import transformer_config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..memory import PackedRows
-from ..mixers.parts import take
+from ..memory.layout import take
 
 _NO_LABEL = -100
 _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..memory.network import LAYER_NORM_EPS
+from ..memory.rule import LAYER_NORM_EPS
 from .backward_chain import chain_backward_kernel
 from .backward_reads import reads_backward_kernel
 from .forward import scan_kernel

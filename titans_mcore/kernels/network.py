@@ -1,6 +1,6 @@
 """Device functions: the memory network M for one chunk, in the pieces the kernels need.
 
-Twin of memory/network.py. The last matrix (HIDDEN, D) is worked off in tiles of TILE rows, and the first (D, HIDDEN) of
+Twin of memory/rule.py. The last matrix (HIDDEN, D) is worked off in tiles of TILE rows, and the first (D, HIDDEN) of
 a network with two in tiles of as many columns; a single matrix is a last one whose input is the token itself, with
 HIDDEN = TILE = D. So one kernel serves both depths.
 

@@ -2,8 +2,8 @@
 
 from .inputs import MemoryState, TensorTree
 from .layout import PackedRows
-from .network import WHOLE, WholeMatrices
 from .probe import Probe, Probed
+from .rule import WHOLE, WholeMatrices
 from .scan import memory_read, memory_scan
 
 __all__ = [

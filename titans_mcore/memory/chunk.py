@@ -35,19 +35,23 @@ from torch.nn import functional as F
 from .checkpoint import Recomputed
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens, Writes
 from .layout import Chunks, group_size
-from .network import (
+from .rule import (
     LOSS_SLOPE,
+    Memory,
     Network,
     Normed,
     answer,
     answer_error,
+    last_step_share,
     layer_norm,
+    lower_step_share,
     normalise,
     per_memory,
     propagate_down,
+    removable_loss,
+    step_mass,
     up_to_last,
 )
-from .rule import Memory, last_step_share, lower_step_share, removable_loss, step_mass
 
 
 @dataclass

@@ -274,3 +274,9 @@ def _pick(x: Tensor, places: Tensor, there: Tensor) -> Tensor:
     rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
     picked = x.flatten(0, 1).index_select(0, (rows + places).flatten()).unflatten(0, places.shape)
     return picked.masked_fill(~there.view(*there.shape, *[1] * (x.dim() - 2)), 0.0)
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """x[b, places[b, i]], (B, I, ...) from (B, T, ...)."""
+    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (rows + places).flatten()).unflatten(0, places.shape)

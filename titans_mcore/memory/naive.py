@@ -10,8 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .inputs import Matrices, Tokens
-from .network import LAYER_NORM_EPS, WHOLE, Network
-from .rule import Memory, Rule, last_step_share, lower_step_share, removable_loss, step_mass
+from .rule import (
+    LAYER_NORM_EPS,
+    WHOLE,
+    Memory,
+    Network,
+    Rule,
+    last_step_share,
+    lower_step_share,
+    removable_loss,
+    step_mass,
+)
 
 
 def naive_scan(memory: Memory, tokens: Tokens, start: Matrices) -> tuple[Tensor, Matrices]:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .inputs import Matrices, MemoryState, OpenChunk, Tokens, Writes
 from .layout import Chunks, group_size
-from .network import LAYER_NORM_EPS
-from .rule import SMALLEST_DECAY, VERSION, Memory
+from .rule import LAYER_NORM_EPS, SMALLEST_DECAY, VERSION, Memory
 
 # By name: this file travels with an exported model, which uses the operation where the package is installed.
 _OPERATION = "titans_mcore.native"

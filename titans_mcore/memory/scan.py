@@ -15,9 +15,8 @@ from .inputs import Backend, Matrices, MemoryState, OpenChunk, Tokens
 from .layout import Chunks, PackedRows
 from .naive import naive_scan
 from .native import native_go_on, native_scan, why_not_native
-from .network import WHOLE, Network, WholeMatrices, forward
 from .probe import Probe, probing
-from .rule import RULES, Memory, Rule
+from .rule import RULES, WHOLE, Memory, Network, Rule, WholeMatrices, forward
 
 NETWORKS = ("residual_norm", "plain")
 

@@ -2,76 +2,15 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..attention import attend, rotate
-from ..attention.attend import Documents, Prefix
+from ..attention.attend import KVCache, Prefix
 from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
-from .parts import FromParts, Parts, heads_of, linear, take
+from .parts import FromParts, Parts, heads_of, linear
 
 AROUND = ("attention.", "output.")  # the maps into and out of attention, in mixers that call them so
-
-
-@dataclass
-class KVCache(TensorTree):
-    """Keys and values that later tokens still see, without positions.
-
-    Rows that have kept different numbers hold them at the end; only differences of places count.
-
-    Attributes:
-        keys: (B, P, ...).
-        values: (B, P, ...).
-        real: Which of them are there, (B, P) bool; None if all are.
-    """
-
-    keys: Tensor
-    values: Tensor
-    real: Tensor | None = None
-
-    def documents(self, rows: PackedRows | None, tokens: int) -> Documents | None:
-        """Who sees whom of what is kept and so many new tokens; None if all rows are whole."""
-        if rows is None and self.real is None:
-            return None
-        batch, past = self.keys.shape[:2]
-        new = rows.documents if rows is not None else self.keys.new_zeros(batch, tokens, dtype=torch.long)
-        real = new.new_ones(batch, past, dtype=torch.bool) if self.real is None else self.real
-        return Documents(new, torch.cat([real.long() - 1, new], 1))
-
-    def extended(self, keys: Tensor, values: Tensor) -> "KVCache":
-        """With those of a piece's tokens behind."""
-        real = None if self.real is None else F.pad(self.real, (0, keys.shape[1]), value=True)
-        return KVCache(torch.cat([self.keys, keys], 1), torch.cat([self.values, values], 1), real)
-
-    def last(self, count: int, rows: PackedRows | None, fill: Tensor | None = None) -> "KVCache":
-        """The last `count` of a tree that `extended` made with the tokens of `rows`.
-
-        Args:
-            count: How many are kept at most.
-            rows: Documents and padding of the piece; of what is kept, only the row's last document counts.
-            fill: How many are kept of each row, (B,); None for all that are there.
-        """
-        total = self.keys.shape[1]
-        count = min(count, total)
-        if rows is None and fill is None:
-            real = None if self.real is None else self.real[:, total - count :]
-            return KVCache(self.keys[:, total - count :], self.values[:, total - count :], real)
-        batch, device = self.keys.shape[0], self.keys.device
-        past = total - (rows.shape[1] if rows is not None else 0)
-        there = torch.ones(batch, total, dtype=torch.bool, device=device) if self.real is None else self.real
-        ends = torch.full((batch, 1), total, device=device)
-        if rows is not None:
-            last = rows.last_documents.unsqueeze(1)
-            there = torch.cat([there[:, :past] & (last == 0), rows.documents == last], 1)
-            ends = past + rows.ends.unsqueeze(1)
-        places = ends - count + torch.arange(count, device=device)
-        real = there.gather(1, places.clamp_min(0)) & (places >= 0)
-        if fill is not None:
-            real &= torch.arange(count, device=device) >= count - fill.to(device).unsqueeze(1)
-        places = places.clamp_min(0)
-        return KVCache(take(self.keys, places), take(self.values, places), real)
 
 
 @dataclass

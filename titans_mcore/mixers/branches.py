@@ -3,37 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from .attention import AttentionState
 from .neural_memory import NeuralMemory, NeuralMemoryState
-from .parts import FromParts, Parts
+from .parts import Parts
 
 # What their specs say of the parts that they share.
-BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")
 MEMORY_USES = {"memory.qg_proj": (1, 1), "memory.kv_gates_proj": (1, 1)}
 ATTENTION_USES = {"attention.qkv_proj": (1, 1)}
-
-
-class PersistentTokens(FromParts):
-    """N learned, input-independent tokens in front of a sequence (paper, section 3.3).
-
-    Args:
-        config: The model's settings.
-        parts: Makes the parameters.
-    """
-
-    def __init__(self, config: TitansConfig, parts: Parts) -> None:
-        super().__init__()
-        # They stand beside normalised activations, so they start at their size.
-        self.tokens = parts.replicated(torch.randn(config.persistent_tokens, config.dim))
-
-    def forward(self, x: Tensor) -> Tensor | None:
-        """(1, N, E) in the dtype of x; None if there are none."""
-        return self.tokens.to(x.dtype).unsqueeze(0) if len(self.tokens) else None
 
 
 class Persistent(NamedTuple):
@@ -84,15 +63,6 @@ class BranchesState(TensorTree):
 def lacks_persistent(state: BranchesState | None) -> bool:
     """Whether the attention is without the keys of persistent tokens."""
     return state is None or state.attention.prefix_keys is None
-
-
-def combine(y: Tensor, m: Tensor) -> Tensor:
-    """The paper's y (x) m for sides that are normalised with learned scales: each gates the other through a sigmoid.
-
-    With one sigmoid alone, y * sigmoid(m), what the memory answers reaches the output only times y, whose sign is as
-    good as random before training: the quickstart's MAG ends at 4.52 nats instead of 3.97.
-    """
-    return y * torch.sigmoid(m) + m * torch.sigmoid(y)
 
 
 def window_alone(state: Any) -> Any:

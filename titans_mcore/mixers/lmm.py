@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from .branches import BEGINNINGS, MEMORY_USES, PersistentTokens, begins, read_persistent
-from .neural_memory import NeuralMemory, NeuralMemoryState
+from .branches import MEMORY_USES, begins, read_persistent
+from .neural_memory import BEGINNINGS, NeuralMemory, NeuralMemoryState, PersistentTokens
 from .parts import FromParts, Parts
 from .spec import MixerSpec, register
 

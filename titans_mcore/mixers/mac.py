@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..attention import attend, rotate
-from ..attention.attend import Prefix
+from ..attention.attend import KVCache, Prefix
 from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
-from .attention import KVCache
-from .branches import BEGINNINGS, PersistentTokens, combine
+from ..memory.layout import take
 from .costs import (
     FLOAT32,
     Sums,
@@ -26,8 +25,8 @@ from .costs import (
     total_sums,
     weights_message,
 )
-from .neural_memory import NeuralMemory, NeuralMemoryState, Recall
-from .parts import FromParts, Parts, copy_rows, heads_of, linear, rms_norm, take
+from .neural_memory import BEGINNINGS, NeuralMemory, NeuralMemoryState, PersistentTokens, Recall, combine
+from .parts import FromParts, Parts, copy_rows, heads_of, linear, rms_norm
 from .spec import MixerSpec, register
 
 

@@ -10,18 +10,15 @@ from ..memory import PackedRows
 from .attention import AROUND, Attention
 from .branches import (
     ATTENTION_USES,
-    BEGINNINGS,
     MEMORY_USES,
     BranchesState,
-    PersistentTokens,
     begins,
-    combine,
     lacks_persistent,
     read_persistent,
     window_alone,
 )
 from .costs import FLOAT32, Workload
-from .neural_memory import NeuralMemory
+from .neural_memory import BEGINNINGS, NeuralMemory, PersistentTokens, combine
 from .parts import FromParts, Parts, rms_norm
 from .spec import MixerSpec, register
 

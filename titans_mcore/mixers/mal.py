@@ -9,17 +9,15 @@ from ..memory import PackedRows
 from .attention import AROUND, Attention
 from .branches import (
     ATTENTION_USES,
-    BEGINNINGS,
     MEMORY_USES,
     BranchesState,
-    PersistentTokens,
     begins,
     lacks_persistent,
     read_persistent,
     window_alone,
 )
 from .costs import Sums, Workload
-from .neural_memory import NeuralMemory
+from .neural_memory import BEGINNINGS, NeuralMemory, PersistentTokens
 from .parts import FromParts, Parts, linear
 from .spec import MixerSpec, register
 

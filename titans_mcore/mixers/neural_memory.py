@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..config import TitansConfig
 from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan
 from ..memory.checkpoint import kept
-from ..memory.network import initial_weights
+from ..memory.rule import initial_weights
 from .parts import FromParts, Parts, causal_conv, copy_rows, heads_of, linear, rms_norm, unit_norm
 
 
@@ -270,3 +270,33 @@ def initial_gate_bias(config: TitansConfig) -> Tensor:
     if margin := config.gate_margin:  # they begin at the same gates, all of them open
         theta, alpha = (torch.logit((torch.sigmoid(bias) + margin) / (1.0 + margin)) for bias in (theta, alpha))
     return torch.cat([theta, torch.zeros(heads, etas), alpha], -1)
+
+
+BEGINNINGS = ("persistent.tokens", "memory.initial_weights.")
+
+
+class PersistentTokens(FromParts):
+    """N learned, input-independent tokens in front of a sequence (paper, section 3.3).
+
+    Args:
+        config: The model's settings.
+        parts: Makes the parameters.
+    """
+
+    def __init__(self, config: TitansConfig, parts: Parts) -> None:
+        super().__init__()
+        # They stand beside normalised activations, so they start at their size.
+        self.tokens = parts.replicated(torch.randn(config.persistent_tokens, config.dim))
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(1, N, E) in the dtype of x; None if there are none."""
+        return self.tokens.to(x.dtype).unsqueeze(0) if len(self.tokens) else None
+
+
+def combine(y: Tensor, m: Tensor) -> Tensor:
+    """The paper's y (x) m for sides that are normalised with learned scales: each gates the other through a sigmoid.
+
+    With one sigmoid alone, y * sigmoid(m), what the memory answers reaches the output only times y, whose sign is as
+    good as random before training: the quickstart's MAG ends at 4.52 nats instead of 3.97.
+    """
+    return y * torch.sigmoid(m) + m * torch.sigmoid(y)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..config import TitansConfig
 from ..memory import WHOLE, PackedRows, WholeMatrices
+from ..memory.layout import take
 
 
 class MemoryParts(Protocol):
@@ -285,9 +286,3 @@ def causal_conv(
     position = rows.positions.gather(1, last.clamp_min(0))
     ended = [earlier(last, rows.last_documents.unsqueeze(1), position, back) for back in range(taps - 2, -1, -1)]
     return out, take(pool, torch.cat(ended, 1)) if ended else tail
-
-
-def take(x: Tensor, places: Tensor) -> Tensor:
-    """x[b, places[b, i]], (B, I, ...) from (B, T, ...)."""
-    rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (rows + places).flatten()).unflatten(0, places.shape)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..config import TitansConfig
 from ..memory import WHOLE, WholeMatrices
 from ..mixers.parts import MemoryParts, linear
-from ..parallel.memory_shard import TPShard, split_axis
+from .memory_shard import TPShard, split_axis
 
 
 @dataclass
