@@ -37,6 +37,7 @@ from pretrain.report.metrics import Metrics
 from pretrain.report.sinks import check_sinks
 from pretrain.run import Run, lock_run_folder
 from pretrain.schedule import tokens_after
+from titans_mcore.linear.fla import why_not_fla
 from titans_mcore.memory.native import why_not_native
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
 from tokenization.command_line import try_output
@@ -181,7 +182,11 @@ def due(step: int, every_steps: int) -> bool:
 
 
 def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> None:
-    """Says what is about to be trained, and on what."""
+    """Says what is about to be trained, and on what.
+
+    Raises:
+        ValueError: The kernels that the settings ask for cannot take it.
+    """
     parameters = torch.tensor(sum(p.numel() for p in model.parameters() if is_counted(p)))
     dist.all_reduce(parameters, group=DeepSpeedGroups().get_tensor_model_parallel_group())
     say(
@@ -191,6 +196,10 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
     )
     if any(mixer.memory for mixer in config.model.mixers) and device().type == "cpu":
         say(f"memory: {memory_on_cpu(config)}")
+    if config.model.linear_backend == "fla":
+        if reason := why_not_fla(resolve_precision(config), device()):
+            raise ValueError(f"model.{reason}")
+        say("linear recurrences: the kernels of flash-linear-attention")
     if config.schedule.warmup_steps >= config.train.steps:
         say(f"note: the warm-up of {config.schedule.warmup_steps} steps is as long as the run")
     tokens = tokens_after(config.train.steps - 1, config.train)

@@ -120,6 +120,9 @@ class TitansConfig:
     these where they fit, else chunked, torch operations; oracle: the literal per-token loop."""
     attention_backend: Literal["auto", "sdpa", "flash", "dense"] = "auto"
     """How attention is computed; same results, different speed. dense is the masked softmax written out."""
+    linear_backend: Literal["torch", "fla"] = "torch"
+    """How RetNet, Mamba2 and the delta rules are scanned. fla: flash-linear-attention's kernels (CUDA, bf16, extra
+    `fla`)."""
 
     def __post_init__(self) -> None:
         self._check_variant()
@@ -130,6 +133,7 @@ class TitansConfig:
         _choice("memory_alpha", self.memory_alpha, ("head", "channel"))
         _choice("memory_backend", self.memory_backend, ("auto", "chunked", "native", "fused", "oracle"))
         _choice("attention_backend", self.attention_backend, ("auto", "sdpa", "flash", "dense"))
+        _choice("linear_backend", self.linear_backend, ("torch", "fla"))
         for name in ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "memory_expansion", "conv_kernel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

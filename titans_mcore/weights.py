@@ -37,7 +37,7 @@ DESCRIPTION = "model.json"
 MARKER = "checkpoint.json"
 BEGINS = "begins_with"  # in the marker of weights that no run has trained: what they were made of
 _CHECKPOINT_NAME = re.compile(r"step-\d+")
-_SPEED_SETTINGS = ("memory_backend", "attention_backend")
+_SPEED_SETTINGS = ("memory_backend", "attention_backend", "linear_backend")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

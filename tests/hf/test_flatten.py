@@ -17,6 +17,7 @@ ROOMS = {"memory": "titans_memory", "attention": "titans_attention", "mixers": "
 PARTS = {
     "config.py": "configuration_titans",
     "linear/__init__.py": "titans_mixers",  # without its oracle
+    "linear/fla.py": "titans_mixers",
     "linear/handover.py": "titans_mixers",
     "linear/scan.py": "titans_mixers",
     "linear/selective.py": "titans_mixers",

@@ -28,9 +28,9 @@ from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
 from titans_mcore.parallel.context import ContextRelay, SharedPart
-from titans_mcore.weights import split_of
+from titans_mcore.tensor_files import split_of
 
-from .layouts_worker import gather, parts_of
+from .layouts_worker import gather, joined, parts_of
 from .regroup import groups_of
 
 LINEAR = [name for name, mixer in MIXERS.items() if mixer.composes]
@@ -118,7 +118,7 @@ def run(model: TitansModel, rows: Rows, weights: Tensor, earlier: list[Any] | No
         gradient = parameter.grad.clone()
         dist.all_reduce(gradient, group=context)
         rule, parts = split_of(parameter), parts_of(gradient, tensor_group)
-        found[name] = parts[0] if rule is None else rule.join(parts)
+        found[name] = parts[0] if rule is None else joined(rule, parts)
     return found
 
 

@@ -19,7 +19,7 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import reduce_shared_gradients, start, stop, transformer_config
-from titans_mcore.weights import split_of
+from titans_mcore.tensor_files import Split, split_of
 
 from .regroup import groups_of
 
@@ -116,7 +116,7 @@ def run(config: TitansConfig, layout: Layout, documents: bool) -> dict[str, Tens
         rule, parts = split_of(parameter), parts_of(gradient, groups.tp)
         for part in parts if rule is None else []:
             assert torch.equal(part, parts[0]), f"the ranks' gradients of {name} differ"
-        found[name] = parts[0] if rule is None else rule.join(parts)
+        found[name] = parts[0] if rule is None else joined(rule, parts)
     return found
 
 
@@ -125,6 +125,12 @@ def parts_of(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     parts = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(parts, x.contiguous(), group=group)
     return parts
+
+
+def joined(rule: Split, parts: list[Tensor]) -> Tensor:
+    """The whole tensor from the parts of all tensor-parallel ranks."""
+    blocks = [part.chunk(rule.stride, rule.dim) for part in parts]
+    return torch.cat([block[i] for i in range(rule.stride) for block in blocks], rule.dim)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup, axis: int) -> Tensor:

@@ -136,7 +136,7 @@ def _load(folder: Path, *, verify: bool) -> tuple[TitansConfig, dict[str, Tensor
         to_exported(config, native)  # names only: views of the same tensors
     except ValueError as error:
         raise ExportError(str(error)) from error
-    return replace(config, memory_backend="auto", attention_backend="auto"), native
+    return replace(config, memory_backend="auto", attention_backend="auto", linear_backend="torch"), native
 
 
 def _tokenizer_of_run(checkpoint: Path) -> Path:

@@ -37,7 +37,7 @@ class VerifySettings:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """What a repeated proof found."""
 
     max_abs_error: float
@@ -50,7 +50,7 @@ class Verdict:
     """What was compared."""
 
 
-def verify(folder: Path, *, device: str = "cpu", tolerance: float = 1e-4) -> Verdict:
+def verify(folder: Path, *, device: str = "cpu", tolerance: float = 1e-4) -> Comparison:
     """Repeats the proof of an exported folder; see VerifySettings for the arguments.
 
     Raises:
@@ -61,7 +61,7 @@ def verify(folder: Path, *, device: str = "cpu", tolerance: float = 1e-4) -> Ver
     _check_files(folder, proof["files"])
     if "auto_class" in proof:  # no language model
         error, compared, allowed = repeat_proof(folder, proof, tolerance)
-        return Verdict(error, compared, allowed, "numbers")
+        return Comparison(error, compared, allowed, "numbers")
     prompts, continuation = proof["prompts"], proof["continuation"]
     question = Question(
         [prompt["tokens"] for prompt in prompts],
@@ -98,7 +98,7 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             raise ProofFailed(f"{file} is not the file that was exported; copy or export the folder again")
 
 
-def _compare(proof: dict[str, Any], question: Question, answer: Answer, tolerance: float) -> Verdict:
+def _compare(proof: dict[str, Any], question: Question, answer: Answer, tolerance: float) -> Comparison:
     shown, error, compared = torch.tensor(proof["vocabulary_ids"]), 0.0, 0
     allowed = tolerance * proof["largest_logit"]
     for index, prompt in enumerate(proof["prompts"]):
@@ -113,7 +113,7 @@ def _compare(proof: dict[str, Any], question: Question, answer: Answer, toleranc
                 )
             error, compared = max(error, difference), compared + ours.numel()
         _check_generated(index, question, answer, 2 * allowed)
-    return Verdict(error, compared, allowed)
+    return Comparison(error, compared, allowed)
 
 
 def _check_generated(index: int, question: Question, answer: Answer, tie: float) -> None:

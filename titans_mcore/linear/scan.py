@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from ..memory import PackedRows
 from ..memory.checkpoint import Recomputed
+from .fla import fla_scan
 from .handover import Handover, Opened, handed_over
 
 CHUNK = 64  # tokens
@@ -45,6 +46,7 @@ def linear_scan(
     scale: float = 1.0,
     state: Tensor | Handover | None = None,
     rows: PackedRows | None = None,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Writes and reads every token.
 
@@ -59,17 +61,22 @@ def linear_scan(
         state: S before the first token, (B, H, K, V); None is 0. Or where it comes from, when the tokens have been read
             without it: handover.py.
         rows: Documents and padding. Padding may stand anywhere, and what is read there means nothing.
+        backend: "torch", or "fla" for flash-linear-attention's kernels, where the state before is at hand: what other
+            ranks hand over is read in torch.
 
     Returns:
         (B, T, H, V) in the dtype of the values, and S after the last token, float32 (float64 where values are).
 
     Raises:
-        ValueError: Shapes do not fit together.
+        ValueError: Shapes do not fit together, or the kernels cannot take them.
     """
     held = state if state is None or isinstance(state, Tensor) else state.given
     _check(queries, keys, values, log_decay, beta, held)
     scan = _Scan(queries, keys, values, log_decay, beta, scale, rows)
     if state is None or isinstance(state, Tensor):
+        if backend == "fla":
+            before = scan.nothing() if state is None else state.to(scan.wide)
+            return fla_scan(queries, keys, values, log_decay, beta, scale=scale, state=before, rows=rows)
         return scan.whole(state)
     return handed_over(state, scan.whole, scan.fading if beta is None else scan.replacing)
 

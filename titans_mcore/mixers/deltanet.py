@@ -29,7 +29,7 @@ class DeltaNetMixer(FromParts):
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         heads, keys, values = self.shape = DeltaNet().shape(config)
-        self.parts, self.eps = parts.with_heads(heads), config.norm_eps
+        self.parts, self.eps, self.backend = parts.with_heads(heads), config.norm_eps, config.linear_backend
         self.projection = self.parts.column(config.dim, keys, keys, values, 1)  # a head: query, key, value, beta
         self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
@@ -41,7 +41,7 @@ class DeltaNetMixer(FromParts):
         projected = heads_of(linear(self.projection, self.parts.gather_from_sp_region(x)), self.parts.heads)
         tokens, beta = projected.split([2 * keys + values, 1], -1)
         tokens, tail = convolved(tokens, None if state is None else state.part("tail"), self.kernel, rows)
-        read, matrix = delta_scan(tokens, beta, None, self.shape, state, rows)
+        read, matrix = delta_scan(tokens, beta, None, self.shape, state, rows, self.backend)
         answer = rms_norm(read, self.output_norm, self.eps)
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail)
 

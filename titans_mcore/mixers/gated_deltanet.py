@@ -40,7 +40,7 @@ class GatedDeltaNetMixer(FromParts):
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         heads, keys, values = self.shape = GatedDeltaNet().shape(config)
-        self.parts, self.eps = parts.with_heads(heads), config.norm_eps
+        self.parts, self.eps, self.backend = parts.with_heads(heads), config.norm_eps, config.linear_backend
         # A head: query, key, value, output gate, and a number each for beta and for the decay.
         self.projection = self.parts.column(config.dim, keys, keys, values, values, 1, 1)
         self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
@@ -57,7 +57,7 @@ class GatedDeltaNetMixer(FromParts):
         tokens, gate, beta, step = projected.split([2 * keys + values, values, 1, 1], -1)
         tokens, tail = convolved(tokens, None if state is None else state.part("tail"), self.kernel, rows)
         log_decay = -widened(self.A_log).exp() * F.softplus(widened(step.squeeze(-1)) + widened(self.dt_bias))
-        read, matrix = delta_scan(tokens, beta, log_decay, self.shape, state, rows)
+        read, matrix = delta_scan(tokens, beta, log_decay, self.shape, state, rows, self.backend)
         answer = rms_norm(read, self.output_norm, self.eps) * F.silu(gate)
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(matrix, tail)
 

@@ -143,6 +143,7 @@ def delta_scan(
     shape: LinearShape,
     state: Earlier | None,
     rows: PackedRows | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule over normalised queries and keys.
 
@@ -153,6 +154,7 @@ def delta_scan(
         shape: K and V.
         state: What an earlier piece left.
         rows: Documents and padding.
+        backend: See linear_scan.
 
     Returns:
         What linear_scan does.
@@ -167,6 +169,7 @@ def delta_scan(
         scale=shape.keys**-0.5,
         state=None if state is None else state.part("matrix"),
         rows=rows,
+        backend=backend,
     )
 
 

@@ -43,6 +43,7 @@ class Mamba2Mixer(FromParts):
         super().__init__()
         heads, keys, values = self.shape = Mamba2().shape(config)
         self.parts, self.eps, taps = parts.with_heads(heads), config.norm_eps, config.conv_kernel
+        self.backend = config.linear_backend
         self.projection = self.parts.column(config.dim, values, values, 1)  # a head: z, u, dt
         self.shared = self.parts.whole(config.dim, 2 * keys)  # B, C
         self.kernel = self.parts.per_head(initial_taps(heads, values, taps))
@@ -73,6 +74,7 @@ class Mamba2Mixer(FromParts):
             -step * widened(self.A_log).exp(),
             state=None if state is None else state.part("matrix"),
             rows=rows,
+            backend=self.backend,
         )
         y = (read + self.D.unsqueeze(-1) * u) * F.silu(z)
         mean = self.parts.sum_over_tp_region(y.square().sum((-2, -1), keepdim=True)) / (heads * values)

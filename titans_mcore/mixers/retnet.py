@@ -55,6 +55,7 @@ class RetNetMixer(FromParts):
             scale=keys**-0.5,
             state=None if state is None else state.part("matrix", lambda matrix: self._turned(matrix, -passed)),
             rows=rows,
+            backend=self.config.linear_backend,
         )
         answer = rms_norm(read, self.output_norm, self.config.norm_eps) * F.silu(gate)
         return self.parts.finish(self.output, answer.flatten(2)), LinearState(self._turned(matrix, -passed))
