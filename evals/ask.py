@@ -109,9 +109,8 @@ def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
     import torch
 
     from evals.niah.generate import read
-    from evals.position_rows import encode_text
     from evals.progress import bar
-    from evals.tokens import DiskTokens
+    from evals.tokens import DiskTokens, encode_text
     from tokenization.io import sha256_of
 
     with tempfile.TemporaryFile() as file:

@@ -101,7 +101,7 @@ def open_rows(model: "EvalModel", settings: PositionPerplexitySettings) -> "list
     Raises:
         EvaluationError: They are missing, too short, or not of this model's tokenizer.
     """
-    from evals.position_rows import document_rows, heldout_rows, text_rows
+    from evals.tokens import document_rows, heldout_rows, text_rows
 
     most = max(settings.tokens // settings.length, 1)
     if settings.data is None:

@@ -1,6 +1,6 @@
 """`python -m evals.babilong --checkpoint RUN --output DIR`."""
 
-from evals.babilong.settings import BabilongSettings
+from evals.babilong import BabilongSettings
 from evals.command_line import parse_settings, run_command
 
 

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.babilong.records import Record
+from evals.babilong import BabilongSettings
 from evals.babilong.samples import Sample, SampleKey
-from evals.babilong.settings import BabilongSettings
+from evals.babilong.stories import correct
 from evals.babilong.summary import write_report
-from evals.babilong.tasks import correct
-from evals.babilong.texts import Texts, read_texts
+from evals.babilong.texts import Record, Texts, read_texts
 from evals.measure import PeakMemory, state_bytes
 from evals.models import EvalModel
 from evals.niah.generate import answer, read

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from evals.efficiency.settings import SECTIONS, MemorySettings
+from evals.efficiency import SECTIONS, MemorySettings
 
 OURS, TITANS_PYTORCH = "titans-mcore", "titans-pytorch"
 FORWARD, BOTH = "forward", "forward+backward"

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from evals.efficiency.circumstances import circumstances
-from evals.efficiency.settings import ContextSettings
-from evals.measure import PeakMemory, return_large_blocks, state_bytes
+from evals.efficiency import ContextSettings
+from evals.measure import PeakMemory, circumstances, return_large_blocks, state_bytes
 from evals.models import EvalModel, load_model
 from evals.progress import Pace, StatusLine
 from evals.report import bytes_text, table, write_json

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evals.command_line import EvaluationError
+from evals.genomics import GenomicsSettings
 from evals.genomics.data import PAD, VOCABULARY, Sequences, Task, collate, load_task, nucleotide_tokenizer
-from evals.genomics.settings import GenomicsSettings
 from evals.record_file import RecordFile
 from evals.report import interval_text, markdown_table, settings_of, write_bytes
 from evals.trainer import check_budget, seed_all, titans_sizes, train

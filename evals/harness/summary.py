@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.harness.settings import HarnessSettings
+from evals.harness import HarnessSettings
 from evals.harness.tasks import COLUMNS, Column
 from evals.report import markdown_table, settings_of, table, write_bytes, write_csv, write_json
 

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from evals.measure import PeakMemory, state_bytes
 from evals.models import EvalModel
+from evals.niah import NiahSettings
 from evals.niah.controls import controlled, without_memory
-from evals.niah.forecast import Forecast
 from evals.niah.generate import answer, read, repeat, value_losses
-from evals.niah.plan import Batch, Stretch
+from evals.niah.plan import Batch, Forecast, Stretch
 from evals.niah.records import Identity, Record, RecordFile
 from evals.niah.samples import MAIN, Sample, SampleBuilder
-from evals.niah.scores import score
-from evals.niah.settings import NiahSettings
+from evals.niah.templates import score
 from evals.progress import StatusLine
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from evals.command_line import EvaluationError, run_command
+from evals.efficiency import MemorySettings
 from evals.efficiency import __main__ as efficiency
 from evals.efficiency.cases import BOTH, OURS, TITANS_PYTORCH, Case, plan
-from evals.efficiency.runner import Limits, run_group
-from evals.efficiency.settings import MemorySettings
+from evals.efficiency.memory import Limits, run_group
 from evals.efficiency.targets import CPU_TARGETS, Target, judge
 
 REPOSITORY = Path(__file__).parents[2]
