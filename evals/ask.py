@@ -109,9 +109,9 @@ def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
     import torch
 
     from evals.niah.generate import read
-    from evals.progress import bar
     from evals.tokens import DiskTokens, encode_text
     from tokenization.io import sha256_of
+    from tokenization.progress import Progress
 
     with tempfile.TemporaryFile() as file:
         try:
@@ -123,10 +123,10 @@ def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
         ids = DiskTokens(file, 0, tokens)
         if tokens < 2:
             raise EvaluationError(f"--text {text}: there is no text in it; give another file")
-        with bar(f"reading {text.name}", tokens) as moved:
+        with Progress(f"of {text.name} read", tokens) as progress:
             starts = range(0, tokens, piece)
             pieces = (torch.from_numpy(np.asarray(ids[at : at + piece]))[None] for at in starts)
-            _, states = read(model.stream, pieces, moved)
+            _, states = read(model.stream, pieces, lambda units: progress.advance(units, units))
         return Memory(
             [state.carried() for state in states], tokens, int(np.asarray(ids[tokens - 1 : tokens])[0]), source
         )

@@ -7,6 +7,8 @@ import resource
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -43,6 +45,45 @@ class PeakMemory:
         except OSError:
             found = None
         return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+class Watch:
+    """Time and memory of one batch."""
+
+    def __init__(self, peak: PeakMemory, show: Callable[[int], None]) -> None:
+        peak.reset()
+        self._peak, self._show = peak, show
+        self._started = self._mark = time.perf_counter()
+        self._read_tokens, self._read_seconds, self._steps = 0, 0.0, list[float]()
+
+    def on_piece(self, tokens: int) -> None:
+        """So many tokens, all rows together, have been read."""
+        self._read_tokens += tokens
+        self._read_seconds += self.mark()
+        self._show(tokens)
+
+    def on_step(self) -> None:
+        """A token of each answer has been decoded."""
+        self._steps.append(self.mark())
+
+    def mark(self) -> float:
+        """Seconds since the last mark."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def seconds(self) -> float:
+        """Seconds since the batch began."""
+        return time.perf_counter() - self._started
+
+    def costs(self) -> dict[str, Any]:
+        """What a record holds of it."""
+        return {
+            "prefill_tokens": self._read_tokens,
+            "prefill_seconds": self._read_seconds,
+            "decode_ms_per_token": 1000 * sum(self._steps) / max(len(self._steps), 1),
+            "seconds": self.seconds(),
+            "peak_bytes": self._peak.bytes(),
+        }
 
 
 def state_bytes(states: Any) -> int:

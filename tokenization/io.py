@@ -24,6 +24,14 @@ def bytes_text(size: float) -> str:
     return f"{size:.1f} GB"
 
 
+def seconds_text(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
 def write_file_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that a crash at any moment leaves the old one or the new one, never a part.
 

@@ -26,7 +26,6 @@ from evals.efficiency.implementations import layer_config
 from evals.efficiency.summary import markdown
 from evals.efficiency.targets import Row, judge
 from evals.measure import circumstances
-from evals.progress import StatusLine
 from evals.report import write_bytes, write_json
 
 
@@ -88,12 +87,12 @@ def flops(row: Row) -> int | None:
 def _run(groups: list[list[Case]], settings: MemorySettings) -> Iterator[list[Row]]:
     repeats = 2 if settings.quick else settings.repeats
     limits = Limits(repeats, settings.threads, settings.limit_seconds, settings.limit_gigabytes)
-    line, total, done = StatusLine(), sum(map(len, groups)), 0
+    total, done = sum(map(len, groups)), 0
     for group in groups:
-        line.show(f"{done} of {total} cases done; {len(group)} at T = {group[-1].length:,}")
+        said = f"{done} of {total} cases done; {len(group)} at T = {group[-1].length:,}"
+        print(said, file=sys.stderr, flush=True)
         yield run_group(group, limits)
         done += len(group)
-    line.clear()
 
 
 def _with_flops(row: Row, ceiling: float) -> Row:

@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,14 +11,13 @@ import torch
 
 from evals.niah.generate import Stream, answer, read, repeat
 from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
-from evals.report import seconds_text
 
 _TRIAL_TOKENS, _TRIAL_STEPS = 512, 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class Forecast:
-    """Seconds of reading and answering, linear in the rows read side by side, and what is left of a plan."""
+    """Seconds of reading and answering, linear in the rows read side by side."""
 
     one: float
     """Seconds a token of one row alone."""
@@ -26,25 +25,10 @@ class Forecast:
     """Seconds a token that every further row adds."""
     step: float
     """Seconds of a decoding step."""
-    left: float = 0.0
-    """Seconds that the trials promise for what is left."""
-    _promised: float = field(default=0.0, init=False)
-    _taken: float = field(default=0.0, init=False)
 
     def reading(self, rows: int, tokens: int) -> float:
         """Seconds of reading so many tokens of each of so many rows."""
         return tokens * (self.one + (rows - 1) * self.more)
-
-    def done(self, promised: float, taken: float) -> None:
-        """Counts work that is done: the seconds that the trials promised and those it took."""
-        self._promised += promised
-        self._taken += taken
-        self.left = max(self.left - promised, 0.0)
-
-    def text(self) -> str:
-        """The time that remains, in words."""
-        pace = self._taken / self._promised if self._promised else 1.0
-        return f"about {seconds_text(self.left * pace)} left"
 
 
 def measure(stream: Stream, samples: Sequence[Sample], piece: int, end: int) -> Forecast:

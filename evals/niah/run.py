@@ -19,6 +19,7 @@ from evals.niah.runner import Runner, say
 from evals.niah.samples import MAIN, SampleBuilder, SampleKey
 from evals.niah.summary import write_report
 from evals.niah.templates import BY_NAME, TASKS, read_words
+from evals.report import seconds_text
 
 _FILE, _FILE_OF_RANK = "niah.jsonl", "niah.rank-{}.jsonl"
 Value = TypeVar("Value")
@@ -113,7 +114,7 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
             team.told(fault)
             raise
         team.told(plan)
-        Runner(model, settings, builder, identities, results).run(plan.shares[0], plan.forecast)
+        Runner(model, settings, builder, identities, results).run(plan.shares[0], plan.forecast, plan.seconds[0])
         team.wait()
         for rank in range(1, team.size):
             results.absorb(settings.output / _FILE_OF_RANK.format(rank))
@@ -133,7 +134,8 @@ def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:
     builder = make_builder(model, settings)
     identities = _identities(model, settings, builder)
     with RecordFile(settings.output / _FILE_OF_RANK.format(team.rank)) as results:
-        Runner(model, settings, builder, identities, results, quiet=True).run(plan.shares[team.rank], plan.forecast)
+        runner = Runner(model, settings, builder, identities, results, quiet=True)
+        runner.run(plan.shares[team.rank], plan.forecast, plan.seconds[team.rank])
     team.wait()
 
 
@@ -143,6 +145,8 @@ class Plan:
 
     shares: list[list[Batch]]
     """Batches of each process."""
+    seconds: list[float]
+    """What the trials promise each of them."""
     forecast: Forecast | None
     """From the trials; None where nothing is missing."""
     grid: dict[int, tuple[int, int]] | None
@@ -160,7 +164,7 @@ def _plan(
     """Measures the model's pace, fits the grid into the budget and divides what is missing; says the time first."""
     missing = [name for name in names if name not in there]
     if not missing:
-        return Plan([[] for _ in range(ranks)], None, None)
+        return Plan([[] for _ in range(ranks)], [0.0] * ranks, None, None)
     planner = Planner(builder, settings.batch, settings.max_new_tokens)
     trial = max(planner.batches(n for n in missing if n.length == missing[0].length), key=lambda b: len(b.names))
     samples = [builder.build(name) for name in trial.names]
@@ -172,11 +176,11 @@ def _plan(
         for length, (depths, count) in grid.items():
             say(f"length {length:,}: " + (f"{depths} depths x {count} samples" if depths else "not run, too long"))
     shares = planner.divide(planner.batches(missing), ranks, forecast)
-    forecast.left = max(planner.seconds(share, forecast) for share in shares)
+    seconds = [planner.seconds(share, forecast) for share in shares]
     tokens = sum(name.length for name in missing)
     spread = f" in {ranks} processes" if ranks > 1 else ""
-    say(f"{len(missing)} samples, {tokens:,} tokens{spread}: {forecast.text()}")
-    return Plan(shares, forecast, grid)
+    say(f"{len(missing)} samples, {tokens:,} tokens{spread}: about {seconds_text(max(seconds))} left")
+    return Plan(shares, seconds, forecast, grid)
 
 
 def _names(settings: NiahSettings) -> Iterator[SampleKey]:
