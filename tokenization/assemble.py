@@ -34,6 +34,7 @@ from tokenization.manifest import (
 )
 from tokenization.plan import PLAN_NAME, Plan
 from tokenization.progress import Progress
+from tokenization.records import broken_files, rejected_documents
 from tokenization.selection import choose_threshold, find_duplicates
 from tokenization.shards import (
     Selection,
@@ -45,7 +46,6 @@ from tokenization.shards import (
     marker_path,
     plan_shards,
 )
-from tokenization.skipped import broken_files, rejected_documents
 from tokenization.tokenizer import load_tokenizer
 from tokenization.units import UnitResult, load_result, part_path
 from tokenization.workers import run_tasks, worthwhile_workers

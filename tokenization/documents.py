@@ -9,10 +9,9 @@ from typing import Any
 
 from tokenization.lines import LINE_SUFFIXES, read_lines
 from tokenization.parquet import read_rows
-from tokenization.records import BrokenFile, Kind, Record, Span
+from tokenization.records import BrokenFile, Kind, Record, Skipped, Span
 from tokenization.remote import open_source
 from tokenization.settings import Filters
-from tokenization.skipped import Skipped
 from tokenization.sources import Source
 
 DEFAULT_MAX_BYTES = 64 << 20

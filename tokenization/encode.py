@@ -21,7 +21,7 @@ from tokenization.plan import Plan
 from tokenization.progress import Progress
 from tokenization.settings import EncodingSettings
 from tokenization.shards import UINT16_BELOW, import_indexed_dataset
-from tokenization.source_options import SourceOptions
+from tokenization.sources import SourceOptions
 from tokenization.tokenizer import describe_tokenizer
 from tokenization.units import UnitEncoder, load_result, units_folder
 from tokenization.workers import run_tasks

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tokenization.command_line import TokenizationError
-from tokenization.io import sha256_of
-from tokenization.json_records import from_json
+from tokenization.io import from_json, sha256_of
 from tokenization.settings import EncodingSettings
 from tokenization.tokenizer import TOKENIZER_JSON, TOKENIZER_NAME, TokenizerInfo
 
