@@ -1,7 +1,6 @@
 """The loss of a streamed model by position, with memory that does not grow with the rows."""
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, say
 from evals.models import EvalModel
 from evals.report import mean_interval
 from tokenization.progress import Progress
@@ -46,7 +45,7 @@ def row_losses(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Seque
     length = len(rows[0]) - 1
     assert ends[-1] == length
     total, borders = np.zeros((len(rows), len(ends))), np.array(ends)
-    print(f"{len(rows)} rows of {length:,} tokens", file=sys.stderr, flush=True)
+    say(f"{len(rows)} rows of {length:,} tokens")
     with Progress("of the rows read", len(rows) * length) as progress:
         for first in range(0, len(rows), batch):
             part = rows[first : first + batch]

@@ -23,7 +23,6 @@ from tokenization.manifest import (
     MANIFEST_NAME,
     ORIGIN,
     TRAIN,
-    EncodingSettings,
     FileInfo,
     Manifest,
     Shard,
@@ -35,6 +34,7 @@ from tokenization.output import make_room, names_in
 from tokenization.plan import PLAN_NAME
 from tokenization.progress import Progress
 from tokenization.selection import bytes_position, choose_threshold
+from tokenization.settings import EncodingSettings
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import TOKENIZER_NAME, TokenizerInfo, describe_any_tokenizer, load_tokenizer
 from tokenization.workers import Report, run_tasks, worthwhile_workers

@@ -22,7 +22,6 @@ from tokenization.manifest import (
     HELDOUT,
     MANIFEST_NAME,
     REJECTED_NAME,
-    TOKENIZER_NAME,
     TRAIN,
     FileInfo,
     Manifest,
@@ -46,7 +45,7 @@ from tokenization.shards import (
     marker_path,
     plan_shards,
 )
-from tokenization.tokenizer import load_tokenizer
+from tokenization.tokenizer import TOKENIZER_NAME, load_tokenizer
 from tokenization.units import UnitResult, load_result, part_path
 from tokenization.workers import run_tasks, worthwhile_workers
 

@@ -7,21 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.babilong.stories import SIMULATED_TASKS, load_prompts
-from evals.command_line import EvaluationError, check_at_least
+from evals.command_line import EvaluationError, ModelOptions, check_at_least
 
 PAPER_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 
 
 @dataclass(frozen=True)
-class BabilongSettings:
+class BabilongSettings(ModelOptions):
     """Asks BABILong's questions: facts scattered in a long text, streamed with constant memory, answered greedily.
 
     Finished samples stand in OUTPUT/babilong.jsonl and are not run again; OUTPUT/babilong.json, .md, .csv and .png
     report on every sample of this model and these texts there.
     """
 
-    checkpoint: Path
-    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     output: Path
     """Folder for babilong.jsonl, .json, .md, .csv and .png."""
     babi: Path | None = None
@@ -47,10 +45,6 @@ class BabilongSettings:
     fastest."""
     batch: int = 16
     """Most samples read side by side; those of one task with prompts of one length are."""
-    no_verify: bool = False
-    """Do not compare the weights' files with the checksums that were noted when they were written."""
-    tokenizer: Path | None = None
-    """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 
     def __post_init__(self) -> None:
         known = load_prompts() if self.babi else SIMULATED_TASKS

@@ -1,6 +1,5 @@
 """The evaluation: which samples are missing, batch after batch of them, and the report."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -15,6 +14,7 @@ from evals.babilong.samples import Sample, SampleKey
 from evals.babilong.stories import correct
 from evals.babilong.summary import write_report
 from evals.babilong.texts import Record, Texts, read_texts
+from evals.command_line import say
 from evals.measure import PeakMemory, Watch, state_bytes
 from evals.models import EvalModel
 from evals.niah.generate import answer, read
@@ -42,7 +42,7 @@ def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
         own = [record for record in results.records if record.belongs_to(texts.identity, hashes.get(record.task))]
         if len(own) < len(results.records):
             others = len(results.records) - len(own)
-            _tell(f"{results.path}: {others} results of other weights, tokenizers or texts are left out")
+            say(f"{results.path}: {others} results of other weights, tokenizers or texts are left out")
         there = {record.name for record in own}
         missing = [sample for sample in samples if sample.name not in there]
         if missing:
@@ -60,7 +60,7 @@ class _Runner:
     def run(self, missing: Sequence[Sample]) -> list[Record]:
         """Samples length by length, short ones first."""
         tokens = sum(sample.tokens for sample in missing)
-        _tell(f"{len(missing)} samples, {tokens:,} tokens")
+        say(f"{len(missing)} samples, {tokens:,} tokens")
         done: list[Record] = []
         steps = _STEP * (self._settings.max_new_tokens - 1) * len(missing)
         with Progress("of the samples run", tokens + steps) as progress:
@@ -69,9 +69,9 @@ class _Runner:
                 for batch in self._cut(list(group)):
                     records += self._run_batch(batch, progress)
                     if not done and len(records) == len(batch):
-                        _tell(f"{len(records)} samples done, {progress.left}")
+                        say(f"{len(records)} samples done, {progress.left}")
                 hits = sum(record.correct for record in records)
-                _tell(f"length {length:,}: {hits} of {len(records)} right, {progress.left}")
+                say(f"length {length:,}: {hits} of {len(records)} right, {progress.left}")
                 done += records
         return done
 
@@ -132,7 +132,3 @@ def _shape(sample: Sample) -> tuple[str, int]:
 def _pieces(samples: Sequence[Sample], size: int) -> Iterator[Tensor]:
     for rows in zip(*(sample.pieces(size) for sample in samples), strict=True):
         yield torch.from_numpy(np.stack(rows))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -6,14 +6,12 @@ Every system is as large as Transformer++: the width of its feed-forward network
 import json
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, run_module, say
 from evals.comparison import ComparisonSettings
 from evals.comparison.summary import Result, write_report
 from evals.record_file import RecordFile
@@ -258,7 +256,7 @@ def recall_shards(output: Path, name: str, tokens: int, *more: Any, lock: int | 
 
 
 def child(module: str, *words: Any, lock: int | None = None, run: Path | None = None) -> None:
-    """Runs a command of the project; what it prints goes to stderr.
+    """Runs a command of the project.
 
     Args:
         module: Of the command.
@@ -269,12 +267,9 @@ def child(module: str, *words: Any, lock: int | None = None, run: Path | None = 
     Raises:
         EvaluationError: It ended with another status than 0.
     """
-    command = [sys.executable, "-m", module, *map(str, words)]
-    say(f"$ {' '.join(command)}")
-    environment = os.environ | ({STATUS_DIR: str(run), LAUNCHER: str(os.getpid())} if run else {})
-    held = () if lock is None else (lock,)
-    if subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr, pass_fds=held).returncode:
-        raise EvaluationError(f"{' '.join(command)} failed; its lines above say why")
+    environment = {STATUS_DIR: str(run), LAUNCHER: str(os.getpid())} if run else None
+    if status := run_module(module, *words, environment=environment, held=() if lock is None else (lock,)):
+        raise EvaluationError(f"{module} ended with status {status}; its lines above say why")
 
 
 def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Manifest | None) -> None:
@@ -297,8 +292,3 @@ def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Man
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def say(sentence: str) -> None:
-    """Prints a line beside the table."""
-    print(sentence, file=sys.stderr, flush=True)

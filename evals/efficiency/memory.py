@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, say
 from evals.efficiency import MemorySettings
 from evals.efficiency.cases import OURS, Case, plan
 from evals.efficiency.implementations import layer_config
@@ -89,8 +89,7 @@ def _run(groups: list[list[Case]], settings: MemorySettings) -> Iterator[list[Ro
     limits = Limits(repeats, settings.threads, settings.limit_seconds, settings.limit_gigabytes)
     total, done = sum(map(len, groups)), 0
     for group in groups:
-        said = f"{done} of {total} cases done; {len(group)} at T = {group[-1].length:,}"
-        print(said, file=sys.stderr, flush=True)
+        say(f"{done} of {total} cases done; {len(group)} at T = {group[-1].length:,}")
         yield run_group(group, limits)
         done += len(group)
 

@@ -1,7 +1,6 @@
 """The forecasts: what is missing is trained and tested, then the tables and the plot are written."""
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from evals.command_line import say
 from evals.forecasting import OTHERS, ForecastingSettings
 from evals.forecasting.data import Series, Windows, load_series
 from evals.forecasting.models import build, carried_errors, errors
@@ -120,11 +120,7 @@ def _trained(
             seed=seed,
         )
     mse, mae = errors(model, parts["test"])
-    print(
-        f"{series.name}, {system}, horizon {horizon}, seed {seed}: MSE {mse:.3f}, MAE {mae:.3f}, {seconds:.0f} s",
-        file=sys.stderr,
-        flush=True,
-    )
+    say(f"{series.name}, {system}, horizon {horizon}, seed {seed}: MSE {mse:.3f}, MAE {mae:.3f}, {seconds:.0f} s")
     first = seed == settings.seeds[0]
     if first and settings.export and system not in OTHERS:
         from titans_mcore.hf.save import save_alone

@@ -2,7 +2,6 @@
 
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, say
 from evals.genomics import GenomicsSettings
 from evals.genomics.data import PAD, VOCABULARY, Sequences, Task, collate, load_task, nucleotide_tokenizer
 from evals.record_file import RecordFile
@@ -158,9 +157,7 @@ def _trained(task: Task, system: str, seed: int, settings: GenomicsSettings, bud
         collate=collate,
     )
     mcc, accuracy = scores(model, task.parts["test"], settings.batch)
-    print(
-        f"{task.name}, {system}, seed {seed}: MCC {mcc:.3f}, accuracy {accuracy:.3f}, {seconds:.0f} s", file=sys.stderr
-    )
+    say(f"{task.name}, {system}, seed {seed}: MCC {mcc:.3f}, accuracy {accuracy:.3f}, {seconds:.0f} s")
     if seed == settings.seeds[0] and settings.export and system != "cnn":
         from titans_mcore.hf.save import save_alone
 

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evals.command_line import EvaluationError, check_at_least
+from evals.command_line import EvaluationError, ModelOptions, check_at_least
 
 
 @dataclass(frozen=True)
-class NiahSettings:
+class NiahSettings(ModelOptions):
     """Finds a needle in a haystack: RULER's S-NIAH tasks, streamed with constant memory, answered greedily.
 
     Finished samples stand in OUTPUT/niah.jsonl and are not run again; niah.json, .csv, .md and two plots beside it
     report on every sample of this model there. Under torchrun the samples are spread over the processes.
     """
 
-    checkpoint: Path
-    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     output: Path
     """Folder for niah.jsonl and the reports."""
     tasks: tuple[Literal["pk", "n", "w"], ...] = ("pk",)
@@ -53,10 +51,6 @@ class NiahSettings:
     fastest."""
     batch: int = 16
     """Most samples read side by side."""
-    no_verify: bool = False
-    """Do not compare the weights' files with the checksums that were noted when they were written."""
-    tokenizer: Path | None = None
-    """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 
     def __post_init__(self) -> None:
         for name in ("tasks", "lengths"):

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from evals.command_line import EXIT_FAULT, EvaluationError
+from evals.command_line import EXIT_FAULT, EvaluationError, say
 from evals.models import EvalModel
 from evals.niah import NiahSettings
 from evals.niah.controls import check_controls, window_of
 from evals.niah.haystacks import PROSE, read_source
 from evals.niah.plan import Batch, Forecast, Planner, measure
 from evals.niah.records import Identity, RecordFile
-from evals.niah.runner import Runner, say
+from evals.niah.runner import Runner
 from evals.niah.samples import MAIN, SampleBuilder, SampleKey
 from evals.niah.summary import write_report
 from evals.niah.templates import BY_NAME, TASKS, read_words

@@ -1,6 +1,5 @@
 """Batches of samples through a model: what each stretch of the plan reads once, and what each sample costs."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.command_line import say
 from evals.measure import PeakMemory, Watch, state_bytes
 from evals.models import EvalModel
 from evals.niah import NiahSettings
@@ -116,8 +116,3 @@ class Runner:
             **costs,
             **asdict(self._identities[sample.name.task]),
         )
-
-
-def say(text: str) -> None:
-    """A line for the user, beside the results."""
-    print(text, file=sys.stderr, flush=True)

@@ -1,16 +1,12 @@
 """What other commands found out about a model, gathered from their JSON files, and running those that are missing."""
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, run_module
 from evals.paper import PaperSettings
 from evals.paper.published import HYBRIDS
 from titans_mcore.mixers import MIXERS, MixerSpec
@@ -105,28 +101,28 @@ def commands(settings: PaperSettings, folder: Path, output: Path) -> dict[str, l
     common = ["--checkpoint", str(folder), "--output", str(output)]
     return {
         "harness": [
-            *("-m", "evals.harness", *common),
+            *("evals.harness", *common),
             *_option("--data", settings.harness_data),
             *_option("--limit", settings.harness_limit),
         ],
         "niah": [
-            *("-m", "evals.niah", *common, "--tasks", "pk", "n", "w"),
+            *("evals.niah", *common, "--tasks", "pk", "n", "w"),
             *("--lengths", *map(str, settings.niah_lengths), "--samples", str(settings.niah_samples)),
             *_option("--text", settings.niah_text),
         ],
         "babilong": [
-            *("-m", "evals.babilong", *common, "--lengths", *map(str, settings.babilong_lengths)),
+            *("evals.babilong", *common, "--lengths", *map(str, settings.babilong_lengths)),
             *("--samples", str(settings.babilong_samples)),
             *_option("--babi", settings.babi),
             *_option("--pg19", settings.pg19),
         ],
         "position_perplexity": [
-            *("-m", "evals.position_perplexity", *common, "--length", str(settings.position_length)),
+            *("evals.position_perplexity", *common, "--length", str(settings.position_length)),
             *_option("--data", settings.data),
             *(("--text", *map(str, settings.text)) if settings.text else ()),
         ],
         "context": [
-            *("-m", "evals.efficiency", "context", "--checkpoint", str(folder)),
+            *("evals.efficiency", "context", "--checkpoint", str(folder)),
             *("--lengths", *map(str, settings.context_lengths), "--json", str(output / "context.json")),
         ],
     }
@@ -143,17 +139,10 @@ def run_missing(settings: PaperSettings) -> list[str]:
         output = settings.output / name
         for kind, words in commands(settings, folder, output).items():
             if kind in settings.only and find_report(kind, places(name, folder, settings.output)) is None:
-                status = _run(words)
+                status = run_module(*words)
                 if status:
                     failed.append(f"{kind} of {name} ended with status {status}")
     return failed
-
-
-def _run(words: Sequence[str]) -> int:
-    print(f"$ python {shlex.join(words)}", file=sys.stderr, flush=True)
-    # Wherever this package was found, the command finds it too.
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-    return subprocess.run([sys.executable, *words], env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 def _option(flag: str, value: object) -> tuple[str, ...]:
