@@ -23,8 +23,7 @@ from evals.command_line import EvaluationError, say
 from evals.efficiency import MemorySettings
 from evals.efficiency.cases import OURS, Case, plan
 from evals.efficiency.implementations import layer_config
-from evals.efficiency.summary import markdown
-from evals.efficiency.targets import Row, judge
+from evals.efficiency.summary import Row, markdown
 from evals.measure import circumstances
 from evals.report import write_bytes, write_json
 
@@ -48,9 +47,8 @@ def measure(settings: MemorySettings) -> str:
     rows: list[Row] = []
     for group in _run(groups, settings):  # what is finished is written, whatever becomes of the rest
         rows += [_with_flops(row, ceiling) for row in group]
-        targets = [verdict.to_dict() for verdict in judge(rows, device)]
-        text = markdown({**report, "rows": rows, "targets": targets})
-        write_json(settings.output / "memory.json", {**report, "rows": rows, "targets": targets})
+        text = markdown({**report, "rows": rows})
+        write_json(settings.output / "memory.json", {**report, "rows": rows})
         write_bytes(settings.output / "memory.md", text.encode())
     return text
 

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from evals.efficiency.cases import OURS
-from evals.efficiency.targets import Row
 from evals.report import bytes_text, table
 
+Row = dict[str, Any]
 _COMPARED = """Every case runs in a process of its own; the repeats of cases that stand in one table take turns, and the
 median counts. Peak memory is what the first two full-size runs take above the process with its libraries, inputs and
 parameters: resident memory on a CPU, allocated memory on a GPU. Inputs and parameters are random; denormals are
@@ -43,7 +42,6 @@ def markdown(report: dict[str, Any]) -> str:
     parts += [f"## {title}\n\n{_rows_table(rows)}" for title, rows in _sections(report["rows"])]
     if report["device_kind"] != "cuda":
         parts.append("## GPU\n\nnot measured: no GPU")
-    parts.append("## Targets\n\n" + _targets_table(report))
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,19 +81,6 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{row['name']}: {row['status']}: {row['reason']}"
         elif not row["finite"]:
             yield f"{row['name']}: its result has NaN or infinite numbers"
-
-
-def _targets_table(report: dict[str, Any]) -> str:
-    header = ("compared", "quantity", "aimed at", "this run", "")
-    lines = []
-    for target in report["targets"]:
-        ratio = "" if target["ratio"] is None else f"{target['ratio']:.2f}x"
-        lines.append([target["target"], target["quantity"], f">= {target['at_least']:g}x", ratio, target["result"]])
-    where = "2 CPU cores, dim 256, 4 heads of 64, L = 2, expansion 2, B = 1"
-    if report["device_kind"] == "cuda":
-        where = "one H200, 24 heads of 64, L = 2, expansion 4, bfloat16"
-    what = f"Set for {where}, b = 16, forward+backward, {OURS} layer. time and peak memory: the other over ours."
-    return f"{what}\n\n{_block(table(header, lines))}"
 
 
 def _flops_text(flops_per_second: float) -> str:
