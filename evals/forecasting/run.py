@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from evals.command_line import say
 from evals.forecasting import OTHERS, ForecastingSettings
 from evals.forecasting.data import Series, Windows, load_series
 from evals.forecasting.models import build, carried_errors, errors
-from evals.record_file import RecordFile
 from evals.report import interval_text, markdown_table, settings_of, write_bytes, write_figure
-from evals.trainer import check_budget, seed_all, train
+from evals.trainer import seed_all, sweep, train
 
 HORIZONS = (96, 192, 336, 720)
 SETS = ("ETTm1", "ETTm2", "ETTh1", "ETTh2", "ECL", "Traffic", "Weather")
@@ -86,18 +86,12 @@ def compare(settings: ForecastingSettings) -> str:
             for system in settings.systems:
                 build(system, settings, len(series.channels), horizon)
     budget = {name: value for name, value in settings_of(settings).items() if name not in _NOT_BUDGET}
-    with RecordFile(settings.output / "forecasting.jsonl", Result) as results:
-        check_budget(results.records, budget, settings.output)
-        found = {result.key: result for result in results.records}
-        for seed in settings.seeds:
-            for horizon in settings.horizons:
-                for series in every:
-                    for system in settings.systems:
-                        if (series.name, system, horizon, seed) not in found:
-                            new = _trained(series, system, horizon, seed, settings, budget)
-                            results.append(new)
-                            found |= {result.key: result for result in new}
-        return write_report(settings.output, list(found.values()))
+    wanted = (
+        ((series.name, system, horizon, seed), series, system, horizon, seed, settings, budget)
+        for seed, horizon, series, system in product(settings.seeds, settings.horizons, every, settings.systems)
+    )
+    results = sweep(settings.output / "forecasting.jsonl", Result, budget, wanted, _trained)
+    return write_report(settings.output, results)
 
 
 def _trained(
