@@ -109,14 +109,15 @@ def report_table(report: dict[str, Any]) -> str:
     from evals.report import table
 
     rows = [
-        [f"{b['first']:,}-{b['last']:,}", f"{b['tokens']:,}", f"{b['loss']:.4f}", _number(b["perplexity"])]
+        [
+            f"{b['first']:,}-{b['last']:,}",
+            f"{b['tokens']:,}",
+            f"{b['loss']:.4f}",
+            "" if b["perplexity"] is None else f"{b['perplexity']:.2f}",
+        ]
         for b in report["buckets"]
     ]
     return table(("tokens read", "predicted", "loss (nats)", "perplexity"), rows)
-
-
-def _number(perplexity: float | None) -> str:
-    return "" if perplexity is None else f"{perplexity:.2f}"
 
 
 def main() -> None:

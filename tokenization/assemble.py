@@ -182,7 +182,7 @@ def _write_shards(
     total_bytes = sum(result.tokens for result in results) * numpy.dtype(plan.dtype).itemsize
     workers = worthwhile_workers(workers, total_bytes)
     with Progress("assembled", total_bytes) as progress:
-        pending = _takers(specs)
+        pending = Counter(part.unit for spec in specs for part in spec.parts)  # shards that take from a unit
         for spec in specs:
             if spec not in missing:
                 _release(spec, pending, output)
@@ -194,11 +194,6 @@ def _write_shards(
         assert result is not None
         written[spec.split].append(result)
     return written
-
-
-def _takers(specs: Sequence[ShardSpec]) -> Counter[int]:
-    """How many shards take from each unit."""
-    return Counter(part.unit for spec in specs for part in spec.parts)
 
 
 def _release(spec: ShardSpec, pending: Counter[int], output: Path) -> None:

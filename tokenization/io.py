@@ -86,7 +86,7 @@ class PartialFile:
             path: The name it gets in the end; the folder exists.
         """
         self.final = path
-        descriptor, name = tempfile.mkstemp(prefix=_prefix(path.name), dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-{platform.node()}-", dir=path.parent)
         self.path = Path(name)
         try_lock(descriptor)  # on a file system without locks nothing is ever swept either
         self.file = os.fdopen(descriptor, "wb")
@@ -105,7 +105,9 @@ class PartialFile:
     def flush(self) -> None:
         """Waits until what was written is on the disk, with the rights of an ordinary file."""
         self.file.flush()
-        os.fchmod(self.file.fileno(), 0o666 & ~_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(self.file.fileno(), 0o666 & ~umask)
         os.fsync(self.file.fileno())
 
     def commit(self) -> int:
@@ -196,16 +198,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _prefix(name: str) -> str:
-    return f".{name}.partial-{platform.node()}-"
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def from_json(kind: Any, value: Any, where: str) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from evals.babilong import BabilongSettings
 from evals.babilong.samples import Sample, SampleKey
@@ -36,8 +35,13 @@ def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
     """
     texts = read_texts(model, settings)
     hashes = {task: stories.sha256 for task, stories in texts.stories.items()}
-    names = list(_names(settings))
-    samples = _build(model, texts, names)
+    builders = {task: texts.builder(model, task) for task in texts.stories}
+    samples = [
+        builders[task].build(SampleKey(task, length, sample, settings.seed))
+        for length in sorted(set(settings.lengths))
+        for task in settings.tasks
+        for sample in range(settings.samples)
+    ]  # what is long in them stays on disk
     with RecordFile(settings.output / "babilong.jsonl", Record) as results:
         own = [record for record in results.records if record.belongs_to(texts.identity, hashes.get(record.task))]
         if len(own) < len(results.records):
@@ -85,7 +89,8 @@ class _Runner:
     def _run_batch(self, samples: Sequence[Sample], progress: Progress) -> list[Record]:
         watch = Watch(self._peak, lambda tokens: progress.advance(tokens, tokens))
         stream, end = self._model.stream, self._model.tokenizer.processor.eos_id()
-        logits, states = read(stream, _pieces(samples, self._settings.piece), watch.on_piece)
+        columns = zip(*(sample.pieces(self._settings.piece) for sample in samples), strict=True)
+        logits, states = read(stream, (torch.from_numpy(np.stack(rows)) for rows in columns), watch.on_piece)
         carried, limit, rows = state_bytes(states), self._settings.max_new_tokens, len(samples)
         answers = answer(stream, logits, states, limit, end, watch.on_step)
         progress.advance(_STEP * (limit - 1) * rows, 0)
@@ -112,23 +117,5 @@ class _Runner:
         )
 
 
-def _names(settings: BabilongSettings) -> Iterator[SampleKey]:
-    for length in sorted(set(settings.lengths)):
-        for task in settings.tasks:
-            for sample in range(settings.samples):
-                yield SampleKey(task, length, sample, settings.seed)
-
-
-def _build(model: EvalModel, texts: Texts, names: Sequence[SampleKey]) -> list[Sample]:
-    """All samples; what is long in them stays on disk."""
-    builders = {task: texts.builder(model, task) for task in texts.stories}
-    return [builders[name.task].build(name) for name in names]
-
-
 def _shape(sample: Sample) -> tuple[str, int]:
     return sample.name.task, sample.tokens
-
-
-def _pieces(samples: Sequence[Sample], size: int) -> Iterator[Tensor]:
-    for rows in zip(*(sample.pieces(size) for sample in samples), strict=True):
-        yield torch.from_numpy(np.stack(rows))

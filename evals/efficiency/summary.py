@@ -27,11 +27,13 @@ flushed.
 
 def markdown(report: dict[str, Any]) -> str:
     """memory.md from the report."""
+    others = [row for row in report["rows"] if row["implementation"] == "titans-pytorch"]
+    versions = {row["version"] for row in others if row.get("version")}
     facts = [
         ("device", report["device"]),
         ("threads", report["threads"]),
         ("torch", report["torch"]),
-        ("titans-pytorch", ", ".join(_versions(report["rows"])) or "not measured"),
+        ("titans-pytorch", ", ".join(sorted(versions)) or "not measured"),
         ("commit", report["commit"] or "unknown"),
         ("date", report["date"]),
         ("large matrix product", _flops_text(report["matmul_ceiling_flops_per_second"])),
@@ -39,14 +41,13 @@ def markdown(report: dict[str, Any]) -> str:
     parts = ["# Efficiency of the neural memory", f"`{report['command']}`"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts))
     parts.append("## What is compared\n\n" + _COMPARED)
-    parts += [f"## {title}\n\n{_rows_table(rows)}" for title, rows in _sections(report["rows"])]
+    header = ("", "L", "T", "direction", "tokens/s", "ms", "peak memory", "FLOP/s", "of matmul")
+    for title, rows in _sections(report["rows"]):
+        notes = "".join(f"\n- {note}" for note in _notes(rows))
+        parts.append(f"## {title}\n\n```text\n{table(header, list(map(_row_cells, rows)))}\n```{notes}")
     if report["device_kind"] != "cuda":
         parts.append("## GPU\n\nnot measured: no GPU")
     return "\n\n".join(parts) + "\n"
-
-
-def _versions(rows: Sequence[Row]) -> list[str]:
-    return sorted({row["version"] for row in rows if row["implementation"] == "titans-pytorch" and row.get("version")})
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -57,12 +58,6 @@ def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         length = "" if row["section"] == "growth" else f", T = {row['length']:,}"
         titles.setdefault(f"{row['section']}{length} ({shape})", []).append(row)
     yield from titles.items()
-
-
-def _rows_table(rows: Sequence[Row]) -> str:
-    header = ("", "L", "T", "direction", "tokens/s", "ms", "peak memory", "FLOP/s", "of matmul")
-    lines = [_row_cells(row) for row in rows]
-    return _block(table(header, lines)) + "".join(f"\n- {note}" for note in _notes(rows))
 
 
 def _row_cells(row: Row) -> list[str]:
@@ -86,7 +81,3 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
 def _flops_text(flops_per_second: float) -> str:
     unit, size = ("TFLOP/s", 1e12) if flops_per_second >= 1e12 else ("GFLOP/s", 1e9)
     return f"{flops_per_second / size:.1f} {unit}"
-
-
-def _block(text: str) -> str:
-    return f"```text\n{text}\n```"

@@ -107,7 +107,9 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
             results = stack.enter_context(RecordFile(settings.output / _FILE))
             for left in sorted(settings.output.glob(_FILE_OF_RANK.format("*"))):
                 results.absorb(left)  # of a run that was stopped
-            _tell_about_others(results, identities)
+            others = sum(record.identity != identities.get(record.task) for record in results.records)
+            if others:
+                say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")
             there = {record.name for record in results.of(identities)}
             plan = _plan(model, settings, builder, names, there, team.size)
         except EvaluationError as fault:
@@ -201,9 +203,3 @@ def _identities(model: EvalModel, settings: NiahSettings, builder: SampleBuilder
             *digests, settings.max_new_tokens, settings.fill, source.label, source.sha256, builder.words.name
         )
     return found
-
-
-def _tell_about_others(results: RecordFile, identities: dict[str, Identity]) -> None:
-    others = sum(record.identity != identities.get(record.task) for record in results.records)
-    if others:
-        say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")

@@ -15,7 +15,6 @@ from evals.paper.tables import (
     OURS,
     PAPER,
     Number,
-    Row,
     Table,
     all_tables,
     babilong_means,
@@ -49,15 +48,14 @@ def write_tables(settings: PaperSettings) -> list[Table]:
         raise EvaluationError(f"no results in {', '.join(looked)}; run an evaluation, or add --run")
     tables = all_tables(models)
     plots = all_plots({table.key: table for table in tables}, models)
-    write_json(settings.output / "paper.json", {"models": _sources(models), "tables": _json(tables)})
+    write_json(
+        settings.output / "paper.json",
+        {"models": _sources(models), "tables": {table.key: table.to_json() for table in tables}},
+    )
     write_bytes(settings.output / "paper.md", _page(tables, set(plots), models).encode())
     for key, figure in plots.items():
         write_figure(settings.output / f"{key}.png", figure)
     return tables
-
-
-def _json(tables: Sequence[Table]) -> dict[str, Any]:
-    return {table.key: table.to_json() for table in tables}
 
 
 def _sources(models: Sequence[ModelResults]) -> list[dict[str, Any]]:
@@ -78,16 +76,13 @@ def _sources(models: Sequence[ModelResults]) -> list[dict[str, Any]]:
 
 def _page(tables: Sequence[Table], plots: set[str], models: Sequence[ModelResults]) -> str:
     parts = ["# Titans: the paper's tables", _INTRODUCTION]
-    parts += [f"**{name}** has results of different weights; compare its cells with care." for name in _mixed(models)]
+    mixed = [source["name"] for source in _sources(models) if len(source["weights"]) > 1]
+    parts += [f"**{name}** has results of different weights; compare its cells with care." for name in mixed]
     for table in tables:
         parts.append(table.markdown())
         if table.key in plots:
             parts.append(f"![{table.title}]({table.key}.png)")
     return "\n\n".join(parts) + "\n"
-
-
-def _mixed(models: Sequence[ModelResults]) -> list[str]:
-    return [source["name"] for source in _sources(models) if len(source["weights"]) > 1]
 
 
 Points = Mapping[int, Number]
@@ -96,19 +91,21 @@ Points = Mapping[int, Number]
 def all_plots(tables: Mapping[str, Table], models: Sequence[ModelResults]) -> dict[str, "Figure"]:
     """Plots by their tables' keys; none where nothing of ours is in it."""
     by_position = {model.name: perplexity_by_position(model) for model in models}
+    points = efficiency_points(models)
+    panels = {
+        title: {label: lines.get(measure, {}) for label, lines in points.items()}
+        for measure, (title, _) in MEASURES.items()
+    }
     plots = {
         **{key: _bars(table, [len(table.columns) - 1]) for key, table in tables.items() if key.startswith("language")},
         **{key: _needles(key, tables[key], models) for key in published.NIAH},
         "babilong": _lengths(tables["babilong"].title, {"accuracy (%)": _babilong_lines(models)}),
         "ablation": _bars(tables["ablation"], [0, 1]),
-        "efficiency": _lengths("Efficiency against length", _efficiency_panels(models)),
+        "efficiency": _lengths("Efficiency against length", panels),
         "depth": _lengths("Perplexity by position", {"perplexity": by_position}, "tokens read"),
     }
-    return {key: plots[key] for key, table in tables.items() if _has_ours(table)}
-
-
-def _has_ours(table: Table) -> bool:
-    return any(cell is not None for row in table.rows if row.source == OURS for cell in row.cells)
+    ours = {key: [row.cells for row in table.rows if row.source == OURS] for key, table in tables.items()}
+    return {key: plots[key] for key, rows in ours.items() if any(cell is not None for cells in rows for cell in cells)}
 
 
 def _figure(panels: int) -> "tuple[Figure, list[Axes]]":
@@ -124,7 +121,7 @@ def _bars(table: Table, columns: Sequence[int]) -> "Figure":
     for axes, column in zip(panels, columns, strict=True):
         rows = [row for row in table.rows if row.cells[column] is not None]
         colours = ["tab:gray" if row.source == PAPER else "tab:blue" for row in rows]
-        errors = [_error(row, column) for row in rows]
+        errors = [(row.errors[column] if row.errors else None) or 0.0 for row in rows]
         labels = [f"{row.label} ({row.source})" for row in rows]
         axes.barh(range(len(rows)), [row.cells[column] or 0.0 for row in rows], xerr=errors, color=colours)
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
@@ -132,10 +129,6 @@ def _bars(table: Table, columns: Sequence[int]) -> "Figure":
         axes.set_xlabel(table.columns[column])
     figure.suptitle(table.title)
     return figure
-
-
-def _error(row: Row, column: int) -> float:
-    return (row.errors[column] if row.errors else None) or 0.0
 
 
 def _needles(key: str, table: Table, models: Sequence[ModelResults]) -> "Figure":
@@ -171,14 +164,6 @@ def _babilong_lines(models: Sequence[ModelResults]) -> dict[str, Points]:
         name = f"{model.name} (simulated)" if simulated else model.name
         lines[name] = {length: None if mean is None else 100 * mean for length, mean in means}
     return lines
-
-
-def _efficiency_panels(models: Sequence[ModelResults]) -> dict[str, dict[str, Points]]:
-    points = efficiency_points(models)
-    return {
-        title: {label: lines.get(measure, {}) for label, lines in points.items()}
-        for measure, (title, _) in MEASURES.items()
-    }
 
 
 def _line(axes: "Axes", label: str, points: Points, style: str) -> None:

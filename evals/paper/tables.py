@@ -48,7 +48,10 @@ class Table:
 
     def markdown(self) -> str:
         """The table under its heading."""
-        lines = [[row.label, row.source, *self._texts(row)] for row in self.rows]
+        lines = [
+            [row.label, row.source, *map(self._text, row.cells, row.errors or (None,) * len(row.cells))]
+            for row in self.rows
+        ]
         parts = [f"## {self.title}", markdown_table(("model", "source", *self.columns), lines)]
         return "\n\n".join([*parts, *self.notes])
 
@@ -64,10 +67,6 @@ class Table:
             for row in self.rows
         ]
         return {"title": self.title, "rows": rows, "notes": list(self.notes)}
-
-    def _texts(self, row: Row) -> Sequence[str]:
-        errors = row.errors or (None,) * len(row.cells)
-        return [self._text(cell, error) for cell, error in zip(row.cells, errors, strict=True)]
 
     def _text(self, cell: Number, error: Number) -> str:
         if cell is None:
