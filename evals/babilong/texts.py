@@ -33,8 +33,8 @@ class Identity:
     """"model", or the hash of a tokenizer.json."""
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, kw_only=True)
+class Record(Identity):
     """One sample's result. Times and memory are those of the batch it ran in."""
 
     task: str
@@ -54,13 +54,6 @@ class Record:
     peak_bytes: int
     state_bytes_per_sample: int
     stories_sha256: str
-    checkpoint_sha256: str
-    tokenizer_sha256: str
-    max_new_tokens: int
-    stories: str
-    background: str
-    background_sha256: str
-    length_tokenizer: str
 
     @property
     def name(self) -> SampleKey:
