@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
+from evals.command_line import EvaluationError, ModelOptions, check_at_least, parse_settings, run_command
 from tokenization.command_line import try_output
 
 if TYPE_CHECKING:
@@ -22,15 +22,13 @@ _MOST_TOKENS = 2**40
 
 
 @dataclass(frozen=True)
-class AskSettings:
+class AskSettings(ModelOptions):
     """Reads a text once, of any length and in constant memory, and goes on from each question with the model's words.
 
     What the model keeps of the text is a file of its own, if you like: some hundred kB apart from the weights, from
     which more is asked later without reading again. The answer is a line on the standard output.
     """
 
-    checkpoint: Path
-    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     question: tuple[str, ...] = ()
     """What stands on a line of its own behind the text. These models go on with a text, so it ends where the answer is
     to begin; one that learned from documents of S-NIAH answers 'What is the special magic number for KEY mentioned in
@@ -45,10 +43,6 @@ class AskSettings:
     """Most tokens of an answer; it ends with its line."""
     piece: int = 2_048
     """Tokens read at a time; bounds the memory."""
-    no_verify: bool = False
-    """Do not compare the weights' files with the checksums that were noted when they were written."""
-    tokenizer: Path | None = None
-    """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "max_new_tokens", "piece")
@@ -109,10 +103,9 @@ def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
     import torch
 
     from evals.niah.generate import read
-    from evals.position_rows import encode_text
-    from evals.progress import bar
-    from evals.tokens import DiskTokens
+    from evals.tokens import DiskTokens, encode_text
     from tokenization.io import sha256_of
+    from tokenization.progress import Progress
 
     with tempfile.TemporaryFile() as file:
         try:
@@ -124,10 +117,10 @@ def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
         ids = DiskTokens(file, 0, tokens)
         if tokens < 2:
             raise EvaluationError(f"--text {text}: there is no text in it; give another file")
-        with bar(f"reading {text.name}", tokens) as moved:
+        with Progress(f"of {text.name} read", tokens) as progress:
             starts = range(0, tokens, piece)
             pieces = (torch.from_numpy(np.asarray(ids[at : at + piece]))[None] for at in starts)
-            _, states = read(model.stream, pieces, moved)
+            _, states = read(model.stream, pieces, lambda units: progress.advance(units, units))
         return Memory(
             [state.carried() for state in states], tokens, int(np.asarray(ids[tokens - 1 : tokens])[0]), source
         )
@@ -243,12 +236,10 @@ def what_it_sees(model: "EvalModel", tokens: int) -> str | None:
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(AskSettings, "python -m evals.ask")
-    from evals.measure import return_large_blocks, state_bytes
-    from evals.models import load_model
+    from evals.measure import state_bytes
     from evals.report import bytes_text
 
-    return_large_blocks()
-    model = load_model(settings.checkpoint, settings.tokenizer, verify=not settings.no_verify)
+    model = settings.load()
     if settings.save_memory is not None and (sight := what_it_sees(model, 0)):
         raise EvaluationError(f"--save-memory: {sight.split(':')[0]}; leave the option out, or give a Titans")
     began = time.perf_counter()

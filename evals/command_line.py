@@ -1,16 +1,49 @@
 """How every evaluation begins and ends: as the commands of tokenization do, with threads that sleep while they wait."""
 
 import os
-from collections.abc import Callable
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenization.command_line
 from tokenization.command_line import EXIT_FAULT, EXIT_INTERRUPTED, CommandError, parse_settings
 
-__all__ = ["EXIT_FAULT", "EXIT_INTERRUPTED", "EvaluationError", "check_at_least", "parse_settings", "run_command"]
+if TYPE_CHECKING:
+    from evals.models import EvalModel
+
+__all__ = ["EXIT_FAULT", "EXIT_INTERRUPTED", "parse_settings"]
 
 
 class EvaluationError(CommandError):
     """Of a model, its data or what is asked of both."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model is evaluated."""
+
+    checkpoint: Path
+    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
+    no_verify: bool = field(default=False, kw_only=True)
+    """Do not compare the weights' files with the checksums that were noted when they were written."""
+    tokenizer: Path | None = field(default=None, kw_only=True)
+    """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
+
+    def load(self, *, spread: bool = False) -> "EvalModel":
+        """The model, see `evals.models.load_model`; from here on the process gives back what it frees.
+
+        Raises:
+            EvaluationError: As there.
+        """
+        from evals.measure import return_large_blocks
+        from evals.models import load_model
+
+        return_large_blocks()
+        return load_model(self.checkpoint, self.tokenizer, spread=spread, verify=not self.no_verify)
 
 
 # What nothing here is made for; a number beyond is a slip, and would take memory until something dies.
@@ -73,3 +106,27 @@ def run_command(main: Callable[[], None]) -> None:
     # for each other make it several times slower; asleep they cost nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     tokenization.command_line.run_command(main)
+
+
+def say(text: str) -> None:
+    """A line for the user, beside the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_module(
+    module: str, *words: object, environment: Mapping[str, str] | None = None, held: tuple[int, ...] = ()
+) -> int:
+    """Runs a command of this project, which it says, and returns its status; what it prints goes to stderr.
+
+    Args:
+        module: Of the command.
+        words: Behind it.
+        environment: Variables that it has besides this process's.
+        held: Descriptors that it shall hold, too.
+    """
+    command = ["-m", module, *map(str, words)]
+    say(f"$ python {shlex.join(command)}")
+    # Wherever this package was found, the command finds it too.
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    variables = {**os.environ, "PYTHONPATH": path, **(environment or {})}
+    return subprocess.run([sys.executable, *command], env=variables, stdout=sys.stderr, pass_fds=held).returncode

@@ -1,10 +1,17 @@
-"""The memory of an evaluation: its peak, what a model carries through time, and an allocator that gives back."""
+"""What stands beside a measurement: memory and its peak, when, where, with what, and the command that repeats it."""
 
 import ctypes
+import platform
 import re
 import resource
+import shlex
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +47,45 @@ class PeakMemory:
         return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
+class Watch:
+    """Time and memory of one batch."""
+
+    def __init__(self, peak: PeakMemory, show: Callable[[int], None]) -> None:
+        peak.reset()
+        self._peak, self._show = peak, show
+        self._started = self._mark = time.perf_counter()
+        self._read_tokens, self._read_seconds, self._steps = 0, 0.0, list[float]()
+
+    def on_piece(self, tokens: int) -> None:
+        """So many tokens, all rows together, have been read."""
+        self._read_tokens += tokens
+        self._read_seconds += self.mark()
+        self._show(tokens)
+
+    def on_step(self) -> None:
+        """A token of each answer has been decoded."""
+        self._steps.append(self.mark())
+
+    def mark(self) -> float:
+        """Seconds since the last mark."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+    def seconds(self) -> float:
+        """Seconds since the batch began."""
+        return time.perf_counter() - self._started
+
+    def costs(self) -> dict[str, Any]:
+        """What a record holds of it."""
+        return {
+            "prefill_tokens": self._read_tokens,
+            "prefill_seconds": self._read_seconds,
+            "decode_ms_per_token": 1000 * sum(self._steps) / max(len(self._steps), 1),
+            "seconds": self.seconds(),
+            "peak_bytes": self._peak.bytes(),
+        }
+
+
 def state_bytes(states: Any) -> int:
     """Bytes of the states that `stream` returns, one TensorTree a block; 0 for a model that keeps none."""
     return sum(state.bytes() for state in states if hasattr(state, "bytes")) if isinstance(states, list) else 0
@@ -60,3 +106,52 @@ def return_large_blocks() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def circumstances(settings: Any, device: str) -> dict[str, Any]:
+    """What a measurement ran on and how it was asked for.
+
+    Args:
+        settings: Its settings, a dataclass with a field `threads`.
+        device: "cpu" or "cuda".
+    """
+    chosen = {name: _shown(value) for name, value in asdict(settings).items()}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "evals.efficiency", *sys.argv[1:]]),
+        "commit": source_commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device_kind": device,
+        "threads": settings.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "settings": chosen,
+    }
+
+
+def _shown(value: Any) -> Any:
+    """A setting for JSON; a path of the project's as it is there, whatever folder the project lies in."""
+    if isinstance(value, tuple):
+        return [_shown(one) for one in value]
+    if not isinstance(value, Path):
+        return value
+    root = Path(__file__).parents[1]
+    return str(value.relative_to(root) if value.is_relative_to(root) else value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def source_commit() -> str | None:
+    """The commit of this source, with a mark when files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,7 +1,6 @@
 """The loss of a streamed model by position, with memory that does not grow with the rows."""
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, say
 from evals.models import EvalModel
-from evals.progress import Pace, StatusLine
 from evals.report import mean_interval
+from tokenization.progress import Progress
 
 Rows = Sequence[Any]
 """Rows of L + 1 token ids; whatever can be sliced and read by `np.asarray`, such as DiskTokens."""
@@ -46,24 +45,20 @@ def row_losses(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Seque
     length = len(rows[0]) - 1
     assert ends[-1] == length
     total, borders = np.zeros((len(rows), len(ends))), np.array(ends)
-    pace, line = Pace(), StatusLine()
-    pace.plan(len(rows) * length, 0)
-    _tell(f"{len(rows)} rows of {length:,} tokens")
-    for first in range(0, len(rows), batch):
-        part = rows[first : first + batch]
-        states: Any = None
-        for start in range(0, length, piece):
-            stop = min(start + piece, length)
-            tokens = torch.from_numpy(np.stack([np.asarray(row[start : stop + 1]) for row in part]).astype(np.int64))
-            logits, states = model.stream(tokens[:, :-1], states)
-            losses = _losses(logits, tokens[:, 1:])
-            stretches = np.searchsorted(borders, np.arange(start + 1, stop + 1))
-            np.add.at(total, (np.arange(first, first + len(part))[:, None], stretches), losses)
-            pace.done("read", tokens[:, 1:].numel())
-            line.show(f"rows {first + len(part)} of {len(rows)}, {stop:,} tokens read: {pace.text()}")
-            if first == start == 0 and length > piece:
-                _tell(pace.text())
-    line.clear()
+    say(f"{len(rows)} rows of {length:,} tokens")
+    with Progress("of the rows read", len(rows) * length) as progress:
+        for first in range(0, len(rows), batch):
+            part = rows[first : first + batch]
+            states: Any = None
+            for start in range(0, length, piece):
+                stop = min(start + piece, length)
+                ids = np.stack([np.asarray(row[start : stop + 1]) for row in part]).astype(np.int64)
+                tokens = torch.from_numpy(ids)
+                logits, states = model.stream(tokens[:, :-1], states)
+                losses = _losses(logits, tokens[:, 1:])
+                stretches = np.searchsorted(borders, np.arange(start + 1, stop + 1))
+                np.add.at(total, (np.arange(first, first + len(part))[:, None], stretches), losses)
+                progress.advance(losses.size, losses.size)
     if not np.isfinite(total).all():
         raise EvaluationError(
             f"the model of {model.checkpoint} gives a loss that is not finite; take another checkpoint"
@@ -129,7 +124,3 @@ def bucket_intervals(sums: np.ndarray, ends: Sequence[int], last: Sequence[int])
     means = np.diff(before, axis=1) / np.diff([0, *last])
     found = [mean_interval(column.tolist()) for column in means.T]
     return [None if half is None else (mean - half, mean + half) for mean, half in found]
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

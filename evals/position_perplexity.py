@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
+from evals.command_line import EvaluationError, ModelOptions, check_at_least, parse_settings, run_command
 
 if TYPE_CHECKING:
     from evals.models import EvalModel
@@ -13,15 +13,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PositionPerplexitySettings:
+class PositionPerplexitySettings(ModelOptions):
     """Measures held-out loss and perplexity by position: whether a longer past helps, and beyond the trained length.
 
     Rows are streamed from a fresh state, in constant memory whatever their length, to 2 million tokens and beyond.
     Writes OUTPUT/position_perplexity.json, .csv and .png.
     """
 
-    checkpoint: Path
-    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     output: Path
     """Folder for position_perplexity.json, .csv and .png."""
     data: Path | None = None
@@ -41,10 +39,6 @@ class PositionPerplexitySettings:
     """Tokens of each row read at a time; bounds the memory, results do not depend on it."""
     memory_off: bool = False
     """Never write the memory: what the model does without one. What is read of it is its learned beginning."""
-    no_verify: bool = False
-    """Do not compare the weights' files with the checksums that were noted when they were written."""
-    tokenizer: Path | None = None
-    """Tokenizer file; by default RUN/tokenizer/tokenizer.model, or the exported folder's own."""
 
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.text):
@@ -101,7 +95,7 @@ def open_rows(model: "EvalModel", settings: PositionPerplexitySettings) -> "list
     Raises:
         EvaluationError: They are missing, too short, or not of this model's tokenizer.
     """
-    from evals.position_rows import document_rows, heldout_rows, text_rows
+    from evals.tokens import document_rows, heldout_rows, text_rows
 
     most = max(settings.tokens // settings.length, 1)
     if settings.data is None:
@@ -115,24 +109,21 @@ def report_table(report: dict[str, Any]) -> str:
     from evals.report import table
 
     rows = [
-        [f"{b['first']:,}-{b['last']:,}", f"{b['tokens']:,}", f"{b['loss']:.4f}", _number(b["perplexity"])]
+        [
+            f"{b['first']:,}-{b['last']:,}",
+            f"{b['tokens']:,}",
+            f"{b['loss']:.4f}",
+            "" if b["perplexity"] is None else f"{b['perplexity']:.2f}",
+        ]
         for b in report["buckets"]
     ]
     return table(("tokens read", "predicted", "loss (nats)", "perplexity"), rows)
 
 
-def _number(perplexity: float | None) -> str:
-    return "" if perplexity is None else f"{perplexity:.2f}"
-
-
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(PositionPerplexitySettings, "python -m evals.position_perplexity")
-    from evals.measure import return_large_blocks
-    from evals.models import load_model
-
-    return_large_blocks()
-    report = evaluate(load_model(settings.checkpoint, settings.tokenizer, verify=not settings.no_verify), settings)
+    report = evaluate(settings.load(), settings)
     print(report_table(report))
     print(f"loss {report['loss']:.4f} nats/token over {report['tokens']:,} tokens")
     print(f"{settings.output / 'position_perplexity.json'}, .csv, .png", file=sys.stderr)

@@ -37,7 +37,9 @@ class RecordFile(Generic[Record]):
         if not try_lock(self._file.fileno()):
             self._file.close()
             raise EvaluationError(f"{path}: another evaluation is writing it; wait for it or give another --output")
-        self._drop_torn_line()
+        self._file.seek(0)
+        content = self._file.read()
+        self._file.truncate(content.rfind(b"\n") + 1)  # a torn line is dropped
         self._file.seek(0)
         self.records = [self._parse(line, number) for number, line in enumerate(self._file, 1)]
 
@@ -61,13 +63,6 @@ class RecordFile(Generic[Record]):
         self._file.flush()
         os.fsync(self._file.fileno())
         self.records += new
-
-    def _drop_torn_line(self) -> None:
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
 
     def _parse(self, line: bytes, number: int) -> Record:
         kind: Any = self._kind

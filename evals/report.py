@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenization.io import bytes_text as bytes_text
+from tokenization.io import seconds_text as seconds_text
 from tokenization.io import write_file_atomically as write_bytes
 
 if TYPE_CHECKING:
@@ -56,14 +57,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, *rows]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def seconds_text(seconds: float) -> str:
-    """A time in words."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
@@ -118,25 +111,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 Cells = Mapping[tuple[int, float], tuple[float, int]]
 
 
-def heat_map(
-    title: str, lengths: Sequence[int], depths: Sequence[float], cells: Cells, trained_length: int | None
-) -> "Figure":
-    """Accuracy over length and depth, with n in each cell and a line behind the trained length.
-
-    Args:
-        title: Above the plot.
-        lengths: Columns, ascending, tokens.
-        depths: Rows, percent.
-        cells: (length, depth) to accuracy and n; a cell that was not run is left empty.
-        trained_length: Tokens of a training sequence; None draws no line.
-    """
-    return heat_maps({title: cells}, lengths, depths, trained_length)
-
-
 def heat_maps(
     maps: Mapping[str, Cells], lengths: Sequence[int], depths: Sequence[float], trained_length: int | None
 ) -> "Figure":
-    """Heat maps one below the other, by their titles; see `heat_map`."""
+    """Heat maps one below the other, by their titles; see `draw_heat_map`."""
     from matplotlib.figure import Figure
 
     size = (2.5 + 0.9 * len(lengths), (1.8 + 0.5 * len(depths)) * len(maps))
@@ -150,7 +128,16 @@ def heat_maps(
 def draw_heat_map(
     axes: "Axes", title: str, lengths: Sequence[int], depths: Sequence[float], cells: Cells, trained_length: int | None
 ) -> "AxesImage":
-    """One heat map; see `heat_map`."""
+    """Accuracy over length and depth, with n in each cell and a line behind the trained length.
+
+    Args:
+        axes: To draw on.
+        title: Above the plot.
+        lengths: Columns, ascending, tokens.
+        depths: Rows, percent.
+        cells: (length, depth) to accuracy and n; a cell that was not run is left empty.
+        trained_length: Tokens of a training sequence; None draws no line.
+    """
     accuracy = [[cells.get((length, depth), (math.nan, 0))[0] for length in lengths] for depth in depths]
     image = axes.imshow(accuracy, cmap="YlGn", vmin=0, vmax=1, aspect="auto")
     for (length, depth), (value, trials) in cells.items():

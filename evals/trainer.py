@@ -5,15 +5,17 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from evals.command_line import EvaluationError
+from evals.record_file import RecordFile
 
+Tested = TypeVar("Tested", bound=Any)
 LOOKS = 5
 """Times that validation is looked at, the end among them; the weights of the best one are kept."""
 
@@ -106,14 +108,35 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def check_budget(results: list[Any], budget: dict[str, Any], output: Path) -> None:
-    """Refuses a folder whose results, with a `budget` each, are of another one."""
-    for known in results:
-        if other := sorted(name for name in budget if known.budget.get(name) != budget[name]):
-            raise EvaluationError(
-                f"--output {output} has results with --{other[0].replace('_', '-')} "
-                f"{known.budget.get(other[0])}, not {budget[other[0]]}; give another folder"
-            )
+def sweep(
+    file: Path, kind: type[Tested], budget: dict[str, Any], wanted: Iterable[Any], test: Callable[..., list[Tested]]
+) -> list[Tested]:
+    """Trains and tests what has no result yet, and returns all there are.
+
+    Args:
+        file: Of the results, JSON lines.
+        kind: Of a result, with a `key` and a `budget`.
+        budget: The settings that all results of a folder share.
+        wanted: What is to be tested: a result's key, and behind it what `test` takes.
+        test: Gives results, the one of the key among them.
+
+    Raises:
+        EvaluationError: The file holds results of another budget.
+    """
+    with RecordFile(file, kind) as results:
+        for known in results.records:
+            if other := sorted(name for name in budget if known.budget.get(name) != budget[name]):
+                raise EvaluationError(
+                    f"--output {file.parent} has results with --{other[0].replace('_', '-')} "
+                    f"{known.budget.get(other[0])}, not {budget[other[0]]}; give another folder"
+                )
+        found = {result.key: result for result in results.records}
+        for key, *words in wanted:
+            if key not in found:
+                new = test(*words)
+                results.append(new)
+                found |= {result.key: result for result in new}
+        return list(found.values())
 
 
 def titans_sizes(layers: int, dim: int, heads: int, chunk_size: int) -> dict[str, int]:

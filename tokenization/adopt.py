@@ -23,7 +23,6 @@ from tokenization.manifest import (
     MANIFEST_NAME,
     ORIGIN,
     TRAIN,
-    EncodingSettings,
     FileInfo,
     Manifest,
     Shard,
@@ -35,6 +34,7 @@ from tokenization.output import make_room, names_in
 from tokenization.plan import PLAN_NAME
 from tokenization.progress import Progress
 from tokenization.selection import bytes_position, choose_threshold
+from tokenization.settings import EncodingSettings
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import TOKENIZER_NAME, TokenizerInfo, describe_any_tokenizer, load_tokenizer
 from tokenization.workers import Report, run_tasks, worthwhile_workers
@@ -83,7 +83,9 @@ def adopt(settings: AdoptSettings) -> Manifest:
         TokenizationError: A dataset is missing, damaged or of another token type, a token is none of the tokenizer's,
             all is one document, or something else is in the folder.
     """
-    prefixes = tuple(_without_suffix(path) for path in settings.prefix)
+    prefixes = tuple(
+        (path.with_suffix("") if path.suffix in (".bin", ".idx") else path).absolute() for path in settings.prefix
+    )
     output = settings.output
     for prefix in prefixes:
         if prefixes.count(prefix) > 1:
@@ -211,13 +213,11 @@ class _Reader:
         beyond = numpy.flatnonzero((block < 0) | (block >= vocab_size))
         if len(beyond):
             place = int(bounds[0] + beyond[0])
+            document = int(numpy.searchsorted(_Documents(prefix).starts, place, side="right")) - 1
             raise TokenizationError(
-                f"{prefix}: document {self._document(prefix, place):,} (from 0) holds token {int(block[beyond[0]]):,} "
+                f"{prefix}: document {document:,} (from 0) holds token {int(block[beyond[0]]):,} "
                 f"and the tokenizer has {vocab_size:,} pieces; give the one that these tokens were made with"
             )
-
-    def _document(self, prefix: Path, token: int) -> int:
-        return int(numpy.searchsorted(_Documents(prefix).starts, token, side="right")) - 1
 
 
 def _write(
@@ -319,10 +319,6 @@ def _origins(source: int, documents: "numpy.ndarray") -> "numpy.ndarray":
 def _write_rows(path: Path, origins: "numpy.ndarray") -> FileInfo:
     write_file_atomically(path, origins.tobytes())
     return FileInfo(origins.nbytes, hashlib.sha256(origins.tobytes()).hexdigest())
-
-
-def _without_suffix(path: Path) -> Path:
-    return path.with_suffix("").absolute() if path.suffix in (".bin", ".idx") else path.absolute()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

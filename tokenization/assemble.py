@@ -22,7 +22,6 @@ from tokenization.manifest import (
     HELDOUT,
     MANIFEST_NAME,
     REJECTED_NAME,
-    TOKENIZER_NAME,
     TRAIN,
     FileInfo,
     Manifest,
@@ -34,6 +33,7 @@ from tokenization.manifest import (
 )
 from tokenization.plan import PLAN_NAME, Plan
 from tokenization.progress import Progress
+from tokenization.records import broken_files, rejected_documents
 from tokenization.selection import choose_threshold, find_duplicates
 from tokenization.shards import (
     Selection,
@@ -45,8 +45,7 @@ from tokenization.shards import (
     marker_path,
     plan_shards,
 )
-from tokenization.skipped import broken_files, rejected_documents
-from tokenization.tokenizer import load_tokenizer
+from tokenization.tokenizer import TOKENIZER_NAME, load_tokenizer
 from tokenization.units import UnitResult, load_result, part_path
 from tokenization.workers import run_tasks, worthwhile_workers
 
@@ -183,7 +182,7 @@ def _write_shards(
     total_bytes = sum(result.tokens for result in results) * numpy.dtype(plan.dtype).itemsize
     workers = worthwhile_workers(workers, total_bytes)
     with Progress("assembled", total_bytes) as progress:
-        pending = _takers(specs)
+        pending = Counter(part.unit for spec in specs for part in spec.parts)  # shards that take from a unit
         for spec in specs:
             if spec not in missing:
                 _release(spec, pending, output)
@@ -195,11 +194,6 @@ def _write_shards(
         assert result is not None
         written[spec.split].append(result)
     return written
-
-
-def _takers(specs: Sequence[ShardSpec]) -> Counter[int]:
-    """How many shards take from each unit."""
-    return Counter(part.unit for spec in specs for part in spec.parts)
 
 
 def _release(spec: ShardSpec, pending: Counter[int], output: Path) -> None:

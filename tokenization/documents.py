@@ -9,10 +9,9 @@ from typing import Any
 
 from tokenization.lines import LINE_SUFFIXES, read_lines
 from tokenization.parquet import read_rows
-from tokenization.records import BrokenFile, Kind, Record, Span
+from tokenization.records import BrokenFile, Kind, Record, Skipped, Span
 from tokenization.remote import open_source
 from tokenization.settings import Filters
-from tokenization.skipped import Skipped
 from tokenization.sources import Source
 
 DEFAULT_MAX_BYTES = 64 << 20
@@ -111,8 +110,8 @@ def text_or_kind(value: Any, max_bytes: int) -> str | Kind:
     try:
         text = value.decode() if isinstance(value, bytes) else value
         size = len(value) if isinstance(value, bytes) or value.isascii() else len(value.encode())
-    except UnicodeError as fault:
-        return Kind("invalid_utf8", detail=_explain(fault))
+    except (UnicodeDecodeError, UnicodeEncodeError) as fault:  # whose repr would hold text of the document
+        return Kind("invalid_utf8", detail=f"{fault.reason} at {fault.start:,}")
     if size > max_bytes:
         return Kind("document_too_large", detail=f"{size:,} bytes, --max-document-mb allows {max_bytes:,}")
     if not text or text.isspace():
@@ -120,11 +119,6 @@ def text_or_kind(value: Any, max_bytes: int) -> str | Kind:
     if "\0" in text:
         return Kind("null_character", detail=f"character {text.index(chr(0)):,} is U+0000")
     return text
-
-
-def _explain(fault: UnicodeError) -> str:
-    """The message of a UnicodeError holds no text of the document, but its repr would."""
-    return f"{fault.reason} at {fault.start:,}" if isinstance(fault, UnicodeDecodeError | UnicodeEncodeError) else ""
 
 
 def _whole_file(source: Source, max_bytes: int) -> Iterator[Record]:

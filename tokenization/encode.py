@@ -15,14 +15,14 @@ from titans_mcore.hf.tokenizer import read_tokenizer
 from tokenization.assemble import assemble, remove_work
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
 from tokenization.io import exclusive, sha256_of, sweep_partial_files, write_file_atomically
-from tokenization.manifest import HELDOUT, TOKENIZER_NAME, TRAIN, Manifest
+from tokenization.manifest import HELDOUT, TRAIN, Manifest
 from tokenization.output import claim_output, mark_failed
 from tokenization.plan import Plan
 from tokenization.progress import Progress
 from tokenization.settings import EncodingSettings
 from tokenization.shards import UINT16_BELOW, import_indexed_dataset
-from tokenization.source_options import SourceOptions
-from tokenization.tokenizer import describe_tokenizer
+from tokenization.sources import SourceOptions
+from tokenization.tokenizer import TOKENIZER_NAME, describe_tokenizer
 from tokenization.units import UnitEncoder, load_result, units_folder
 from tokenization.workers import run_tasks
 

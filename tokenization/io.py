@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all (a temporary name beside the target, fsync, rename), locks, and hashes.
+"""Files that appear whole or not at all (a temporary name beside the target, fsync, rename), locks, hashes, records.
 
 The other rooms write, lock and hash with these, too.
 """
@@ -8,9 +8,14 @@ import hashlib
 import os
 import platform
 import tempfile
+import types
+import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenization.command_line import TokenizationError
 
@@ -22,6 +27,14 @@ def bytes_text(size: float) -> str:
             return f"{size:.{0 if size >= 100 or unit == 'B' else 1}f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
@@ -73,7 +86,7 @@ class PartialFile:
             path: The name it gets in the end; the folder exists.
         """
         self.final = path
-        descriptor, name = tempfile.mkstemp(prefix=_prefix(path.name), dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-{platform.node()}-", dir=path.parent)
         self.path = Path(name)
         try_lock(descriptor)  # on a file system without locks nothing is ever swept either
         self.file = os.fdopen(descriptor, "wb")
@@ -92,7 +105,9 @@ class PartialFile:
     def flush(self) -> None:
         """Waits until what was written is on the disk, with the rights of an ordinary file."""
         self.file.flush()
-        os.fchmod(self.file.fileno(), 0o666 & ~_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(self.file.fileno(), 0o666 & ~umask)
         os.fsync(self.file.fileno())
 
     def commit(self) -> int:
@@ -185,11 +200,47 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _prefix(name: str) -> str:
-    return f".{name}.partial-{platform.node()}-"
+def from_json(kind: Any, value: Any, where: str) -> Any:
+    """Builds a value of a type from what `json.loads` gave.
+
+    Args:
+        kind: A dataclass, or a type made of str, int, float, bool, dict, tuple[X, ...], Any and `| None`.
+        value: From JSON.
+        where: Names the value in errors.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: Anything in it has another type or name; says where.
+    """
+    if kind is Any:
+        return value
+    if isinstance(kind, type) and is_dataclass(kind):
+        known, required = _field_types(kind)
+        if not isinstance(value, dict) or not required <= value.keys() <= known.keys():
+            raise TypeError(f"{where} does not have exactly the fields {', '.join(sorted(known))}")
+        return kind(**{name: from_json(known[name], item, f"{where}.{name}") for name, item in value.items()})
+    origin, parameters = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and isinstance(value, dict):
+        return {name: from_json(parameters[1], item, f"{where}.{name}") for name, item in value.items()}
+    if origin is tuple and isinstance(value, list):
+        return tuple(from_json(parameters[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        (kind,) = (one for one in parameters if one is not type(None))
+        return from_json(kind, value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    if origin is None and type(value) is kind:
+        return value
+    raise TypeError(f"{where} is {value!r:.60}, not of the type {getattr(kind, '__name__', kind)}")
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+@lru_cache
+def _field_types(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The type of each field, and those without a default; others may be missing in files of older versions."""
+    hints, found = typing.get_type_hints(kind), fields(kind)
+    required = (field.name for field in found if field.default is MISSING and field.default_factory is MISSING)
+    return {field.name: hints[field.name] for field in found}, frozenset(required)

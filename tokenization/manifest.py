@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tokenization.command_line import TokenizationError
-from tokenization.io import sha256_of
-from tokenization.json_records import from_json
+from tokenization.io import from_json, sha256_of
 from tokenization.settings import EncodingSettings
-from tokenization.tokenizer import TOKENIZER_JSON, TOKENIZER_NAME, TokenizerInfo
+from tokenization.tokenizer import TokenizerInfo
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -26,19 +25,6 @@ REJECTED_NAME = "rejected.jsonl"
 TRAIN, HELDOUT = "train", "heldout"
 ORIGIN = [("source", "<u4"), ("row", "<i8")]
 """NumPy fields of a document in a .rows file: place of its source in the manifest, and row there."""
-
-__all__ = [
-    "TOKENIZER_JSON",
-    "TOKENIZER_NAME",
-    "EncodingSettings",
-    "FileInfo",
-    "Manifest",
-    "ManifestError",
-    "Shard",
-    "SourceInfo",
-    "Split",
-    "UnitInfo",
-]
 
 
 class ManifestError(TokenizationError, ValueError):

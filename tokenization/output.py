@@ -7,13 +7,12 @@ from pathlib import Path
 
 from tokenization.command_line import TokenizationError
 from tokenization.io import exclusive, sha256_of
-from tokenization.manifest import HELDOUT, MANIFEST_NAME, REJECTED_NAME, TOKENIZER_JSON, TOKENIZER_NAME, TRAIN, Manifest
+from tokenization.manifest import HELDOUT, MANIFEST_NAME, REJECTED_NAME, TRAIN, Manifest
 from tokenization.plan import PLAN_NAME, PLAN_VERSION, Plan, plan_units
+from tokenization.records import Rejected, Skipped
 from tokenization.settings import EncodingSettings
-from tokenization.skipped import Rejected, Skipped
-from tokenization.source_options import SourceOptions
-from tokenization.sources import Source
-from tokenization.tokenizer import TokenizerInfo
+from tokenization.sources import Source, SourceOptions
+from tokenization.tokenizer import TOKENIZER_JSON, TOKENIZER_NAME, TokenizerInfo
 
 # What --overwrite may delete; `cache` is where Megatron-core keeps its sample indices beside the shards.
 _OWN_NAMES = {MANIFEST_NAME, TOKENIZER_NAME, TOKENIZER_JSON, PLAN_NAME, REJECTED_NAME, "work", "cache"}

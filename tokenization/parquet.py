@@ -81,8 +81,11 @@ def _group_rows(file: Any, index: int, row: int, columns: tuple[str, ...], share
         yield Record(last - 1, Kind("missing_text", group.num_rows, detail), share)
         return
     wanted = ["text", *(names - {"text"} if columns == ("*",) else (name for name in columns if name in names))]
+    # Few rows at once where single ones may be large: Arrow's memory grows with the batch.
+    large = 1 if _text_bytes(group) > group.num_rows << 20 else 8
+    rows = 256 if _text_bytes(group) <= _SMALL_GROUP_BYTES else large
     try:
-        for batch in file.iter_batches(_batch_rows(group), row_groups=[index], columns=wanted):
+        for batch in file.iter_batches(rows, row_groups=[index], columns=wanted):
             values = _column_values(batch.column("text"))
             fields = [_plain_values(batch.column(name)) for name in wanted[1:]]
             del batch  # its documents are held by `values` alone, and by that no longer than needed
@@ -94,13 +97,6 @@ def _group_rows(file: Any, index: int, row: int, columns: tuple[str, ...], share
     except (pyarrow.ArrowException, OSError) as fault:
         detail = f"rows {row:,} to {last - 1:,}: {str(fault).splitlines()[0][:200]}"
         yield Record(last - 1, Kind("broken_rows", last - row, detail), share)
-
-
-def _batch_rows(group: Any) -> int:
-    """Few rows at once where single ones may be large: Arrow's memory grows with the batch."""
-    if _text_bytes(group) <= _SMALL_GROUP_BYTES:
-        return 256
-    return 1 if _text_bytes(group) > group.num_rows << 20 else 8
 
 
 def _text_bytes(group: Any) -> int:

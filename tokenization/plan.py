@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenization.command_line import TokenizationError
-from tokenization.io import write_file_once
-from tokenization.json_records import from_json
+from tokenization.io import from_json, write_file_once
 from tokenization.parquet import row_groups
-from tokenization.records import BrokenFile, Span
+from tokenization.records import BrokenFile, Rejected, Skipped, Span
 from tokenization.settings import EncodingSettings
-from tokenization.skipped import Rejected, Skipped
 from tokenization.sources import Source
 from tokenization.tokenizer import TokenizerInfo
 

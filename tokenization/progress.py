@@ -5,7 +5,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from tokenization.io import bytes_text
+from tokenization.io import bytes_text, seconds_text
 
 _PLAIN_SECONDS = 60.0
 
@@ -16,19 +16,19 @@ class Progress:
     Use it in a `with` block and call `advance`.
     """
 
-    def __init__(self, verb: str, total_bytes: int, done_bytes: int = 0, *, shown: bool = True) -> None:
+    def __init__(self, verb: str, total: float, done: float = 0, *, shown: bool = True) -> None:
         """Starts the clock.
 
         Args:
             verb: What happens to the text, such as "encoded".
-            total_bytes: The measure of the whole work, in bytes or any other unit of which `advance` tells.
-            done_bytes: What an earlier run did of it.
+            total: The measure of the whole work, in bytes or any other unit of which `advance` tells.
+            done: What an earlier run did of it.
             shown: Not on ranks whose work another one shows.
         """
         self._shown = shown
         self._verb = verb
-        self._total = max(total_bytes, 1)
-        self._before = self._done = done_bytes
+        self._total = max(total, 1e-9)
+        self._before = self._done = done
         self._tokens = 0
         self._started = self._last_line = time.monotonic()
         self._bar: Any = None
@@ -51,14 +51,22 @@ class Progress:
         """Seconds since the start."""
         return max(time.monotonic() - self._started, 1e-9)
 
-    def advance(self, done_bytes: int, tokens: int) -> None:
+    @property
+    def left(self) -> str:
+        """The time that remains, in words."""
+        fresh = self._done - self._before
+        if fresh <= 0:
+            return "time left unknown"
+        return f"about {seconds_text(self.seconds * max(self._total - self._done, 0) / fresh)} left"
+
+    def advance(self, done: float, tokens: int) -> None:
         """Shows that work was done.
 
         Args:
-            done_bytes: Since the last call.
+            done: Since the last call.
             tokens: Likewise.
         """
-        self._done += done_bytes
+        self._done += done
         self._tokens += tokens
         per_second = (self._done - self._before) / self.seconds
         rate = f"{self._tokens / self.seconds:,.0f} tokens/s" if self._tokens else f"{bytes_text(per_second)}/s"
@@ -68,14 +76,7 @@ class Progress:
             self._last_line = time.monotonic()
             share = min(self._done / self._total, 1.0)
             counted = f" {self._tokens:,} tokens," if self._tokens else ""
-            line = f"{share:.0%} {self._verb},{counted} {rate}, {self._left()}"
-            print(line, file=sys.stderr, flush=True)
-
-    def _left(self) -> str:
-        fresh = self._done - self._before
-        if fresh <= 0:
-            return "time left unknown"
-        return f"{self.seconds * max(self._total - self._done, 0) / fresh:,.0f} s left"
+            print(f"{share:.0%} {self._verb},{counted} {rate}, {self.left}", file=sys.stderr, flush=True)
 
 
 def _terminal_bar() -> Any:

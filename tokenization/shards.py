@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy
 
-from tokenization.io import commit_file, sha256_of, write_file_atomically
-from tokenization.json_records import from_json
+from tokenization.io import commit_file, from_json, sha256_of, write_file_atomically
 from tokenization.manifest import HELDOUT, ORIGIN, FileInfo, Shard
 from tokenization.plan import Plan
 from tokenization.units import DOCUMENT, part_path

@@ -13,13 +13,13 @@ from tokenization.command_line import TokenizationError, parse_settings, run_com
 from tokenization.cutting import load_cutter
 from tokenization.documents import text_or_kind
 from tokenization.lines import LINE_SUFFIXES, read_line
-from tokenization.manifest import ORIGIN, TOKENIZER_JSON, TOKENIZER_NAME, Manifest
+from tokenization.manifest import ORIGIN, Manifest
 from tokenization.parquet import read_rows, row_groups
 from tokenization.records import BrokenFile, Record, Span
 from tokenization.remote import open_source
 from tokenization.shards import import_indexed_dataset
 from tokenization.sources import STDLIB_SUFFIXES, SUFFIXES, Source, suffix_of
-from tokenization.tokenizer import load_tokenizer
+from tokenization.tokenizer import TOKENIZER_JSON, TOKENIZER_NAME, load_tokenizer
 from tokenization.units import encode_long
 
 _NO_LIMIT = 1 << 62

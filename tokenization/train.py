@@ -14,9 +14,8 @@ from tokenization.command_line import TokenizationError, check_range, parse_sett
 from tokenization.documents import Document, Reader
 from tokenization.io import write_file_atomically
 from tokenization.plan import plan_units
-from tokenization.skipped import Skipped
-from tokenization.source_options import SourceOptions
-from tokenization.sources import Source
+from tokenization.records import Skipped
+from tokenization.sources import Source, SourceOptions
 from tokenization.tokenizer import llama_settings
 
 _PASSAGE_CHARACTERS = 4_096

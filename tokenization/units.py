@@ -20,15 +20,13 @@ import numpy
 from tokenization.command_line import TokenizationError
 from tokenization.cutting import CUT_ABOVE_CHARACTERS, Cutter, TextWithoutCut, load_cutter
 from tokenization.documents import Document, Reader
-from tokenization.io import PartialFile, sha256_of, write_file_atomically
-from tokenization.json_records import from_json
-from tokenization.manifest import TOKENIZER_NAME
+from tokenization.io import PartialFile, from_json, sha256_of, write_file_atomically
 from tokenization.plan import Plan, PlannedSpan
+from tokenization.records import Rejected, Skipped
 from tokenization.remote import is_remote
 from tokenization.selection import hash_position
-from tokenization.skipped import Rejected, Skipped
 from tokenization.sources import Source
-from tokenization.tokenizer import load_tokenizer
+from tokenization.tokenizer import TOKENIZER_NAME, load_tokenizer
 from tokenization.workers import Report
 
 DOCUMENT = numpy.dtype(

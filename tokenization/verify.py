@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ class _ShardCheck:
     def _count_tokens(self, path: str, tokens: Any, report: Report) -> "numpy.ndarray":
         vocab_size = self._manifest.tokenizer.vocab_size
         counts = numpy.zeros(vocab_size, dtype=numpy.int64)
-        for block in _blocks(tokens):
+        for start in range(0, len(tokens), _BLOCK_TOKENS):
+            block = numpy.array(tokens[start : start + _BLOCK_TOKENS])
             if block.min() < 0 or block.max() >= vocab_size:
                 raise ManifestError(
                     f"{path}: token {block.max()} where the tokenizer has {vocab_size:,} pieces; encode again"
@@ -171,11 +172,6 @@ class _ShardCheck:
             counts += numpy.bincount(block, minlength=vocab_size)
             report(block.nbytes, len(block))
         return counts
-
-
-def _blocks(tokens: Any) -> Iterator[Any]:
-    for start in range(0, len(tokens), _BLOCK_TOKENS):
-        yield numpy.array(tokens[start : start + _BLOCK_TOKENS])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Tasks on many processes: each takes the next one when it is free, and none outlives the command."""
+"""Tasks on many processes: each takes the next one when it is free, and none outlives the command.
+
+An executor of concurrent.futures would wait for ever for the rest of a result whose worker was killed while it wrote:
+all of its workers write into one pipe, which the others keep open.
+"""
 
 import multiprocessing
 import os
@@ -82,45 +86,40 @@ def _start(make_work: Callable[..., Work], arguments: Sequence[Any], count: int)
 
 def _distribute(connections: list[Connection], waiting: "deque[_Task]", report: Report) -> Iterator[tuple[_Task, Any]]:
     busy: dict[Connection, _Task] = {}
+
+    def give(connection: Connection) -> None:
+        if waiting:
+            busy[connection] = waiting.popleft()
+            with _death_named():
+                connection.send(busy[connection])
+
     for connection in connections:
-        busy[connection] = waiting.popleft()
-        _send(connection, busy[connection])
+        give(connection)
     while busy:
         for ready in wait(list(busy)):
             assert isinstance(ready, Connection)
-            kind, payload = _receive(ready)
+            with _death_named():
+                kind, payload = ready.recv()
             if kind == _PROGRESS:
                 report(*payload)
             elif kind == _FAULT:
                 raise payload
             else:
                 done = busy.pop(ready)
-                if waiting:
-                    busy[ready] = waiting.popleft()
-                    _send(ready, busy[ready])
+                give(ready)
                 yield done, payload
 
 
-def _send(connection: Connection, task: Any) -> None:
+@contextmanager
+def _death_named() -> Iterator[None]:
+    """Each worker has a pipe of its own that ends with it, in the middle of a message too."""
     try:
-        connection.send(task)
-    except BrokenPipeError:
-        raise _worker_died() from None
-
-
-def _receive(connection: Connection) -> tuple[int, Any]:
-    try:
-        kind, payload = connection.recv()
-    except (EOFError, ConnectionResetError):
-        raise _worker_died() from None
-    return kind, payload
-
-
-def _worker_died() -> TokenizationError:
-    return TokenizationError(
-        "a worker process was killed, most often for want of memory; use fewer --workers and run the command again: "
-        "it goes on where it stopped"
-    )
+        yield
+    except (EOFError, OSError):
+        raise TokenizationError(
+            "a worker process was killed, most often for want of memory; use fewer --workers and run the command "
+            "again: it goes on where it stopped"
+        ) from None
 
 
 def _serve(connection: Connection, make_work: Callable[..., Work], arguments: Sequence[Any]) -> None:

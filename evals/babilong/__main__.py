@@ -1,6 +1,6 @@
 """`python -m evals.babilong --checkpoint RUN --output DIR`."""
 
-from evals.babilong.settings import BabilongSettings
+from evals.babilong import BabilongSettings
 from evals.command_line import parse_settings, run_command
 
 
@@ -9,11 +9,8 @@ def main() -> None:
     settings = parse_settings(BabilongSettings, "python -m evals.babilong")
     from evals.babilong.run import evaluate
     from evals.babilong.summary import describe, report_table
-    from evals.measure import return_large_blocks
-    from evals.models import load_model
 
-    return_large_blocks()
-    report = evaluate(load_model(settings.checkpoint, settings.tokenizer, verify=not settings.no_verify), settings)
+    report = evaluate(settings.load(), settings)
     print(describe(report))
     print(report_table(report))
     print(f"{settings.output / 'babilong.json'}, babilong.md, babilong.csv, babilong.png, babilong.jsonl")

@@ -1,6 +1,5 @@
 """The evaluation: which samples are missing, batch after batch of them, and the report."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -8,19 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from evals.babilong.records import Record
+from evals.babilong import BabilongSettings
 from evals.babilong.samples import Sample, SampleKey
-from evals.babilong.settings import BabilongSettings
+from evals.babilong.stories import correct
 from evals.babilong.summary import write_report
-from evals.babilong.tasks import correct
-from evals.babilong.texts import Texts, read_texts
-from evals.measure import PeakMemory, state_bytes
+from evals.babilong.texts import Record, Texts, read_texts
+from evals.command_line import say
+from evals.measure import PeakMemory, Watch, state_bytes
 from evals.models import EvalModel
 from evals.niah.generate import answer, read
-from evals.progress import Pace, StatusLine
 from evals.record_file import RecordFile
+from tokenization.progress import Progress
+
+_STEP = 10  # a token of an answer takes about as long as so many that are read
 
 
 def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
@@ -35,13 +35,18 @@ def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
     """
     texts = read_texts(model, settings)
     hashes = {task: stories.sha256 for task, stories in texts.stories.items()}
-    names = list(_names(settings))
-    samples = _build(model, texts, names)
+    builders = {task: texts.builder(model, task) for task in texts.stories}
+    samples = [
+        builders[task].build(SampleKey(task, length, sample, settings.seed))
+        for length in sorted(set(settings.lengths))
+        for task in settings.tasks
+        for sample in range(settings.samples)
+    ]  # what is long in them stays on disk
     with RecordFile(settings.output / "babilong.jsonl", Record) as results:
         own = [record for record in results.records if record.belongs_to(texts.identity, hashes.get(record.task))]
         if len(own) < len(results.records):
             others = len(results.records) - len(own)
-            _tell(f"{results.path}: {others} results of other weights, tokenizers or texts are left out")
+            say(f"{results.path}: {others} results of other weights, tokenizers or texts are left out")
         there = {record.name for record in own}
         missing = [sample for sample in samples if sample.name not in there]
         if missing:
@@ -54,23 +59,24 @@ class _Runner:
 
     def __init__(self, model: EvalModel, settings: BabilongSettings, texts: Texts, results: RecordFile[Record]) -> None:
         self._model, self._settings, self._texts, self._results = model, settings, texts, results
-        self._pace, self._line, self._peak = Pace(), StatusLine(), PeakMemory(model.device)
+        self._peak = PeakMemory(model.device)
 
     def run(self, missing: Sequence[Sample]) -> list[Record]:
         """Samples length by length, short ones first."""
         tokens = sum(sample.tokens for sample in missing)
-        self._pace.plan(tokens, (self._settings.max_new_tokens - 1) * len(missing))
-        _tell(f"{len(missing)} samples, {tokens:,} tokens")
+        say(f"{len(missing)} samples, {tokens:,} tokens")
         done: list[Record] = []
-        for length, group in groupby(missing, lambda sample: sample.name.length):
-            records: list[Record] = []
-            for batch in self._cut(list(group)):
-                records += self._run_batch(batch)
-                if not done and len(records) == len(batch):
-                    _tell(f"{len(records)} samples done, {self._pace.text()}")
-            hits = sum(record.correct for record in records)
-            _tell(f"length {length:,}: {hits} of {len(records)} right, {self._pace.text()}")
-            done += records
+        steps = _STEP * (self._settings.max_new_tokens - 1) * len(missing)
+        with Progress("of the samples run", tokens + steps) as progress:
+            for length, group in groupby(missing, lambda sample: sample.name.length):
+                records: list[Record] = []
+                for batch in self._cut(list(group)):
+                    records += self._run_batch(batch, progress)
+                    if not done and len(records) == len(batch):
+                        say(f"{len(records)} samples done, {progress.left}")
+                hits = sum(record.correct for record in records)
+                say(f"length {length:,}: {hits} of {len(records)} right, {progress.left}")
+                done += records
         return done
 
     def _cut(self, samples: list[Sample]) -> Iterator[list[Sample]]:
@@ -80,29 +86,16 @@ class _Runner:
             for start in range(0, len(rows), self._settings.batch):
                 yield rows[start : start + self._settings.batch]
 
-    def _run_batch(self, samples: Sequence[Sample]) -> list[Record]:
-        self._peak.reset()
-        self._pace.start()
-        prefill_seconds, step_seconds = [], []
-
-        def on_piece(tokens: int) -> None:
-            prefill_seconds.append(self._pace.done("read", tokens))
-            self._line.show(f"length {samples[0].name.length:,}, {len(samples)} samples: {self._pace.text()}")
-
+    def _run_batch(self, samples: Sequence[Sample], progress: Progress) -> list[Record]:
+        watch = Watch(self._peak, lambda tokens: progress.advance(tokens, tokens))
         stream, end = self._model.stream, self._model.tokenizer.processor.eos_id()
-        logits, states = read(stream, _pieces(samples, self._settings.piece), on_piece)
-        carried = state_bytes(states)
-        limit, rows = self._settings.max_new_tokens, len(samples)
-        answers = answer(stream, logits, states, limit, end, lambda: step_seconds.append(self._pace.done("step", rows)))
-        self._pace.skip("step", rows * (limit - 1 - len(step_seconds)))
-        self._line.clear()
-        costs = {
-            "batch": rows,
-            "prefill_seconds": sum(prefill_seconds),
-            "decode_ms_per_token": 1000 * sum(step_seconds) / max(len(step_seconds), 1),
-            "peak_bytes": self._peak.bytes(),
-            "state_bytes_per_sample": carried // rows,
-        }
+        columns = zip(*(sample.pieces(self._settings.piece) for sample in samples), strict=True)
+        logits, states = read(stream, (torch.from_numpy(np.stack(rows)) for rows in columns), watch.on_piece)
+        carried, limit, rows = state_bytes(states), self._settings.max_new_tokens, len(samples)
+        answers = answer(stream, logits, states, limit, end, watch.on_step)
+        progress.advance(_STEP * (limit - 1) * rows, 0)
+        costs = watch.costs() | {"batch": rows, "state_bytes_per_sample": carried // rows}
+        del costs["prefill_tokens"], costs["seconds"]
         records = [self._record(sample, ids, costs) for sample, ids in zip(samples, answers, strict=True)]
         self._results.append(records)
         return records
@@ -124,27 +117,5 @@ class _Runner:
         )
 
 
-def _names(settings: BabilongSettings) -> Iterator[SampleKey]:
-    for length in sorted(set(settings.lengths)):
-        for task in settings.tasks:
-            for sample in range(settings.samples):
-                yield SampleKey(task, length, sample, settings.seed)
-
-
-def _build(model: EvalModel, texts: Texts, names: Sequence[SampleKey]) -> list[Sample]:
-    """All samples; what is long in them stays on disk."""
-    builders = {task: texts.builder(model, task) for task in texts.stories}
-    return [builders[name.task].build(name) for name in names]
-
-
 def _shape(sample: Sample) -> tuple[str, int]:
     return sample.name.task, sample.tokens
-
-
-def _pieces(samples: Sequence[Sample], size: int) -> Iterator[Tensor]:
-    for rows in zip(*(sample.pieces(size) for sample in samples), strict=True):
-        yield torch.from_numpy(np.stack(rows))
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

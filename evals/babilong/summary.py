@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from evals.babilong.records import Record
-from evals.babilong.settings import PAPER_TASKS, BabilongSettings
-from evals.babilong.texts import Texts
+from evals.babilong import PAPER_TASKS, BabilongSettings
+from evals.babilong.texts import Record, Texts
 from evals.models import EvalModel
 from evals.report import (
     bytes_text,

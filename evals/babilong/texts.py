@@ -1,20 +1,71 @@
-"""What samples are made from: stories and background, read from the user's paths or simulated, with their names."""
+"""What samples are made from, read from the user's paths or simulated, and results that may be counted together."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.babilong.background import Background, Count, book_sentences, simulated_sentences
-from evals.babilong.records import Identity
-from evals.babilong.samples import SampleBuilder
-from evals.babilong.settings import BabilongSettings
-from evals.babilong.simulator import simulate
-from evals.babilong.stories import StorySet, parse_stories, read_stories
-from evals.babilong.tasks import Prompt, load_prompts
+from evals.babilong import BabilongSettings
+from evals.babilong.samples import Background, Count, SampleBuilder, SampleKey, book_sentences, simulated_sentences
+from evals.babilong.stories import Prompt, StorySet, load_prompts, parse_stories, read_stories, simulate
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
 from evals.tokens import encoder
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be equal for results to be counted together."""
+
+    checkpoint_sha256: str
+    """Of the weights."""
+    tokenizer_sha256: str
+    """Of the tokenizer file."""
+    max_new_tokens: int
+    """Tokens of the answer."""
+    stories: str
+    """"bAbI" or "simulated"."""
+    background: str
+    """"text" or "simulated"."""
+    background_sha256: str
+    """Over the background's token ids."""
+    length_tokenizer: str
+    """"model", or the hash of a tokenizer.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(Identity):
+    """One sample's result. Times and memory are those of the batch it ran in."""
+
+    task: str
+    length: int
+    sample: int
+    seed: int
+    question: str
+    target: str
+    answer: str
+    correct: bool
+    facts: int
+    prompt_tokens: int
+    answer_tokens: int
+    batch: int
+    prefill_seconds: float
+    decode_ms_per_token: float
+    peak_bytes: int
+    state_bytes_per_sample: int
+    stories_sha256: str
+
+    @property
+    def name(self) -> SampleKey:
+        """Which sample it is."""
+        return SampleKey(self.task, self.length, self.sample, self.seed)
+
+    def belongs_to(self, identity: Identity, stories_sha256: str | None) -> bool:
+        """Whether it may be counted with this identity and these stories; None has none of the task."""
+        return self.stories_sha256 == stories_sha256 and all(
+            getattr(self, name) == value for name, value in vars(identity).items()
+        )
+
 
 SIMULATED_QUESTIONS = 1_000  # as many as bAbI's test split has
 

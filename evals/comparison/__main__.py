@@ -1,7 +1,7 @@
 """`python -m evals.comparison --data SHARDS --output DIR`."""
 
 from evals.command_line import parse_settings, run_command
-from evals.comparison.settings import ComparisonSettings
+from evals.comparison import ComparisonSettings
 
 
 def main() -> None:

@@ -1,25 +1,28 @@
-"""The comparison: which parts are missing, each as commands of its own, and the table behind every one."""
+"""The comparison: which parts are missing, each as commands of its own, and the table behind every one.
+
+Every system is as large as Transformer++: the width of its feed-forward network makes up for its mixer.
+"""
 
 import json
 import os
 import statistics
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError
-from evals.comparison.settings import ComparisonSettings
+from evals.command_line import EvaluationError, run_module, say
+from evals.comparison import ComparisonSettings
 from evals.comparison.summary import Result, write_report
-from evals.comparison.systems import System, choose
 from evals.record_file import RecordFile
 from evals.report import write_json
-from pretrain.config.files import build, read_config
+from pretrain.config.files import build, read_config, systems
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.status import LAUNCHER, STATUS_DIR
+from pretrain.plan.parameters import count_by_part, parameters_of
 from pretrain.report.history import History
 from pretrain.report.records import read_records
+from titans_mcore.config import TitansConfig
 from tokenization.command_line import TokenizationError
 from tokenization.manifest import HELDOUT, Manifest
 
@@ -38,6 +41,62 @@ _LIST_TOKENS, _NEEDLE_TOKENS = 256, 320  # of a document; less than 320 cannot h
 _ANSWER = 48  # tokens; a uuid has 39
 _LONG_TOKENS = 32_768  # of held-out text, streamed
 _WARM_UP_STEPS = 20
+
+
+_REFERENCE = "transformer"
+_TOLERANCE = 0.03
+_WIDTH_STEP = 8  # the least that GPUs multiply well
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of the comparison."""
+
+    name: str
+    """As in the presets."""
+    model: dict[str, Any]
+    """Settings that it does not share with the others, ffn_dim among them."""
+    parameters: int
+    """Beside the embedding, which is everyone's."""
+
+
+def choose(names: Sequence[str], shared: TitansConfig) -> list[System]:
+    """Systems of one size.
+
+    Args:
+        names: Which; none means all.
+        shared: What they have in common; its ffn_dim is Transformer++'s.
+
+    Raises:
+        EvaluationError: A name is unknown, or a system cannot have Transformer++'s parameters.
+    """
+    known = systems()
+    if unknown := sorted(set(names) - set(known)):
+        raise EvaluationError(f"--systems names {', '.join(unknown)}; choose among: {', '.join(known)}")
+    target = sum(_count(replace(shared, **known[_REFERENCE])))
+    return [_matched(name, known[name], shared, target) for name in names or known]
+
+
+def _matched(name: str, model: dict[str, Any], shared: TitansConfig, target: int) -> System:
+    try:
+        feed_forward, rest = _count(replace(shared, **model))
+    except ValueError as error:
+        raise EvaluationError(f"--config does not suit {name}: {error}") from None
+    each = feed_forward // shared.ffn_dim  # three matrices in every block, without biases
+    width = max(round((target - rest) / each / _WIDTH_STEP), 1) * _WIDTH_STEP
+    total = rest + each * width
+    if abs(total / target - 1) > _TOLERANCE:
+        raise EvaluationError(
+            f"{name} has {total:,} parameters with a feed-forward network of {width}, Transformer++ {target:,}; "
+            f"raise model.ffn_dim of --config, which is {shared.ffn_dim}"
+        )
+    return System(name, {**model, "ffn_dim": width}, total)
+
+
+def _count(config: TitansConfig) -> tuple[int, int]:
+    """Parameters of the feed-forward networks, and of all else beside the embedding."""
+    counted = count_by_part(parameters_of(config))
+    return counted["feed_forward"], counted["total"] - counted["feed_forward"] - counted["embedding"]
 
 
 def compare(settings: ComparisonSettings) -> str:
@@ -197,7 +256,7 @@ def recall_shards(output: Path, name: str, tokens: int, *more: Any, lock: int | 
 
 
 def child(module: str, *words: Any, lock: int | None = None, run: Path | None = None) -> None:
-    """Runs a command of the project; what it prints goes to stderr.
+    """Runs a command of the project.
 
     Args:
         module: Of the command.
@@ -208,12 +267,9 @@ def child(module: str, *words: Any, lock: int | None = None, run: Path | None = 
     Raises:
         EvaluationError: It ended with another status than 0.
     """
-    command = [sys.executable, "-m", module, *map(str, words)]
-    say(f"$ {' '.join(command)}")
-    environment = os.environ | ({STATUS_DIR: str(run), LAUNCHER: str(os.getpid())} if run else {})
-    held = () if lock is None else (lock,)
-    if subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr, pass_fds=held).returncode:
-        raise EvaluationError(f"{' '.join(command)} failed; its lines above say why")
+    environment = {STATUS_DIR: str(run), LAUNCHER: str(os.getpid())} if run else None
+    if status := run_module(module, *words, environment=environment, held=() if lock is None else (lock,)):
+        raise EvaluationError(f"{module} ended with status {status}; its lines above say why")
 
 
 def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Manifest | None) -> None:
@@ -236,8 +292,3 @@ def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Man
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def say(sentence: str) -> None:
-    """Prints a line beside the table."""
-    print(sentence, file=sys.stderr, flush=True)

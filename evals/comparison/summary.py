@@ -122,7 +122,7 @@ def plot(results: Results) -> "Figure":
     from matplotlib.figure import Figure
 
     points, lines = means(results, columns), means(results, curves)
-    single = [title for title in ("held-out", "lists") if _any(points, title)]
+    single = [title for title in ("held-out", "lists") if any(title in own for own in points.values())]
     curved = list(dict.fromkeys(name for own in lines.values() for name, _ in own))
     panels = len(single) + len(curved)
     figure = Figure(figsize=(5 * panels, 3 + 0.25 * len(points)), layout="constrained")
@@ -138,10 +138,6 @@ def plot(results: Results) -> "Figure":
     if curved:
         figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
-
-
-def _any(points: Mapping[str, Points], title: str) -> bool:
-    return any(title in own for own in points.values())
 
 
 def _draw(axes: "Axes", points: Iterable[tuple[str, tuple[float, float | None], int]]) -> None:

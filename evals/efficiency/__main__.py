@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
-from evals.efficiency.settings import ContextSettings, MemorySettings
+from evals.efficiency import ContextSettings, MemorySettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
 

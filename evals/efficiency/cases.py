@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from evals.efficiency.settings import SECTIONS, MemorySettings
+from evals.efficiency import SECTIONS, MemorySettings
 
 OURS, TITANS_PYTORCH = "titans-mcore", "titans-pytorch"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -93,7 +93,12 @@ def plan(settings: MemorySettings, device: str) -> list[list[Case]]:
     groups.append([replace(layer, length=length) for length in growth])
     if device == "cuda":
         groups += [[replace(case, length=length) for case in _operators(base)] for length in lengths]
-    return [group for group in ([c for c in g if _wanted(c, settings.only)] for g in groups) if group]
+
+    def wanted(case: Case) -> bool:
+        words = settings.only
+        return not words or any(word == case.section if word in SECTIONS else word in case.name for word in words)
+
+    return [group for group in ([case for case in group if wanted(case)] for group in groups) if group]
 
 
 def _base(settings: MemorySettings, device: str) -> Case:
@@ -152,7 +157,3 @@ def _operators(base: Case) -> Iterator[Case]:
         yield replace(linear, implementation="flash-linear-attention", part="chunk_ttt_linear", setting="default")
         yield replace(linear, implementation="flash-linear-attention", part="chunk_gated_delta_rule", setting="default")
         yield replace(linear, implementation="flash-attn", part="flash_attn_func", setting="causal", chunk=0)
-
-
-def _wanted(case: Case, words: tuple[str, ...]) -> bool:
-    return not words or any(word == case.section if word in SECTIONS else word in case.name for word in words)

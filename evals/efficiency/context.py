@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from evals.efficiency.circumstances import circumstances
-from evals.efficiency.settings import ContextSettings
-from evals.measure import PeakMemory, return_large_blocks, state_bytes
+from evals.efficiency import ContextSettings
+from evals.measure import PeakMemory, circumstances, return_large_blocks, state_bytes
 from evals.models import EvalModel, load_model
-from evals.progress import Pace, StatusLine
 from evals.report import bytes_text, table, write_json
+from tokenization.progress import Progress
 
 _WARM_UP = 3
 """Decoding steps that are not counted."""
@@ -57,16 +56,14 @@ def _row(model: EvalModel, name: str, length: int, settings: ContextSettings) ->
     gc.collect()
     peak, began = PeakMemory(model.device), time.perf_counter()
     row: Row = {"model": name, "length": length}
-    line, pace = StatusLine(), Pace()
-    pace.plan(length, 0)
     states, logits = None, torch.empty(0)
     try:
-        for tokens in _pieces(model, length, settings.piece):
-            logits, states = model.stream(tokens, states, last=1)
-            logits = logits.cpu()  # waits for it
-            pace.done("read", tokens.numel())
-            line.show(f"{name}, {length:,} tokens: {pace.text()}")
-            _check_fits(states, time.perf_counter() - began, settings)
+        with Progress(f"of {length:,} tokens read by {name}", length) as progress:
+            for tokens in _pieces(model, length, settings.piece):
+                logits, states = model.stream(tokens, states, last=1)
+                logits = logits.cpu()  # waits for it
+                progress.advance(tokens.numel(), tokens.numel())
+                _check_fits(states, time.perf_counter() - began, settings)
         seconds = time.perf_counter() - began
         decoding = []
         for _ in range(_WARM_UP + settings.decode_tokens):
@@ -76,8 +73,6 @@ def _row(model: EvalModel, name: str, length: int, settings: ContextSettings) ->
             decoding.append(time.perf_counter() - started)
     except _DoesNotFit as reason:
         return {**row, "not_run": str(reason)}
-    finally:
-        line.clear()
     return {
         **row,
         "prefill_tokens_per_second": length / seconds,

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from evals.efficiency.cases import OURS
-from evals.efficiency.targets import Row
 from evals.report import bytes_text, table
 
+Row = dict[str, Any]
 _COMPARED = """Every case runs in a process of its own; the repeats of cases that stand in one table take turns, and the
 median counts. Peak memory is what the first two full-size runs take above the process with its libraries, inputs and
 parameters: resident memory on a CPU, allocated memory on a GPU. Inputs and parameters are random; denormals are
@@ -28,11 +27,13 @@ flushed.
 
 def markdown(report: dict[str, Any]) -> str:
     """memory.md from the report."""
+    others = [row for row in report["rows"] if row["implementation"] == "titans-pytorch"]
+    versions = {row["version"] for row in others if row.get("version")}
     facts = [
         ("device", report["device"]),
         ("threads", report["threads"]),
         ("torch", report["torch"]),
-        ("titans-pytorch", ", ".join(_versions(report["rows"])) or "not measured"),
+        ("titans-pytorch", ", ".join(sorted(versions)) or "not measured"),
         ("commit", report["commit"] or "unknown"),
         ("date", report["date"]),
         ("large matrix product", _flops_text(report["matmul_ceiling_flops_per_second"])),
@@ -40,15 +41,13 @@ def markdown(report: dict[str, Any]) -> str:
     parts = ["# Efficiency of the neural memory", f"`{report['command']}`"]
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts))
     parts.append("## What is compared\n\n" + _COMPARED)
-    parts += [f"## {title}\n\n{_rows_table(rows)}" for title, rows in _sections(report["rows"])]
+    header = ("", "L", "T", "direction", "tokens/s", "ms", "peak memory", "FLOP/s", "of matmul")
+    for title, rows in _sections(report["rows"]):
+        notes = "".join(f"\n- {note}" for note in _notes(rows))
+        parts.append(f"## {title}\n\n```text\n{table(header, list(map(_row_cells, rows)))}\n```{notes}")
     if report["device_kind"] != "cuda":
         parts.append("## GPU\n\nnot measured: no GPU")
-    parts.append("## Targets\n\n" + _targets_table(report))
     return "\n\n".join(parts) + "\n"
-
-
-def _versions(rows: Sequence[Row]) -> list[str]:
-    return sorted({row["version"] for row in rows if row["implementation"] == "titans-pytorch" and row.get("version")})
 
 
 def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -59,12 +58,6 @@ def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
         length = "" if row["section"] == "growth" else f", T = {row['length']:,}"
         titles.setdefault(f"{row['section']}{length} ({shape})", []).append(row)
     yield from titles.items()
-
-
-def _rows_table(rows: Sequence[Row]) -> str:
-    header = ("", "L", "T", "direction", "tokens/s", "ms", "peak memory", "FLOP/s", "of matmul")
-    lines = [_row_cells(row) for row in rows]
-    return _block(table(header, lines)) + "".join(f"\n- {note}" for note in _notes(rows))
 
 
 def _row_cells(row: Row) -> list[str]:
@@ -85,23 +78,6 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{row['name']}: its result has NaN or infinite numbers"
 
 
-def _targets_table(report: dict[str, Any]) -> str:
-    header = ("compared", "quantity", "aimed at", "this run", "")
-    lines = []
-    for target in report["targets"]:
-        ratio = "" if target["ratio"] is None else f"{target['ratio']:.2f}x"
-        lines.append([target["target"], target["quantity"], f">= {target['at_least']:g}x", ratio, target["result"]])
-    where = "2 CPU cores, dim 256, 4 heads of 64, L = 2, expansion 2, B = 1"
-    if report["device_kind"] == "cuda":
-        where = "one H200, 24 heads of 64, L = 2, expansion 4, bfloat16"
-    what = f"Set for {where}, b = 16, forward+backward, {OURS} layer. time and peak memory: the other over ours."
-    return f"{what}\n\n{_block(table(header, lines))}"
-
-
 def _flops_text(flops_per_second: float) -> str:
     unit, size = ("TFLOP/s", 1e12) if flops_per_second >= 1e12 else ("GFLOP/s", 1e9)
     return f"{flops_per_second / size:.1f} {unit}"
-
-
-def _block(text: str) -> str:
-    return f"```text\n{text}\n```"

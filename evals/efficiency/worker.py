@@ -46,7 +46,9 @@ def main() -> None:
         answers.write(json.dumps(values) + "\n")
 
     try:
-        _end_with_parent()
+        # A measurement that nobody waits for would only disturb others; Linux kills it then.
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)  # as in training
         torch.manual_seed(0)
@@ -72,8 +74,9 @@ def _prepare(case: Case, subject: Subject, limit: int) -> tuple[Callable[[], flo
         _limit_memory(limit)
     inputs = subject.inputs(case.length)
     gradient = torch.randn_like(inputs[0])
-    if device.type == "cpu":
-        _give_back()
+    if device.type == "cpu":  # what was freed so far leaves the process: reused silently, it is missing from the peak
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
     _synchronize(device)
     peak = PeakMemory(device)
     baseline = peak.bytes()
@@ -82,6 +85,8 @@ def _prepare(case: Case, subject: Subject, limit: int) -> tuple[Callable[[], flo
         finite = _is_finite(run(case, subject, inputs, gradient))
     found = {"baseline_bytes": baseline, "peak_bytes": peak.bytes() - baseline, "finite": finite}
 
+    version = metadata.version(case.implementation) if case.implementation in _REMEDIES else None
+
     def once() -> float:
         gc.collect()  # what one run left in cycles is not the next one's memory
         started = time.perf_counter()
@@ -89,7 +94,7 @@ def _prepare(case: Case, subject: Subject, limit: int) -> tuple[Callable[[], flo
         _synchronize(device)
         return time.perf_counter() - started
 
-    return once, {**found, "version": _version(case)}
+    return once, {**found, "version": version}
 
 
 def run(case: Case, subject: Subject, inputs: list[Tensor], gradient: Tensor) -> list[Tensor]:
@@ -111,28 +116,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _end_with_parent() -> None:
-    """A measurement that nobody waits for would only disturb others; Linux kills it then."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
-
-
-def _give_back() -> None:
-    """What was freed so far leaves the process: reused silently, it would be missing from the peak."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _limit_memory(more: int) -> None:
     """A request beyond so many bytes more than now fails here, instead of taking memory from others."""
     with open("/proc/self/statm") as file:
         data_pages = int(file.read().split()[5])
     soft = data_pages * resource.getpagesize() + more
     resource.setrlimit(resource.RLIMIT_DATA, (soft, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-
-def _version(case: Case) -> str | None:
-    return metadata.version(case.implementation) if case.implementation in _REMEDIES else None
 
 
 def _kind(fault: BaseException) -> str:

@@ -1,7 +1,7 @@
 """`python -m evals.forecasting --data ETTh1.csv --output DIR`."""
 
 from evals.command_line import parse_settings, run_command
-from evals.forecasting.settings import ForecastingSettings
+from evals.forecasting import ForecastingSettings
 
 
 def main() -> None:

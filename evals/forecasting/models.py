@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evals.command_line import EvaluationError
+from evals.forecasting import OTHERS, ForecastingSettings
 from evals.forecasting.data import Windows
-from evals.forecasting.settings import OTHERS, ForecastingSettings
 from evals.trainer import titans_sizes
 
 _HEAD_WIDTH = 16

@@ -1,7 +1,7 @@
 """`python -m evals.genomics --data GUE/prom/prom_core_tata --output DIR`."""
 
 from evals.command_line import parse_settings, run_command
-from evals.genomics.settings import GenomicsSettings
+from evals.genomics import GenomicsSettings
 
 
 def main() -> None:

@@ -2,21 +2,20 @@
 
 import random
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, say
+from evals.genomics import GenomicsSettings
 from evals.genomics.data import PAD, VOCABULARY, Sequences, Task, collate, load_task, nucleotide_tokenizer
-from evals.genomics.settings import GenomicsSettings
-from evals.record_file import RecordFile
 from evals.report import interval_text, markdown_table, settings_of, write_bytes
-from evals.trainer import check_budget, seed_all, titans_sizes, train
+from evals.trainer import seed_all, sweep, titans_sizes, train
 
 _NOT_BUDGET = ("data", "output", "systems", "seeds", "export")
 _PAPER_SETS = {
@@ -100,17 +99,12 @@ def compare(settings: GenomicsSettings) -> str:
     for system in settings.systems:
         build(system, settings, 2)
     budget = {name: value for name, value in settings_of(settings).items() if name not in _NOT_BUDGET}
-    with RecordFile(settings.output / "genomics.jsonl", Result) as results:
-        check_budget(results.records, budget, settings.output)
-        found = {result.key: result for result in results.records}
-        for seed in settings.seeds:
-            for task in tasks:
-                for system in settings.systems:
-                    if (task.name, system, seed) not in found:
-                        result = _trained(task, system, seed, settings, budget)
-                        results.append([result])
-                        found[result.key] = result
-    text = _tables(list(found.values()), settings.protocol)
+    wanted = (
+        ((task.name, system, seed), task, system, seed, settings, budget)
+        for seed, task, system in product(settings.seeds, tasks, settings.systems)
+    )
+    results = sweep(settings.output / "genomics.jsonl", Result, budget, wanted, _trained)
+    text = _tables(results, settings.protocol)
     write_bytes(settings.output / "genomics.md", text.encode())
     return text
 
@@ -140,7 +134,7 @@ def build(system: str, settings: GenomicsSettings, classes: int) -> nn.Module:
         raise EvaluationError(f"--systems {system}: {fault}") from None
 
 
-def _trained(task: Task, system: str, seed: int, settings: GenomicsSettings, budget: dict[str, Any]) -> Result:
+def _trained(task: Task, system: str, seed: int, settings: GenomicsSettings, budget: dict[str, Any]) -> list[Result]:
     learned, chosen = parts_of(task, settings.protocol, seed)
     seed_all(seed)
     model = build(system, settings, len(task.classes))
@@ -158,9 +152,7 @@ def _trained(task: Task, system: str, seed: int, settings: GenomicsSettings, bud
         collate=collate,
     )
     mcc, accuracy = scores(model, task.parts["test"], settings.batch)
-    print(
-        f"{task.name}, {system}, seed {seed}: MCC {mcc:.3f}, accuracy {accuracy:.3f}, {seconds:.0f} s", file=sys.stderr
-    )
+    say(f"{task.name}, {system}, seed {seed}: MCC {mcc:.3f}, accuracy {accuracy:.3f}, {seconds:.0f} s")
     if seed == settings.seeds[0] and settings.export and system != "cnn":
         from titans_mcore.hf.save import save_alone
 
@@ -168,9 +160,8 @@ def _trained(task: Task, system: str, seed: int, settings: GenomicsSettings, bud
         folder = settings.output / "models" / f"{task.name.replace('/', '-')}-{system}"
         save_alone(model, folder, sample, nucleotide_tokenizer())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Result(
-        task.name, system, seed, mcc, accuracy, parameters, round(seconds, 1), len(task.parts["test"]), budget
-    )
+    measured = (mcc, accuracy, parameters, round(seconds, 1), len(task.parts["test"]))
+    return [Result(task.name, system, seed, *measured, budget)]
 
 
 def parts_of(task: Task, protocol: str, seed: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:

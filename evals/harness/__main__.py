@@ -1,7 +1,7 @@
 """`python -m evals.harness --checkpoint RUN --output DIR`."""
 
 from evals.command_line import parse_settings, run_command
-from evals.harness.settings import HarnessSettings
+from evals.harness import HarnessSettings
 
 
 def main() -> None:

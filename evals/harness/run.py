@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.command_line import EvaluationError
-from evals.harness.settings import HarnessSettings
+from evals.harness import HarnessSettings
 from evals.harness.summary import summarise, write_report
 from evals.harness.tasks import check_local_data, write_task_files
 from tokenization.io import hash_files
@@ -112,8 +112,8 @@ def _exported_model(settings: HarnessSettings, exported: bool) -> tuple[dict[str
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    from evals.exported import open_exported
     from evals.harness.language_model import WholeAnswers
+    from evals.models import open_exported
 
     class ExportedLM(WholeAnswers, HFLM):
         """lm-eval's own."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from evals.harness.settings import HarnessSettings
+from evals.harness import HarnessSettings
 from evals.harness.tasks import COLUMNS, Column
 from evals.report import markdown_table, settings_of, table, write_bytes, write_csv, write_json
 
@@ -42,7 +42,9 @@ def _estimate(column: Column, documents: Sequence[Any]) -> tuple[float | None, f
     if not documents:
         return None, None
     if column.accuracy:
-        return _mean([100 * float(document) for document in documents])
+        shares = [100 * float(document) for document in documents]
+        n = len(shares)
+        return float(np.mean(shares)), float(np.std(shares, ddof=1) / math.sqrt(n)) if n > 1 else None
     weighted = [document if isinstance(document, tuple | list) else (document, 1) for document in documents]
     likelihood, words = np.array(weighted, np.float64).T
     loss = -likelihood.sum() / words.sum()
@@ -54,11 +56,6 @@ def _estimate(column: Column, documents: Sequence[Any]) -> tuple[float | None, f
     residual = likelihood + loss * words  # of a ratio of sums
     spread = math.sqrt(n / (n - 1) * float(np.square(residual).sum())) / float(words.sum())
     return value, value * spread
-
-
-def _mean(values: Sequence[float]) -> tuple[float, float | None]:
-    n = len(values)
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
 
 
 def write_report(report: dict[str, Any], settings: HarnessSettings, versions: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,17 +81,13 @@ def write_report(report: dict[str, Any], settings: HarnessSettings, versions: Ma
 
 def report_table(report: Mapping[str, Any]) -> str:
     """A line for each of the paper's columns."""
-    rows = [[title, "" if value is None else f"{value:.2f}", _error(stderr)] for title, value, stderr in _cells(report)]
+    rows = [[title, *("" if cell is None else f"{cell:.2f}" for cell in cells)] for title, *cells in _cells(report)]
     return table(("column", "value", "standard error"), rows)
 
 
 def _cells(report: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
     columns = [(column["title"], column["value"], column["stderr"]) for column in report["columns"]]
     return [*columns, ("avg", report["average"]["value"], report["average"]["stderr"])]
-
-
-def _error(stderr: float | None) -> str:
-    return "" if stderr is None else f"{stderr:.2f}"
 
 
 def _text(value: float | None, stderr: float | None) -> str:

@@ -1,23 +1,17 @@
 """`python -m evals.niah --checkpoint RUN --output DIR`."""
 
 from evals.command_line import parse_settings, run_command
-from evals.niah.settings import NiahSettings
+from evals.niah import NiahSettings
 
 
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(NiahSettings, "python -m evals.niah")
-    from evals.measure import return_large_blocks
-    from evals.models import load_model
-    from evals.niah.files import FILES
     from evals.niah.run import evaluate
-    from evals.niah.summary import HEADER, table_rows
+    from evals.niah.summary import FILES, HEADER, table_rows
     from evals.report import table
 
-    return_large_blocks()
-    report = evaluate(
-        load_model(settings.checkpoint, settings.tokenizer, spread=True, verify=not settings.no_verify), settings
-    )
+    report = evaluate(settings.load(spread=True), settings)
     if report is not None:
         print(table(HEADER, table_rows(report)))
         print(f"{settings.output}: {', '.join(FILES)}")

@@ -1,14 +1,65 @@
-"""Which samples are read side by side, by which process, and what of a grid fits into a time."""
+"""Which samples are read side by side, by which process, what of a grid fits into a time, and how long it will take."""
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from evals.niah.forecast import Forecast
-from evals.niah.samples import MAIN, SampleBuilder, SampleKey
+from evals.niah.generate import Stream, answer, read, repeat
+from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
+
+_TRIAL_TOKENS, _TRIAL_STEPS = 512, 3
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of reading and answering, linear in the rows read side by side."""
+
+    one: float
+    """Seconds a token of one row alone."""
+    more: float
+    """Seconds a token that every further row adds."""
+    step: float
+    """Seconds of a decoding step."""
+
+    def reading(self, rows: int, tokens: int) -> float:
+        """Seconds of reading so many tokens of each of so many rows."""
+        return tokens * (self.one + (rows - 1) * self.more)
+
+
+def measure(stream: Stream, samples: Sequence[Sample], piece: int, end: int) -> Forecast:
+    """Times a short stretch of one row and one of several.
+
+    Args:
+        stream: The model.
+        samples: As many as are read side by side.
+        piece: Tokens read at a time.
+        end: Id of the end token.
+    """
+    tokens = min(_TRIAL_TOKENS, *(sample.tokens for sample in samples))
+    prompts = torch.from_numpy(np.stack([sample.piece(0, tokens) for sample in samples]))
+    logits, states = read(stream, [prompts[:1, :1]], lambda _: None)  # the first call ever is slower
+
+    def trial(rows: int) -> float:
+        return _seconds(lambda: read(stream, prompts[:rows].split(piece, 1), lambda _: None)) / tokens
+
+    one = trial(1)
+    many = trial(len(samples)) if len(samples) > 1 else one
+    more = max(many - one, 0.0) / max(len(samples) - 1, 1)
+    rows, wide = repeat(states, len(samples)), logits.expand(len(samples), -1)
+    step = _seconds(lambda: answer(stream, wide, rows, 1 + _TRIAL_STEPS, end, lambda: None)) / _TRIAL_STEPS
+    return Forecast(one, more, step)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
 
 _FEW_DEPTHS = (5, 3, 1)
 

@@ -29,8 +29,8 @@ class Identity:
     """Those that keys are made of: own, or SHA-256 of the user's lists."""
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, kw_only=True)
+class Record(Identity):
     """One sample's result. Times and memory are those of the batch it ran in."""
 
     task: str
@@ -65,12 +65,6 @@ class Record:
     """All that the batch took."""
     peak_bytes: int
     state_bytes_per_sample: int
-    checkpoint_sha256: str
-    tokenizer_sha256: str
-    max_new_tokens: int
-    fill: str
-    haystack: str
-    haystack_sha256: str
     words: str = templates.OWN_WORDS.name
 
     @property

@@ -8,18 +8,18 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from evals.command_line import EXIT_FAULT, EvaluationError
+from evals.command_line import EXIT_FAULT, EvaluationError, say
 from evals.models import EvalModel
+from evals.niah import NiahSettings
 from evals.niah.controls import check_controls, window_of
-from evals.niah.files import write_report
-from evals.niah.forecast import Forecast, measure
 from evals.niah.haystacks import PROSE, read_source
-from evals.niah.plan import Batch, Planner
+from evals.niah.plan import Batch, Forecast, Planner, measure
 from evals.niah.records import Identity, RecordFile
-from evals.niah.runner import Runner, say
+from evals.niah.runner import Runner
 from evals.niah.samples import MAIN, SampleBuilder, SampleKey
-from evals.niah.settings import NiahSettings
+from evals.niah.summary import write_report
 from evals.niah.templates import BY_NAME, TASKS, read_words
+from evals.report import seconds_text
 
 _FILE, _FILE_OF_RANK = "niah.jsonl", "niah.rank-{}.jsonl"
 Value = TypeVar("Value")
@@ -107,14 +107,16 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
             results = stack.enter_context(RecordFile(settings.output / _FILE))
             for left in sorted(settings.output.glob(_FILE_OF_RANK.format("*"))):
                 results.absorb(left)  # of a run that was stopped
-            _tell_about_others(results, identities)
+            others = sum(record.identity != identities.get(record.task) for record in results.records)
+            if others:
+                say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")
             there = {record.name for record in results.of(identities)}
             plan = _plan(model, settings, builder, names, there, team.size)
         except EvaluationError as fault:
             team.told(fault)
             raise
         team.told(plan)
-        Runner(model, settings, builder, identities, results).run(plan.shares[0], plan.forecast)
+        Runner(model, settings, builder, identities, results).run(plan.shares[0], plan.forecast, plan.seconds[0])
         team.wait()
         for rank in range(1, team.size):
             results.absorb(settings.output / _FILE_OF_RANK.format(rank))
@@ -134,7 +136,8 @@ def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:
     builder = make_builder(model, settings)
     identities = _identities(model, settings, builder)
     with RecordFile(settings.output / _FILE_OF_RANK.format(team.rank)) as results:
-        Runner(model, settings, builder, identities, results, quiet=True).run(plan.shares[team.rank], plan.forecast)
+        runner = Runner(model, settings, builder, identities, results, quiet=True)
+        runner.run(plan.shares[team.rank], plan.forecast, plan.seconds[team.rank])
     team.wait()
 
 
@@ -144,6 +147,8 @@ class Plan:
 
     shares: list[list[Batch]]
     """Batches of each process."""
+    seconds: list[float]
+    """What the trials promise each of them."""
     forecast: Forecast | None
     """From the trials; None where nothing is missing."""
     grid: dict[int, tuple[int, int]] | None
@@ -161,7 +166,7 @@ def _plan(
     """Measures the model's pace, fits the grid into the budget and divides what is missing; says the time first."""
     missing = [name for name in names if name not in there]
     if not missing:
-        return Plan([[] for _ in range(ranks)], None, None)
+        return Plan([[] for _ in range(ranks)], [0.0] * ranks, None, None)
     planner = Planner(builder, settings.batch, settings.max_new_tokens)
     trial = max(planner.batches(n for n in missing if n.length == missing[0].length), key=lambda b: len(b.names))
     samples = [builder.build(name) for name in trial.names]
@@ -173,11 +178,11 @@ def _plan(
         for length, (depths, count) in grid.items():
             say(f"length {length:,}: " + (f"{depths} depths x {count} samples" if depths else "not run, too long"))
     shares = planner.divide(planner.batches(missing), ranks, forecast)
-    forecast.left = max(planner.seconds(share, forecast) for share in shares)
+    seconds = [planner.seconds(share, forecast) for share in shares]
     tokens = sum(name.length for name in missing)
     spread = f" in {ranks} processes" if ranks > 1 else ""
-    say(f"{len(missing)} samples, {tokens:,} tokens{spread}: {forecast.text()}")
-    return Plan(shares, forecast, grid)
+    say(f"{len(missing)} samples, {tokens:,} tokens{spread}: about {seconds_text(max(seconds))} left")
+    return Plan(shares, seconds, forecast, grid)
 
 
 def _names(settings: NiahSettings) -> Iterator[SampleKey]:
@@ -198,9 +203,3 @@ def _identities(model: EvalModel, settings: NiahSettings, builder: SampleBuilder
             *digests, settings.max_new_tokens, settings.fill, source.label, source.sha256, builder.words.name
         )
     return found
-
-
-def _tell_about_others(results: RecordFile, identities: dict[str, Identity]) -> None:
-    others = sum(record.identity != identities.get(record.task) for record in results.records)
-    if others:
-        say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")

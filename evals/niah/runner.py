@@ -1,8 +1,6 @@
 """Batches of samples through a model: what each stretch of the plan reads once, and what each sample costs."""
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -11,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.measure import PeakMemory, state_bytes
+from evals.command_line import say
+from evals.measure import PeakMemory, Watch, state_bytes
 from evals.models import EvalModel
+from evals.niah import NiahSettings
 from evals.niah.controls import controlled, without_memory
-from evals.niah.forecast import Forecast
 from evals.niah.generate import answer, read, repeat, value_losses
-from evals.niah.plan import Batch, Stretch
+from evals.niah.plan import Batch, Forecast, Stretch
 from evals.niah.records import Identity, Record, RecordFile
 from evals.niah.samples import MAIN, Sample, SampleBuilder
-from evals.niah.scores import score
-from evals.niah.settings import NiahSettings
-from evals.progress import StatusLine
+from evals.niah.templates import score
+from tokenization.progress import Progress
 
 
 class Runner:
@@ -38,38 +36,44 @@ class Runner:
     ) -> None:
         self._model, self._settings, self._builder = model, settings, builder
         self._identities, self._results, self._quiet = identities, results, quiet
-        self._line, self._peak = StatusLine(), PeakMemory(model.device)
+        self._peak = PeakMemory(model.device)
 
-    def run(self, batches: Sequence[Batch], forecast: Forecast | None) -> None:
-        """Batches in the order they are in: those of a stretch stand together."""
-        for control, own in groupby(batches, lambda batch: batch.stretch.control):
-            assert forecast is not None
-            with controlled(self._model, control) as model:
-                for stretch, group in groupby(own, lambda batch: batch.stretch):
-                    self._run_stretch(model, stretch, list(group), forecast)
+    def run(self, batches: Sequence[Batch], forecast: Forecast | None, seconds: float) -> None:
+        """Batches in the order they are in: those of a stretch stand together; `seconds` is what they should take."""
+        with Progress("of the samples run", seconds, shown=not self._quiet) as progress:
+            for control, own in groupby(batches, lambda batch: batch.stretch.control):
+                assert forecast is not None
+                with controlled(self._model, control) as model:
+                    for stretch, group in groupby(own, lambda batch: batch.stretch):
+                        self._run_stretch(model, stretch, list(group), forecast, progress)
 
-    def _run_stretch(self, model: EvalModel, stretch: Stretch, batches: list[Batch], forecast: Forecast) -> None:
+    def _run_stretch(
+        self, model: EvalModel, stretch: Stretch, batches: list[Batch], forecast: Forecast, progress: Progress
+    ) -> None:
         """One reading of the haystack; each batch goes on from the state before its needle."""
         states: Any = None
         records: list[Record] = []
         at = 0
         for batch in batches:
             samples = [self._builder.build(name) for name in batch.names]
-            watch = Watch(self._peak, self._show(stretch, forecast))
+            promised = forecast.reading(1, batch.shared - at) + batch.seconds(forecast, self._settings.max_new_tokens)
+            each = promised / (batch.shared - at + len(samples) * (batch.tokens - batch.shared))
+
+            def show(tokens: int, each: float = each) -> None:
+                progress.advance(each * tokens, tokens)
+
+            watch = Watch(self._peak, show)
             if batch.shared > at:
                 _, states = read(model.stream, self._pieces(samples[:1], at, batch.shared), watch.on_piece, states)
-            promised = forecast.reading(1, batch.shared - at) + batch.seconds(forecast, self._settings.max_new_tokens)
             at = batch.shared
             records += self._run_batch(model, samples, at, repeat(states, len(samples)), watch)
-            forecast.done(promised, watch.seconds())
-        self._line.clear()
         hits = sum(record.substring for record in records)
         if not self._quiet:
             control = "" if stretch.control == MAIN else f", {stretch.control}"
             found = f"{hits} of {len(records)} found"
-            say(f"length {stretch.length:,}, {stretch.task}{control}: {found}, {forecast.text()}")
+            say(f"length {stretch.length:,}, {stretch.task}{control}: {found}, {progress.left}")
 
-    def _run_batch(self, model: EvalModel, samples: list[Sample], at: int, states: Any, watch: "Watch") -> list[Record]:
+    def _run_batch(self, model: EvalModel, samples: list[Sample], at: int, states: Any, watch: Watch) -> list[Record]:
         """Samples whose first tokens have been read into these states."""
         limit, end = self._settings.max_new_tokens, model.tokenizer.processor.eos_id()
         stop = samples[0].tokens
@@ -112,54 +116,3 @@ class Runner:
             **costs,
             **asdict(self._identities[sample.name.task]),
         )
-
-    def _show(self, stretch: Stretch, forecast: Forecast) -> Callable[[int], None]:
-        def show(tokens: int) -> None:
-            if not self._quiet:
-                self._line.show(f"{stretch.task} length {stretch.length:,}, {tokens:,} tokens read: {forecast.text()}")
-
-        return show
-
-
-class Watch:
-    """Time and memory of one batch."""
-
-    def __init__(self, peak: PeakMemory, show: Callable[[int], None]) -> None:
-        peak.reset()
-        self._peak, self._show = peak, show
-        self._started = self._mark = time.perf_counter()
-        self._read_tokens, self._read_seconds, self._steps = 0, 0.0, list[float]()
-
-    def on_piece(self, tokens: int) -> None:
-        """So many tokens, all rows together, have been read."""
-        self._read_tokens += tokens
-        self._read_seconds += self.mark()
-        self._show(self._read_tokens)
-
-    def on_step(self) -> None:
-        """A token of each answer has been decoded."""
-        self._steps.append(self.mark())
-
-    def mark(self) -> float:
-        """Seconds since the last mark."""
-        before, self._mark = self._mark, time.perf_counter()
-        return self._mark - before
-
-    def seconds(self) -> float:
-        """Seconds since the batch began."""
-        return time.perf_counter() - self._started
-
-    def costs(self) -> dict[str, Any]:
-        """What a record holds of it."""
-        return {
-            "prefill_tokens": self._read_tokens,
-            "prefill_seconds": self._read_seconds,
-            "decode_ms_per_token": 1000 * sum(self._steps) / max(len(self._steps), 1),
-            "seconds": self.seconds(),
-            "peak_bytes": self._peak.bytes(),
-        }
-
-
-def say(text: str) -> None:
-    """A line for the user, beside the results."""
-    print(text, file=sys.stderr, flush=True)

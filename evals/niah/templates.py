@@ -1,4 +1,4 @@
-"""The words of the tasks. They define them, so that scores can be compared with published ones.
+"""The words of the tasks, and how an answer is judged. They define the tasks: scores compare with published ones.
 
 The sentences NOISE, NEEDLE, OPENING and QUESTION are those of RULER's tasks niah_single_1 to niah_single_3, from
 https://github.com/NVIDIA/RULER, Copyright (c) 2024, NVIDIA CORPORATION, licensed under the Apache License, Version 2.0
@@ -9,6 +9,7 @@ has them.
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,3 +130,30 @@ def read_words(folder: Path | None) -> Words:
             raise EvaluationError(f"--words {path}: has {len(lists[-1])} words, at least {_FEWEST_WORDS} are needed")
         digest.update(data)
     return Words(lists[0], lists[1], digest.hexdigest())
+
+
+_NUMBER = re.compile(r"\d+")
+# A uuid with a group lost is a wrong value, not none: any hexadecimal groups joined by hyphens count.
+_UUID = re.compile(r"\b[0-9a-f]{4,}(?:-[0-9a-f]{2,})+\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Three verdicts on one answer."""
+
+    substring: bool
+    """RULER's score: the value stands somewhere in the answer, letter case aside. A list of many values can pass."""
+    first_value: bool
+    """The first number of the answer, all its digits (or its first uuid, where the value is one), is the value."""
+    wrong_value: bool
+    """The first number (or uuid) of the answer is another one. An answer without one is neither right nor wrong."""
+
+
+def score(answer: str, value: str) -> Score:
+    """Judges the text a model went on with, prompt left out."""
+    first = (_NUMBER if value.isdigit() else _UUID).search(answer)
+    return Score(
+        substring=value.lower() in answer.lower(),
+        first_value=first is not None and first[0].lower() == value.lower(),
+        wrong_value=first is not None and first[0].lower() != value.lower(),
+    )

@@ -91,7 +91,10 @@ def _lists_or_needles(generator: random.Random, settings: TrainingDataSettings) 
     """What draws a document, or None where one does not have the length."""
     words = templates.read_words(settings.words)
     if settings.tokenizer is None:
-        return partial(_needles, generator, settings, words, partial(_some_lines, generator, settings.most_lines))
+        noise = [templates.NOISE]
+        return partial(
+            _needles, generator, settings, words, lambda _: noise * generator.randint(0, settings.most_lines)
+        )
     if settings.lists:
         return partial(Lists(settings.tokenizer, settings.tokens).document, generator)
     return partial(_needles, generator, settings, words, _Filler(generator, settings, words).noise)
@@ -132,10 +135,6 @@ def _needles_and_questions(
         questions += [f"{templates.QUESTION.format(key=key)} {values[key]}." for key in order]
     needles = [templates.NEEDLE.format(key=key, value=value) for key, value in values.items()]
     return needles * generator.randint(1, settings.repeats), questions
-
-
-def _some_lines(generator: random.Random, most: int, _words: list[str]) -> list[str]:
-    return [templates.NOISE] * generator.randint(0, most)
 
 
 class _Filler:

@@ -1,13 +1,13 @@
 """`python -m evals.paper --models mac=runs/mac lmm=runs/lmm --output DIR`."""
 
 from evals.command_line import EvaluationError, parse_settings, run_command
-from evals.paper.settings import PaperSettings
+from evals.paper import PaperSettings
 
 
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(PaperSettings, "python -m evals.paper")
-    from evals.paper.missing import run_missing
+    from evals.paper.results import run_missing
     from evals.paper.run import write_tables
 
     failed = run_missing(settings) if settings.run else []

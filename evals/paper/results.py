@@ -1,4 +1,4 @@
-"""What other commands found out about a model, gathered from their JSON files."""
+"""What other commands found out about a model, gathered from their JSON files, and running those that are missing."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, run_module
+from evals.paper import PaperSettings
 from evals.paper.published import HYBRIDS
 from titans_mcore.mixers import MIXERS, MixerSpec
 
@@ -87,3 +88,62 @@ def _read(file: Path, field: str) -> Mapping[str, Any]:
     if not isinstance(content.get(field), list):
         raise EvaluationError(f"{file} has no {field!r}; delete it and run its evaluation again")
     return content
+
+
+def commands(settings: PaperSettings, folder: Path, output: Path) -> dict[str, list[str]]:
+    """The command of each kind of evaluation, without the interpreter.
+
+    Args:
+        settings: Say how large they are.
+        folder: Run or exported folder.
+        output: Where results go.
+    """
+    common = ["--checkpoint", str(folder), "--output", str(output)]
+    return {
+        "harness": [
+            *("evals.harness", *common),
+            *_option("--data", settings.harness_data),
+            *_option("--limit", settings.harness_limit),
+        ],
+        "niah": [
+            *("evals.niah", *common, "--tasks", "pk", "n", "w"),
+            *("--lengths", *map(str, settings.niah_lengths), "--samples", str(settings.niah_samples)),
+            *_option("--text", settings.niah_text),
+        ],
+        "babilong": [
+            *("evals.babilong", *common, "--lengths", *map(str, settings.babilong_lengths)),
+            *("--samples", str(settings.babilong_samples)),
+            *_option("--babi", settings.babi),
+            *_option("--pg19", settings.pg19),
+        ],
+        "position_perplexity": [
+            *("evals.position_perplexity", *common, "--length", str(settings.position_length)),
+            *_option("--data", settings.data),
+            *(("--text", *map(str, settings.text)) if settings.text else ()),
+        ],
+        "context": [
+            *("evals.efficiency", "context", "--checkpoint", str(folder)),
+            *("--lengths", *map(str, settings.context_lengths), "--json", str(output / "context.json")),
+        ],
+    }
+
+
+def run_missing(settings: PaperSettings) -> list[str]:
+    """Runs what no folder has yet. One that fails leaves its cells empty; the others still run.
+
+    Returns:
+        A sentence for each command that failed.
+    """
+    failed = []
+    for name, folder in settings.folders.items():
+        output = settings.output / name
+        for kind, words in commands(settings, folder, output).items():
+            if kind in settings.only and find_report(kind, places(name, folder, settings.output)) is None:
+                status = run_module(*words)
+                if status:
+                    failed.append(f"{kind} of {name} ended with status {status}")
+    return failed
+
+
+def _option(flag: str, value: object) -> tuple[str, ...]:
+    return () if value is None else (flag, str(value))

@@ -13,8 +13,7 @@ from torch import Tensor
 from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
 from evals.niah.samples import Sample, SampleBuilder, SampleKey
-from evals.niah.scores import score
-from evals.niah.templates import TASK
+from evals.niah.templates import TASK, score
 from pretrain.config.run_config import RunConfig
 from pretrain.evaluate.losses import evaluating, piece_of, reading_place, turns
 from titans_mcore.parallel import DeepSpeedGroups, device

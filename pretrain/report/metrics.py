@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from evals.efficiency.circumstances import source_commit
+from evals.measure import source_commit
 from pretrain.config.run_config import RunConfig
 from pretrain.report.records import count_attempts, make_record
 from pretrain.report.sinks import Sink, open_sinks

@@ -15,14 +15,17 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from evals.babilong import texts
-from evals.babilong.background import Background, book_sentences, simulated_sentences
+from evals.babilong import BabilongSettings, texts
 from evals.babilong.run import evaluate
-from evals.babilong.samples import PROMPT_ROOM, SampleBuilder, SampleKey
-from evals.babilong.settings import BabilongSettings
-from evals.babilong.simulator import SIMULATED_TASKS, simulate
-from evals.babilong.stories import Story, parse_stories, read_stories
-from evals.babilong.tasks import correct, load_prompts
+from evals.babilong.samples import (
+    PROMPT_ROOM,
+    Background,
+    SampleBuilder,
+    SampleKey,
+    book_sentences,
+    simulated_sentences,
+)
+from evals.babilong.stories import SIMULATED_TASKS, Story, correct, load_prompts, parse_stories, read_stories, simulate
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.tokens import encoder
@@ -91,7 +94,7 @@ def background(processor: Any) -> Background:
 
 @pytest.fixture(autouse=True)
 def few_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evals.babilong.background.SIMULATED_SENTENCES", 300)
+    monkeypatch.setattr("evals.babilong.samples.SIMULATED_SENTENCES", 300)
     monkeypatch.setattr("evals.babilong.texts.SIMULATED_QUESTIONS", 100)
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from evals.command_line import EvaluationError, run_command
 from evals.models import load_model, load_tokenizer
+from evals.niah import NiahSettings
 from evals.niah import __main__ as niah
-from evals.niah.files import FILES
-from evals.niah.settings import NiahSettings
+from evals.niah.summary import FILES
 
 from .conftest import MakeRun, train_tokenizer
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from evals.command_line import EvaluationError
-from evals.comparison.run import compare
-from evals.comparison.settings import ComparisonSettings
+from evals.comparison import ComparisonSettings
+from evals.comparison.run import choose, compare
 from evals.comparison.summary import Result, columns, markdown, means, write_report
-from evals.comparison.systems import choose
 from evals.record_file import RecordFile
 from evals.report import mean_interval
 from pretrain.config.files import build, read_config, systems

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from evals.command_line import EvaluationError
+from evals.efficiency import ContextSettings
 from evals.efficiency.context import compare, measure, names_of
-from evals.efficiency.settings import ContextSettings
 from titans_mcore.mixers import MIXERS
 
 LENGTHS = (128, 512, 2_048)

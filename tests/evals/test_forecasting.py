@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from evals.command_line import EvaluationError, run_command
+from evals.forecasting import ForecastingSettings
 from evals.forecasting import __main__ as forecasting
 from evals.forecasting.data import Windows, load_series, scaled, splits
 from evals.forecasting.models import DLinear, RepeatLast, build, errors
 from evals.forecasting.run import CARRIED
-from evals.forecasting.settings import ForecastingSettings
 from evals.trainer import seed_all, train
 
 HORIZONS = (96, 192, 336, 720)

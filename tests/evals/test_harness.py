@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from evals.command_line import EvaluationError
-from evals.harness import run
-from evals.harness.settings import HarnessSettings
+from evals.harness import HarnessSettings, run
 from evals.harness.summary import summarise
 from evals.models import EvalModel, load_model
 

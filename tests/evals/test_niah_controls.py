@@ -7,11 +7,11 @@ import torch
 
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
+from evals.niah import NiahSettings
 from evals.niah.controls import check_controls, controlled, window_of, without_memory
 from evals.niah.generate import repeat
 from evals.niah.run import evaluate
 from evals.niah.samples import SampleBuilder, SampleKey
-from evals.niah.settings import NiahSettings
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 

@@ -10,8 +10,8 @@ import pytest
 
 from evals.command_line import EvaluationError
 from evals.models import load_model
+from evals.niah import NiahSettings
 from evals.niah.run import evaluate
-from evals.niah.settings import NiahSettings
 from titans_mcore import weights
 
 from .conftest import MakeRun, spoil_code

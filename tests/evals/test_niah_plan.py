@@ -7,11 +7,9 @@ import pytest
 
 from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
-from evals.niah import run
-from evals.niah.forecast import Forecast
-from evals.niah.plan import Planner
+from evals.niah import NiahSettings, run
+from evals.niah.plan import Forecast, Planner
 from evals.niah.samples import SampleBuilder, SampleKey
-from evals.niah.settings import NiahSettings
 
 from .planted import plant
 

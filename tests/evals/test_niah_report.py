@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from evals.niah.files import FILES
+from evals.niah import NiahSettings
 from evals.niah.run import evaluate
-from evals.niah.settings import NiahSettings
+from evals.niah.summary import FILES
 from evals.report import accuracy_plot, heat_maps, markdown_table, wilson_interval, write_csv
 
 from .planted import other, plant

@@ -15,9 +15,9 @@ import torch
 
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
+from evals.niah import NiahSettings
 from evals.niah.records import RecordFile
 from evals.niah.run import evaluate
-from evals.niah.settings import NiahSettings
 
 from .conftest import MakeRun
 from .planted import plant

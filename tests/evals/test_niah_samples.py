@@ -10,8 +10,7 @@ import pytest
 from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
 from evals.niah import haystacks, templates
-from evals.niah.haystacks import ESSAYS, read_source
-from evals.niah.prose import sentences
+from evals.niah.haystacks import ESSAYS, read_source, sentences
 from evals.niah.samples import Sample, SampleBuilder, SampleKey
 
 ROOM = 64

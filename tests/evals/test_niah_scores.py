@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from evals.niah import NiahSettings
 from evals.niah.run import evaluate
-from evals.niah.scores import score
-from evals.niah.settings import NiahSettings
+from evals.niah.templates import score
 
 from .planted import PlantedModel, other, plant
 

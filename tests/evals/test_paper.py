@@ -11,12 +11,10 @@ import pytest
 
 from evals.command_line import EvaluationError
 from evals.harness.tasks import COLUMNS
-from evals.paper import published
-from evals.paper.missing import run_missing
+from evals.paper import PaperSettings, published
+from evals.paper.results import run_missing
 from evals.paper.run import write_tables
-from evals.paper.settings import PaperSettings
-from evals.paper.table import OURS, PAPER, Table
-from evals.paper.tables import ablated, wrong_averages
+from evals.paper.tables import OURS, PAPER, Table, ablated, wrong_averages
 
 LMM = {"variant": "lmm", "memory_depth": 2, "conv_kernel": 4, "memory_momentum": True, "memory_forgetting": True}
 LMM["persistent_tokens"] = 128

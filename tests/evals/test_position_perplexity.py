@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from evals import position_rows
+from evals import tokens
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.position_loss import bucket_intervals, loss_sums, row_losses, stretch_ends, summarise
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
-from evals.position_rows import document_rows, heldout_rows, text_rows
+from evals.tokens import document_rows, heldout_rows, text_rows
 
 from .conftest import MakeRun, write_heldout
 
@@ -100,7 +100,7 @@ def test_a_text_is_tokenised_in_blocks_as_in_one_go(
     (tmp_path / "short.txt").write_text("The sky")
     whole = [processor.bos_id(), *processor.encode(text)]
     for block in (7, 50, 1 << 20):
-        monkeypatch.setattr(position_rows, "_BLOCK", block)
+        monkeypatch.setattr(tokens, "_BLOCK", block)
         for length in (500, len(whole) - 1):
             (row,) = text_rows([tmp_path], model, 5, length)
             assert np.asarray(row).tolist() == whole[: length + 1]

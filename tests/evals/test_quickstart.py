@@ -11,8 +11,8 @@ import pytest
 
 from evals.command_line import EvaluationError
 from evals.models import load_model
+from evals.niah import NiahSettings
 from evals.niah import run as niah
-from evals.niah.settings import NiahSettings
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
 from evals.quickstart import stages
 from evals.quickstart.__main__ import RECALL, TEXT_SHARE, made

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from evals.models import load_model
+from evals.niah import NiahSettings
 from evals.niah.run import evaluate
-from evals.niah.settings import NiahSettings
 
 RECALL = Path(__file__).resolve().parents[2] / "evals" / "results" / "recall"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evals import measure
-from evals.report import heat_map, loss_plot, table, wilson_interval, write_bytes, write_figure, write_json
+from evals.report import heat_maps, loss_plot, table, wilson_interval, write_bytes, write_figure, write_json
 from titans_mcore.memory import MemoryState
 
 
@@ -37,7 +37,7 @@ def test_table_aligns_columns() -> None:
 
 def test_heat_map_shows_n_in_each_cell_that_was_run_and_the_trained_length(tmp_path: Path) -> None:
     cells = {(1024, 0.0): (1.0, 3), (1024, 100.0): (0.5, 2), (4096, 0.0): (0.0, 7)}
-    figure = heat_map("title", [1024, 4096], [0.0, 100.0], cells, 2048)
+    figure = heat_maps({"title": cells}, [1024, 4096], [0.0, 100.0], 2048)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["1.00\nn=3", "0.50\nn=2", "0.00\nn=7", "trained length 2,048"]
     assert list(figure.axes[0].lines[0].get_xdata()) == [0.5, 0.5]  # between the columns

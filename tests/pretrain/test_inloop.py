@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from evals.models import EvalModel, load_tokenizer
 from evals.niah.generate import answer, read, value_losses
-from evals.niah.scores import score
+from evals.niah.templates import score
 from evals.position_loss import loss_sums, stretch_ends, summarise
 from pretrain.config.command_line import parse
 from pretrain.data.batches import MicroBatch

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from tokenization.manifest import EncodingSettings, FileInfo, Manifest, Shard, Split, fingerprint_of
+from tokenization.manifest import FileInfo, Manifest, Shard, Split, fingerprint_of
+from tokenization.settings import EncodingSettings
 from tokenization.tokenizer import TokenizerInfo
 
 BOS, EOS = 1, 2

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-import tokenization.hub
 import tokenization.remote
+import tokenization.sources
 from tokenization.command_line import TokenizationError
 from tokenization.encode import encode
 from tokenization.manifest import Manifest
@@ -86,12 +86,12 @@ def flaky(monkeypatch):
     fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
     monkeypatch.setattr(FlakyFileSystem, "reads", 0)
     monkeypatch.setattr(FlakyFileSystem, "down", False)
-    data_files = tokenization.hub._data_files
+    data_files = tokenization.sources._data_files
 
     def addresses(wanted):
         return {split: [f"flaky://{path}" for path in paths] for split, paths in data_files(wanted).items()}
 
-    monkeypatch.setattr(tokenization.hub, "_data_files", addresses)
+    monkeypatch.setattr(tokenization.sources, "_data_files", addresses)
     waits: list[float] = []
     monkeypatch.setattr(tokenization.remote.time, "sleep", waits.append)
     return waits
@@ -140,7 +140,7 @@ def test_a_network_that_stays_away_stops_the_run_and_the_next_goes_on(tmp_path, 
     assert len(list((tmp_path / "out/work/units").glob("*.json"))) == 2
     FlakyFileSystem.down = False
     # The names are not looked up again: the plan holds the files of the revision it began with.
-    monkeypatch.setattr(tokenization.hub, "_data_files", lambda wanted: pytest.fail("asked again"))
+    monkeypatch.setattr(tokenization.sources, "_data_files", lambda wanted: pytest.fail("asked again"))
     monkeypatch.setattr(tokenization.units.UnitEncoder, "_encode_span", encode_span)
     encode(settings(dataset, tokenizer, tmp_path / "out"))
     encode(encode_settings(dataset / "sample", tokenizer, tmp_path / "files"))

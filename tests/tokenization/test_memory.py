@@ -17,8 +17,8 @@ import zstandard
 
 from tokenization.documents import Reader
 from tokenization.manifest import Manifest
+from tokenization.records import Skipped
 from tokenization.shards import import_indexed_dataset
-from tokenization.skipped import Skipped
 from tokenization.sources import find_sources
 from tokenization.tokenizer import load_tokenizer
 

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from tokenization.command_line import TokenizationError
 from tokenization.documents import Reader
 from tokenization.lines import split_lines
-from tokenization.records import Span
-from tokenization.skipped import Skipped
+from tokenization.records import Skipped, Span
 from tokenization.sources import Source, find_sources
 
 

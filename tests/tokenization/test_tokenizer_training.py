@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tokenization.train
 from tokenization.command_line import TokenizationError
-from tokenization.skipped import Skipped
+from tokenization.records import Skipped
 from tokenization.sources import find_sources
 from tokenization.tokenizer import load_tokenizer
 from tokenization.train import TrainSettings, cut_passages, sample_passages, train

@@ -9,8 +9,7 @@ import numpy
 import pytest
 
 from tokenization.encode import encode
-from tokenization.io import sha256_of
-from tokenization.json_records import from_json
+from tokenization.io import from_json, sha256_of
 from tokenization.manifest import FileInfo, Manifest, ManifestError, fingerprint_of
 from tokenization.shards import import_indexed_dataset
 from tokenization.train import TrainSettings, train

@@ -5,9 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
+from tokenization.command_line import TokenizationError
 from tokenization.workers import Report, Work, run_tasks
 
 
@@ -23,6 +27,31 @@ def held_back() -> Work:
         return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
     return work
+
+
+def killed_while_it_answers() -> Work:
+    def read_by_the_parent() -> int:
+        return int(Path(f"/proc/{os.getppid()}/io").read_text().split()[1])
+
+    def kill(before: int) -> None:
+        while read_by_the_parent() < before + 1_000_000:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Large:
+        def __reduce__(self):
+            threading.Thread(target=kill, args=(read_by_the_parent(),)).start()
+            return bytes, (bytes(200_000_000),)
+
+    def work(number: int, report: Report) -> Large | int:
+        return number or Large()
+
+    return work
+
+
+def test_a_worker_killed_in_the_middle_of_its_result_is_named():
+    with pytest.raises(TokenizationError, match="a worker process was killed, most often for want of memory"):
+        list(run_tasks(killed_while_it_answers, (), range(3), 2, lambda *_: None))
 
 
 def test_tasks_come_back_with_their_results():
