@@ -261,9 +261,8 @@ def load_exported(folder: Path, tokenizer: Tokenizer | None, *, verify: bool = T
 
 def open_exported(folder: Path, *, verify: bool = True, own_tokenizer: bool = True) -> tuple[Any, Any]:
     """Model and tokenizer of an exported folder as transformers has them; see load_exported."""
-    from titans_mcore.hf.errors import ExportError
-
     from titans_mcore.hf.exported import open_model, open_tokenizer
+    from titans_mcore.hf.folder import ExportError
 
     try:
         return open_model(folder, verify=verify), open_tokenizer(folder) if own_tokenizer else None
