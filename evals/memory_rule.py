@@ -63,6 +63,7 @@ class RuleSettings:
 def compare(settings: RuleSettings) -> str:
     """Trains what is missing, and returns the table."""
     from evals.comparison.run import child, outcome, recall_shards
+    from evals.report import markdown_table, write_bytes
 
     output = settings.output.resolve()
     lists = recall_shards(output, "lists", 256, "--lists")
@@ -81,22 +82,13 @@ def compare(settings: RuleSettings) -> str:
                 child("pretrain.train", *named, *flags, *train, *every)
                 found = outcome(run, settings.steps)
             rows.append({"model": name, "rule": rule} | found)
-    (output / "memory_rule.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    lines = [
-        "| model | rule | held-out nats a token | largest outer gradient norm after 20 steps |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(f"| {row['model']} | {row['rule']} | {row['loss']:.3f} | {row['largest_norm']:.2f} |")
-    table = "\n".join(lines)
-    (output / "memory_rule.md").write_text(table + "\n", encoding="utf-8")
+    write_bytes(output / "memory_rule.json", (json.dumps(rows, indent=1) + "\n").encode())
+    header = ("model", "rule", "held-out nats a token", "largest outer gradient norm after 20 steps")
+    lines = [[row["model"], row["rule"], f"{row['loss']:.3f}", f"{row['largest_norm']:.2f}"] for row in rows]
+    table = markdown_table(header, lines)
+    write_bytes(output / "memory_rule.md", (table + "\n").encode())
     return table
 
 
-def main() -> None:
-    """Runs the command line."""
-    run_command(lambda: print(compare(parse_settings(RuleSettings, "python -m evals.memory_rule"))))
-
-
 if __name__ == "__main__":
-    main()
+    run_command(lambda: print(compare(parse_settings(RuleSettings, "python -m evals.memory_rule"))))

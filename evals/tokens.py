@@ -15,6 +15,8 @@ import numpy as np
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
 
+_BLOCK = 1 << 20  # characters, or tokens, looked at at a time
+
 
 @dataclass(frozen=True)
 class DiskTokens:
@@ -77,9 +79,6 @@ def encoder(processor: Any, before: str) -> Encode:
         return [whole[len(ids) :] for whole in both]
 
     return encode
-
-
-_BLOCK = 1 << 20  # characters, or tokens, looked at at a time
 
 
 def heldout_rows(folder: Path, model: EvalModel, rows: int, length: int) -> list[DiskTokens]:

@@ -91,4 +91,5 @@ def _terminal_bar() -> Any:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    return RichProgress(*columns, console=Console(stderr=True), transient=True)
+    # Drawn seldom: what is measured meanwhile shares the process.
+    return RichProgress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4)

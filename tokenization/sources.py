@@ -25,6 +25,7 @@ SUFFIXES: tuple[str, ...] = (
 )
 OTHER = "other_type"
 STDLIB_SUFFIXES: tuple[str, ...] = (".py", ".txt", ".rst", ".md")
+_SIZES_AT_ONCE = 16
 _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
@@ -40,6 +41,64 @@ class Source:
     """Its size."""
     modified_ns: int = 0
     """When it was last written, in nanoseconds; 0 on the hub, where a revision never changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Which text is read."""
+
+    input: tuple[str, ...] = ()
+    """Files or folders: .txt and .md (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (.json.gz and .json.zst as
+    well) and .parquet (a `text` field or column), or the word stdlib for the sources of the running Python's standard
+    library."""
+    dataset: str | None = None
+    """Instead of --input: a dataset of the Hugging Face hub, streamed, such as HuggingFaceFW/fineweb-edu; or a folder
+    laid out like one."""
+    name: str | None = None
+    """Configuration of the dataset, such as sample-100BT."""
+    split: str = "train"
+    """Split of the dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset; default: the newest, which is then kept."""
+    min_score: float | None = None
+    """Leave out documents whose `score` is lower."""
+    languages: tuple[str, ...] = ()
+    """Leave out documents whose `language` is none of these, such as: en de."""
+    min_characters: int | None = None
+    """Leave out shorter documents."""
+    max_characters: int | None = None
+    """Leave out longer documents."""
+
+    def __post_init__(self) -> None:
+        if self.input and self.dataset:
+            raise TokenizationError(f"--input and --dataset {self.dataset}: both are given; give one of them")
+        if not self.dataset and (self.name or self.revision):
+            raise TokenizationError("--name and --revision belong to a --dataset, and none is given; add --dataset")
+
+    @property
+    def filters(self) -> Filters:
+        """What a document must have."""
+        return Filters(self.min_score, self.languages, self.min_characters, self.max_characters)
+
+    @property
+    def shown(self) -> str:
+        """The sources as they were given, for messages."""
+        return f"--dataset {self.named}" if self.dataset else f"--input {' '.join(self.input)}"
+
+    @property
+    def named(self) -> str:
+        """The dataset and its configuration."""
+        return " ".join(filter(None, (self.dataset, self.name)))
+
+    def find(self, skipped: Skipped) -> list[Source]:
+        """Lists the sources.
+
+        Raises:
+            TokenizationError: Nothing readable is meant.
+        """
+        if self.dataset is None:
+            return find_sources(self.input, skipped)
+        return find_hub_sources(self)
 
 
 def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
@@ -152,109 +211,38 @@ def _files_below(root: Path, left_out: frozenset[str], skipped: Skipped) -> Iter
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
-_SIZES_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset on the Hugging Face hub, or a folder laid out like one."""
-
-    dataset: str
-    """Such as HuggingFaceFW/fineweb-edu."""
-    name: str | None = None
-    """Configuration, such as sample-100BT."""
-    split: str = "train"
-    """Split of the dataset."""
-    revision: str | None = None
-    """Branch, tag or commit; None for the newest."""
-
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.dataset, self.name)))
-
-
-def find_hub_sources(wanted: HubDataset) -> list[Source]:
+def find_hub_sources(wanted: SourceOptions) -> list[Source]:
     """Lists the files of a split in the order of the dataset.
 
     Raises:
         TokenizationError: No such dataset, configuration or split, files of another format, or no network.
     """
-    files = with_retries(f"--dataset {wanted}", lambda: _data_files(wanted))
+    files = with_retries(wanted.shown, lambda: _data_files(wanted))
     if wanted.split not in files:
-        raise TokenizationError(f"--split {wanted.split}: {wanted} has {', '.join(map(str, files))}; give one of them")
+        raise TokenizationError(
+            f"--split {wanted.split}: {wanted.named} has {', '.join(map(str, files))}; give one of them"
+        )
     with ThreadPoolExecutor(_SIZES_AT_ONCE) as pool:
         return list(pool.map(lambda path: _source(str(path), wanted), files[wanted.split]))
 
 
-def _data_files(wanted: HubDataset) -> Any:
+def _data_files(wanted: SourceOptions) -> Any:
     import datasets
 
     try:
         builder = datasets.load_dataset_builder(wanted.dataset, wanted.name, revision=wanted.revision)
     except ValueError as fault:  # its sentence lists the configurations
-        raise TokenizationError(f"--dataset {wanted}: {str(fault).splitlines()[0]}; check --name") from fault
+        raise TokenizationError(f"{wanted.shown}: {str(fault).splitlines()[0]}; check --name") from fault
     return builder.config.data_files or {}
 
 
-def _source(path: str, wanted: HubDataset) -> Source:
+def _source(path: str, wanted: SourceOptions) -> Source:
     suffix = suffix_of(path)
     if suffix is None:
         raise TokenizationError(
-            f"--dataset {wanted}: {path} is none of {', '.join(SUFFIXES)}; "
+            f"{wanted.shown}: {path} is none of {', '.join(SUFFIXES)}; "
             "the hub keeps a Parquet copy of most datasets under --revision refs/convert/parquet"
         )
     with open_source(path) as file:
         size = file.seek(0, 2)
     return Source(path, suffix, size, 0 if is_remote(path) else os.stat(path).st_mtime_ns)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """Which text is read."""
-
-    input: tuple[str, ...] = ()
-    """Files or folders: .txt and .md (one document a file), .jsonl, .jsonl.gz, .jsonl.zst (.json.gz and .json.zst as
-    well) and .parquet (a `text` field or column), or the word stdlib for the sources of the running Python's standard
-    library."""
-    dataset: str | None = None
-    """Instead of --input: a dataset of the Hugging Face hub, streamed, such as HuggingFaceFW/fineweb-edu; or a folder
-    laid out like one."""
-    name: str | None = None
-    """Configuration of the dataset, such as sample-100BT."""
-    split: str = "train"
-    """Split of the dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of the dataset; default: the newest, which is then kept."""
-    min_score: float | None = None
-    """Leave out documents whose `score` is lower."""
-    languages: tuple[str, ...] = ()
-    """Leave out documents whose `language` is none of these, such as: en de."""
-    min_characters: int | None = None
-    """Leave out shorter documents."""
-    max_characters: int | None = None
-    """Leave out longer documents."""
-
-    def __post_init__(self) -> None:
-        if self.input and self.dataset:
-            raise TokenizationError(f"--input and --dataset {self.dataset}: both are given; give one of them")
-        if not self.dataset and (self.name or self.revision):
-            raise TokenizationError("--name and --revision belong to a --dataset, and none is given; add --dataset")
-
-    @property
-    def filters(self) -> Filters:
-        """What a document must have."""
-        return Filters(self.min_score, self.languages, self.min_characters, self.max_characters)
-
-    @property
-    def shown(self) -> str:
-        """The sources as they were given, for messages."""
-        return f"--dataset {self.dataset}" if self.dataset else f"--input {' '.join(self.input)}"
-
-    def find(self, skipped: Skipped) -> list[Source]:
-        """Lists the sources.
-
-        Raises:
-            TokenizationError: Nothing readable is meant.
-        """
-        if self.dataset is None:
-            return find_sources(self.input, skipped)
-        return find_hub_sources(HubDataset(self.dataset, self.name, self.split, self.revision))

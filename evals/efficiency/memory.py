@@ -27,6 +27,10 @@ from evals.efficiency.summary import Row, markdown
 from evals.measure import circumstances
 from evals.report import write_bytes, write_json
 
+_ROOT = Path(__file__).parents[2]
+_START_SECONDS = 300.0  # beside a case's limit: importing torch takes long on a busy machine
+_GIGABYTE = 10**9
+
 
 def measure(settings: MemorySettings) -> str:
     """Measures and writes memory.json and memory.md.
@@ -104,11 +108,6 @@ def _device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise EvaluationError("--device cuda, but torch finds no GPU; give --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-_ROOT = Path(__file__).parents[2]
-_START_SECONDS = 300.0  # beside a case's limit: importing torch takes long on a busy machine
-_GIGABYTE = 10**9
 
 
 @dataclass(frozen=True)

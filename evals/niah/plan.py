@@ -13,6 +13,7 @@ from evals.niah.generate import Stream, answer, read, repeat
 from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
 
 _TRIAL_TOKENS, _TRIAL_STEPS = 512, 3
+_FEW_DEPTHS = (5, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,6 @@ def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-_FEW_DEPTHS = (5, 3, 1)
 
 
 class Stretch(NamedTuple):

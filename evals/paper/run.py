@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
+Points = Mapping[int, Number]
 _INTRODUCTION = (
     f"Rows marked `paper` are the numbers of {TITANS} or of the paper that a table names; rows marked `ours` were "
     "measured here. An empty cell was not run."
@@ -83,9 +83,6 @@ def _page(tables: Sequence[Table], plots: set[str], models: Sequence[ModelResult
         if table.key in plots:
             parts.append(f"![{table.title}]({table.key}.png)")
     return "\n\n".join(parts) + "\n"
-
-
-Points = Mapping[int, Number]
 
 
 def all_plots(tables: Mapping[str, Table], models: Sequence[ModelResults]) -> dict[str, "Figure"]:

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> MakeR
     from titans_mcore import parallel, weights
     from titans_mcore.model import TitansModel
 
+    seeds = count(1)  # each run has weights of its own, and none those of 0, which a control takes as before training
+
     def make(variant: str = "mac", **settings: object) -> Path:
         run = tmp_path_factory.mktemp(variant)
         sizes = {"vocab_size": 360, "num_layers": 2, "dim": 32, "num_heads": 2, "ffn_dim": 64, "init_std": 0.2}
@@ -60,6 +63,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> MakeR
         config = TitansConfig(variant=variant, **{**sizes, **memory, "linear_heads": 2, **settings})  # type: ignore[arg-type]
         if not parallel_state.model_parallel_is_initialized():
             parallel.start(1, seed=0)
+        torch.manual_seed(next(seeds))
         model = TitansModel(config, parallel.transformer_config(config))
         checkpoint = run / "checkpoints" / "step-00000001"
         header, values = weights.ShardHeader.of(model), weights.model_tensors(model).items()

@@ -10,6 +10,7 @@ from evals.models import load_tokenizer
 from evals.niah import NiahSettings, run
 from evals.niah.plan import Forecast, Planner
 from evals.niah.samples import SampleBuilder, SampleKey
+from tokenization.progress import Progress
 
 from .planted import plant
 
@@ -101,3 +102,25 @@ def test_the_budget_of_a_run_is_in_its_report(tokenizer: Path, tmp_path: Path, m
     assert report["by_length"][0]["n"] == 6
     with pytest.raises(EvaluationError, match=r"--budget 1e-06: not one sample of 700 tokens fits into it"):
         run.evaluate(model, replace(settings, output=tmp_path / "other", budget=1e-6))
+
+
+def test_all_that_was_promised_is_counted_when_the_samples_have_run(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promised, counted = list[float](), list[float]()
+
+    class Counted(Progress):
+        def __init__(self, verb: str, total: float, *, shown: bool) -> None:
+            super().__init__(verb, total, shown=shown)
+            promised.append(total)
+
+        def advance(self, done: float, tokens: int) -> None:
+            super().advance(done, tokens)
+            counted.append(done)
+
+    monkeypatch.setattr(run, "Progress", Counted)
+    monkeypatch.setattr(run, "measure", lambda *_: Forecast(one=1.0, more=0.5, step=10.0))
+    settings = NiahSettings(Path(), tmp_path, lengths=(700, 900), depths=3, samples=2, max_new_tokens=ROOM)
+    run.evaluate(plant(tokenizer, lambda value: value), settings)
+    assert len(promised) == 1
+    assert sum(counted) == pytest.approx(promised[0])
