@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,6 +336,16 @@ BUILD = (
 def builder(library: Path, source: Path, **environment: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", BUILD, str(library), str(source)]
     return subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
+
+
+def test_ninja_is_found_beside_an_interpreter_whose_environment_is_not_active(tmp_path: Path) -> None:
+    source, library, tools = tmp_path / "tiny.cpp", tmp_path / "tiny.so", tmp_path / "bin"
+    source.write_text(TINY)
+    tools.mkdir()
+    for tool in ("c++", "as", "ld", "sh"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    assert builder(library, source, PATH=str(tools)).wait() == 0
+    assert library.is_file()
 
 
 def test_one_of_several_processes_builds_and_one_that_is_killed_stops_nobody(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import warnings
 from functools import cache
@@ -83,6 +84,9 @@ def built(file: Path, source: Path = SOURCE) -> Path:
 def _compile(folder: str, source: Path) -> None:
     from torch.utils import cpp_extension
 
+    # torch calls ninja, which lies beside the interpreter of an environment that nobody has activated.
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([path, sysconfig.get_path("scripts")])
     try:
         cpp_extension.load(
             "titans_memory",
@@ -95,3 +99,5 @@ def _compile(folder: str, source: Path) -> None:
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         said = [line for line in str(error).splitlines() if line.strip()][-_LAST_LINES:]
         raise OSError("\n".join(["the native memory could not be compiled", *said])) from error
+    finally:
+        os.environ["PATH"] = path
