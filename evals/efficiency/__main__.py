@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
+from evals.efficiency.faults import command as _faults
 from evals.efficiency.settings import ContextSettings, MemorySettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
@@ -13,6 +14,7 @@ Measures in one run, side by side, against other implementations.
 commands:
   memory   the neural memory: tokens/s, peak memory, growth with length
   context  reading, decoding and memory of trained models, up to millions of tokens
+  faults   what lost processes cost a run: productive time, lost steps, time to resume
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -41,6 +43,7 @@ def _context(words: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "memory": _memory,
     "context": _context,
+    "faults": _faults,
 }
 
 
