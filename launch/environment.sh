@@ -37,7 +37,7 @@ make_venv() {
             fail "python -m venv failed; on Debian and Ubuntu the package python3-venv is needed"
     elif command -v uv >/dev/null; then
         say "Making .venv with uv, which brings a Python that fits"
-        uv venv --seed --python '>=3.11,<3.13' "$root/.venv" || fail "uv venv failed; the lines above say why"
+        uv venv --seed --python '>=3.11,<3.14' "$root/.venv" || fail "uv venv failed; the lines above say why"
     else
         fail "no Python 3.11, 3.12 or 3.13 was found as python3 or under its own name; install one, or uv, which brings" \
             "one (curl -LsSf https://astral.sh/uv/install.sh | sh), and run this again"
@@ -71,21 +71,24 @@ show_progress() {
 
 has_cuda() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 
-# torch comes first and alone: deepspeed looks for it when it is built.
+# torch comes first and alone: deepspeed looks for it when it is built. Sets constraints, for the packages after it.
 install_torch() {
     local pip=("$root/.venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
-    if has_cuda; then
-        "${pip[@]}" 'torch>=2.6' | show_progress
-        return
+    constraints=()
+    if ! has_cuda; then
+        constraints=(-c "$root/launch/constraints-cpu.txt")
+        if "${pip[@]}" "${constraints[@]}" torch 2>/dev/null | show_progress ||
+            "${pip[@]}" "${constraints[@]}" torch --extra-index-url https://download.pytorch.org/whl/cpu | show_progress
+        then return; fi
+        say "No CPU build of torch can be had here; taking the usual one, with gigabytes of CUDA packages"
+        constraints=()
     fi
-    pip+=(-c "$root/launch/constraints-cpu.txt")
-    "${pip[@]}" torch 2>/dev/null | show_progress ||
-        "${pip[@]}" torch --extra-index-url https://download.pytorch.org/whl/cpu | show_progress
+    "${pip[@]}" 'torch>=2.6' | show_progress
 }
 
 # ensure_environment [EXTRA]: the packages of pyproject.toml, with an extra such as dev. Fast when nothing is to be done.
 ensure_environment() {
-    local extra=${1:-} wanted marker earlier constraints=()
+    local extra=${1:-} wanted marker earlier constraints
     marker=$root/.venv/installed${extra:+-$extra}
     wanted=$(cat "$root/pyproject.toml" "$root/launch/constraints-cpu.txt" | cksum)
     PYTHON=$root/.venv/bin/python
@@ -96,7 +99,6 @@ ensure_environment() {
     if [[ ! -x $PYTHON ]]; then make_venv; fi
     say "Installing packages into .venv (some minutes the first time)"
     install_torch || fail "torch could not be installed; the lines above say why"
-    if ! has_cuda; then constraints=(-c "$root/launch/constraints-cpu.txt"); fi
     # deepspeed would compile its operators at install; those that a run needs are compiled when they are first used.
     DS_BUILD_OPS=0 "$PYTHON" -m pip install --disable-pip-version-check --progress-bar off \
         ${constraints[@]+"${constraints[@]}"} -e "$root${extra:+[$extra]}" | show_progress ||

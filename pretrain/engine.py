@@ -39,12 +39,21 @@ if not torch.cuda.is_available():
 # DeepSpeed chooses its accelerator when it is imported.
 import deepspeed
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
 
 # DeepSpeed's collectives, which work; torch names successors that older versions lack.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 LARGEST_BUCKET = 500_000_000
+
+
+class _Processor(CPU_Accelerator):
+    """DeepSpeed's, which would look for compilers at start and compile C++ for an all-reduce that gloo has."""
+
+    def create_op_builder(self, op_name: str) -> object:
+        return None if op_name == "ShareMemCommBuilder" else super().create_op_builder(op_name)
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,7 @@ def build_engine(model: nn.Module, config: RunConfig, data_parallel: int) -> Dee
     """DeepSpeed's engine around the model; it owns optimizer, accumulation, clipping and data parallelism."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        # It would compile C++ at start for an all-reduce that gloo has.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        set_accelerator(_Processor())
     if config.parallel.zero_stage == 3:
         # How often a mixer calls its parts depends on the documents in its rows, so on the rank. ZeRO 3 gathers in the
         # order of calls, which must be the same everywhere: a mixer's parameters come together.

@@ -37,6 +37,7 @@ SMALL = {
     "launch/torchrun.sh": " --train.steps 2 --train.global-batch 4",
     "evals.efficiency memory": " --quick",
     "evals.efficiency context": " --lengths 512 1024",
+    "evals.efficiency faults": " --steps 4 --kill-every 2 --checkpoint-every 1",
     "evals.niah --checkpoint": " --samples 1 --depths 2",
     "evals.niah.training_data": " --documents 20",
     "pretrain.watch": " --once",
@@ -49,7 +50,7 @@ SMALL = {
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
 # in stages, two models for each rule of the memory, two systems of the comparison, a process for each case of the
-# benchmark, the export's proof again.
+# benchmark, a run that is killed and started again, the export's proof again.
 SLOW = (
     "bash launch/quickstart.sh --variant",
     "bash launch/quickstart.sh --input",
@@ -57,6 +58,7 @@ SLOW = (
     "python -m evals.memory_rule",
     "python -m evals.comparison",
     "python -m evals.efficiency memory",
+    "python -m evals.efficiency faults",
     "python -m titans_mcore.hf.verify",
 )
 # What runs this test, what needs a network, what needs a GPU, what needs a cluster.

@@ -13,6 +13,7 @@ Measures in one run, side by side, against other implementations.
 commands:
   memory   the neural memory: tokens/s, peak memory, growth with length
   context  reading, decoding and memory of trained models, up to millions of tokens
+  faults   what lost processes cost a run: productive time, lost steps, time to resume
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -38,9 +39,22 @@ def _context(words: Sequence[str]) -> None:
     print(settings.json, file=sys.stderr)
 
 
+def _faults(words: Sequence[str]) -> None:
+    from evals.efficiency.faults import FaultSettings, measure
+
+    settings = parse_settings(FaultSettings, "python -m evals.efficiency faults", words)
+    try:
+        print(measure(settings))
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was measured", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    print(settings.output / "faults.json", file=sys.stderr)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "memory": _memory,
     "context": _context,
+    "faults": _faults,
 }
 
 

@@ -65,7 +65,7 @@ def test_uv_makes_the_environment_where_no_python_fits(no_python, tmp_path):
     (no_python / "uv").chmod(0o755)
     result = sourced(f"root={tmp_path}; make_venv", no_python)
     assert result.returncode == 0, result.stderr
-    assert f"uv venv --seed --python >=3.11,<3.13 {tmp_path}/.venv" in result.stdout
+    assert f"uv venv --seed --python >=3.11,<3.14 {tmp_path}/.venv" in result.stdout
     assert (tmp_path / ".venv").is_dir()
 
 

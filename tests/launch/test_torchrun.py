@@ -76,7 +76,8 @@ def test_heads_that_the_layout_does_not_divide_are_refused_in_one_line(train, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_trains_without_torchrun(train, tmp_path):
+def test_one_process_trains_without_torchrun_and_compiles_nothing_for_it(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     status, out, err = train(tmp_path / "run", *SHORT, "--schedule.warmup-steps", "0").wait()
     assert status == 0, err
     assert err == ""
@@ -87,6 +88,7 @@ def test_one_process_trains_without_torchrun(train, tmp_path):
     assert "tokens/s" in lines[2]
     assert "ETA 0:00:0" in lines[2]
     assert lines[-1].startswith("done: held-out loss 4.")
+    assert not (tmp_path / "compiled").exists()
     assert load_run_config(tmp_path / "run").model.variant == "transformer"
     (first, second) = read_metrics(tmp_path / "run")
     numbers = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "data_wait_seconds"}
