@@ -39,9 +39,9 @@ if (($# == 0)); then
     "$PYTHON" -m ruff format --check .
     say "mypy"
     "$PYTHON" -m mypy
-    # Most tests are one thread, and many wait for a process: two files at a time on every core. A file's tests stay
-    # together, which share what they trained.
-    chosen=(-n "$((2 * $("$PYTHON" -c 'import os; print(os.cpu_count())')))" --maxprocesses 8 --dist loadfile)
+    # Most tests are one thread: several files at a time, those that take longest first (tests/conftest.py). A file's tests
+    # stay together, which share what they trained. More than one on a core makes processes that wait for one another slow.
+    chosen=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
     if [[ -z $everything ]]; then chosen+=(-m 'not slow and not gpu'); fi
 fi
 say "pytest"

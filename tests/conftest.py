@@ -18,6 +18,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is imported, and Megatron-core does that
 
 
+# A minute and more each on one core: begun last, one of them would be waited for alone.
+LONG = (
+    "tests/test_readme.py",
+    "tests/pretrain/test_recovery.py",
+    "tests/pretrain/test_resume.py",
+    "tests/kernels/test_fused_scan.py",
+    "tests/mixers/test_added_mixer.py",
+    "tests/hf/test_export.py",
+    "tests/tokenization/test_resume.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first; the order is otherwise as it was."""
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
