@@ -83,7 +83,7 @@ install_torch() {
         say "No CPU build of torch can be had here; taking the usual one, with gigabytes of CUDA packages"
         constraints=()
     fi
-    "${pip[@]}" 'torch>=2.6' | show_progress
+    "${pip[@]}" 'torch>=2.12' | show_progress
 }
 
 # ensure_environment [EXTRA]: the packages of pyproject.toml, with an extra such as dev. Fast when nothing is to be done.

@@ -17,14 +17,15 @@ Starts `python -m pretrain.train` under torchrun. A run folder that holds checkp
   --help            shows this
 
 On several hosts, start the same command on each with
-  NNODES            hosts; FEWEST:MOST for a run that goes on while hosts leave and come
+  NNODES            hosts; FEWEST:MOST for a run that goes on while hosts leave and come, for which torch gives the
+                    workers 30 s to save (pytorch #192815)
   NODE_RANK         0, 1, ... of this host
   MASTER_ADDR       host 0, reachable from all
   MASTER_PORT       a free port there (default 29400)
   RUN_ID            a name, the same on all hosts (default titans)
   JOIN_SECONDS      how long the hosts wait for one another (default 600)
-Before any worker starts, the hosts compare code, packages, settings and data, reach each other, and look for room for
-checkpoints. The run folder must lie on a file system that they share.
+The hosts look for room for checkpoints before any worker starts, and the workers compare code, packages, settings and
+data of all hosts before anything else. The run folder must lie on a file system that they share.
 
 On one host or many,
   MAX_RESTARTS      how often all workers go on from the last checkpoint when one is lost (default 0)

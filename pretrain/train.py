@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.checkpoint.carried import CarriedState
 from pretrain.checkpoint.format import FailedOnRank0, Progress, checkpoint_folder, on_rank_0
@@ -20,6 +21,7 @@ from pretrain.data.batches import Batches
 from pretrain.data.folders import check_shards, keep_tokenizer, open_data, open_samples
 from pretrain.engine import build_engine, build_model, megatron_config, resolve_precision
 from pretrain.evaluate.evaluations import Evaluations
+from pretrain.launch.preflight import compare_hosts
 from pretrain.launch.status import follow_launcher, record_success
 from pretrain.recovery.ending import (
     StopRequest,
@@ -29,7 +31,7 @@ from pretrain.recovery.ending import (
     mistakes_as_sentences,
     withdraw_requeue,
 )
-from pretrain.recovery.hangs import is_communication, record_flights, say_stalled, write_flights
+from pretrain.recovery.hangs import is_communication, record_flights, say_stalled, unreached, write_flights
 from pretrain.recovery.health import Health
 from pretrain.recovery.recover import recover
 from pretrain.recovery.rewinds import Rewinds
@@ -129,12 +131,12 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     Raises:
         ValueError: Something that was asked for does not fit.
     """
+    megatron_config(config)  # the division over ranks, before anything is started
+    record_flights(run_dir)
+    groups = join_ranks(config)
+    compare_hosts(run_dir)
     data = open_data(config)
     check_sinks(config.logging)
-    megatron_config(config)  # the division over ranks, before anything is started
-    parallel = config.parallel
-    record_flights(run_dir)
-    groups = start(parallel.tensor, parallel.context, seed=config.train.seed, timeout_seconds=parallel.timeout_seconds)
     data_rank, data_parallel = sample_place()
     on_rank_0(lambda: lock_run_folder(run_dir))
     on_rank_0(lambda: withdraw_requeue(run_dir))
@@ -174,6 +176,22 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
         raise ValueError(f"--verify-resume has nothing to verify: {run_dir} has no checkpoint")
     on_rank_0(lambda: write_run_config(config, run_dir))
     return run, progress.step
+
+
+def join_ranks(config: RunConfig) -> ProcessGroupCollection:
+    """Joins this process to those of the other hosts.
+
+    Raises:
+        TrainingFailed: They do not reach each other.
+    """
+    parallel = config.parallel
+    seed, timeout = config.train.seed, parallel.timeout_seconds
+    try:
+        return start(parallel.tensor, parallel.context, seed=seed, timeout_seconds=timeout)
+    except RuntimeError as error:
+        if not is_communication(error):
+            raise
+        raise TrainingFailed(unreached(error)) from error
 
 
 def due(step: int, every_steps: int) -> bool:

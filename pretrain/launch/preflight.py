@@ -1,13 +1,14 @@
-"""Before any worker starts: have all hosts the same code, packages, data and settings, do they reach each other, and
-is there room for checkpoints?
+"""Where the hosts of a run meet; have they the same code, packages, data and settings, and room for checkpoints?
 
-Each host writes what it has, as JSON, into the store through which torchrun's hosts meet, too. Host 0 compares and
-writes its verdict, an empty text or a sentence that names the host; every host waits for it and ends with the same
-sentence. A host that comes later, to an elastic run, compares itself with host 0.
+Each launcher collects what its host has, as plain values. Its workers take that along and compare all hosts in their
+first collective, so every host ends with the same sentence. A host that comes to a run that trains already compares
+itself with it, before it disturbs the others.
 """
 
+import argparse
 import hashlib
 import json
+import os
 import platform
 import shutil
 import socket
@@ -15,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import version
@@ -24,10 +25,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import Store
+import psutil
+import torch.distributed as dist
 
 from pretrain.config.run_config import RunConfig
-from pretrain.launch.rendezvous import Hosts, own_address
+from pretrain.launch.status import STATUS_DIR
 from titans_mcore.config import TitansConfig
 from titans_mcore.weights import checkpoints_newest_first
 from tokenization.io import bytes_text
@@ -36,85 +38,242 @@ _PACKAGES = ("titans_mcore", "pretrain", "tokenization")
 _VERSIONS = ("torch", "deepspeed", "megatron-core")
 _PATHS = ("data.path", "data.blend")
 """Settings that may differ from host to host; what they name may not, which the fingerprint shows."""
-_POLL_SECONDS = 0.1
-_ANSWER_SECONDS = 60.0
-_LAST_WORD_SECONDS = 10.0
-_CONNECT_SECONDS = 10.0
+_FACTS_FILE = "facts.json"
+_COMPARED, _CAME, _LEFT, _ENDED = "compared", "came", "left", "ended"
+"""Keys of the store."""
+_STORE_SECONDS = 60.0
+_TRY_AGAIN_SECONDS = 0.5
+_LAST_WORD_SECONDS = 1.0
+_OTHERS_LEAVE_SECONDS = 10.0
 _BYTES_A_PARAMETER = 12
 _MARGIN = 4
 Facts = dict[str, Any]
 
 
-def facts_of_this_host(config: RunConfig, run_dir: Path, processes: int, words: Sequence[str]) -> Facts:
+class Meeting:
+    """The store of a run, where its hosts meet. gloo and NCCL are told the network interface on the way there, unless
+    GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME say another."""
+
+    def __init__(self, own: argparse.Namespace) -> None:
+        """Host 0 opens the store, at its address alone, where torch's own would listen at all; the others wait for it.
+
+        Args:
+            own: The launcher's options.
+
+        Raises:
+            ValueError: Host 0 cannot open it at its address, this host does not reach it in `join_timeout` seconds, or
+                there are no such hosts.
+        """
+        if not 1 <= own.least <= own.most:
+            raise ValueError(f"NNODES is {own.nnodes}; write a number of hosts, or FEWEST:MOST")
+        if own.node_rank >= own.most:
+            raise ValueError(f"NODE_RANK is {own.node_rank} and NNODES {own.most}; number the hosts from 0")
+        self._own, self._me = own, f"host {own.node_rank} ({socket.gethostname()})"
+        server: dict[str, Any] = {}
+        if own.node_rank == 0:
+            door = self._listen()
+            self.address, port = door.getsockname()[:2]
+            name, server = self.address, {"master_listen_fd": door.detach(), "wait_for_workers": False}
+        else:
+            self.address, name, port = self._reach_host_0(), own.address, own.port
+        timeout = timedelta(seconds=own.join_timeout)
+        self._store = dist.TCPStore(name, port, is_master=bool(server), timeout=timeout, **server)
+        self.endpoint = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", self._interface())
+        if own.least < own.most:
+            # In an attempt workers start anew when a host comes. They would be handed the addresses of those before.
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+    def join(self, facts: Facts) -> None:
+        """Says that this host has come, and tells its workers what it has.
+
+        Raises:
+            ValueError: Others train already, and this host differs from them; the message says how.
+        """
+        if self._there(_COMPARED) and (sentence := difference(json.loads(self._store.get(_COMPARED)), facts)):
+            raise ValueError(sentence)
+        self._store.set(f"{_CAME}/{self._own.node_rank}", self._me)
+        given = {"facts": facts, "store": [self._own.address, self._own.port]}
+        Path(os.environ[STATUS_DIR], _FACTS_FILE).write_text(json.dumps(given))
+
+    def end(self) -> None:
+        """Says that the run goes on nowhere."""
+        with suppress(RuntimeError):  # torch's for a store that is gone
+            self._store.set(_ENDED, self._me)
+
+    def has_ended(self) -> bool:
+        """Whether a host has said so."""
+        with suppress(RuntimeError):
+            self._store.wait([_ENDED], timedelta(seconds=_LAST_WORD_SECONDS))
+            return True
+        return False
+
+    def who_is_missing(self) -> str:
+        """A sentence on the hosts that never came, or empty."""
+        own, ranks = self._own, range(self._own.most)
+        there = [self._store.get(f"{_CAME}/{rank}").decode() for rank in ranks if self._there(f"{_CAME}/{rank}")]
+        missing = [str(rank) for rank in ranks if not self._there(f"{_CAME}/{rank}")]
+        if not missing:
+            return ""
+        return (
+            f"host{'s' if len(missing) > 1 else ''} {', '.join(missing)} did not come to {own.address}, port {own.port}"
+            f", within {own.join_timeout} s; there: {', '.join(there)}; start the same command on each with its own "
+            "NODE_RANK and this MASTER_ADDR"
+        )
+
+    def leave(self) -> None:
+        """Host 0 waits a little for the others, which may look into its store once more."""
+        own, deadline = self._own, time.monotonic() + _OTHERS_LEAVE_SECONDS
+        with suppress(RuntimeError):
+            self._store.set(f"{_LEFT}/{own.node_rank}", self._me)
+            for rank in range(1, own.most) if own.node_rank == 0 else ():
+                while self._there(f"{_CAME}/{rank}") and not self._there(f"{_LEFT}/{rank}"):
+                    if time.monotonic() > deadline:
+                        return
+                    time.sleep(0.1)
+
+    def _there(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def _listen(self) -> socket.socket:
+        own, (address, port) = self._own, self._resolve()
+        if own.most > 1 and (address.startswith("127.") or address == "::1"):
+            raise ValueError(
+                f"MASTER_ADDR {own.address} is {address} on {self._me}, where no other host reaches it; give an "
+                "address in the network that the hosts share"
+            )
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            return socket.create_server((address, port), family=family, backlog=socket.SOMAXCONN)
+        except OSError as error:
+            raise ValueError(
+                f"{self._me} cannot listen at {address}, port {port}: {os.strerror(error.errno or 0)}; MASTER_ADDR "
+                "must be an address of host 0, MASTER_PORT free there, and NODE_RANK 0 on that host alone"
+            ) from None
+
+    def _reach_host_0(self) -> str:
+        """Waits until host 0 answers; the address of this host on the way there."""
+        own, deadline = self._own, time.monotonic() + self._own.join_timeout
+        while True:
+            try:
+                # In a cluster a name may come later than a host.
+                with socket.create_connection(self._resolve(), timeout=5) as connection:
+                    return str(connection.getsockname()[0])
+            except (OSError, ValueError) as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"{self._me} does not reach host 0 at {own.address}, port {own.port}, within "
+                        f"{own.join_timeout} s: {getattr(error, 'strerror', None) or error}; start the same command "
+                        "there with NODE_RANK 0, and let the hosts reach each other on every port"
+                    ) from None
+            time.sleep(_TRY_AGAIN_SECONDS)
+
+    def _resolve(self) -> tuple[str, int]:
+        own = self._own
+        try:
+            address = socket.getaddrinfo(own.address, own.port, type=socket.SOCK_STREAM)[0][4][0]
+        except OSError as error:
+            raise ValueError(f"MASTER_ADDR {own.address} is unknown on {self._me}: {error.strerror}") from None
+        return str(address), own.port
+
+    def _interface(self) -> str:
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(one.address.partition("%")[0] == self.address for one in addresses):
+                return name
+        raise ValueError(f"no network interface of {self._me} has the address {self.address}; check MASTER_ADDR")
+
+
+def facts_of_this_host(own: argparse.Namespace, config: RunConfig, run_dir: Path, words: Sequence[str]) -> Facts:
     """What the hosts of a run must have alike, as plain values, and `problem`: a sentence, or empty.
 
     Args:
+        own: The launcher's options.
         config: The settings, complete.
         run_dir: Folder of the run.
-        processes: Workers that this host starts.
         words: The command line that the settings came from.
     """
+    tree = asdict(config)
+    named = {f"{section}.{name}": repr(value) for section, values in tree.items() for name, value in values.items()}
+    settings = {name: value for name, value in named.items() if name not in _PATHS}
     facts: Facts = {
+        "number": own.node_rank,
         "host": socket.gethostname(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
         "code": code_hash(),
-        "settings": _settings(config),
-        "processes": processes,
+        "settings": settings | {"RUN_ID": own.rdzv_id, "NNODES": own.nnodes},
+        "processes": own.processes,
         "data": "",
         "problem": "",
     }
+    from pretrain.data.folders import open_data
+
     try:
-        facts["data"] = _data_fingerprint(config)
+        facts["data"] = open_data(config).fingerprint
         check_room(config, run_dir, words)
     except (ValueError, OSError) as error:
         facts["problem"] = str(error)
     return facts
 
 
-def check_hosts(store: Store, hosts: Hosts, facts: Facts, run_dir: Path) -> None:
-    """Compares the hosts; returns when they are alike and reach each other. Every host calls it.
+def compare_hosts(run_dir: Path) -> None:
+    """Called by every worker as soon as they are joined; returns when the hosts are alike. Collective.
+
+    Does nothing for a run on one host, or without a launcher.
 
     Args:
-        store: Of the run.
-        hosts: How many, and which one this is.
-        facts: Of this host.
         run_dir: Folder of the run, which all hosts must share.
 
     Raises:
-        ValueError: A host is missing, differs, is not reached or has a problem; the message names it.
+        ValueError: A host differs or has a problem; the message names it, and is the same on every rank.
     """
-    board = _Board(store)
-    with _door(own_address(hosts)) as address:
-        asked = {"RUN_ID": hosts.run_id, "NNODES": f"{hosts.least}:{hosts.most}"}
-        facts = facts | {"address": address, "settings": facts["settings"] | asked}
-        try:
-            if hosts.rank == 0:
-                _judge(board, hosts, facts, run_dir)
-            else:
-                _obey(board, hosts, facts, run_dir)
-        except RuntimeError:  # torch's for a store that is gone
-            raise ValueError(f"host 0 at {hosts.address} ended while the hosts were compared; it says why") from None
+    folder = os.environ.get(STATUS_DIR)
+    if not folder or not (file := Path(folder, _FACTS_FILE)).exists():
+        return
+    from pretrain.checkpoint.format import on_rank_0
+
+    given = json.loads(file.read_text())
+    facts = given["facts"]
+    mark = run_dir / on_rank_0(lambda: _mark(run_dir))
+    facts |= {"run_dir": str(run_dir.absolute()), "shares": mark.exists()}
+    of_ranks: list[Facts] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, facts)
+    if dist.get_rank() == 0:
+        mark.unlink()
+    hosts = sorted({one["number"]: one for one in of_ranks}.values(), key=lambda one: one["number"])
+    for one in hosts:
+        if sentence := difference(hosts[0], one):
+            raise ValueError(sentence)
+        if not one["shares"]:
+            raise ValueError(
+                f"{_name(one)}: {one['run_dir']} is not the run folder of {_name(of_ranks[0])}; give the same "
+                "--run-dir, on a file system that all hosts share"
+            )
+    if dist.get_rank() == 0:
+        address, port = given["store"]
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
+        store.set(_COMPARED, json.dumps(facts))
 
 
-def difference(first: Facts, other: Facts, rank: int) -> str:
-    """A sentence on what host `rank` has otherwise than host 0; empty when nothing is."""
+def difference(first: Facts, other: Facts) -> str:
+    """A sentence on what a host has otherwise than the first one; empty when nothing is."""
     if other["problem"]:
-        return f"{_name(rank, other)}: {other['problem']}"
+        return f"{_name(other)}: {other['problem']}"
     for package, found in other["versions"].items():
         if found != (wanted := first["versions"][package]):
-            return _sentence(first, other, rank, f"{package} {found}", wanted, "install the same on both")
+            return _sentence(first, other, f"{package} {found}", wanted, "install the same on both")
     if other["code"] != first["code"]:
         code = f"other code of {', '.join(_PACKAGES)}"
-        return f"{_name(rank, other)} has {code} than {_name(0, first)}; check out the same commit on both"
+        return f"{_name(other)} has {code} than {_name(first)}; check out the same commit on both"
     for name, value in other["settings"].items():
         if value != (wanted := first["settings"][name]):
-            return _sentence(first, other, rank, f"{name} {value}", wanted, "start the same command on every host")
+            return _sentence(first, other, f"{name} {value}", wanted, "start the same command on every host")
     if other["data"] != first["data"]:
         found, wanted = (f"data {facts['data'][:12]}" for facts in (other, first))
-        return _sentence(first, other, rank, found, wanted, "give both the same shards")
+        return _sentence(first, other, found, wanted, "give both the same shards")
     if other["processes"] != first["processes"]:
         found, wanted = f"{other['processes']} processes", str(first["processes"])
-        return _sentence(first, other, rank, found, wanted, "give the same --nproc on every host")
+        return _sentence(first, other, found, wanted, "give the same --nproc on every host")
     return ""
 
 
@@ -171,145 +330,17 @@ def _checkpoint_bytes(config: RunConfig, words: Sequence[str]) -> int:
     return int(json.loads(answer.stdout)["checkpoint"]["bytes"])
 
 
-def _data_fingerprint(config: RunConfig) -> str:
-    from pretrain.data.folders import open_data
-
-    return open_data(config).fingerprint
-
-
-def _settings(config: RunConfig) -> dict[str, str]:
-    tree = asdict(config)
-    named = {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
-    return {name: repr(value) for name, value in named.items() if name not in _PATHS}
-
-
-def _judge(board: "_Board", hosts: Hosts, facts: Facts, run_dir: Path) -> None:
-    """Host 0's part."""
-    came: dict[int, Facts] = {0: facts}
-    with _mark(run_dir) as mark:
-        board.put("host/0", facts | {"mark": mark})
-        verdict = facts["problem"] and f"{_name(0, facts)}: {facts['problem']}"
-        verdict = verdict or _wait_for_hosts(board, hosts, came)
-        verdict = verdict or next(filter(None, (difference(facts, came[rank], rank) for rank in sorted(came))), "")
-        if not verdict:
-            board.put("peers", {str(rank): came[rank] for rank in came})
-            verdict = _unreached(0, facts, came) or _answers(board, came)
-    board.put("verdict", verdict)
-    deadline = time.monotonic() + _LAST_WORD_SECONDS
-    while time.monotonic() < deadline and not all(board.has(f"read/{rank}") for rank in came if rank):
-        time.sleep(_POLL_SECONDS)
-    if verdict:
-        raise ValueError(verdict)
-
-
-def _obey(board: "_Board", hosts: Hosts, facts: Facts, run_dir: Path) -> None:
-    """The part of every other host."""
-    rank, patience = hosts.rank, hosts.join_seconds + _ANSWER_SECONDS
-    first = board.get("host/0", patience)
-    if not facts["problem"] and not board.has("verdict") and not (run_dir / first["mark"]).exists():
-        facts["problem"] = (
-            f"{run_dir.absolute()} is not the run folder of {_name(0, first)}; give the same --run-dir, on a file "
-            "system that all hosts share"
-        )
-    board.put(f"host/{rank}", facts)
-    board.wait_for_any(("peers", "verdict"), patience)
-    if board.has("peers") and not board.has("verdict"):
-        peers = {int(other): found for other, found in board.get("peers", patience).items()}
-        board.put(f"reached/{rank}", _unreached(rank, facts, peers))
-    verdict = board.get("verdict", patience) or difference(first, facts, rank)
-    board.put(f"read/{rank}", True)
-    if verdict:
-        raise ValueError(verdict)
-
-
-def _wait_for_hosts(board: "_Board", hosts: Hosts, came: dict[int, Facts]) -> str:
-    """Adds the facts of the hosts that come to `came`; a sentence on those that do not, or empty."""
-    deadline = time.monotonic() + hosts.join_seconds
-    while len(came) < hosts.least:
-        for rank in range(1, hosts.most):
-            if rank not in came and board.has(f"host/{rank}"):
-                came[rank] = board.get(f"host/{rank}", _ANSWER_SECONDS)
-        if time.monotonic() > deadline:
-            missing = [str(rank) for rank in range(hosts.most) if rank not in came]
-            numbers = f"host{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
-            there = ", ".join(_name(rank, came[rank]) for rank in sorted(came))
-            return (
-                f"{numbers} did not come to {hosts.address}, port {hosts.port}, within {hosts.join_seconds} s; there: "
-                f"{there}; start the same command on each with its own NODE_RANK and this MASTER_ADDR"
-            )
-        time.sleep(_POLL_SECONDS)
-    return ""
-
-
-def _answers(board: "_Board", came: dict[int, Facts]) -> str:
-    """What the other hosts found when they tried to reach each other; empty when all is well."""
-    for rank in sorted(came):
-        if rank and (sentence := board.get(f"reached/{rank}", len(came) * _CONNECT_SECONDS + _ANSWER_SECONDS)):
-            return str(sentence)
-    return ""
-
-
-def _unreached(rank: int, facts: Facts, peers: dict[int, Facts]) -> str:
-    """A sentence on the first host that this one does not reach, or empty."""
-    for other, found in sorted(peers.items()):
-        try:
-            socket.create_connection(tuple(found["address"]), timeout=_CONNECT_SECONDS).close()
-        except OSError as error:
-            return (
-                f"{_name(rank, facts)} does not reach {_name(other, found)} at {found['address'][0]}: "
-                f"{error.strerror or error}; let the hosts reach each other on every port"
-            )
-    return ""
-
-
-@contextmanager
-def _door(address: str) -> Iterator[tuple[str, int]]:
-    """A port of this host that the others try to reach."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.bind((address, 0))
-        listener.listen(socket.SOMAXCONN)
-        yield address, listener.getsockname()[1]
-
-
-@contextmanager
-def _mark(run_dir: Path) -> Iterator[str]:
-    """A file in the run folder for the others to find; its name."""
+def _mark(run_dir: Path) -> str:
+    """Name of a new file in the run folder for the other hosts to find."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=run_dir, prefix=".hosts-") as file:
-        yield Path(file.name).name
+    descriptor, name = tempfile.mkstemp(dir=run_dir, prefix=".hosts-")
+    os.close(descriptor)
+    return Path(name).name
 
 
-def _name(rank: int, facts: Facts) -> str:
-    return f"host {rank} ({facts['host']})"
+def _name(facts: Facts) -> str:
+    return f"host {facts['number']} ({facts['host']})"
 
 
-def _sentence(first: Facts, other: Facts, rank: int, found: str, wanted: str, remedy: str) -> str:
-    return f"{_name(rank, other)} has {found} where {_name(0, first)} has {wanted}; {remedy}"
-
-
-class _Board:
-    """JSON texts by name in a store, waited for with patience."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def put(self, key: str, value: Any) -> None:
-        self._store.set(f"preflight/{key}", json.dumps(value))
-
-    def has(self, key: str) -> bool:
-        return bool(self._store.check([f"preflight/{key}"]))
-
-    def get(self, key: str, patience_seconds: float) -> Any:
-        self.wait_for_any((key,), patience_seconds)
-        self._store.wait([f"preflight/{key}"], timedelta(seconds=_ANSWER_SECONDS))
-        return json.loads(self._store.get(f"preflight/{key}"))
-
-    def wait_for_any(self, keys: Iterable[str], patience_seconds: float) -> None:
-        deadline = time.monotonic() + patience_seconds
-        while not any(self.has(key) for key in keys):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"no answer from another host within {patience_seconds:.0f} s while hosts are compared"
-                )
-            time.sleep(_POLL_SECONDS)
+def _sentence(first: Facts, other: Facts, found: str, wanted: str, remedy: str) -> str:
+    return f"{_name(other)} has {found} where {_name(first)} has {wanted}; {remedy}"

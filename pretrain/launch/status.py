@@ -23,7 +23,11 @@ _PR_SET_PDEATHSIG = 1
 
 def follow_launcher() -> None:
     """Called by a worker at its start: it is to save and end when the launcher is killed, not to train on alone."""
-    if os.environ.get(STATUS_DIR) and sys.platform == "linux":
+    if not (folder := os.environ.get(STATUS_DIR)):
+        return
+    # What an earlier worker saved, which stopped for a host that came, says nothing of this one's steps.
+    _ended(folder).unlink(missing_ok=True)
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
         # It may have been killed while this process imported, for which nobody sends a signal.
         if str(os.getppid()) != os.environ.get(LAUNCHER, ""):
@@ -33,4 +37,13 @@ def follow_launcher() -> None:
 def record_success() -> None:
     """Called by a worker at the end of its work: tells the launcher on this host, if there is one."""
     if folder := os.environ.get(STATUS_DIR):
-        Path(folder, f"ended-{os.environ.get('LOCAL_RANK', '0')}").touch()
+        _ended(folder).touch()
+
+
+def ended_well() -> int:
+    """Called by the launcher: how many workers of this host have."""
+    return len(list(Path(os.environ[STATUS_DIR]).glob("ended-*")))
+
+
+def _ended(folder: str) -> Path:
+    return Path(folder, f"ended-{os.environ.get('LOCAL_RANK', '0')}")

@@ -127,6 +127,15 @@ def is_communication(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _COMMUNICATION)
 
 
+def unreached(error: Exception) -> str:
+    """What there is to say when this rank cannot join the others: who, whom, and what to do."""
+    rank, ranks, first = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return (
+        f"rank {rank} on {socket.gethostname()} does not reach the other {int(ranks) - 1} ranks, the first of them at "
+        f"{first} ({_first_line(error)}); let the hosts reach each other on every port"
+    )
+
+
 def record_flights(run_dir: Path) -> None:
     """Has PyTorch keep the last collectives of every rank, and NCCL's watchdog write them when one times out. Before
     torch.distributed starts."""
@@ -151,7 +160,7 @@ def write_flights(run_dir: Path) -> Path | None:
 
 
 def _key(rank: int) -> str:
-    return f"roll-call/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
+    return f"roll-call/{rank}"
 
 
 def _first_line(error: Exception) -> str:
