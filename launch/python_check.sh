@@ -116,6 +116,7 @@ else
     fail "no Python $version runs as python$version, and neither uv nor, for root and 3.11 or 3.13, debootstrap is there"
 fi
 mkdir -p "$project"
+find "$project" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} + # what is no longer in the project, too
 (cd "$root" && git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -cf -) |
     tar -C "$project" -xf -
 cd "$project"
