@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -218,6 +219,7 @@ def train_step(
     carried: CarriedState | None = None,
     loss_limit: float = math.inf,
     telemetry: MemoryTelemetry | None = None,
+    in_flight: int = 1,
 ) -> StepResult:
     """Forward, backward and update on this rank's micro-batches of one step.
 
@@ -232,6 +234,7 @@ def train_step(
             the update is left out, it stays what it was.
         loss_limit: With a higher loss the update is left out.
         telemetry: Looks into the memories of the first micro-batch.
+        in_flight: Forward passes before the first backward pass. Sums of gradients are the same, bit for bit.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
@@ -241,19 +244,22 @@ def train_step(
     gate: UpdateGate = engine.update_gate
     before = dict(carried.states) if carried else {}
     loss_sum = torch.zeros((), device=device())
-    for place, micro_batch in enumerate(micro_batches, 1):
-        last = place == len(micro_batches)
-        engine.set_gradient_accumulation_boundary(last)
-        with telemetry.watching() if telemetry and place == 1 else contextlib.nullcontext():
-            loss = token_losses(engine, micro_batch, place, carried).mean()
-        engine.backward(loss)
-        loss_sum += loss.detach()
-        if last:
-            mean_loss = _mean_over_data_ranks(loss_sum / len(micro_batches))
-            gate.judge_loss(mean_loss, loss_limit)
-            if engine.zero_optimization_stage() == 0:
-                gate.set_norm(_gradient_norm(engine.module))
-        engine.step()
+    losses: deque[Tensor] = deque()
+    for begin in range(0, len(micro_batches), in_flight):
+        for place, micro_batch in enumerate(micro_batches[begin : begin + in_flight], begin + 1):
+            with telemetry.watching() if telemetry and place == 1 else contextlib.nullcontext():
+                losses.append(token_losses(engine, micro_batch, place, carried).mean())
+        for place in range(begin + 1, begin + len(losses) + 1):
+            loss, last = losses.popleft(), place == len(micro_batches)
+            engine.set_gradient_accumulation_boundary(last)
+            engine.backward(loss)
+            loss_sum += loss.detach()
+            if last:
+                mean_loss = _mean_over_data_ranks(loss_sum / len(micro_batches))
+                gate.judge_loss(mean_loss, loss_limit)
+                if engine.zero_optimization_stage() == 0:
+                    gate.set_norm(_gradient_norm(engine.module))
+            engine.step()
     norm, left_out = gate.result()
     found_loss, found_norm, skipped = torch.stack([mean_loss, norm, left_out.float()]).tolist()
     if carried and skipped:

@@ -76,7 +76,8 @@ class Run:
         telemetry = self.telemetry if every and step % every == 0 else None
         limit = self.health.update_limit()
         with self.ranks.waiting.measured():
-            result = train_step(self.engine, self.micro_batches, lr, self.carried, limit, telemetry)
+            in_flight = self.config.parallel.in_flight
+            result = train_step(self.engine, self.micro_batches, lr, self.carried, limit, telemetry, in_flight)
         seconds, train = time.perf_counter() - began, self.config.train
         if telemetry:
             self.metrics.record("memory", step, telemetry.collect())

@@ -245,6 +245,9 @@ class ParallelConfig:
     context: int = 1
     """Ranks that share the tokens of a row (context parallelism): each reads its part and hands the state of every
     layer on to the next, when it has read it or, where states compose (linear recurrences), before."""
+    in_flight: int = 1
+    """With context ranks: micro-batches whose forward passes run before the first one's backward pass. They fill the
+    time in which ranks wait for their neighbours, and each keeps its activations meanwhile."""
     pipeline: int = 1
     """Always 1: pipeline parallelism is not supported."""
     zero_stage: int = 1
@@ -258,13 +261,18 @@ class ParallelConfig:
     """The same after the first step; longer than the slowest evaluation."""
 
     def __post_init__(self) -> None:
-        _at_least("parallel", self, tensor=1, context=1, pipeline=1, zero_stage=0)
+        _at_least("parallel", self, tensor=1, context=1, in_flight=1, pipeline=1, zero_stage=0)
         _at_least("parallel", self, timeout_seconds=1, step_timeout_seconds=1)
         _one_of("parallel.memory_parallel", self.memory_parallel, ("auto", "heads", "hidden"))
         if self.pipeline > 1:
             raise ValueError(
                 f"parallel.pipeline is {self.pipeline}, but pipeline parallelism is not supported; divide the model "
                 "with parallel.tensor, rows with parallel.context, optimizer and weights with parallel.zero_stage"
+            )
+        if self.in_flight > 1 and self.context == 1:
+            raise ValueError(
+                f"parallel.in_flight {self.in_flight} fills the time that context ranks wait for each other, and "
+                "parallel.context is 1; leave it out"
             )
         if self.zero_stage > 3:
             raise ValueError(f"parallel.zero_stage is {self.zero_stage}; it must be 0, 1, 2 or 3")

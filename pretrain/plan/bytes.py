@@ -216,13 +216,14 @@ def activation_bytes(config: RunConfig, layout: Layout) -> dict[str, int]:
     norms = ((3 * w + 2 * FLOAT32) / layout.token_ranks + w) * model.dim
     around = norms + 4 * w * model.ffn_dim / layout.tensor
     blocks, states = _kept_by_blocks(config, layout, around)
-    at_once = min(work.tokens, config.train.loss_chunk or work.tokens)
+    together = min(config.parallel.in_flight, layout.micro_batches)  # forward passes that wait for their backward pass
+    with_logits = min(together * work.tokens, config.train.loss_chunk or together * work.tokens)
     final_norm = (2 * w + FLOAT32) * model.dim / layout.token_ranks
     parts = {
-        "activations": work.tokens * (blocks + final_norm),
-        "memory_states": states,
+        "activations": together * work.tokens * (blocks + final_norm),
+        "memory_states": together * states,
         "memory_group_at_work": max(mixer.at_work(work) for mixer in model.mixers),
-        "logits": at_once * padded_vocab_size(model.vocab_size) / layout.tensor * (FLOAT32 + w),
+        "logits": with_logits * padded_vocab_size(model.vocab_size) / layout.tensor * (FLOAT32 + w),
     }
     return {name: int(size) for name, size in parts.items()}
 

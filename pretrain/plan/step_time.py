@@ -102,8 +102,9 @@ def step_time(config: RunConfig, layout: Layout, parameters: list[Parameter], gp
         more = sum(mixer.composing_flops(config.model, tokens) for mixer in config.model.blocks) / layers / rate
         passes = 1 if config.train.recompute == "none" else 2
         longer = work._replace(forward=[forward + more] * layers, backward=[backward + (1 + passes) * more] * layers)
-        found = simulate([[longer] * layout.context], link)
-        efficiency = work.seconds / found.seconds
+        together = min(config.parallel.in_flight, layout.micro_batches)
+        found = simulate([[longer] * layout.context] * together, link, together)
+        efficiency = together * work.seconds / found.seconds
     return StepTime(layout.micro_batches * work.seconds / efficiency, again, efficiency)
 
 

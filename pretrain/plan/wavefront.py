@@ -125,19 +125,21 @@ def equal_efficiency(layers: int, ranks: int) -> float:
     return layers / (layers + ranks - 1)
 
 
-def simulate(work: Sequence[Sequence[Work]], link: Link | None = None) -> Wavefront:
+def simulate(work: Sequence[Sequence[Work]], link: Link | None = None, in_flight: int = 1) -> Wavefront:
     """A step from the times of its parts.
 
     Args:
         work: For each micro-batch, for each rank in the order of the tokens.
         link: Messages between neighbours; None for messages that take no time.
+        in_flight: Forward passes before the first backward pass.
     """
     link = link or Link()
     tasks: list[Task] = []
     free = [0.0] * len(work[0])
-    for micro_batch, ranks in enumerate(work):
+    for begin in range(0, len(work), in_flight):
         for direction in (FORWARD, BACKWARD):
-            free = _pass(micro_batch, direction, ranks, free, link, tasks)
+            for micro_batch, ranks in enumerate(work[begin : begin + in_flight], begin):
+                free = _pass(micro_batch, direction, ranks, free, link, tasks)
     busy = [sum(ranks[rank].seconds for ranks in work) for rank in range(len(free))]
     return Wavefront(tasks, busy, max(free))
 

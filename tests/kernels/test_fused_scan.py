@@ -43,6 +43,12 @@ SMALL = [
 TILED = Sizes(batch=1, heads=1, hidden=128)
 
 
+def twice_tiled() -> object:
+    """Two rows of TILED, which take long in the interpreter."""
+    sizes = replace(TILED, batch=2)
+    return pytest.param(sizes, marks=pytest.mark.slow, id=str(sizes))
+
+
 @pytest.mark.parametrize("sizes", PLAIN + DEEP + WIDE, ids=str)
 def test_kernels_equal_the_oracle(sizes: Sizes, device: str) -> None:
     assert kernels_differ(make_problem(sizes), device) < FLOAT32
@@ -66,7 +72,7 @@ def test_errors_are_those_at_the_tokens_own_last_matrix(sizes: Sizes, device: st
     assert kernels_differ(problem, device) < FLOAT32
 
 
-HELD = [Sizes(heads=1), replace(TILED, batch=2), Sizes(heads=1, width=32, hidden=64, length=64, block=32)]
+HELD = [Sizes(heads=1), twice_tiled(), Sizes(heads=1, width=32, hidden=64, length=64, block=32)]
 
 
 @pytest.mark.parametrize("sizes", HELD, ids=str)
@@ -135,7 +141,7 @@ def test_state_shell_acts_as_in_the_oracle(sizes: Sizes, make: Callable[[Sizes],
     assert kernels_differ(problem, device) < FLOAT32
 
 
-@pytest.mark.parametrize("sizes", [Sizes(depth=1), Sizes(heads=1, length=64), replace(TILED, batch=2)], ids=str)
+@pytest.mark.parametrize("sizes", [Sizes(depth=1), Sizes(heads=1, length=64), twice_tiled()], ids=str)
 def test_documents_begin_in_the_fresh_state(sizes: Sizes, device: str) -> None:
     problem = make_problem(sizes)
     problem.restarts = torch.zeros(problem.chunks, sizes.batch, dtype=torch.bool)
@@ -143,7 +149,7 @@ def test_documents_begin_in_the_fresh_state(sizes: Sizes, device: str) -> None:
     assert kernels_differ(problem, device) < FLOAT32
 
 
-@pytest.mark.parametrize("sizes", [Sizes(depth=1), Sizes(heads=1), replace(TILED, batch=2)], ids=str)
+@pytest.mark.parametrize("sizes", [Sizes(depth=1), Sizes(heads=1), twice_tiled()], ids=str)
 def test_chunks_that_are_not_full_write_what_they_hold_and_meet_no_shell(sizes: Sizes, device: str) -> None:
     problem = outside_the_shell(sizes)
     problem.closed = torch.ones(problem.chunks, sizes.batch, dtype=torch.bool)

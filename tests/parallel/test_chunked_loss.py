@@ -13,6 +13,7 @@ from titans_mcore.parallel import start, stop, transformer_config
 from ..pretrain.jobs import ROOT, Job
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_whole_logits_over_two_tensor_parallel_ranks(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     worker = [

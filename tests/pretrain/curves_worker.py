@@ -30,7 +30,8 @@ def curve(config, run_dir, groups):
     carried = CarriedState(config.model) if config.data.carry_state else None
     results = []
     for step in range(1, config.train.steps + 1):
-        results.append(train_step(engine, batches.fetch(step - 1), rate_of(step, config), carried))
+        rate, in_flight = rate_of(step, config), config.parallel.in_flight
+        results.append(train_step(engine, batches.fetch(step - 1), rate, carried, in_flight=in_flight))
     batches.close()
     return {
         "loss": [result.loss for result in results],

@@ -46,12 +46,19 @@ LAYOUTS = {
     "tensor 4, hidden": (4, "--parallel.tensor 4 --parallel.memory-parallel hidden"),
     "context 2": (2, "--parallel.context 2"),
     "context 2, ZeRO 2": (2, "--parallel.context 2 --parallel.zero-stage 2"),
+    "context 2, in flight": (2, "--parallel.context 2 --train.micro-batch 1 --parallel.in-flight 3"),
+    "context 2, in flight, ZeRO 2": (
+        2,
+        "--parallel.context 2 --train.micro-batch 1 --parallel.in-flight 4 --parallel.zero-stage 2 "
+        "--train.recompute block",
+    ),
     "context 2 x data 2, ZeRO 2, offloaded": (
         4,
         "--parallel.context 2 --parallel.zero-stage 2 --parallel.offload-optimizer true",
     ),
     "context 2 x tensor 2, sequence": (4, "--parallel.context 2 --parallel.tensor 2 --parallel.sequence true"),
     "context 4": (4, "--parallel.context 4"),
+    "context 4, in flight": (4, "--parallel.context 4 --train.micro-batch 1 --parallel.in-flight 4"),
 }
 # Batches of 2, then of 4; rows of 8, 16 and 32 tokens: both change in the middle. For one variant.
 WARM = (

@@ -89,6 +89,7 @@ def test_a_run_without_a_healthy_checkpoint_has_nothing_to_go_back_to(sabotaged,
     assert "there is no healthy checkpoint to go back to, at step 3" in err
 
 
+@pytest.mark.slow
 def test_bad_steps_in_a_row_leave_an_autopsy_that_can_be_replayed_in_one_process(sabotaged, tmp_path):
     diverging = ["--variant", "mac", "--optimizer.lr", "1e4", "--optimizer.clip-norm", "0"]
     diverging += ["--health.in-a-row", "3"]
@@ -171,6 +172,7 @@ def test_a_batch_that_is_long_in_coming_is_spoken_about(sabotaged, tmp_path):
     assert "has waited 0 s for the batch of step 5, and all others for it; is the storage of data.path slow?" in err
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_answer_is_named_when_a_collective_times_out(sabotaged, tmp_path):
     settings = ["--train.steps", "100000", "--parallel.step-timeout-seconds", "5", "--checkpoint.every-steps", "0"]
     job = sabotaged("nothing", tmp_path, *settings, processes=2)

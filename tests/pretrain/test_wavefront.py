@@ -36,6 +36,18 @@ def test_equal_times_reproduce_the_closed_form(layers, ranks, n):
     assert found.seconds == pytest.approx(n * (layers + ranks - 1) * 3.5)
 
 
+@pytest.mark.parametrize(
+    ("layers", "ranks", "n", "in_flight"), [(3, 8, 4, 4), (24, 8, 8, 8), (24, 8, 8, 4), (5, 3, 7, 2)]
+)
+def test_passes_in_flight_fill_the_gaps(layers, ranks, n, in_flight):
+    """Of each group of forward passes, and of backward ones, only the first waits for the ranks in front."""
+    found = simulate(equal(layers, ranks, 1.0, 2.0, n), in_flight=in_flight)
+    groups = -(-n // in_flight)
+    assert found.seconds == pytest.approx(3 * (n * layers + groups * (ranks - 1)))
+    if groups == 1:
+        assert found.efficiency == pytest.approx(n * layers / (n * layers + ranks - 1))
+
+
 def test_the_head_of_all_ranks_but_the_last_hides_in_their_waiting():
     assert simulate(equal(4, 3, head=5.0)).seconds == pytest.approx((4 + 3 - 1) * 3 + 5)
 

@@ -7,6 +7,7 @@ from pretrain.report.records import read_records
 from titans_mcore.weights import find_checkpoint, load_full
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_it_is_given_at_another_layout(train, launch, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     status, _, err = train(first, "--train.steps", "2").wait()
@@ -29,6 +30,7 @@ def steps_of(run_dir, name):
     return {record["step"]: record[name] for record in read_records(run_dir) if record["kind"] == "step"}
 
 
+@pytest.mark.slow
 def test_a_decay_begins_at_a_healthy_checkpoint_of_a_stable_run(train, tmp_path):
     stable, again, decayed = (tmp_path / name for name in ("stable", "again", "decayed"))
     wsd = [

@@ -52,6 +52,7 @@ def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool], del
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_with_9_at_random_moments_it_ends_with_the_same_bytes(tmp_path, tokenizer, long_corpus):
     wanted = {"workers": 2, "unit_mb": 0.05, "shard_tokens": 60_000}
     encode(encode_settings(long_corpus, tokenizer, tmp_path / "never-stopped", **wanted | {"workers": 1}))

@@ -21,7 +21,9 @@ from titans_mcore.memory import TensorTree
 
 _HEADER_BYTES = 8192
 Tree = TypeVar("Tree", bound=TensorTree)
-# What is on its way. A message that is freed before it has arrived is lost, also with the model that sent it.
+# What is on its way, of the pass before and of this one. A message that is freed before it has arrived is lost, also
+# with the model that sent it.
+_EARLIER: list[tuple[dist.Work, Tensor]] = []
 _SENT: list[tuple[dist.Work, Tensor]] = []
 
 
@@ -36,14 +38,15 @@ class ContextRelay:
         self.group, self.rank, self.ranks = group, group.rank(), group.size()
 
     def begin(self) -> None:
-        """Called at the start of a pass: waits until what this process sent before has arrived.
+        """Called at the start of a pass: waits until what this process sent before the last one has arrived.
 
-        It costs nothing: the pass's first state comes from the left neighbour, which took those gradients first. Where
-        states compose it costs no more than the neighbours are behind.
+        Not what the last one sent, which a neighbour takes while it reads the rows that this process is done with.
         """
-        while _SENT:
-            work, _ = _SENT.pop()
+        while _EARLIER:
+            work, _ = _EARLIER.pop()
             work.wait()
+        _EARLIER.extend(_SENT)
+        _SENT.clear()
 
     def receive(self, kind: type[Tree], hidden: Tensor) -> Tree | None:
         """The state that the rank before has left in this layer; None on the first rank.
