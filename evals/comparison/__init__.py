@@ -25,7 +25,7 @@ class ComparisonSettings:
     data: Path | None = None
     """Folder of shards from `python -m tokenization.encode`; the part text needs it."""
     systems: tuple[str, ...] = ()
-    """Names of the paper's sizes (the mac of mac_760m); by default all."""
+    """Names of the paper's sizes (the mac of mac_760m), by default all; or of its ablations (lmm_linear, ...)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each decides initial weights and the order of the data, for all systems alike."""
     parts: tuple[Literal["text", "lists", "needles"], ...] = ("text", "lists")

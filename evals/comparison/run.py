@@ -43,6 +43,16 @@ _LONG_TOKENS = 32_768  # of held-out text, streamed
 _WARM_UP_STEPS = 20
 
 
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "lmm_linear": {"memory_depth": 1},
+    "lmm_depth_3": {"memory_depth": 3},
+    "lmm_depth_4": {"memory_depth": 4},
+    "lmm_no_convolution": {"conv_kernel": 1},
+    "lmm_no_momentum": {"memory_momentum": False},
+    "lmm_no_forgetting": {"memory_forgetting": False},
+    "lmm_no_persistent_tokens": {"persistent_tokens": 0},
+}
+"""The paper's Table 5, and its Figure 7 on depths: what differs from LMM."""
 _REFERENCE = "transformer"
 _TOLERANCE = 0.03
 _WIDTH_STEP = 8  # the least that GPUs multiply well
@@ -70,11 +80,12 @@ def choose(names: Sequence[str], shared: TitansConfig) -> list[System]:
     Raises:
         EvaluationError: A name is unknown, or a system cannot have Transformer++'s parameters.
     """
-    known = systems()
+    paper = systems()
+    known = paper | {name: paper["lmm"] | model for name, model in ABLATIONS.items()}
     if unknown := sorted(set(names) - set(known)):
         raise EvaluationError(f"--systems names {', '.join(unknown)}; choose among: {', '.join(known)}")
     target = sum(_count(replace(shared, **known[_REFERENCE])))
-    return [_matched(name, known[name], shared, target) for name in names or known]
+    return [_matched(name, known[name], shared, target) for name in names or paper]
 
 
 def _matched(name: str, model: dict[str, Any], shared: TitansConfig, target: int) -> System:
@@ -211,7 +222,7 @@ class _Parts:
         run, config = self._run_dir(part, system, seed), self.settings.config
         own = {f"model.{name}": value for name, value in system.model.items()}
         settings = {**more, **own, "train.seed": seed, "train.steps": steps, "parallel.tensor": 1}  # one process
-        flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+        flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", _flag(value))]
         named = ["--config", Path(config).resolve() if Path(config).exists() else config, "--run-dir", run]
         child("pretrain.train", *named, "--data.path", data, *flags, lock=self.lock, run=run)
         return run, outcome(run, steps)
@@ -288,6 +299,10 @@ def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Man
                 "not compare; ask for the same, or give another --output"
             )
     write_json(file, before | budget)
+
+
+def _flag(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _read(file: Path) -> dict[str, Any]:

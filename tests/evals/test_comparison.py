@@ -7,15 +7,17 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from evals.command_line import EvaluationError
 from evals.comparison import ComparisonSettings
-from evals.comparison.run import choose, compare
+from evals.comparison.run import ABLATIONS, choose, compare
 from evals.comparison.summary import Result, columns, markdown, means, write_report
+from evals.paper import published
+from evals.paper.tables import ablated
 from evals.record_file import RecordFile
 from evals.report import mean_interval
 from pretrain.config.files import build, read_config, systems
@@ -71,6 +73,17 @@ def test_every_system_has_the_parameters_of_transformer_within_3_percent() -> No
         assert counted["total"] - counted["embedding"] == system.parameters, system.name
         assert system.parameters == pytest.approx(chosen["transformer"].parameters, rel=0.03), system.name
         assert (config.num_layers, config.dim) == (shared.num_layers, shared.dim)
+
+
+def test_the_ablations_are_those_of_the_papers_table_and_differ_in_nothing_else() -> None:
+    shared = build(*read_config("comparison")).model
+    lmm, *others = choose(("lmm", *ABLATIONS), shared)
+    rows = [ablated(asdict(replace(shared, **system.model))) for system in (lmm, *others)]
+    assert {row for row in rows if row} == published.ABLATION.keys()
+    for system in others:
+        differs = {name for name, value in system.model.items() if name not in lmm.model}
+        assert differs == ABLATIONS[system.name].keys()
+        assert system.parameters == pytest.approx(lmm.parameters, rel=0.03)
 
 
 def test_a_system_too_large_for_transformers_parameters_is_refused() -> None:
