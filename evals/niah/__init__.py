@@ -9,6 +9,9 @@ from typing import Literal
 
 from evals.command_line import EvaluationError, ModelOptions, check_at_least
 
+TaskLetters = Literal["pk", "n", "w", "mk1", "mk2", "mk3", "mv", "mq"]
+"""See evals.niah.templates.TASKS."""
+
 
 @dataclass(frozen=True)
 class NiahSettings(ModelOptions):

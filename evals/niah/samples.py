@@ -11,7 +11,7 @@ import numpy as np
 
 from evals.command_line import EvaluationError
 from evals.niah import templates
-from evals.niah.haystacks import NOISE, PROSE, Filling, Haystack, Source, Splicer
+from evals.niah.haystacks import NOISE, PROSE, Filling, Haystack, Source, Splicer, needles_source
 
 Fill = Literal["exact", "ruler_2024"]
 MAIN = "none"
@@ -113,12 +113,17 @@ class SampleBuilder:
         """
         self._processor, self._splicer = processor, Splicer(processor)
         self._answer_room, self._fill, self._window, self.words = max_new_tokens, fill, window, words
-        self._sources = {"noise": NOISE, "prose": text}
+        self._sources = {
+            task.name: needles_source(task, words)
+            if task.haystack == "needles"
+            else {"noise": NOISE, "prose": text}[task.haystack]
+            for task in templates.TASKS.values()
+        }
         self._haystacks: dict[tuple[str, int], Haystack] = {}
 
     def source(self, task: str) -> Source:
         """The text in which a task hides its needle."""
-        return self._sources[templates.BY_NAME[task].haystack]
+        return self._sources[task]
 
     def check(self, name: SampleKey) -> None:
         """Looks whether the sample fits, without building it.
@@ -183,7 +188,7 @@ class SampleBuilder:
 
     def _haystack(self, name: SampleKey) -> Haystack:
         source = self.source(name.task)
-        place = (source.label, name.seed if source is PROSE else 0)
+        place = (source.sha256, name.seed if source.seeded else 0)
         if place not in self._haystacks:
             self._haystacks[place] = Haystack(source, self._splicer, name.seed)
         return self._haystacks[place]
@@ -220,7 +225,7 @@ class SampleBuilder:
 
 
 def _step(name: SampleKey, hay: Haystack) -> int:
-    """RULER's step of 2024: words of prose, or lines of noise."""
-    if hay.source is not NOISE:
+    """RULER's step of 2024: words of prose, or lines."""
+    if not hay.of_lines:
         return _RULER_WORDS
     return _RULER_FEW_LINES if name.length < _RULER_SHORT else _RULER_LINES

@@ -1,15 +1,18 @@
 """The words of the tasks, and how an answer is judged. They define the tasks: scores compare with published ones.
 
-The sentences NOISE, NEEDLE, OPENING and QUESTION are those of RULER's tasks niah_single_1 to niah_single_3, from
+The sentences NOISE, NEEDLE, OPENING, QUESTION and those OF_SEVERAL are those of RULER's tasks niah_*, from
 https://github.com/NVIDIA/RULER, Copyright (c) 2024, NVIDIA CORPORATION, licensed under the Apache License, Version 2.0
-(the LICENSE of this project has its text). Changed: put into the singular that RULER makes at run time for one needle,
-question and answer prefix joined. Keys are drawn from word lists of this project's own, or from RULER's where the user
-has them.
+(the LICENSE of this project has its text). Changed: those of one value put into the singular that RULER makes at run
+time, question and answer prefix joined. Keys are drawn from word lists of this project's own, or from RULER's where the
+user has them.
 """
 
 import hashlib
 import random
 import re
+import uuid
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,50 +22,103 @@ OPENING = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the number afterwards."
 )
+OPENING_OF_SEVERAL = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the numbers afterwards."
+)
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = (
     "What is the special magic number for {key} mentioned in the provided text? "
     "The special magic number for {key} mentioned in the provided text is"
 )
+QUESTION_OF_SEVERAL = (
+    "What are all the special magic numbers for {key} mentioned in the provided text? "
+    "The special magic numbers for {key} mentioned in the provided text are"
+)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of RULER's tasks with a single needle."""
+    """One of RULER's tasks with needles."""
 
     name: str
     """RULER's name."""
     column: str
-    """The column of the paper's table."""
+    """The column of the paper's table, or what RULER's paper calls it."""
     haystack: str
-    """noise, one line again and again; or prose, which is RULER's essays, a file of the user's or written by a seed."""
+    """noise, one line again and again; prose, which is RULER's essays, a file of the user's or written by a seed; or
+    needles, lines like the one asked for with other keys and values."""
     value: str
     """number, seven digits; or uuid, random, version 4."""
+    key: str = "words"
+    """words, adjective-noun; or uuid."""
+    keys: int = 1
+    """Keys that are hidden in the haystack."""
+    values: int = 1
+    """Needles of each key, every one with a value of its own."""
+    asked: int = 1
+    """Keys that are asked for, all in one question."""
 
     @property
     def opening(self) -> str:
         """What stands before the haystack."""
-        return self._worded(OPENING)
+        return self._worded(OPENING_OF_SEVERAL if self._of_several else OPENING)
 
     def needle(self, key: str, value: str) -> str:
         """The sentence that is to be remembered."""
         return self._worded(NEEDLE).format(key=key, value=value)
 
-    def question(self, key: str) -> str:
+    def question(self, *keys: str) -> str:
         """What stands behind the haystack, the beginning of the answer included."""
-        return self._worded(QUESTION).format(key=key)
+        return self._worded(QUESTION_OF_SEVERAL if self._of_several else QUESTION).format(key=listed(keys))
+
+    def draw_key(self, generator: random.Random, words: "Words") -> str:
+        """A needle's key."""
+        return _uuid(generator) if self.key == "uuid" else words.key(generator)
+
+    def draw_value(self, generator: random.Random) -> str:
+        """A needle's value."""
+        number = str(generator.randint(10**6, 10**7 - 1))
+        return _uuid(generator) if self.value == "uuid" else number
+
+    @property
+    def _of_several(self) -> bool:
+        return self.asked * self.values > 1
 
     def _worded(self, text: str) -> str:
         return text.replace("number", self.value)
+
+
+def listed(words: Sequence[str]) -> str:
+    """Keys as RULER names several, and values as an answer does: "a, b, and c"."""
+    return f"{', '.join(words[:-1])}, and {words[-1]}" if len(words) > 1 else words[0]
+
+
+def held_out(text: str) -> bool:
+    """Whether a key or value is of the half that is asked for where a sample has several needles.
+
+    A haystack of needles has none of them, so that what is asked for stands there once however long it is; training
+    data have no value of this half.
+    """
+    return zlib.crc32(text.encode()) % 2 == 1
+
+
+def _uuid(generator: random.Random) -> str:
+    return str(uuid.UUID(int=generator.getrandbits(128), version=4))
 
 
 TASKS = {
     "pk": Task("niah_single_1", "S-NIAH-PK", "noise", "number"),
     "n": Task("niah_single_2", "S-NIAH-N", "prose", "number"),
     "w": Task("niah_single_3", "S-NIAH-W", "prose", "uuid"),
+    "mk1": Task("niah_multikey_1", "MK-NIAH-1", "prose", "number", keys=4),
+    "mk2": Task("niah_multikey_2", "MK-NIAH-2", "needles", "number"),
+    "mk3": Task("niah_multikey_3", "MK-NIAH-3", "needles", "uuid", key="uuid"),
+    "mv": Task("niah_multivalue", "MV-NIAH", "prose", "number", values=4),
+    "mq": Task("niah_multiquery", "MQ-NIAH", "prose", "number", keys=4, asked=4),
 }
-"""By the letters of the paper's columns."""
+"""By the letters of the paper's columns, and RULER's further tasks with needles as its synthetic.yaml has them."""
 TASK = TASKS["pk"].name
 BY_NAME = {task.name: task for task in TASKS.values()}
 
@@ -96,6 +152,11 @@ class Words:
     """Of which it has one behind it."""
     name: str
     """own, or SHA-256 over the files that they came from."""
+
+    @property
+    def keys(self) -> int:
+        """How many keys there are."""
+        return len(self.adjectives) * len(self.nouns)
 
     def key(self, generator: random.Random) -> str:
         """A needle's key, such as amber-anchor."""
