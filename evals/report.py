@@ -23,8 +23,12 @@ _Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's, 1 to 10 degrees
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion; (0, 1) without trials."""
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion; (0, 1) without trials.
+
+    Of shares from 0 to 1, as `successes` their sum, the interval is too wide rather than too narrow: none varies more
+    than a yes or no with the same mean.
+    """
     if not trials:
         return 0.0, 1.0
     share, z2 = successes / trials, _Z_95**2

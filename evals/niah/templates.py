@@ -13,7 +13,7 @@ import re
 import uuid
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evals.command_line import EvaluationError
@@ -122,6 +122,24 @@ TASKS = {
 TASK = TASKS["pk"].name
 BY_NAME = {task.name: task for task in TASKS.values()}
 
+
+def with_keys(task: Task, keys: int) -> Task:
+    """A task with another number of keys in the haystack, with a name of its own."""
+    if keys == task.keys:
+        return task
+    return replace(task, name=f"{task.name}_keys_{keys}", column=f"{task.column} of {keys} keys", keys=keys)
+
+
+def by_name(name: str) -> Task:
+    """The task of this name, with_keys included.
+
+    Raises:
+        KeyError: There is none.
+    """
+    known, _, keys = name.partition("_keys_")
+    return with_keys(BY_NAME[known], int(keys)) if keys.isdecimal() else BY_NAME[name]
+
+
 _FEWEST_WORDS = 4  # of a line of other words in training data
 _ADJECTIVES = """
 amber ancient bitter bold brave brief bright brisk broad calm careful cheerful clever cloudy cold copper curious
@@ -202,19 +220,21 @@ _UUID = re.compile(r"\b[0-9a-f]{4,}(?:-[0-9a-f]{2,})+\b", re.IGNORECASE)
 class Score:
     """Three verdicts on one answer."""
 
-    substring: bool
-    """RULER's score: the value stands somewhere in the answer, letter case aside. A list of many values can pass."""
+    substring: float
+    """RULER's score, string_match_all: the share of the values that stand somewhere in the answer, letter case aside;
+    of one value 0 or 1. A list of many values can pass."""
     first_value: bool
-    """The first number of the answer, all its digits (or its first uuid, where the value is one), is the value."""
+    """The first number of the answer, all its digits (or its first uuid, where values are uuids), is a value."""
     wrong_value: bool
     """The first number (or uuid) of the answer is another one. An answer without one is neither right nor wrong."""
 
 
-def score(answer: str, value: str) -> Score:
-    """Judges the text a model went on with, prompt left out."""
-    first = (_NUMBER if value.isdigit() else _UUID).search(answer)
+def score(answer: str, *values: str) -> Score:
+    """Judges the text a model went on with, prompt left out, by the values that it has to have."""
+    first = (_NUMBER if values[0].isdigit() else _UUID).search(answer)
+    wanted = [value.lower() for value in values]
     return Score(
-        substring=value.lower() in answer.lower(),
-        first_value=first is not None and first[0].lower() == value.lower(),
-        wrong_value=first is not None and first[0].lower() != value.lower(),
+        substring=sum(value in answer.lower() for value in wanted) / len(wanted),
+        first_value=first is not None and first[0].lower() in wanted,
+        wrong_value=first is not None and first[0].lower() not in wanted,
     )

@@ -91,6 +91,9 @@ def test_no_document_has_a_value_of_the_evaluation(tokenizer: Path) -> None:
     samples = [builder.build(SampleKey(templates.TASK, *name)) for name in names]
     evaluated = {(sample.needle_key, sample.value) for sample in samples}
     assert len(evaluated) == len(samples) == 200
+    for task in ("niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery"):
+        asked = builder.build(SampleKey(task, 2_000, 50.0, 0, 0))
+        assert all(map(templates.held_out, asked.values)), "and training never draws such a one"
     assert not {value for _, value in trained} & {value for _, value in evaluated}
 
 
