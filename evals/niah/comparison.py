@@ -15,6 +15,7 @@ from evals.niah.templates import by_name
 from evals.report import accuracy_plot, markdown_table, wilson_interval, write_bytes, write_figure
 
 Rows = list[dict[str, Any]]
+_MOST_IN_TITLE = 4
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def main() -> None:
         for row in rows
     ]
     write_bytes(settings.output / "accuracy.md", (markdown_table(header, cells) + "\n").encode())
-    plot = accuracy_plot(", ".join(tasks), lines, settings.trained_length)
+    title = ", ".join(tasks) if len(tasks) <= _MOST_IN_TITLE else "Needles found"
+    plot = accuracy_plot(title, lines, settings.trained_length)
     write_figure(settings.output / "accuracy.png", plot)
     print(f"{settings.output}: accuracy.md, accuracy.png")
 
