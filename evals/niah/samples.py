@@ -122,8 +122,8 @@ class SampleBuilder:
             processor: The `sentencepiece.SentencePieceProcessor`, or what encodes like it.
             max_new_tokens: Room kept for the answer.
             fill: exact fills the length to the token, the last sentence cut short; ruler_2024 takes RULER's steps of
-                that year: 500 words of prose, 25 lines of noise (5 below 4,096 tokens), as many as fit.
-            text: Haystack of the tasks that hide their needle in prose.
+                that year: 500 words of prose, 25 lines (5 below 4,096 tokens), as many as fit.
+            text: Haystack of the tasks that hide needles in prose.
             window: Tokens that the control window_only leaves.
             words: What needles' keys are made of.
 

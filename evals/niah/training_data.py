@@ -117,7 +117,7 @@ def _first_that_fits(draw: Callable[[], str | None], settings: TrainingDataSetti
 
 
 @dataclass
-class Plot:
+class Draft:
     """A document but for its haystack."""
 
     task: templates.Task
@@ -169,17 +169,17 @@ class Needles:
 
     def document(self, generator: random.Random) -> str | None:
         """The next one; None where it does not have the length, or one of its keys or values stands in the prose."""
-        plot = self._plot(generator, templates.TASKS[generator.choice(self._settings.tasks)])
-        kind = plot.task.haystack
+        draft = self._draft(generator, templates.TASKS[generator.choice(self._settings.tasks)])
+        kind = draft.task.haystack
         if kind != "needles" and generator.random() < self._settings.other_words:
             kind = "words"
-        lines, joiner = self._lines(generator, plot, kind), " " if kind == "prose" else "\n"
+        lines, joiner = self._lines(generator, draft, kind), " " if kind == "prose" else "\n"
         if not self._settings.tokens:
             most = generator.randint(0, self._settings.most_lines)
-            return plot.text(list(itertools.islice(lines, most)), joiner)
-        return self._filled(plot, lines, joiner)
+            return draft.text(list(itertools.islice(lines, most)), joiner)
+        return self._filled(draft, lines, joiner)
 
-    def _plot(self, generator: random.Random, task: templates.Task) -> Plot:
+    def _draft(self, generator: random.Random, task: templates.Task) -> Draft:
         asked = task.asked * generator.randint(1, self._settings.needles)
         values: dict[str, list[str]] = {}
         while len(values) < asked + task.keys - task.asked:
@@ -191,21 +191,21 @@ class Needles:
             rounds += generator.sample(sets, len(sets))
         stated = [task.needle(key, value) for key, own in values.items() for value in own]
         stated *= generator.randint(1, self._settings.repeats)
-        return Plot(task, values, [(generator.random(), needle) for needle in stated], rounds)
+        return Draft(task, values, [(generator.random(), needle) for needle in stated], rounds)
 
     def _value(self, generator: random.Random, task: templates.Task) -> str:
         while templates.held_out(value := task.draw_value(generator)):
             pass
         return value
 
-    def _lines(self, generator: random.Random, plot: Plot, kind: str) -> Iterator[str]:
+    def _lines(self, generator: random.Random, draft: Draft, kind: str) -> Iterator[str]:
         """A haystack without an end."""
         if kind == "prose":
             start = generator.randrange(len(self._sentences))
             return (self._sentences[place % len(self._sentences)] for place in itertools.count(start))
         if kind == "noise":
             return itertools.repeat(templates.NOISE)
-        line = self._other_words if kind == "words" else partial(self._other_needle, plot=plot)
+        line = self._other_words if kind == "words" else partial(self._other_needle, draft=draft)
         return (line(generator) for _ in itertools.count())
 
     def _other_words(self, generator: random.Random) -> str:
@@ -213,15 +213,15 @@ class Needles:
         nouns, adjectives = generator.sample(self._words.nouns, 4), generator.sample(self._words.adjectives, 4)
         return " ".join(f"The {noun} is {adjective}." for noun, adjective in zip(nouns, adjectives, strict=True))
 
-    def _other_needle(self, generator: random.Random, plot: Plot) -> str:
+    def _other_needle(self, generator: random.Random, draft: Draft) -> str:
         """A needle with a key that the document does not ask for."""
-        while (key := plot.task.draw_key(generator, self._words)) in plot.values:
+        while (key := draft.task.draw_key(generator, self._words)) in draft.values:
             pass
-        return plot.task.needle(key, self._value(generator, plot.task))
+        return draft.task.needle(key, self._value(generator, draft.task))
 
-    def _filled(self, plot: Plot, lines: Iterator[str], joiner: str) -> str | None:
+    def _filled(self, draft: Draft, lines: Iterator[str], joiner: str) -> str | None:
         """The document with as much of a haystack as gives it its length; None where none is found."""
-        rest, taken, ends = self._settings.tokens - self._count(plot.text([], joiner)), list[str](), [0]
+        rest, taken, ends = self._settings.tokens - self._count(draft.text([], joiner)), list[str](), [0]
         for _ in range(_CUTS):
             if rest < 0:
                 return None
@@ -233,10 +233,10 @@ class Needles:
             if ends[whole] < rest:
                 ids = self._splicer.behind(joiner, taken[whole])[: rest - ends[whole]]
                 own.append(self._processor.decode(list(ids)).lstrip())
-            text = plot.text(own, joiner)
+            text = draft.text(own, joiner)
             if not (short := self._settings.tokens - self._count(text)):
                 haystack = joiner.join(own)
-                words = itertools.chain(plot.values, *plot.values.values())
+                words = itertools.chain(draft.values, *draft.values.values())
                 return None if any(word in haystack for word in words) else text
             rest += short
         return None
