@@ -23,8 +23,12 @@ _Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's, 1 to 10 degrees
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a proportion; (0, 1) without trials."""
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion; (0, 1) without trials.
+
+    Of shares from 0 to 1, as `successes` their sum, the interval is too wide rather than too narrow: none varies more
+    than a yes or no with the same mean.
+    """
     if not trials:
         return 0.0, 1.0
     share, z2 = successes / trials, _Z_95**2
@@ -108,6 +112,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+_MOST_IN_PLOT = 9  # lines whose names have room among them
+
+
 Cells = Mapping[tuple[int, float], tuple[float, int]]
 
 
@@ -169,19 +176,24 @@ def accuracy_plot(
 
     Args:
         title: Above the plot.
-        lines: By their names, (length, accuracy, interval) each; names with a comma, which are controls, are dashed.
+        lines: By their names, (length, accuracy, interval) each. What stands behind a comma is a control, which has the
+            colour of what it belongs to, broken.
         trained_length: Tokens of a training sequence; None draws no line.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    many = len(lines) > _MOST_IN_PLOT
+    figure = Figure(figsize=(10, max(4.0, 0.2 * len(lines))) if many else (7, 4), layout="constrained")
     axes = figure.subplots()
+    colours, styles = dict[str, str](), {"": "-"}
     for name, points in lines.items():
+        whole, _, control = name.partition(", ")
+        look: dict[str, Any] = {"color": colours.setdefault(whole, f"C{len(colours)}")}
+        look["linestyle"] = styles.setdefault(control, ("--", ":", "-.")[(len(styles) - 1) % 3])
         lengths, values, intervals = zip(*points, strict=True)
         reach = [[v - low for v, (low, _) in zip(values, intervals, strict=True)]]
         reach.append([high - v for v, (_, high) in zip(values, intervals, strict=True)])
-        style = "--" if "," in name else "-"
-        axes.errorbar(lengths, values, yerr=reach, marker="o", markersize=4, capsize=3, linestyle=style, label=name)
+        axes.errorbar(lengths, values, yerr=reach, marker="o", markersize=4, capsize=3, label=name, **look)
     axes.set_xscale("log", base=2)
     ticks = sorted({length for points in lines.values() for length, *_ in points})
     axes.set_xticks(ticks, [f"{length:,}" for length in ticks], rotation=30 if len(ticks) > 6 else 0)
@@ -190,7 +202,10 @@ def accuracy_plot(
     axes.grid(alpha=0.3)
     if trained_length is not None:
         axes.axvline(trained_length, color="black", linestyle=":", label=f"trained length {trained_length:,}")
-    axes.legend(fontsize=8)
+    if many:
+        figure.legend(fontsize=8, loc="outside right upper")
+    else:
+        axes.legend(fontsize=8)
     return figure
 
 

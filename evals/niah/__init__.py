@@ -1,4 +1,4 @@
-"""S-NIAH: a needle in a haystack, streamed through the model in pieces (RULER's niah_single_1, _2 and _3).
+"""Needles in a haystack, streamed through the model in pieces: RULER's tasks niah_*, S-NIAH the first three of them.
 
 Its settings are here and import nothing heavy: `--help` must be quick.
 """
@@ -9,10 +9,13 @@ from typing import Literal
 
 from evals.command_line import EvaluationError, ModelOptions, check_at_least
 
+TaskLetters = Literal["pk", "n", "w", "mk1", "mk2", "mk3", "mv", "mq"]
+"""See evals.niah.templates.TASKS."""
+
 
 @dataclass(frozen=True)
 class NiahSettings(ModelOptions):
-    """Finds a needle in a haystack: RULER's S-NIAH tasks, streamed with constant memory, answered greedily.
+    """Finds needles in a haystack: RULER's tasks, streamed with constant memory, answered greedily.
 
     Finished samples stand in OUTPUT/niah.jsonl and are not run again; niah.json, .csv, .md and two plots beside it
     report on every sample of this model there. Under torchrun the samples are spread over the processes.
@@ -20,13 +23,16 @@ class NiahSettings(ModelOptions):
 
     output: Path
     """Folder for niah.jsonl and the reports."""
-    tasks: tuple[Literal["pk", "n", "w"], ...] = ("pk",)
+    tasks: tuple[TaskLetters, ...] = ("pk",)
     """The paper's columns: pk (niah_single_1: noise, a number), n (niah_single_2: prose, a number), w (niah_single_3:
-    prose, a uuid)."""
+    prose, a uuid). RULER's others: mk1 (niah_multikey_1: prose, one of four keys asked for), mk2 and mk3
+    (niah_multikey_2 and _3: a haystack of needles; numbers by words, uuids by uuids), mv (niah_multivalue: prose, the
+    four values of a key), mq (niah_multiquery: prose, the values of four keys)."""
     lengths: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536)
     """Tokens of a sample: prompt and room for the answer together."""
     depths: int = 11
-    """Places of the needle, evenly from the start (0 %) to the end (100 %) of the haystack; 1 is the middle."""
+    """Places of the needle, evenly from the start (0 %) to the end (100 %) of the haystack; 1 is the middle. Of several
+    needles one that is asked for stands there, the others anywhere."""
     samples: int = 1
     """Samples of each length and depth; RULER's tables have 500 a length."""
     seed: int = 0
@@ -35,10 +41,13 @@ class NiahSettings(ModelOptions):
     """exact fills a length to the token; ruler_2024 in RULER's steps of that year: 500 words or 25 lines, whatever
     fits. The report has the tokens there really were."""
     text: Path | None = None
-    """Haystack of n and w: UTF-8 text, or RULER's PaulGrahamEssays.json; by default synthetic prose."""
+    """Haystack of n, w, mk1, mv and mq: UTF-8 text, or RULER's PaulGrahamEssays.json; by default synthetic prose."""
     words: Path | None = None
     """Folder of RULER's adjectivelist.txt and nounlist.txt, of which keys are made: the package wonderwords has them in
     its folder assets. By default lists of this project's own."""
+    keys: tuple[int, ...] = (4,)
+    """Keys in the haystack of mk1: 4 is RULER's; each other number is a task of its own in the report, so that what is
+    found can be seen against what has to be kept."""
     controls: tuple[Literal["needle_absent", "memory_reset", "memory_off", "window_only", "random_init"], ...] = ()
     """The same samples once more: without a needle; with the memory's state reset before the question; with a memory
     that is never written; with the last window of the prompt alone; with weights as before training."""
@@ -53,10 +62,12 @@ class NiahSettings(ModelOptions):
     """Most samples read side by side."""
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "lengths"):
+        for name in ("tasks", "lengths", "keys"):
             if not getattr(self, name):
                 raise EvaluationError(f"--{name} is empty; give at least one")
-        check_at_least(1, self, "depths", "samples", "max_new_tokens", "piece", "batch", "lengths")
+        check_at_least(1, self, "depths", "samples", "max_new_tokens", "piece", "batch", "lengths", "keys")
+        if self.keys != (4,) and "mk1" not in self.tasks:
+            raise EvaluationError("--keys is for the task mk1; add it to --tasks, or leave --keys out")
         if self.budget is not None and not self.budget > 0:
             raise EvaluationError(f"--budget is {self.budget}; give minutes above 0")
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -132,25 +132,47 @@ class Source:
     """A text without an end, and what to call it."""
 
     label: str
-    """noise, synthetic, file; or essay, for a file that is RULER's."""
+    """noise, synthetic, file; essay, for a file that is RULER's; or needles."""
     sha256: str
     """Of the text, or of what it is made from."""
     joiner: str
-    """What stands between two sentences: a line feed in the noise, a space in prose."""
+    """What stands between two sentences: a line feed where they are lines, a space in prose."""
+    sentences: Callable[[int], Iterator[str]]
+    """Its sentences, by the seed. Noise and a file are the same for every seed; a file begins again where it ends."""
     text: str = ""
-    """A file's text, in which no value may occur."""
+    """A file's text, in which no key or value may occur."""
     sentences_of_file: tuple[str, ...] = ()
     """Sentences of a file."""
 
-    def sentences(self, seed: int) -> Iterator[str]:
-        """Its sentences. Noise and a file are the same for every seed; a file begins again where it ends."""
-        if self.label == "noise":
-            return itertools.repeat(templates.NOISE)
-        return itertools.cycle(self.sentences_of_file) if self.sentences_of_file else sentences(seed)
+    @property
+    def seeded(self) -> bool:
+        """Whether a seed decides it."""
+        return self.label in ("synthetic", "needles")
 
 
-NOISE = Source("noise", hashlib.sha256(templates.NOISE.encode()).hexdigest(), "\n")
-PROSE = Source("synthetic", _PROSE_SHA256, " ")
+NOISE = Source(
+    "noise", hashlib.sha256(templates.NOISE.encode()).hexdigest(), "\n", lambda _: itertools.repeat(templates.NOISE)
+)
+PROSE = Source("synthetic", _PROSE_SHA256, " ", sentences)
+
+
+def needles_source(task: templates.Task, words: templates.Words) -> Source:
+    """Needles as a task's own, one a line, with keys and values that are never asked for."""
+
+    def lines(seed: int) -> Iterator[str]:
+        generator = random.Random(f"needles of {task.name} {seed}")
+
+        def other(draw: Callable[[], str]) -> str:
+            while templates.held_out(drawn := draw()):
+                pass
+            return drawn
+
+        while True:
+            key = other(lambda: task.draw_key(generator, words))
+            yield task.needle(key, other(lambda: task.draw_value(generator)))
+
+    made_of = f"{task.needle('', '')} {task.key} {task.value} {words.name} {words.adjectives} {words.nouns}"
+    return Source("needles", hashlib.sha256(made_of.encode()).hexdigest(), "\n", lines)
 
 
 def read_source(path: Path) -> Source:
@@ -173,7 +195,8 @@ def read_source(path: Path) -> Source:
     if not sentences:
         raise EvaluationError(f"--text {path}: there is no text in it; give another file")
     sha256 = hashlib.sha256(data).hexdigest()
-    return Source("essay" if sha256 in ESSAYS else "file", sha256, " ", " ".join(sentences), tuple(sentences))
+    label = "essay" if sha256 in ESSAYS else "file"
+    return Source(label, sha256, " ", lambda _: itertools.cycle(sentences), " ".join(sentences), tuple(sentences))
 
 
 def _split(text: str) -> list[str]:
@@ -234,6 +257,11 @@ class Haystack:
         self.first = np.array(splicer.behind("\n", self._texts[0]), np.int32)
         """Ids of the first sentence behind a line feed; in `ids` it stands behind the joiner."""
 
+    @property
+    def of_lines(self) -> bool:
+        """Whether its sentences are lines."""
+        return self.source.joiner == "\n"
+
     def reach(self, tokens: int) -> np.ndarray:
         """Ids, at least so many, joiners before the sentences; `ends` then says where each sentence ends."""
         if len(self.ids) < tokens:
@@ -262,10 +290,10 @@ class Haystack:
 
         Args:
             tokens: Most tokens.
-            step: Lines of noise, or words of prose; a sentence is cut behind its last word.
+            step: Lines, or words of prose; a sentence is cut behind its last word.
         """
         self.reach(tokens + 1)
-        if self.source is NOISE:
+        if self.of_lines:
             whole = int(np.searchsorted(self.ends, tokens, "right")) // step * step
             return Filling(self.ids[: self.ends[whole - 1] if whole else 0], self.ends[:whole], whole)
         most = int(self._words[min(int(np.searchsorted(self.ends, tokens)), len(self.ends) - 1)])
@@ -277,9 +305,9 @@ class Haystack:
 
     def step_tokens(self, step: int) -> int:
         """Tokens of the first step."""
-        while (len(self.ends) if self.source is NOISE else self._words[-1]) <= step:
+        while (len(self.ends) if self.of_lines else self._words[-1]) <= step:
             self.reach(2 * len(self.ids))
-        return int(self.ends[step - 1]) if self.source is NOISE else len(self._first_words(step).ids)
+        return int(self.ends[step - 1]) if self.of_lines else len(self._first_words(step).ids)
 
     def _first_words(self, count: int) -> "Filling":
         words = self._words

@@ -22,7 +22,7 @@ class Identity:
     fill: str
     """How prompts fill their length."""
     haystack: str
-    """noise, synthetic, file or essay."""
+    """noise, synthetic, file, essay or needles."""
     haystack_sha256: str
     """Of the text."""
     words: str
@@ -40,7 +40,9 @@ class Record(Identity):
     seed: int
     control: str
     needle_key: str
+    """The key that was asked for, or several as the question names them."""
     value: str
+    """The right answer: the value, or several."""
     prompt_tokens: int
     prompt_sha256: str
     """Of the prompt's ids as 32-bit little-endian numbers: equal for equal samples, whatever read them."""
@@ -48,7 +50,7 @@ class Record(Identity):
     """Its text."""
     answer_ids: list[int]
     """Its tokens, end token left out."""
-    substring: bool
+    substring: float
     first_value: bool
     wrong_value: bool
     value_loss: float
@@ -79,7 +81,7 @@ class Record(Identity):
 
 
 class RecordFile(evals.record_file.RecordFile[Record]):
-    """The records of S-NIAH.
+    """The records of needles.
 
     Args:
         path: The file; it and its folder are made when missing.

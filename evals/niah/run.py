@@ -1,8 +1,8 @@
 """The evaluation: which samples are missing, what each stretch of the plan reads once, batch by batch, the report."""
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from evals.niah.plan import Batch, Forecast, Planner, Stretch, measure
 from evals.niah.records import Identity, Record, RecordFile
 from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
 from evals.niah.summary import write_report
-from evals.niah.templates import BY_NAME, TASKS, read_words, score
+from evals.niah.templates import TASKS, read_words, score, with_keys
 from evals.report import seconds_text
 from tokenization.progress import Progress
 
@@ -109,10 +109,11 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
             names = list(_names(settings))
             for name in names:
                 builder.check(name)
-            identities = _identities(model, settings, builder)
             results = stack.enter_context(RecordFile(settings.output / _FILE))
             for left in sorted(settings.output.glob(_FILE_OF_RANK.format("*"))):
                 results.absorb(left)  # of a run that was stopped
+            tasks = {name.task for name in names} | {record.task for record in results.records}
+            identities = _identities(model, settings, builder, tasks)
             others = sum(record.identity != identities.get(record.task) for record in results.records)
             if others:
                 say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")
@@ -140,7 +141,7 @@ def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:
     if isinstance(plan, EvaluationError):
         sys.exit(EXIT_FAULT)  # process 0 says why
     builder = make_builder(model, settings)
-    identities = _identities(model, settings, builder)
+    identities = _identities(model, settings, builder, {name.task for name in _names(settings)})
     with RecordFile(settings.output / _FILE_OF_RANK.format(team.rank)) as results:
         runner = Runner(model, settings, builder, identities, results, quiet=True)
         runner.run(plan.shares[team.rank], plan.forecast, plan.seconds[team.rank])
@@ -192,22 +193,29 @@ def _plan(
 
 
 def _names(settings: NiahSettings) -> Iterator[SampleKey]:
+    tasks: list[str] = []
+    for letters in dict.fromkeys(settings.tasks):
+        keys = dict.fromkeys(settings.keys) if letters == "mk1" else (TASKS[letters].keys,)
+        tasks += [with_keys(TASKS[letters], count).name for count in keys]
     for control in (MAIN, *dict.fromkeys(settings.controls)):
         for length in sorted(set(settings.lengths)):
-            for task in dict.fromkeys(settings.tasks):
+            for task in tasks:
                 for depth in settings.depth_percents:
                     for sample in range(settings.samples):
-                        yield SampleKey(TASKS[task].name, length, depth, sample, settings.seed, control)
+                        yield SampleKey(task, length, depth, sample, settings.seed, control)
 
 
-def _identities(model: EvalModel, settings: NiahSettings, builder: SampleBuilder) -> dict[str, Identity]:
+def _identities(
+    model: EvalModel, settings: NiahSettings, builder: SampleBuilder, tasks: Iterable[str]
+) -> dict[str, Identity]:
     """What results must have in common to be counted together, by task."""
     found = {}
-    for task in BY_NAME:
-        source, digests = builder.source(task), (model.checkpoint_sha256, model.tokenizer.sha256)
-        found[task] = Identity(
-            *digests, settings.max_new_tokens, settings.fill, source.label, source.sha256, builder.words.name
-        )
+    for task in tasks:
+        with suppress(KeyError):  # no task of this version
+            source, digests = builder.source(task), (model.checkpoint_sha256, model.tokenizer.sha256)
+            found[task] = Identity(
+                *digests, settings.max_new_tokens, settings.fill, source.label, source.sha256, builder.words.name
+            )
     return found
 
 
@@ -259,7 +267,7 @@ class Runner:
         hits = sum(record.substring for record in records)
         if not self._quiet:
             control = "" if stretch.control == MAIN else f", {stretch.control}"
-            found = f"{hits} of {len(records)} found"
+            found = f"{hits:g} of {len(records)} found"
             say(f"length {stretch.length:,}, {stretch.task}{control}: {found}, {progress.left}")
 
     def _run_batch(self, model: EvalModel, samples: list[Sample], at: int, states: Any, watch: Watch) -> list[Record]:
@@ -299,7 +307,7 @@ class Runner:
             prompt_sha256=sample.sha256,
             answer=text,
             answer_ids=ids,
-            **asdict(score(text, sample.value)),
+            **asdict(score(text, *sample.values)),
             value_loss=loss,
             value_tokens=len(sample.value_ids),
             **costs,

@@ -12,7 +12,7 @@ from evals.models import EvalModel
 from evals.niah import NiahSettings
 from evals.niah.records import Identity, Record
 from evals.niah.samples import MAIN
-from evals.niah.templates import BY_NAME, OWN_WORDS
+from evals.niah.templates import OWN_WORDS, by_name
 from evals.report import (
     accuracy_plot,
     bytes_text,
@@ -143,7 +143,7 @@ def write_report(
     """
     summary = summarise(records)
     report = {
-        "score": "RULER substring, letter case aside",
+        "score": "RULER's string_match_all: the share of the values that stand in the answer, letter case aside",
         **summary,
         "fill": settings.fill,
         "words": next(iter(identities.values())).words,
@@ -185,10 +185,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         facts["not run, the budget was too small"] = ", ".join(f"{int(length):,}" for length in left_out)
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     legend = (
-        "accuracy: the value stands in the answer (RULER); first value: the first number or uuid of the answer is it; "
-        "wrong value: it is another one; nats/token: cross-entropy of the value fed as it stands; prompt: mean tokens."
+        "accuracy: the value stands in the answer, of several the share that does (RULER); interval: Wilson's with a "
+        "sample as a trial, for shares too wide rather than too narrow; first value: the first number or uuid of the "
+        "answer is a value; wrong value: it is another one; nats/token: cross-entropy of the right answer fed as it "
+        "stands; prompt: mean tokens."
     )
-    return f"# S-NIAH\n\n{lines}\n\n{markdown_table(HEADER, table_rows(report))}\n\n{legend}\n"
+    return f"# Needles in a haystack\n\n{lines}\n\n{markdown_table(HEADER, table_rows(report))}\n\n{legend}\n"
 
 
 def _write_plots(output: Path, report: Mapping[str, Any]) -> None:
@@ -199,11 +201,11 @@ def _write_plots(output: Path, report: Mapping[str, Any]) -> None:
     variant, trained = report["model"]["variant"], report["trained_length"]
     maps: dict[str, dict[tuple[int, float], tuple[float, int]]] = {}
     for cell in main:
-        title = f"{BY_NAME[cell['task']].column}, {report['haystacks'][cell['task']]['label']} haystack ({variant})"
+        title = f"{by_name(cell['task']).column}, {report['haystacks'][cell['task']]['label']} haystack ({variant})"
         maps.setdefault(title, {})[cell["length"], cell["depth"]] = cell["accuracy"], cell["n"]
     write_figure(output / "niah.png", heat_maps(maps, lengths, depths, trained))
     lines: dict[str, list[tuple[int, float, tuple[float, float]]]] = {}
     for row in report["by_length"]:
-        name = BY_NAME[row["task"]].column + ("" if row["control"] == MAIN else f", {row['control']}")
+        name = by_name(row["task"]).column + ("" if row["control"] == MAIN else f", {row['control']}")
         lines.setdefault(name, []).append((row["length"], row["accuracy"], tuple(row["interval"])))
-    write_figure(output / "niah_by_length.png", accuracy_plot(f"S-NIAH by length ({variant})", lines, trained))
+    write_figure(output / "niah_by_length.png", accuracy_plot(f"Needles found by length ({variant})", lines, trained))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from evals.models import EvalModel, load_tokenizer
+from evals.niah.templates import listed
 from titans_mcore.config import TitansConfig
 
-PROMPT_END = "mentioned in the provided text is"
+PROMPT_END = re.compile(r"The special magic \w+ for (.+) mentioned in the provided text (?:is|are)$")
 CERTAIN = 30.0  # a logit beside zeros
 
 
@@ -36,6 +37,8 @@ class Rows:
 
 class PlantedModel:
     """Streams like a model. Behind a prompt its next tokens are those of reply(value), whatever it is fed then.
+
+    The value is looked up in the needles by the key of the question; several are listed in the order of keys and text.
 
     After its end token it goes on with other tokens, as a real model would.
     """
@@ -64,10 +67,11 @@ class PlantedModel:
     def _read(self, row: Read) -> Read:
         """With its answer, where the prompt is whole."""
         text = self.processor.decode(list(row.tokens))
-        if not text.endswith(PROMPT_END):
+        if not (asked := PROMPT_END.search(text)):
             return row
-        value = re.search(r"is: ([0-9a-f-]+)\.", text)
-        reply = self.reply(value[1] if value else "")
+        keys = re.split(r", (?:and )?", asked[1])
+        values = [value for key in keys for value in re.findall(f"for {key} is: ([0-9a-f-]+)\\.", text)]
+        reply = self.reply(listed(values) if values else "")
         answer = self.processor.encode("is " + reply)[len(self.processor.encode("is")) :]
         return Read(row.tokens, (*answer, self.processor.eos_id()))
 
@@ -80,7 +84,7 @@ class PlantedModel:
 
 
 def other(value: str) -> str:
-    """A wrong value of the same kind."""
+    """A wrong value of the same kind; of several only the first is wrong."""
     if not value:
         return "1111111"
     return str(10_000_000 - int(value)).zfill(7) if value.isdigit() else "00000000" + value[8:]

@@ -86,6 +86,12 @@ def test_each_fault_is_one_sentence(
     assert "--budget is 0.0" in says("--budget", 0)
     assert "--text /nowhere.txt: cannot be read" in says("--tasks", "n", "--text", "/nowhere.txt")
     assert "--lengths 900: too short" in says("--tasks", "n", "--lengths", 900, "--fill", "ruler_2024")
+    assert "--keys is for the task mk1; add it to --tasks" in says("--tasks", "mk2", "--keys", 8)
+    assert "--keys is (0,); give at least 1" in says("--tasks", "mk1", "--keys", 0)
+    assert "--keys 6000: too many for these words; give at most 5194" in says("--tasks", "mk1", "--keys", 4, 6000)
+    assert "--lengths 900: too short for the prompt of niah_multikey_1_keys_60" in says(
+        *("--tasks", "mk1", "--keys", 60, "--lengths", 900)
+    )
     assert not (tmp_path / "out").exists(), "a fault left files behind"
     (tmp_path / "file").touch()
     assert "file: is a file; give a folder" in says("--lengths", 500, output=tmp_path / "file")

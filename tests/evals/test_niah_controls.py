@@ -116,6 +116,23 @@ def test_prompts_without_needle_and_of_one_window(tokenizer: Path) -> None:
     assert far.value not in processor.decode(far.prompt.tolist())
 
 
+@pytest.mark.parametrize(
+    ("task", "others"),
+    [("niah_multikey_1", 3), ("niah_multikey_2", None), ("niah_multivalue", 0), ("niah_multiquery", 0)],
+)
+def test_needles_that_are_asked_for_are_absent_and_others_stay(tokenizer: Path, task: str, others: int | None) -> None:
+    processor = plant(tokenizer, str).tokenizer.processor
+    builder = SampleBuilder(processor, 32)
+    main, absent = (builder.build(SampleKey(task, 2_500, 50.0, 0, 0, control)) for control in ("none", "needle_absent"))
+    assert main.tokens == absent.tokens == 2_500 - 32
+    assert (main.needle_key, main.value) == (absent.needle_key, absent.value)
+    text, whole = (processor.decode(sample.prompt.tolist()) for sample in (absent, main))
+    assert all(value not in text and value in whole for value in main.values)
+    if others is not None:
+        assert text.count("One of the special") == others == whole.count("One of the special") - len(main.values)
+    assert text.split("\n")[-1] == whole.split("\n")[-1]
+
+
 def test_controls_are_run_and_reported_apart(tokenizer: Path, tmp_path: Path) -> None:
     settings = NiahSettings(
         Path(), tmp_path, lengths=(900,), depths=3, controls=("needle_absent", "window_only"), max_new_tokens=32

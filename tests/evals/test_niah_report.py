@@ -1,6 +1,7 @@
 """What a run leaves: the numbers add up, the table, CSV and plots say the same."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -99,6 +100,20 @@ def test_accuracy_plot_marks_the_trained_length_and_draws_controls_dashed() -> N
     assert set(labels) == {*lines, "trained length 2,048"}
     drawn = {line.get_linestyle() for line in axes.lines if len(line.get_xdata()) and line.get_marker() == "o"}
     assert drawn == {"-", "--"}
+
+
+def test_accuracy_plot_of_many_lines_names_them_beside_it_and_tells_controls_apart() -> None:
+    points = [(1024, 0.5, (0.3, 0.7)), (4096, 0.5, (0.3, 0.7))]
+    names = [f"task {number}{control}" for control in ("", ", one", ", other") for number in range(8)]
+    figure = accuracy_plot("title", dict.fromkeys(names, points), None)
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert axes.get_legend() is None
+    assert [text.get_text() for text in legend.get_texts()] == names
+    looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines if line.get_marker() == "o"]
+    assert len(set(looks)) == len(looks) == 24
+    assert len({colour for colour, _ in looks}) == 8
+    figure.savefig(io.BytesIO())  # a layout that has no room warns
+    assert axes.get_position().height > 0.5
 
 
 def test_tables_are_what_was_given(tmp_path: Path) -> None:

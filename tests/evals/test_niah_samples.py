@@ -1,6 +1,7 @@
 """Samples: exact length, one start token, the value once, the needle where it should be, and the same every time."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from evals.niah.samples import Sample, SampleBuilder, SampleKey
 
 ROOM = 64
 TASKS = ["niah_single_1", "niah_single_2", "niah_single_3"]
+SEVERAL = ["niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery"]
+SEVERAL += ["niah_multikey_1_keys_9"]
 ESSAY = 'He said it.  Then\nhe left! "Why?" she asked; nobody knew. It was 1999. ' + "Time went by slowly. " * 30
 
 
@@ -36,8 +39,8 @@ def text_of(sample: Sample, processor: Any) -> str:
     return processor.decode(sample.prompt.tolist())
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("length", [777, 1000, 1001, 1024, 4099])
+@pytest.mark.parametrize("task", [*TASKS, *SEVERAL])
+@pytest.mark.parametrize("length", [1400, 2000, 2001, 4099])
 @pytest.mark.parametrize("depth", [0.0, 37.5, 100.0])
 def test_prompt_and_answer_fill_the_length_exactly(
     builder: SampleBuilder, processor: Any, task: str, length: int, depth: float
@@ -94,7 +97,7 @@ def test_value_stands_once_in_the_needle_and_nowhere_else(
         assert len(sample.value) == (36 if kind == "uuid" else 7)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, *SEVERAL])
 @pytest.mark.parametrize("fill", ["exact", "ruler_2024"])
 def test_spliced_ids_are_those_of_the_whole_text(processor: Any, task: str, fill: Any) -> None:
     builder = SampleBuilder(processor, ROOM, fill=fill)
@@ -103,6 +106,88 @@ def test_spliced_ids_are_those_of_the_whole_text(processor: Any, task: str, fill
         text = text_of(sample, processor)
         assert sample.prompt.tolist() == [processor.bos_id(), *processor.encode(text)]
         assert processor.encode(f"{text} {sample.value}")[sample.tokens - 1 :] == list(sample.value_ids)
+
+
+def needles_of(text: str) -> list[tuple[str, str]]:
+    """Keys and values of a text's needles, in their order."""
+    return re.findall(r"One of the special magic (?:numbers|uuids) for (\S+) is: (\S+)\.", text)
+
+
+@pytest.mark.parametrize(
+    ("task", "hidden", "question"),
+    [
+        ("niah_multikey_1", (4, 1), "What is the special magic number for {0} mentioned in the provided text? The "),
+        ("niah_multikey_1_keys_9", (9, 1), "What is the special magic number for {0} mentioned in the provided text? "),
+        ("niah_multivalue", (1, 4), "What are all the special magic numbers for {0} mentioned in the provided text? "),
+        (
+            "niah_multiquery",
+            (4, 1),
+            "What are all the special magic numbers for {0}, {1}, {2}, and {3} mentioned in the provided text? The "
+            "special magic numbers for {0}, {1}, {2}, and {3} mentioned in the provided text are",
+        ),
+    ],
+)
+@pytest.mark.parametrize("depth", [0.0, 50.0, 100.0])
+def test_several_needles_stand_once_each_and_are_asked_for_in_rulers_words(
+    builder: SampleBuilder, processor: Any, task: str, hidden: tuple[int, int], question: str, depth: float
+) -> None:
+    keys, values = hidden
+    for number in range(5):
+        sample = builder.build(key(4000, depth, number, task=task))
+        text = text_of(sample, processor)
+        found = needles_of(text)
+        assert len(found) == keys * values == len(set(found))
+        by_key = {name: [value for other, value in found if other == name] for name, _ in found}
+        assert len(by_key) == keys
+        asked = sample.needle_key.replace("and ", "").split(", ")
+        assert sample.values == tuple(value for name in asked for value in by_key[name])
+        assert sample.value == templates.listed(sample.values)
+        assert all(text.count(value) == 1 and templates.held_out(value) for _, value in found)
+        assert question.format(*asked) in text.split("\n")[-1]
+        several = "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+        several += "I will quiz you about the numbers afterwards.\n"
+        assert text.startswith(several) is (len(asked) * values > 1)
+        places = [text.index(value) / len(text) for value in sample.values]
+        assert min(abs(place - depth / 100) for place in places) < 0.12
+
+
+def test_the_others_of_several_needles_stand_anywhere(builder: SampleBuilder, processor: Any) -> None:
+    for task in ("niah_multikey_1", "niah_multivalue", "niah_multiquery"):
+        texts = [text_of(builder.build(key(4000, 50.0, number, task=task)), processor) for number in range(40)]
+        places = [text.index(f"{value}.") / len(text) for text in texts for _, value in needles_of(text)]
+        counts = np.histogram(places, [0, 0.25, 0.45, 0.55, 0.75, 1])[0]
+        assert counts.sum() == 160
+        assert counts[2] > 40, "the first in the middle"
+        assert all(count > 12 for count in counts), counts
+
+
+@pytest.mark.parametrize(("task", "length"), [("niah_multikey_2", 200_000), ("niah_multikey_3", 60_000)])
+def test_a_haystack_of_needles_has_the_one_asked_for_once(processor: Any, task: str, length: int) -> None:
+    builder = SampleBuilder(processor, ROOM)
+    kind = templates.by_name(task)
+    for depth in (0.0, 40.0, 100.0):
+        sample = builder.build(key(length, depth, task=task))
+        text = text_of(sample, processor)
+        opening, *lines, question = text.split("\n")
+        assert opening == kind.opening
+        assert question == kind.question(sample.needle_key)
+        found = needles_of("\n".join(lines))
+        assert len(found) >= len(lines) - 1 > 300, "needles all, but for the last, which may be cut"
+        assert len(found) == len(set(found))
+        assert found.count((sample.needle_key, sample.value)) == text.count(sample.value) == 1
+        assert text.count(sample.needle_key) == 3
+        assert found.index((sample.needle_key, sample.value)) / len(found) == pytest.approx(depth / 100, abs=0.01)
+        assert len(sample.value) == (36 if kind.value == "uuid" else 7)
+        assert (len(sample.needle_key) == 36) is (kind.key == "uuid")
+    other = builder.build(key(length, 40.0, seed=1, task=task))
+    assert len(set(needles_of(text_of(other, processor))) & set(found)) == 0
+
+
+def test_more_keys_than_the_words_make_are_refused(processor: Any, word_lists: Path) -> None:
+    builder = SampleBuilder(processor, ROOM, words=templates.read_words(word_lists))
+    assert len(builder.build(key(6000, task="niah_multikey_1_keys_8")).values) == 1
+    with pytest.raises(EvaluationError, match=r"--keys 9: too many for these words; give at most 8, or more --words"):
+        builder.build(key(6000, task="niah_multikey_1_keys_9"))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -118,26 +203,30 @@ def test_needle_moves_from_the_start_to_the_end_with_depth(builder: SampleBuilde
     assert text.split("\n")[1].startswith("One of the special")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, *SEVERAL])
 @pytest.mark.parametrize("fill", ["exact", "ruler_2024"])
 def test_samples_of_a_length_share_what_stands_before_the_needle(processor: Any, task: str, fill: Any) -> None:
     builder = SampleBuilder(processor, ROOM, fill=fill)
     samples = [builder.build(key(5000, float(depth), n, task=task)) for depth in range(0, 101, 10) for n in range(3)]
     longest = max(samples, key=lambda sample: sample.shared).prompt
+    of_needles = templates.by_name(task).haystack == "needles"
     for sample in samples:
         assert (sample.prompt[: sample.shared] == longest[: sample.shared]).all()
-        before = sample.prompt[: sample.shared + 1].tolist()
-        assert "One of the" not in processor.decode(before)
-    assert samples[-1].shared > 0.9 * samples[-1].question_at - 100
+        before = processor.decode(sample.prompt[: sample.shared + 1].tolist())
+        assert (sample.value if of_needles else "One of the") not in before
+    if task in TASKS or of_needles:
+        assert samples[-1].shared > 0.9 * samples[-1].question_at - 100
+    else:  # the first of several needles ends what is shared
+        assert len({sample.shared for sample in samples}) > 8
 
 
 def test_a_sample_depends_on_its_names_alone(processor: Any) -> None:
     names = [
-        key(900, depth, sample, seed, task)
+        key(1600, depth, sample, seed, task)
         for depth in (0.0, 50.0)
         for sample in (0, 1)
         for seed in (0, 1)
-        for task in TASKS
+        for task in [*TASKS, *SEVERAL]
     ]
     forwards = {name: SampleBuilder(processor, ROOM).build(name) for name in names}
     shared = SampleBuilder(processor, ROOM)

@@ -2,13 +2,16 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evals.niah import NiahSettings
 from evals.niah.run import evaluate
 from evals.niah.templates import score
+from evals.report import wilson_interval
 
 from .planted import PlantedModel, other, plant
 
@@ -49,6 +52,53 @@ def test_planted_model_gets_its_scores(tokenizer: Path, tmp_path: Path, name: st
     assert by_length == {str(length): expected[0] for length in lengths}
     assert {row["n"] for row in report["by_length"]} == {6}
     assert {row["n"] for row in report["cells"]} == {2}
+
+
+@pytest.mark.parametrize("task", ["mk1", "mk2", "mk3", "mv", "mq"])
+@pytest.mark.parametrize(
+    ("reply", "of_one", "of_four"),
+    [
+        (lambda value: f"{value}.", (1, 1, 0), (1, 1, 0)),
+        (lambda value: f"{', '.join(reversed(value.replace('and ', '').split(', ')))}.", (1, 1, 0), (1, 1, 0)),
+        (lambda value: f"{value.split(', ')[-1]}.", (1, 1, 0), (0.25, 1, 0)),
+        (lambda value: f"{other(value)}.", (0, 0, 1), (0.75, 0, 1)),
+        (lambda value: f"{value[:-3]}.", (0, 0, 1), (0.75, 1, 0)),
+        (lambda value: "unknown to me", (0, 0, 0), (0, 0, 0)),
+    ],
+    ids=["oracle", "oracle in another order", "the last of them", "first one wrong", "last one cut", "silent"],
+)
+def test_planted_model_gets_the_share_of_values_that_it_says(
+    tokenizer: Path,
+    tmp_path: Path,
+    task: Any,
+    reply: Callable[[str], str],
+    of_one: tuple[float, float, float],
+    of_four: tuple[float, float, float],
+) -> None:
+    expected = of_four if task in ("mv", "mq") else of_one
+    settings = NiahSettings(Path(), tmp_path, (task,), (2_500,), depths=3, samples=2, piece=500)
+    report = evaluate(plant(tokenizer, reply), settings)
+    assert report is not None
+    (row,) = report["by_length"]
+    assert (row["accuracy"], row["first_value_accuracy"], row["wrong_value_rate"]) == expected
+    assert row["n"] == 6
+    assert row["interval"] == list(wilson_interval(6 * expected[0], 6))
+    assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+
+
+def test_each_number_of_keys_is_a_task_of_its_own(tokenizer: Path, tmp_path: Path) -> None:
+    settings = NiahSettings(Path(), tmp_path, ("mk1", "pk"), (2_000,), keys=(2, 4, 6), depths=2)
+    model = plant(tokenizer, lambda value: value)
+    report = evaluate(model, settings)
+    assert report is not None
+    names = ["niah_multikey_1", "niah_multikey_1_keys_2", "niah_multikey_1_keys_6", "niah_single_1"]
+    assert [(row["task"], row["n"], row["accuracy"]) for row in report["by_length"]] == [(n, 2, 1.0) for n in names]
+    again = evaluate(model, replace(settings, tasks=("pk",), keys=(4,), seed=1))
+    assert again is not None
+    assert [(row["task"], row["n"]) for row in again["by_length"]] == [
+        *((name, 2) for name in names[:3]),
+        (names[3], 4),
+    ]
 
 
 def test_haystack_is_read_once_for_all_depths_and_its_samples_side_by_side(tokenizer: Path, tmp_path: Path) -> None:
@@ -108,3 +158,11 @@ def test_verdicts_on_a_number(answer: str, verdicts: tuple[bool, bool, bool]) ->
 def test_verdicts_on_a_uuid(answer: str, verdicts: tuple[bool, bool, bool]) -> None:
     result = score(answer, UUID)
     assert (result.substring, result.first_value, result.wrong_value) == verdicts
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"), [("1, 22 and 333", 1), ("333, 1", 2 / 3), ("A1B", 1 / 3), ("", 0), ("4444", 0)]
+)
+def test_score_of_several_values_is_the_share_in_the_answer(answer: str, share: float) -> None:
+    assert score(answer, "1", "22", "333").substring == pytest.approx(share)
+    assert score(answer.lower(), "A1b").substring == ("a1b" in answer.lower())

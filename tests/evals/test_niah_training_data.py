@@ -17,6 +17,7 @@ from evals.niah.samples import SampleBuilder, SampleKey
 from evals.niah.training_data import TrainingDataSettings, documents, main
 
 FILE = Path("recall.jsonl")
+PROSE = " ".join(f"It was in {year} that somebody, as is said, came back!" for year in range(1200, 1900))
 
 
 def texts(**settings: Any) -> list[str]:
@@ -24,14 +25,24 @@ def texts(**settings: Any) -> list[str]:
 
 
 def parts(text: str) -> tuple[dict[str, str], list[str]]:
-    """Needles by key, and the lines behind the opening."""
-    pattern = re.escape(templates.NEEDLE).replace(r"\{key\}", "(.+)").replace(r"\{value\}", r"(\d+)")
+    """Needles of a document of niah_single_1 by key, and the lines behind the opening."""
     opening, *lines = text.split("\n")
     assert opening == templates.OPENING
-    found = [(match[1], match[2]) for line in lines if (match := re.fullmatch(pattern, line))]
+    found = stated(text)
     needles = dict(found)
     assert len(needles) == len(found)
     return needles, lines
+
+
+def stated(text: str) -> list[tuple[str, str]]:
+    """Keys and values of a document's needles, in their order."""
+    return re.findall(r"One of the special magic (?:numb|uuid)[ers]+ for (\S+) is: (\S+)\.", text)
+
+
+def answered(text: str) -> list[tuple[list[str], list[str]]]:
+    """Keys and values of a document's questions."""
+    found = re.findall(r"The special magic \w+ for (.+) mentioned in the provided text (?:is|are) (.+)\.", text)
+    return [(re.split(r", (?:and )?", keys), re.split(r", (?:and )?", values)) for keys, values in found]
 
 
 @pytest.mark.parametrize(("needles", "questions"), [(1, 1), (4, 3)])
@@ -72,15 +83,18 @@ def test_same_seed_gives_the_same_documents_and_another_one_others() -> None:
     assert not set(texts(seed=3)) & set(texts(seed=4))
 
 
-def test_no_document_has_a_key_and_value_of_the_evaluation(tokenizer: Path) -> None:
-    trained = {pair for seed in range(3) for text in texts(seed=seed, needles=4) for pair in parts(text)[0].items()}
+def test_no_document_has_a_value_of_the_evaluation(tokenizer: Path) -> None:
+    trained = {pair for seed in range(3) for text in texts(seed=seed, needles=4) for pair in stated(text)}
     assert len(trained) > 1_000
     builder = SampleBuilder(load_tokenizer(tokenizer).processor, 16)
     names = product((512, 1_024), (0.0, 25.0, 50.0, 75.0, 100.0), range(5), range(4))
     samples = [builder.build(SampleKey(templates.TASK, *name)) for name in names]
     evaluated = {(sample.needle_key, sample.value) for sample in samples}
     assert len(evaluated) == len(samples) == 200
-    assert not trained & evaluated
+    for task in ("niah_multikey_2", "niah_multikey_3", "niah_multivalue", "niah_multiquery"):
+        asked = builder.build(SampleKey(task, 2_000, 50.0, 0, 0))
+        assert all(map(templates.held_out, asked.values)), "and training never draws such a one"
+    assert not {value for _, value in trained} & {value for _, value in evaluated}
 
 
 def test_documents_fill_their_tokens_exactly_and_differ_in_questions(tokenizer: Path) -> None:
@@ -99,6 +113,79 @@ def test_documents_of_every_kind_fill_their_tokens_exactly(tokenizer: Path, more
     made = list(documents(TrainingDataSettings(FILE, documents=30, tokens=900, tokenizer=tokenizer, **more)))
     assert len(set(made)) == 30
     assert {len(encode(text)) + 2 for text in made} == {900}
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    (tmp_path / "prose.txt").write_text(PROSE)
+    return tmp_path / "prose.txt"
+
+
+@pytest.mark.parametrize("letters", templates.TASKS)
+@pytest.mark.parametrize("needles", [1, 3])
+def test_documents_of_every_task_are_worded_and_answered_as_it_is(
+    tokenizer: Path, prose: Path, letters: Any, needles: int
+) -> None:
+    task = templates.TASKS[letters]
+    encode = load_tokenizer(tokenizer).processor.encode
+    more = {"text": prose if task.haystack == "prose" else None, "tokenizer": tokenizer, "tokens": 5_000}
+    asked_sets = set()
+    for text in texts(tasks=(letters,), needles=needles, questions=2, documents=20, **more):
+        assert len(encode(text)) + 2 == 5_000
+        assert text.startswith(task.opening + "\n")
+        hidden: dict[str, list[str]] = {}
+        for key, value in stated(text):
+            hidden.setdefault(key, []).append(value)
+            assert len(value) == (36 if task.value == "uuid" else 7)
+            assert len(key) == 36 or task.key == "words"
+            assert not templates.held_out(value)
+        asked = answered(text)
+        for keys, values in asked:
+            assert len(keys) == task.asked
+            assert values == [value for key in keys for value in hidden[key]], "a key's in the order of the text"
+            assert len(set(values)) == task.asked * task.values
+            assert text.count(f"{task.question(*keys)} {templates.listed(values)}.") == asked.count((keys, values))
+        asked_sets.add(len({tuple(keys) for keys, _ in asked}))
+        if task.haystack != "needles":
+            count = len({key for keys, _ in asked for key in keys})
+            assert len(hidden) == count + task.keys - task.asked
+            assert text.count("One of the special") == len(hidden) * task.values
+    assert asked_sets == set(range(1, needles + 1))
+
+
+def test_prose_is_a_stretch_of_the_text_from_anywhere_with_needles_between_its_sentences(
+    tokenizer: Path, prose: Path
+) -> None:
+    settings = {"tasks": ("n",), "needles": 3, "tokens": 1_500, "tokenizer": tokenizer, "text": prose}
+    made = texts(documents=30, **settings)
+    beginnings = set()
+    for text in made:
+        haystack = text.split("\n")[1]
+        body = re.sub(r" ?One of the special magic numbers for \S+ is: \d+\.", "", haystack).strip()
+        assert body in f"{PROSE} {PROSE}"
+        beginnings.add(body[:30])
+        last_behind_a_cut_sentence = re.sub(r"( One of the special magic numbers for \S+ is: \d+\.)+$", "", haystack)
+        for before in last_behind_a_cut_sentence.split("One of the special")[:-1]:
+            assert before.endswith(("! ", ". ")) or not before
+    assert len(beginnings) > 20
+    assert made == texts(documents=30, **settings)
+
+
+def test_tasks_are_drawn_as_often_as_they_are_named(tokenizer: Path, prose: Path) -> None:
+    made = texts(tasks=("pk", "n", "n"), text=prose, tokens=1_000, tokenizer=tokenizer, documents=300, other_words=0.5)
+    kinds = ["noise" if templates.NOISE in text else "prose" if "It was in" in text else "words" for text in made]
+    shares = [kinds.count(kind) / 300 for kind in ("noise", "prose", "words")]
+    assert shares == pytest.approx([1 / 6, 1 / 3, 1 / 2], abs=0.07)
+
+
+def test_a_document_whose_prose_has_one_of_its_keys_is_drawn_again(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "adjectivelist.txt").write_text("old\nnew\nred\nwet\n")
+    (tmp_path / "nounlist.txt").write_text("bus\nhat\nsea\ninn\n")
+    (tmp_path / "prose.txt").write_text("There was an old-bus and a new-hat by the sea. " * 9)
+    more = {"tasks": ("n",), "text": tmp_path / "prose.txt", "words": tmp_path, "tokenizer": tokenizer}
+    keys = {key for text in texts(tokens=1_000, **more) for key, _ in stated(text)}
+    assert len(keys) == 14
+    assert not keys & {"old-bus", "new-hat"}
 
 
 def test_noise_of_other_words_has_no_line_twice_and_hides_the_same_needles(tokenizer: Path) -> None:
@@ -150,9 +237,14 @@ def test_command_writes_one_document_a_line(tmp_path: Path, monkeypatch: pytest.
         ({"other_words": 1.5}, "--other-words is 1.5; it is a share, from 0 to 1"),
         (
             {"lists": True, "tokens": 256, "tokenizer": FILE, "needles": 2},
-            "--lists has no needles: leave out --needles, --questions, --repeats and --other-words with it",
+            "--lists has no needles: leave out --tasks, --text, --needles, --questions, --repeats, --other-words",
         ),
-        ({"lists": True}, "--lists and --other-words make documents of one length; give --tokens and --tokenizer"),
+        ({"lists": True}, "--lists makes documents of one length; give --tokens and --tokenizer"),
+        ({"tasks": ()}, "--tasks is empty; give at least one"),
+        ({"tasks": ("pk", "mv")}, "--tasks mv: hides its needles in prose; give a file of it as --text"),
+        ({"text": FILE}, "--text recall.jsonl: no document has prose; leave it out, or add n to --tasks"),
+        ({"tasks": ("n",), "text": Path("nowhere")}, "--text nowhere: cannot be read (No such file"),
+        ({"needles": 11_000}, "--needles 11000: these words make 10388 keys, and up to 11001 are needed"),
         ({"tokens": 256}, "--tokens is 256 and --tokenizer None; documents of one length need both, others neither"),
     ],
 )
