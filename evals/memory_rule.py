@@ -34,6 +34,7 @@ _COMMON = {
     "memory-expansion": 4,
     "memory-network": "residual_norm",
     "memory-forgetting": "false",
+    "memory-momentum": "true",
     "theta-max": 1,
     "gate-margin": 0,
     "conv-kernel": 4,
@@ -75,7 +76,7 @@ def compare(settings: RuleSettings) -> str:
             flags = [word for key, value in model.items() for word in (f"--model.{key}", value)]
             train = ["--train.steps", settings.steps, "--evaluate.heldout-sequences", 48]
             every = ["--checkpoint.every-steps", settings.steps, "--logging.every-steps", 1]
-            named = ["--config", "recall_mag", "--run-dir", run, "--data.path", lists]
+            named = ["--config", "recall", "--run-dir", run, "--data.path", lists]
             try:
                 found = outcome(run, settings.steps)
             except (OSError, EvaluationError):  # not begun, or not ended

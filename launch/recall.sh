@@ -4,23 +4,24 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/recall.sh [--variant X] [--lengths N ...] [--samples N] [--SECTION.SETTING VALUE ...]
+usage: bash launch/recall.sh [--variant X] [--seed N] [--lengths N ...] [--samples N] [--SECTION.SETTING VALUE ...]
 
-Generates documents of S-NIAH with their answers, trains a small model on them in four stages that grow from lists to
-long documents, and looks for needles far beyond the longest of them. Run it again and it goes on where it stopped.
+Generates documents of S-NIAH with their answers, trains a small model on them in three stages that grow from lists to
+documents of 1,024 tokens, and looks for needles at up to 64 times that. Run it again and it goes on where it stopped.
 evals/results/recall/README.md says what it finds.
 
-  --variant X             mag (default), mac or transformer: pretrain/config/presets/recall_X.toml
-  --lengths N ...         tokens of the samples; default: 256 4096 16384 65536
-  --samples N             samples of each length and depth; default: 8
+  --variant X             token mixer, a name in titans_mcore/mixers (default mag)
+  --seed N                decides initial weights and the order of the documents (default 0)
+  --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536
+  --samples N             samples of each length and depth; default: 4
   --SECTION.SETTING VALUE overrides one setting of all stages of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
-Everything is written to runs/recall/: data/ for all variants, and VARIANT/STAGE and VARIANT/eval.
+Everything is written to runs/recall/: data/ for all, and VARIANT-SEED/STAGE and VARIANT-SEED/eval.
 TEXT
 }
 
-variant=mag lengths=() samples=8 settings=()
+variant=mag seed=0 lengths=() samples=4 settings=()
 while (($#)); do
     case $1 in
     --help | -h)
@@ -38,13 +39,14 @@ while (($#)); do
             exit 2
         fi
         ;;
-    --variant | --samples | --*.*)
+    --variant | --seed | --samples | --*.*)
         if (($# < 2)); then
             printf 'error: %s needs a value; see --help\n' "$1" >&2
             exit 2
         fi
         case $1 in
         --variant) variant=$2 ;;
+        --seed) seed=$2 ;;
         --samples) samples=$2 ;;
         *) settings+=("$1" "$2") ;;
         esac
@@ -56,21 +58,34 @@ while (($#)); do
         ;;
     esac
 done
+if [[ ! $seed =~ ^[0-9]+$ ]]; then
+    printf "error: --seed is '%s'; it must be a whole number\n" "$seed" >&2
+    exit 2
+fi
 if [[ ! $samples =~ ^[1-9][0-9]*$ ]]; then
     printf "error: --samples is '%s'; it must be a whole number above 0\n" "$samples" >&2
     exit 2
 fi
-if ((${#lengths[@]} == 0)); then lengths=(256 4096 16384 65536); fi
+if ((${#lengths[@]} == 0)); then lengths=(256 1024 4096 16384 65536); fi
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment ""
 cd "$root"
 PYTHON=.venv/bin/python
-if [[ ! -f pretrain/config/presets/recall_$variant.toml ]]; then
-    fail "--variant is '$variant'; there is no pretrain/config/presets/recall_$variant.toml"
-fi
-data=runs/recall/data run=runs/recall/$variant
+memory=$("$PYTHON" - "$variant" <<'PYTHON'
+import sys
+
+from titans_mcore.mixers import MIXERS
+
+if sys.argv[1] not in MIXERS:
+    sys.exit(f"error: --variant is '{sys.argv[1]}'; choose among {', '.join(MIXERS)}")
+print(int(MIXERS[sys.argv[1]].memory))
+PYTHON
+) || exit 2
+controls=()
+if ((memory)); then controls=(--controls memory_reset); fi
+data=runs/recall/data run=runs/recall/$variant-$seed
 mkdir -p "$data"
 
 # step TITLE COMMAND ...: prints the command and runs it.
@@ -96,33 +111,28 @@ documents() {
 }
 
 before=''
-# train STAGE TOKENS ROWS STEPS RATE: a stage, from the weights of the one before.
+# train STAGE TOKENS ROWS STEPS RATE DOCUMENTS=SHARE ...: a stage, from the weights of the one before.
 train() {
-    local from=()
+    local from=() blend=()
     if [[ -n $before ]]; then from=(--train.weights-from "$run/$before"); fi
+    for part in "${@:6}"; do blend+=("$data/$part"); done
     step "Pretrain $variant, stage $1: $4 steps of $3 rows of $2 tokens" \
-        bash launch/torchrun.sh --config "recall_$variant" --run-dir "$run/$1" \
-        --data.path "$data/$1" --train.sequence-length "$2" --train.global-batch "$3" --train.micro-batch "$3" \
+        bash launch/torchrun.sh --config recall --model.variant "$variant" --run-dir "$run/$1" --train.seed "$seed" \
+        --data.blend "${blend[@]}" --train.sequence-length "$2" --train.global-batch "$3" --train.micro-batch "$3" \
         --train.steps "$4" --optimizer.lr "$5" ${from[@]+"${from[@]}"} --nproc 1 ${settings[@]+"${settings[@]}"}
     before=$1
 }
 
 cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
 
-documents 1-lists 256 4500 --lists
-documents 2-short 256 4500 --repeats 6 --questions 3 --other-words 0.5
-documents 3-long 1024 1400 --repeats 2 --questions 2 --other-words 0.5
-documents 4-longer 4096 700 --other-words 0.25
+documents lists 256 4500 --lists
+documents short 256 9000 --repeats 6 --questions 3 --other-words 0.5
+documents long 1024 1800 --repeats 2 --questions 2 --other-words 0.25
 
-train 1-lists 256 8 500 3e-3
-train 2-short 256 8 500 3e-3
-train 3-long 1024 4 300 2e-3
-train 4-longer 4096 2 300 1.5e-3
+train 1-lists 256 8 500 3e-3 lists=1.0
+train 2-short 256 8 500 3e-3 lists=0.15 short=0.85
+train 3-long 1024 2 300 2e-3 short=0.3 long=0.7
 
-controls=()
-if "$PYTHON" -c 'import sys; from titans_mcore.mixers import MIXERS; sys.exit(not MIXERS[sys.argv[1]].memory)' "$variant"; then
-    controls=(--controls memory_reset)
-fi
 step "S-NIAH, noise haystack" \
     "$PYTHON" -m evals.niah --checkpoint "$run/$before" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
     --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}
