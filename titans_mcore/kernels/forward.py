@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .errors import aims_of, centre, deltas_of, lower_share, own_outputs
 from .network import (
+    COUNTS,
     answer_of,
     before,
     contiguous_tokens,
@@ -44,7 +45,7 @@ from .network import (
 from .shell import move, shell_acts, shell_factor, state_into_shell
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def scan_kernel(
     queries,  # (B, T, H, D), T = chunks b, with the strides below; keys and values alike
     keys,
