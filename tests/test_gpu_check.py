@@ -47,7 +47,7 @@ def test_the_printed_plan_is_what_would_run() -> None:
     for words in (
         "DISABLE_MMA_V3=1 python -m evals.efficiency.gpu_jobs gradients B1-T4096-H24-D64-L2-F256-b16 ",
         "DISABLE_MMA_V3=0 python -m evals.efficiency.gpu_jobs gradients B1-T4096-H24-D64-L2-F256-b16 ",
-        "python -m pytest -v -p no:cacheprovider -n 12 tests/kernels -k 'bfloat16 or oracle' ",
+        "python -m pytest -v -p no:cacheprovider -n 12 tests/kernels tests/attention ",
     ):
         assert f"\n{words}" in planned
     fast = gpu_check("--part", "fast", "--dry-run").stdout

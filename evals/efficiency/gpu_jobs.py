@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
     from pretrain.config.run_config import RunConfig
+    from pretrain.report.throughput import MfuMeter
 
 Found = dict[str, Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,6 +62,7 @@ _PACKAGES = (
 _TINY = (
     *("--model.num-layers", "2", "--model.dim", "64", "--model.num-heads", "4", "--model.ffn-dim", "64"),
     *("--model.persistent-tokens", "4", "--model.segment-length", "32", "--train.sequence-length", "64"),
+    *("--train.precision", "bf16"),  # as on a GPU
 )
 
 
@@ -111,31 +113,33 @@ def timings(name: str) -> Found:
 def training(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Found]]]:
     """Steps as pretraining takes them: bfloat16 weights, float32 masters in DeepSpeed's ZeRO 1, fused AdamW."""
     from pretrain.engine import build_engine, build_model
+    from pretrain.report.throughput import MfuMeter
     from titans_mcore.parallel import start
 
     groups = start(1, 1, seed=0)
-    engines: dict[str, DeepSpeedEngine] = {}
+    built: dict[str, tuple[DeepSpeedEngine, MfuMeter]] = {}
 
     def measured(name: str) -> Found:
-        preset, batch = name.rsplit("-B", 1)
-        if preset not in engines:
-            for engine in engines.values():
+        preset, rows = name.rsplit("-B", 1)
+        if preset not in built:
+            for engine, _ in built.values():
                 engine.destroy()
-            engines.clear()
+            built.clear()
             _free()
-            engines[preset] = build_engine(build_model(_config(preset), groups), _config(preset), 1)
-        return _steps(engines[preset], _config(preset, int(batch)))
+            config = _config(preset)
+            built[preset] = build_engine(build_model(config, groups), config, 1), MfuMeter.here(config, 1)
+        return _steps(*built[preset], _config(preset), int(rows))
 
     for name in names:
         yield name, partial(measured, name)
 
 
-def _steps(engine: "DeepSpeedEngine", config: "RunConfig") -> Found:
+def _steps(engine: "DeepSpeedEngine", meter: "MfuMeter", config: "RunConfig", rows: int) -> Found:
+    """Steps of so many rows; the meter and the configuration are of one."""
     from pretrain.data.batches import MicroBatch
     from pretrain.engine import train_step
-    from pretrain.report.throughput import MfuMeter
 
-    rows, length = config.train.micro_batch, config.train.sequence_length
+    length = config.train.sequence_length
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.model.vocab_size, (rows, length + 1), generator=generator)
     batch = MicroBatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
@@ -146,11 +150,12 @@ def _steps(engine: "DeepSpeedEngine", config: "RunConfig") -> Found:
         losses.append(train_step(engine, [batch], lr=1e-4).loss)  # asks the device, and so waits for it
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[_WARM_UP:])
+    share = meter.mfu(1, median)
     return {
         "tokens_per_second": rows * length / median,
         "step_seconds": median,
         "first_step_seconds": seconds[0],
-        "mfu": MfuMeter.here(config, 1).mfu(1, median),
+        "mfu": None if share is None else rows * share,
         "peak_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None,
         "losses": losses,
         "parameters": sum(parameter.numel() for parameter in engine.module.parameters()),
@@ -168,7 +173,7 @@ def reading(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Found]]]:
 
     def measured(name: str) -> Found:
         preset, blocks, length = re.fullmatch(r"(.+)-L(\d+)-T(\d+)", name).groups()  # type: ignore[union-attr]
-        config = _config(preset, 1, "--model.num-layers", blocks)
+        config = _config(preset, "--model.num-layers", blocks)
         network: Any = build_model(config, groups).eval()
         model = EvalModel(network, config.model, Tokenizer(None, ""), "random weights", "", device=device())
         settings = ContextSettings((Path(),), Path(), piece=_PIECE, decode_tokens=_DECODED)
@@ -313,10 +318,11 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return found if found < _FAR_OFF else _FAR_OFF
 
 
-def _config(preset: str, rows: int = 1, *more: str) -> "RunConfig":
+def _config(preset: str, *more: str) -> "RunConfig":
+    """The preset's, with steps of one row."""
     from pretrain.config.command_line import parse
 
-    size = ("--train.global-batch", str(rows), "--train.micro-batch", str(rows))
+    size = ("--train.global-batch", "1", "--train.micro-batch", "1")
     tiny = _TINY if "--tiny" in sys.argv else ()
     vocabulary = ("--model.vocab-size", "512" if tiny else str(_VOCABULARY))
     return parse(["--config", preset, "--run-dir", "-", *size, *vocabulary, *tiny, *more]).config

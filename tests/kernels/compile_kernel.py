@@ -1,4 +1,4 @@
-"""Compile for sm_90 every kernel that scans and their gradients launch, without a GPU: see test_compile.py.
+"""Compile for sm_90 every kernel that scans, or a layer, launch with their gradients, without a GPU: test_compile.py.
 
 The launches are the real ones, up to the point where Triton would hand machine code to a device. A line of JSON for
 each variant that was compiled says what it is and what ptxas found.
@@ -17,7 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from titans_mcore import kernels
+from titans_mcore.config import TitansConfig
 from titans_mcore.kernels import fused
+from titans_mcore.memory import PackedRows
+from titans_mcore.memory.triton_faults import FAULTS, avoid
+from titans_mcore.mixers.mag import MagMixer
+from titans_mcore.mixers.parts import PlainParts
 
 from .problems import Problem, Sizes, by_kernels, make_problem, with_gradients
 
@@ -37,13 +43,18 @@ class Hopper:
         return GPUTarget("cuda", 90, 32)
 
 
-def main(dtype: str, documents: bool, scans: list[dict[str, Any]]) -> None:
-    """Compiles what these scans, forward and backward, launch one after the other in one process."""
+def main(dtype: str, documents: bool, guarded: bool, scans: list[dict[str, Any]], batches: list[list[int]]) -> None:
+    """Compiles what these scans, or a layer with batches of (B, T), launch one after the other in one process.
+
+    With `guarded` as on a GPU where this Triton is known to be wrong.
+    """
     driver.set_active(Hopper())
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # what comes from a cache has not been through ptxas
     triton.runtime.JITFunction.__getitem__ = compiling  # type: ignore[method-assign, assignment]
-    fused.fused_fits = lambda *_: ""  # type: ignore[assignment]
+    fused.fused_fits = kernels.fused_fits = lambda *_: ""  # type: ignore[assignment]
+    if guarded:
+        avoid(FAULTS[0])
     for sizes in scans:
         problem = make_problem(Sizes(**sizes)).cast(getattr(torch, dtype), "cpu")
         if documents:
@@ -51,6 +62,20 @@ def main(dtype: str, documents: bool, scans: list[dict[str, Any]]) -> None:
         with torch.no_grad():  # nothing is run, so every number is whatever lay there
             by_kernels(problem)
         with_gradients(by_kernels, problem)
+    if batches:
+        train_layer(batches, documents=documents)
+
+
+def train_layer(batches: list[list[int]], *, documents: bool) -> None:
+    """A MAG layer whose memory is as small as kernels take it."""
+    memory = {"memory_head_dim": 16, "memory_expansion": 2, "memory_backend": "fused"}
+    config = TitansConfig("mag", dim=32, num_heads=2, persistent_tokens=8, window=32, **memory)  # type: ignore[arg-type]
+    layer = MagMixer(config, PlainParts(config)).bfloat16()
+    for rows, length in batches:
+        starts = torch.zeros(rows, length, dtype=torch.bool)
+        starts[-1, length // 3] = True
+        tokens = torch.zeros(rows, length, 32, dtype=torch.bfloat16, requires_grad=True)
+        layer(tokens, None, PackedRows(starts) if documents else None)[0].sum().backward()
 
 
 def begin_documents(problem: Problem) -> None:
