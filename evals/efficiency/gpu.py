@@ -194,6 +194,7 @@ def measure(settings: GpuSettings) -> int:
     Raises:
         EvaluationError: There is no GPU, and it is not a rehearsal.
     """
+    began = time.monotonic()  # torch, too, takes its time to be imported
     asked = partial(plan, settings.part, settings.output.resolve(), tiny=settings.rehearse)
     if settings.dry_run:
         for group in asked(Path("WORK")):
@@ -206,16 +207,16 @@ def measure(settings: GpuSettings) -> int:
             raise EvaluationError(f"{sys.executable} finds no CUDA device through torch; give --rehearse or --dry-run")
     settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:
-        return _Part(settings).run(asked(Path(work)))
+        return _Part(settings, began).run(asked(Path(work)))
 
 
 class _Part:
     """A part that is under way."""
 
-    def __init__(self, settings: GpuSettings) -> None:
+    def __init__(self, settings: GpuSettings, began: float) -> None:
         from evals.measure import source_commit
 
-        self.began, self.output, self.tiny = time.monotonic(), settings.output, settings.rehearse
+        self.began, self.output, self.tiny = began, settings.output, settings.rehearse
         # A rehearsal proves that commands run, on however slow a machine.
         self.deadline = self.began + SECONDS[settings.part] * (20 if self.tiny else 1) - _SPARE_SECONDS
         self.file = self.output / f"{settings.part}.jsonl"
@@ -324,7 +325,7 @@ class _Part:
         seconds = round(time.monotonic() - began, 1)
         ended: dict[str, Any] = {"name": step.name, "command": step.text(), "seconds": seconds}
         if "pytest" in step.words:  # also where it was ended before its last line
-            ended |= {outcome.lower(): len(re.findall(rf"\b{outcome}\b tests", text)) for outcome in _OUTCOMES}
+            ended |= {outcome.lower(): len(re.findall(rf"] {outcome} tests", text)) for outcome in _OUTCOMES}
         if status == 0:
             return {**ended, "status": "measured", "last_lines": last}
         reason = f"ended with status {status}" if in_time else "took too long and was ended"

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+# Five kernels of a model's size take a core a minute, and many times that on a busy machine.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
 # A scan that is not differentiated, and the four of training: "walk" is the backward pass's scan, which reads nothing.
 LAUNCHED = ["scan", "scan, kept", "walk", "reads", "chain"]
@@ -44,7 +46,6 @@ def compiled(
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "sizes", "documents"),
     [
@@ -61,7 +62,6 @@ def test_kernels_compile_for_hopper(dtype: str, sizes: dict[str, Any], documents
     assert all(kernel["bytes"] > 0 for kernel in found)
 
 
-@pytest.mark.slow
 def test_registers_and_what_they_do_not_hold_are_the_recorded_ones() -> None:
     found = compiled("bfloat16", MODELS)
     assert [kernel["kernel"] for kernel in found] == LAUNCHED
@@ -71,7 +71,6 @@ def test_registers_and_what_they_do_not_hold_are_the_recorded_ones() -> None:
     assert measured == PTXAS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
 def test_training_compiles_four_kernels_and_three_more_for_documents(documents: bool) -> None:
     """Persistent tokens, rows that end inside a chunk, batches of one row and of two, documents or none."""
@@ -80,7 +79,6 @@ def test_training_compiles_four_kernels_and_three_more_for_documents(documents: 
     assert names == sorted(LAUNCHED[1:] + (["scan, kept", "walk", "chain"] if documents else []))
 
 
-@pytest.mark.slow
 def test_a_kernel_is_compiled_once_whatever_comes() -> None:
     """Rows of one chunk and of sixteen, groups of one and of several, one memory and many."""
     scans = [{**SMALL, "length": 16}, {**SMALL, "length": 256}, {**SMALL, "batch": 2, "heads": 8, "length": 112}]
@@ -89,6 +87,5 @@ def test_a_kernel_is_compiled_once_whatever_comes() -> None:
     assert any(kernel["wgmma"] for kernel in found)
 
 
-@pytest.mark.slow
 def test_what_helps_against_wrong_code_leaves_no_wgmma() -> None:
     assert not any(kernel["wgmma"] for kernel in compiled("bfloat16", SMALL, guarded=True))
