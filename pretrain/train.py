@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,11 @@ from pretrain.report.metrics import Metrics
 from pretrain.report.sinks import check_sinks
 from pretrain.run import Run, lock_run_folder
 from pretrain.schedule import tokens_after
+from titans_mcore.config import TitansConfig
 from titans_mcore.linear.fla import why_not_fla
+from titans_mcore.memory.fused import why_not_fused
 from titans_mcore.memory.native import why_not_native
+from titans_mcore.memory.rule import Memory, Network, Rule
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
 from tokenization.command_line import try_output
 
@@ -212,8 +216,8 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
         f"{layout(config, data_parallel)}, "
         f"{torch.get_num_threads()} threads | {config.train.tokens_per_step:,} tokens a step"
     )
-    if any(mixer.memory for mixer in config.model.mixers) and device().type == "cpu":
-        say(f"memory: {memory_on_cpu(config)}")
+    if any(mixer.memory for mixer in config.model.mixers):
+        say(f"memory: {memory_form(config, device())}")
     if config.model.linear_backend == "fla":
         if reason := why_not_fla(resolve_precision(config), device()):
             raise ValueError(f"model.{reason}")
@@ -226,14 +230,27 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
             say(f"note: train.{name} is {needed:,}, but the last step begins after {tokens:,} tokens")
 
 
-def memory_on_cpu(config: RunConfig) -> str:
+def memory_form(config: RunConfig, where: torch.device) -> str:
     """How the memory is computed, and why not faster. Compiles the native operation where that was never done."""
     model, tensor = config.model, config.parallel.tensor
-    sharded = tensor > 1 and memory_split(model, config.parallel.memory_parallel, tensor) == "hidden"
     if model.memory_backend != "auto":
         return model.memory_backend
-    reason = why_not_native(torch.device("cpu"), channelwise=model.memory_alpha == "channel", sharded=sharded)
-    return f"chunked, which is slower; {reason}" if reason else "native"
+    channelwise = model.memory_alpha == "channel"
+    sharded = tensor > 1 and memory_split(model, config.parallel.memory_parallel, tensor) == "hidden"
+    if where.type == "cpu":
+        name, reason = "native", why_not_native(where, channelwise=channelwise, sharded=sharded)
+    else:
+        memory, queries = memory_of(model, resolve_precision(config), where)
+        name, reason = "fused", why_not_fused(memory, queries, channelwise=channelwise, sharded=sharded)
+    return f"chunked, which is slower; {reason}" if reason else name
+
+
+def memory_of(model: TitansConfig, dtype: torch.dtype, where: torch.device) -> tuple[Memory, torch.Tensor]:
+    """A memory of the model's, its weights without numbers, and a token's queries (1, 1, H, D)."""
+    residual, (heads, width) = model.memory_network == "residual_norm", model.memory_shape
+    rule = Rule.of(model.memory_rule, model.chunk_size, residual_norm=residual, forgets=model.memory_forgetting)
+    weights = [torch.empty(heads, *pair, device="meta") for pair in pairwise(model.memory_widths)]
+    return Memory(Network(residual), rule, weights), torch.empty(1, 1, heads, width, dtype=dtype, device=where)
 
 
 def layout(config: RunConfig, data_parallel: int) -> str:

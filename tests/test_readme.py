@@ -62,7 +62,7 @@ SLOW = (
     "python -m titans_mcore.hf.verify",
 )
 # What runs this test, what needs a network, what needs a GPU, what needs a cluster.
-NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "evals.harness", "launch/gpu_check.sh", "sbatch")
+NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "evals.harness", "launch/gpu_check.sh", "gpu_wheels.sh", "sbatch")
 
 
 def readme_blocks(language: str) -> list[str]:

@@ -14,6 +14,7 @@ commands:
   memory   the neural memory: tokens/s, peak memory, growth with length
   context  reading, decoding and memory of trained models, up to millions of tokens
   faults   what lost processes cost a run: productive time, lost steps, time to resume
+  gpu      all that needs a GPU, in three parts of a few minutes: right, fast, endurance
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
@@ -51,10 +52,23 @@ def _faults(words: Sequence[str]) -> None:
     print(settings.output / "faults.json", file=sys.stderr)
 
 
+def _gpu(words: Sequence[str]) -> None:
+    from evals.efficiency.gpu import GpuSettings, measure
+
+    settings = parse_settings(GpuSettings, "python -m evals.efficiency gpu", words)
+    try:
+        status = measure(settings)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was found stands in {settings.output}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(status)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "memory": _memory,
     "context": _context,
     "faults": _faults,
+    "gpu": _gpu,
 }
 
 

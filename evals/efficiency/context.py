@@ -41,10 +41,10 @@ def measure(settings: ContextSettings) -> str:
     for path, name in zip(settings.checkpoint, names_of(settings.checkpoint), strict=True):
         model = load_model(path)
         report = {**circumstances(settings, model.device.type), **report}
-        _row(model, name, min(settings.lengths), settings)  # warms up
+        read_row(model, name, min(settings.lengths), settings)  # warms up
         rows: list[Row] = []
         for length in sorted(settings.lengths):
-            rows.append(_row(model, name, length, settings))
+            rows.append(read_row(model, name, length, settings))
             report["rows"].append(rows[-1])
             report["compared"][name] = compare(rows)
             write_json(settings.json, report)
@@ -52,7 +52,8 @@ def measure(settings: ContextSettings) -> str:
 
 
 @torch.inference_mode()
-def _row(model: EvalModel, name: str, length: int, settings: ContextSettings) -> Row:
+def read_row(model: EvalModel, name: str, length: int, settings: ContextSettings) -> Row:
+    """What reading so many tokens and decoding behind them costs; or why it was given up."""
     gc.collect()
     peak, began = PeakMemory(model.device), time.perf_counter()
     row: Row = {"model": name, "length": length}
@@ -79,6 +80,7 @@ def _row(model: EvalModel, name: str, length: int, settings: ContextSettings) ->
         "decode_ms": 1_000 * statistics.median(decoding[_WARM_UP:]),
         "peak_bytes": peak.bytes(),
         "state_bytes": state_bytes(states),
+        "finite": bool(logits.isfinite().all()),
     }
 
 

@@ -1,68 +1,125 @@
-"""Compile one kernel for sm_90 and print the bytes of its machine code: see test_compile.py for the arguments."""
+"""Compile for sm_90 every kernel that scans, or a layer, launch with their gradients, without a GPU: test_compile.py.
 
+The launches are the real ones, up to the point where Triton would hand machine code to a device. A line of JSON for
+each variant that was compiled says what it is and what ptxas found.
+"""
+
+import contextlib
+import io
+import json
+import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
-from titans_mcore.kernels import launch
-from titans_mcore.kernels.fused import Shape
+from titans_mcore import kernels
+from titans_mcore.config import TitansConfig
+from titans_mcore.kernels import fused
+from titans_mcore.memory import PackedRows
+from titans_mcore.memory.triton_faults import FAULTS, avoid
+from titans_mcore.mixers.mag import MagMixer
+from titans_mcore.mixers.parts import PlainParts
 
-KERNELS = {
-    "scan": launch.scan_kernel,
-    "walk": launch.scan_kernel,
-    "reads": launch.reads_backward_kernel,
-    "chain": launch.chain_backward_kernel,
-}
-TOKENS = {"queries", "keys", "values", "reads", "of_reads", "of_queries", "of_keys", "of_values"}
-OPTIONAL = {"scale", "shift", "kept", "factors", "fresh", "anchors", "of_fresh", "of_anchors", "restarts", "closed"}
-OPTIONAL |= {"alike", "aims", "known"}
-HOLDING = {"mass", "of_mass", "held"}  # of memories of two matrices
-OPTIONAL |= HOLDING
-LEFT_OUT = {"scan": ["factors", "narrow", "known", "held"], "walk": ["reads"]}
+from .problems import Problem, Sizes, by_kernels, make_problem, with_gradients
+
+_PTXAS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s.*?Used (\d+) registers", re.S)
 
 
-def signature(kernel: Any, constants: dict[str, Any], tokens: str, optional: bool) -> dict[str, str]:
-    """Types of a kernel's arguments; of what is left out or constant it is `constexpr`, the value in `constants`."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in OPTIONAL and not optional:
-            constants[name] = None
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in TOKENS:
-            types[name] = tokens
-        elif name in ("restarts", "closed"):
-            types[name] = "*i8"
-        elif name.startswith(("stride", "memories", "heads", "tiles", "chunk", "keep_every", "group")):
-            types[name] = "i32"
-        else:
-            types[name] = "i32" if name == "fresh_rows" else "*fp32"
-    return types
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
 
 
-def main(kernel_name: str, depth: int, width: int, hidden: int, block: int, operands: str, optional: bool) -> None:
-    kernel = KERNELS[kernel_name]
-    limit = 3.0 if optional else None
-    shape = Shape(1, 1, 2, block, width, hidden, depth, residual_norm=optional, exact=optional, rms_limit=limit)
-    on_chip = shape.on_chip if kernel_name in LEFT_OUT else shape.gradient_on_chip
-    constants = launch.constants(shape, getattr(torch, operands), on_chip)
-    constants |= dict.fromkeys(LEFT_OUT.get(kernel_name, ()))
-    if depth == 1:
-        constants |= dict.fromkeys(HOLDING.intersection(kernel.arg_names))
-    if kernel_name != "reads":
-        constants |= {"LIMIT": limit, "EXACT": shape.exact, "ON_CHIP": on_chip}
-    if constants["tiles"] > 1:
-        del constants["tiles"]  # Triton makes a constant of it only where it is 1
-    types = signature(kernel, constants, "*bf16" if operands == "bfloat16" else "*fp32", optional)
-    pointers = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name][0] == "*"}
-    source = ASTSource(kernel, signature=types, constexprs=constants, attrs=pointers)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options(shape, on_chip))
-    print(len(compiled.asm["cubin"]), compiled.metadata.shared)
+def main(dtype: str, documents: bool, guarded: bool, scans: list[dict[str, Any]], batches: list[list[int]]) -> None:
+    """Compiles what these scans, or a layer with batches of (B, T), launch one after the other in one process.
+
+    With `guarded` as on a GPU where this Triton is known to be wrong.
+    """
+    driver.set_active(Hopper())
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # what comes from a cache has not been through ptxas
+    triton.runtime.JITFunction.__getitem__ = compiling  # type: ignore[method-assign, assignment]
+    fused.fused_fits = kernels.fused_fits = lambda *_: ""  # type: ignore[assignment]
+    if guarded:
+        avoid(FAULTS[0])
+    for sizes in scans:
+        problem = make_problem(Sizes(**sizes)).cast(getattr(torch, dtype), "cpu")
+        if documents:
+            begin_documents(problem)
+        with torch.no_grad():  # nothing is run, so every number is whatever lay there
+            by_kernels(problem)
+        with_gradients(by_kernels, problem)
+    if batches:
+        train_layer(batches, documents=documents)
+
+
+def train_layer(batches: list[list[int]], *, documents: bool) -> None:
+    """A MAG layer whose memory is as small as kernels take it."""
+    memory = {"memory_head_dim": 16, "memory_expansion": 2, "memory_backend": "fused"}
+    config = TitansConfig("mag", dim=32, num_heads=2, persistent_tokens=8, window=32, **memory)  # type: ignore[arg-type]
+    layer = MagMixer(config, PlainParts(config)).bfloat16()
+    for rows, length in batches:
+        starts = torch.zeros(rows, length, dtype=torch.bool)
+        starts[-1, length // 3] = True
+        tokens = torch.zeros(rows, length, 32, dtype=torch.bfloat16, requires_grad=True)
+        layer(tokens, None, PackedRows(starts) if documents else None)[0].sum().backward()
+
+
+def begin_documents(problem: Problem) -> None:
+    problem.restarts = torch.zeros(problem.chunks, problem.sizes.batch, dtype=torch.bool)
+    problem.restarts[-1] = True
+    problem.closed = ~problem.restarts
+
+
+def compiling(function: Any, grid: object) -> Callable[..., None]:
+    """What a launch does here."""
+
+    def compile_only(*arguments: Any, **named: Any) -> None:
+        known = len(function.device_caches[0][0])
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = function.run(*arguments, grid=grid, warmup=True, **named)
+        if len(function.device_caches[0][0]) > known:
+            given = dict(zip(function.arg_names, arguments, strict=False))
+            print(json.dumps({"kernel": name_of(function, given), **properties(compiled, log.getvalue())}), flush=True)
+
+    return compile_only
+
+
+def name_of(function: Any, given: dict[str, Any]) -> str:
+    name = function.__name__.removesuffix("_kernel").removesuffix("_backward")
+    if name == "scan":
+        return "walk" if given["reads"] is None else "scan, kept" if given["kept"] is not None else "scan"
+    return name
+
+
+def properties(compiled: Any, log: str) -> dict[str, int]:
+    """What is known of machine code without running it; barriers and wgmma are counted as they are written."""
+    stores, loads, registers = map(int, _PTXAS.search(log).groups())  # type: ignore[union-attr]
+    ptx = compiled.asm["ptx"]
+    return {
+        "bytes": len(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "registers": registers,
+        "spill_stores": stores,
+        "spill_loads": loads,
+        "barriers": ptx.count("bar.sync"),
+        "wgmma": ptx.count("wgmma.mma_async"),
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6], sys.argv[7] == "all")  # type: ignore[arg-type]
+    main(**json.loads(sys.argv[1]))

@@ -1,5 +1,6 @@
 """What can be said of launch/ without a cluster: scripts parse and are clean, the parts of the manifest fit."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -74,6 +75,52 @@ def test_what_pip_does_is_shown_a_line_in_twenty_and_its_failure_is_kept():
     result = sourced(f"({pip}) | show_progress", Path(shutil.which("bash")).parent)
     assert result.returncode == 3
     assert result.stdout.split() == ["Collecting", "package1", "Collecting", "package21", "Collecting", "package41"]
+
+
+def wheels(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/gpu_wheels.sh with a pip that makes a wheel of whatever it is asked for, but for what it lacks."""
+    python = folder / "python"
+    python.write_text(
+        """#!/bin/bash
+package=${@: -1} && name=${package%%==*}
+if [[ $name == "$LACKS" ]]; then exit 1; fi
+while (($#)); do case $1 in --dest | --wheel-dir) dest=$2 ;; --python-version) echo "$2" >>"$ASKED" ;; esac; shift; done
+truncate -s "${BYTES:-1024}" "$dest/$name.whl"
+"""
+    )
+    python.chmod(0o755)
+    named = {"PYTHON": str(python), "ASKED": str(folder / "asked"), "LACKS": "", "PATH": os.environ["PATH"]}
+    command = ["bash", str(ROOT / "launch" / "gpu_wheels.sh"), *arguments]
+    return subprocess.run(command, env=named | environment, capture_output=True, text=True)
+
+
+def test_wheels_for_a_gpu_machine_are_weighed(tmp_path):
+    done = wheels(tmp_path, str(tmp_path / "wheels"), "3.13")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"25 wheels in {tmp_path / 'wheels'}, 0.0 of 64 MiB\n"
+    assert set((tmp_path / "asked").read_text().split()) == {"3.13"}
+    too_large = wheels(tmp_path, str(tmp_path / "wheels"), BYTES="4194304")
+    assert too_large.returncode == 1
+    assert "100.0 of 64 MiB" in too_large.stdout
+    assert "more than the 64 MiB that can be carried" in too_large.stderr
+
+
+@pytest.mark.parametrize("package", ["tyro", "deepspeed"])
+def test_a_wheel_that_is_missing_is_named(tmp_path, package):
+    done = wheels(tmp_path, str(tmp_path / "wheels"), LACKS=package)
+    assert done.returncode == 1
+    assert f"pip found no wheel of {package}==" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [((), "give a folder for the wheels"), (("--dir",), "give a folder"), (("wheels", "312"), "write it as 3.12")],
+)
+def test_wheels_want_a_folder_and_a_version(tmp_path, arguments, sentence):
+    done = wheels(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not (tmp_path / "asked").exists()
 
 
 def test_the_manifest_is_a_headless_service_and_an_indexed_job(manifest):

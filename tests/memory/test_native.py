@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pretrain.config.run_config import RunConfig
-from pretrain.train import memory_on_cpu
+from pretrain.train import memory_form
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import MemoryState, memory_scan
 from titans_mcore.memory.native import why_not_native
@@ -272,7 +272,7 @@ def test_an_installed_operation_of_another_version_is_not_used(monkeypatch: pyte
 @needs_library
 def test_start_of_a_run_says_how_its_memory_is_computed() -> None:
     def said(**model: Any) -> str:
-        return memory_on_cpu(RunConfig(model=TitansConfig(**model)))
+        return memory_form(RunConfig(model=TitansConfig(**model)), torch.device("cpu"))
 
     assert said() == "native"
     assert said(memory_backend="oracle") == "oracle"

@@ -27,7 +27,6 @@ from titans_mcore.parallel import groups, transformer_config
 from .jobs import Job
 from .test_presets import SIZES, SYSTEMS
 
-RECALL = ("mag", "mac", "transformer")
 SETTINGS = {"num_layers": 2, "dim": 128, "num_heads": 4, "ffn_dim": 256, "vocab_size": 1000, "persistent_tokens": 4}
 # The plan is for GPUs; what the native operation of CPUs keeps is less than what the forms with chunks keep.
 MEMORY = {"chunk_size": 8, "segment_length": 64, "window": 48, "linear_heads": 4}
@@ -90,7 +89,7 @@ def test_every_preset_is_planned():
     names = {f"{system}_{size}" for system, size in product(SYSTEMS, SIZES)}
     long = {f"{name}_long" for name in names}
     others = set(preset_names()) - names - long
-    assert others == {"quickstart", "comparison", *(f"recall_{variant}" for variant in RECALL)}
+    assert others == {"quickstart", "comparison", "recall"}
     for name in others:
         gpus = "2" if name == "quickstart" else "1"
         assert planned("--config", name, "--gpus", gpus)

@@ -9,14 +9,16 @@ import torch
 
 from pretrain.config.command_line import parse
 from pretrain.config.files import build, preset_names, read_config
+from pretrain.train import memory_form, memory_of
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
+from titans_mcore.kernels import fused
+from titans_mcore.memory.fused import why_not_fused
 from titans_mcore.mixers import MIXERS
 
 SIZES = {"170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 TOKENS = {"170m": 15e9, "340m": 15e9, "400m": 15e9, "760m": 30e9, "1.3b": 100e9}
 
-RECALL = ("mag", "mac", "transformer")
 PATTERNS = {
     "samba": "mamba+transformer",
     "gated_deltanet_h1": "gated_deltanet+transformer",
@@ -38,6 +40,39 @@ def test_a_preset_has_the_parameters_and_tokens_of_its_name(system: str, size: s
     assert config.train.steps * config.train.tokens_per_step == pytest.approx(TOKENS[size], rel=1e-3)
 
 
+@pytest.mark.parametrize(("system", "size"), [(n, s) for n, s in product(MIXERS, SIZES) if MIXERS[n].memory])
+def test_the_memory_of_every_size_reaches_the_fused_kernels(
+    system: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # takes the CPU for a GPU
+    model = build(*read_config(f"{system}_{size}")).model
+    memory, queries = memory_of(model, torch.bfloat16, torch.device("cpu"))
+    assert why_not_fused(memory, queries, channelwise=False, sharded=False) == ""
+    assert model.memory_shape.width == 64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), "fused"),
+        (("--model.memory-backend", "chunked"), "chunked"),
+        (
+            ("--model.memory-heads", "16", "--model.memory-head-dim", "96"),
+            "chunked, which is slower; the head width is 96",
+        ),
+        (("--model.memory-depth", "3"), "chunked, which is slower; the fused memory kernels take memories of 1 or 2"),
+        (("--model.memory-alpha", "channel"), "chunked, which is slower; the fused memory kernels forget by head"),
+    ],
+)
+def test_a_run_on_a_gpu_says_how_its_memory_is_computed(
+    overrides: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "fault_here", lambda device: None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    command = ["--config", "mac_340m", "--run-dir", "-", "--model.vocab-size", "512", *overrides]
+    assert memory_form(parse(command).config, torch.device("meta")).startswith(said)
+
+
 @pytest.mark.parametrize("system", ["ttt_linear", "ttt_mlp"])
 def test_ttt_has_as_many_heads_as_published(system: str) -> None:
     models = [build(*read_config(f"{system}_{size}")).model for size in SIZES]
@@ -54,21 +89,14 @@ def test_a_long_context_stage_is_the_same_model_on_longer_rows(system: str, size
     assert long.optimizer.lr == pytest.approx(first.optimizer.lr * first.schedule.min_lr_fraction)
 
 
-def test_models_that_recall_differ_in_their_mixer_alone() -> None:
-    mag, mac, transformer = (build(*read_config(f"recall_{variant}")) for variant in RECALL)
-    assert [config.model.variant for config in (mag, mac, transformer)] == list(RECALL)
-    for config in (mac, transformer):  # the same budget, rows and optimizer
-        assert replace(config, model=mag.model) == mag
-    assert transformer.model.window == mag.model.window < 45
-    memory = replace(mag.model, variant="mac", segment_length=mac.model.segment_length, window=mac.model.window)
-    assert memory == mac.model
+def test_the_window_of_models_that_recall_does_not_reach_a_needle_from_its_question() -> None:
+    assert build(*read_config("recall")).model.window < 45
 
 
 def test_no_configuration_is_without_a_test() -> None:
     tested = {f"{system}_{size}" for system, size in product(SYSTEMS, SIZES)}
     long = {f"{name}_long" for name in tested}
-    recall = {f"recall_{variant}" for variant in RECALL}
-    assert set(preset_names()) == {*tested, *long, *recall, "quickstart", "comparison"}
+    assert set(preset_names()) == {*tested, *long, "recall", "quickstart", "comparison"}
 
 
 def test_what_a_name_means_is_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..memory import PackedRows, TensorTree
 from ..memory.layout import take
+from .flash import flash_attend, why_not_flash
 
 BACKENDS = ("auto", "sdpa", "flash", "dense")
 _QUERY_BLOCK = 512  # tokens; bounds the mask and the scores of a long piece
@@ -81,10 +82,8 @@ def attend(
     if backend not in BACKENDS:
         raise ValueError(f"attention backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        backend = "flash" if _flash_fits(queries, keys, keys_per_token, documents) else "sdpa"
+        backend = "sdpa" if why_not_flash(queries, keys, keys_per_token, documents) else "flash"
     if backend == "flash":
-        from .flash import flash_attend
-
         return flash_attend(queries, keys, values, window, keys_per_token, prefix, documents)
     attention = _dense if backend == "dense" else _sdpa
     return attention(queries, keys, values, window, keys_per_token, prefix, documents)
@@ -162,16 +161,6 @@ def _sdpa(
         out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, 1)
-
-
-def _flash_fits(queries: Tensor, keys: Tensor, keys_per_token: int, documents: Documents | None) -> bool:
-    if documents is not None and keys.shape[1] != queries.shape[1]:
-        return False  # its ragged form takes whole documents, not the tail of one that began earlier
-    if not queries.is_cuda or keys_per_token != 1 or queries.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    from .flash import flash_installed
-
-    return flash_installed()
 
 
 def rotate(x: Tensor, first_position: int | Tensor, base: float) -> Tensor:

@@ -3,11 +3,16 @@
 FlashAttention cannot express "a window, and these keys always". Both parts are computed apart and merged by their
 log-sum-exps; the backward pass of each part is given the merged output and log-sum-exp, which makes its softmax the
 merged one.
+
+The kernels are those of the flash-attn package or, without it, the ones that torch brings for its own attention: its
+public function takes a mask or no window, but the operator beneath takes a window and gives the log-sum-exp. Nothing of
+this has run on a GPU: `pytest -m gpu tests/attention` compares it there.
 """
 
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +25,34 @@ if TYPE_CHECKING:
 Forward = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
+_WIDEST = 256  # head of torch's kernels
 
+
+@cache
 def flash_installed() -> bool:
-    """Whether the flash-attn package can be imported."""
-    return importlib.util.find_spec("flash_attn") is not None
+    """Whether the flash-attn package can be imported; a mere folder of its name, as flash-attn-4 makes one, cannot."""
+    found = importlib.util.find_spec("flash_attn")
+    return found is not None and found.origin is not None
+
+
+def why_not_flash(queries: Tensor, keys: Tensor, keys_per_token: int, documents: "Documents | None") -> str:
+    """Why FlashAttention cannot compute this, in a sentence; empty if it can. Arguments are those of attend()."""
+    if not queries.is_cuda or queries.dtype not in (torch.bfloat16, torch.float16):
+        return f"attention backend 'flash' got {queries.dtype} on {queries.device}; it needs half precision on CUDA"
+    if keys_per_token != 1:
+        return "attention backend 'flash' takes one key for each token; use 'sdpa' for MAC segments"
+    if documents is not None and keys.shape[1] != queries.shape[1]:
+        # Its ragged form takes whole documents, not the tail of one that began earlier.
+        return "attention backend 'flash' cannot go on inside a packed row; use 'sdpa' or 'auto'"
+    if flash_installed():
+        return ""
+    width, device = queries.shape[-1], torch.cuda.get_device_properties(queries.device)
+    if width % 8 or width > _WIDEST or device.major < 8 or not torch.backends.cuda.is_flash_attention_available():
+        return (
+            f"attention backend 'flash' without the flash-attn package takes head widths of 8, 16, ... {_WIDEST} on "
+            f"GPUs since Ampere, and this is {width} on {device.name}; install the 'gpu' extra, or use 'sdpa'"
+        )
+    return ""
 
 
 def flash_attend(
@@ -35,25 +64,20 @@ def flash_attend(
     prefix: "Prefix | None",
     documents: "Documents | None",
 ) -> Tensor:
-    """attend() through flash-attn; see there for shapes.
+    """attend() through FlashAttention; see there for shapes.
 
     Raises:
-        ValueError: flash-attn is missing, or the tensors are not half-precision CUDA tensors.
+        ValueError: It cannot compute this.
     """
-    if not flash_installed():
-        raise ValueError("attention backend 'flash' needs the flash-attn package; install this project's 'gpu' extra")
-    if not queries.is_cuda or queries.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"attention backend 'flash' got {queries.dtype} on {queries.device}; it needs bfloat16 or float16 on CUDA"
-        )
-    if keys_per_token != 1:
-        raise ValueError("attention backend 'flash' takes one key for each token; use 'sdpa' for MAC segments")
-    if documents is not None and keys.shape[1] != queries.shape[1]:
-        raise ValueError("attention backend 'flash' cannot go on inside a packed row; use 'sdpa' or 'auto'")
+    if reason := why_not_flash(queries, keys, keys_per_token, documents):
+        raise ValueError(reason)
     bounds = None if documents is None else document_bounds(documents.queries)
     if prefix is not None:
         parts = (queries, keys, values, prefix.queries, prefix.keys, prefix.values)
-        return PrefixMerge.apply(*parts, window, bounds, _flash_forward, _flash_backward)
+        kernels = (_flash_forward, _flash_backward) if flash_installed() else (torch_forward, torch_backward)
+        return PrefixMerge.apply(*parts, window, bounds, *kernels)
+    if not flash_installed():
+        return torch_forward(queries, keys, values, window, bounds)[0]
     window_size = (window - 1 if window else -1, 0)
     if bounds is None:
         from flash_attn import flash_attn_func
@@ -163,3 +187,65 @@ def _flash_backward(
     options = (0.0, scale, causal, left, right, 0.0, None, False)
     _flash_attn_varlen_backward(*flat, ragged_lse, *(x.flatten(0, 1) for x in grads), *limits, *options)
     return grads
+
+
+def torch_forward(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int, bounds: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """PrefixMerge's forward kernel by torch's FlashAttention, whose output can also be differentiated as it is."""
+    tensors, limits = _torch_layout(bounds, queries, keys, values)
+    causal, left, right = _flash_window(window)
+    output, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *tensors,
+        *limits,
+        0.0,  # no dropout
+        causal,
+        False,  # no mask of what was dropped
+        scale=1.0 / math.sqrt(queries.shape[-1]),
+        window_size_left=left,
+        window_size_right=right,
+    )
+    if bounds is None:
+        return output, lse
+    return output.view_as(queries), lse.unflatten(1, queries.shape[:2]).transpose(0, 1)
+
+
+def torch_backward(
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    window: int,
+    bounds: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PrefixMerge's backward kernel by torch's FlashAttention."""
+    tensors, limits = _torch_layout(bounds, queries, keys, values)
+    (grad, output), _ = _torch_layout(bounds, grad, output)
+    causal, left, right = _flash_window(window)
+    grads = torch.ops.aten._flash_attention_backward(
+        grad,
+        *tensors,
+        output,
+        (lse if bounds is None else lse.transpose(0, 1).flatten(1)).contiguous(),
+        *limits,
+        0.0,
+        causal,
+        lse.new_empty(2, dtype=torch.uint64),  # the state of dropout, of which there is none
+        lse.new_empty((), dtype=torch.uint64),
+        scale=1.0 / math.sqrt(queries.shape[-1]),
+        window_size_left=left,
+        window_size_right=right,
+    )
+    of_queries, of_keys, of_values = grads
+    return of_queries.view_as(queries), of_keys.view_as(keys), of_values.view_as(values)
+
+
+def _torch_layout(bounds: Tensor | None, *tensors: Tensor) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Tensors as the operator takes them, and its bounds and longest sequences of queries and keys, the 2nd tensor."""
+    if bounds is None:
+        limits = (None, None, tensors[0].shape[1], tensors[1].shape[1])
+        return [x.contiguous() for x in tensors], limits
+    longest = tensors[0].shape[1]
+    return [x.flatten(0, 1).contiguous() for x in tensors], (bounds, bounds, longest, longest)

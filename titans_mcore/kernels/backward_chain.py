@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .errors import aims_of, centre, deltas_gradient, load_known, lower_share_gradient, own_outputs_gradient
 from .network import (
+    COUNTS,
     before,
     contiguous_tokens,
     first,
@@ -32,7 +33,7 @@ from .network import (
 from .shell import hand_over, shell_acts, state_into_shell_gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def chain_backward_kernel(
     queries,  # as in forward.py and backward_reads.py, like the others of these names
     keys,

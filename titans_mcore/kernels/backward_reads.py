@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .network import (
+    COUNTS,
     contiguous_tokens,
     first,
     gelu,
@@ -24,7 +25,7 @@ from .network import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def reads_backward_kernel(
     queries,  # as in forward.py, like the others of these names
     keys,

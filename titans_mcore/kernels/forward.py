@@ -22,6 +22,7 @@ import triton.language as tl
 
 from .errors import aims_of, centre, deltas_of, lower_share, own_outputs
 from .network import (
+    COUNTS,
     answer_of,
     before,
     contiguous_tokens,
@@ -44,7 +45,7 @@ from .network import (
 from .shell import move, shell_acts, shell_factor, state_into_shell
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def scan_kernel(
     queries,  # (B, T, H, D), T = chunks b, with the strides below; keys and values alike
     keys,
@@ -69,7 +70,7 @@ def scan_kernel(
     fresh,  # (N or H, SIZE) state in which a document begins, or None
     anchors,  # (H, SIZE / 2), M_0, or None where forgetting leads to zero
     restarts,  # (C, B) int8, which chunks begin a document, or None
-    closed,  # (C, B) int8, after which chunks the shell is, or None if after all
+    closed,  # (C, B) int8, after which chunks the shell is; None without one
     stride_b,
     stride_t,
     stride_h,
@@ -258,10 +259,9 @@ def scan_kernel(
         if LIMIT is not None:
             shrink_w1, shrink_s1 = shell_factor(square_w1 / MATRIX, LIMIT), shell_factor(square_s1 / MATRIX, LIMIT)
             shrink_w2, shrink_s2 = shell_factor(square_w2 / MATRIX, LIMIT), shell_factor(square_s2 / MATRIX, LIMIT)
-            if closed is not None:
-                there = tl.load(closed + chunk * (memories // heads) + batch) != 0
-                shrink_w1, shrink_s1 = tl.where(there, shrink_w1, 1.0), tl.where(there, shrink_s1, 1.0)
-                shrink_w2, shrink_s2 = tl.where(there, shrink_w2, 1.0), tl.where(there, shrink_s2, 1.0)
+            there = tl.load(closed + chunk * (memories // heads) + batch) != 0
+            shrink_w1, shrink_s1 = tl.where(there, shrink_w1, 1.0), tl.where(there, shrink_s1, 1.0)
+            shrink_w2, shrink_s2 = tl.where(there, shrink_w2, 1.0), tl.where(there, shrink_s2, 1.0)
             if factors is not None:
                 found = factors + walked * 4
                 tl.store(found, shrink_w1)

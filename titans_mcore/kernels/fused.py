@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..memory.fused import Gates
 from ..memory.layout import group_size
+from ..memory.triton_faults import avoid, dotted, fault_here, triton_version
 
 SMALLEST_BLOCK = 16  # of a matrix product in Triton
 LARGEST_CHUNK = 128
@@ -130,10 +131,12 @@ def fused_scan(
     block, depth = gates.writes.shape[-1], len(weights)
     if reason := fused_fits(queries, weights, block):
         raise ValueError(reason)
+    if queries.dtype == torch.bfloat16 and (fault := fault_here(queries.device)):
+        avoid(fault)
     assert mass is None or (exact and depth == 2 and mass.shape == gates.write.shape[1:-1])
     heads, length = queries.shape[2], queries.shape[1]
     _check(queries, keys, values, gates, weights, momentum, borders.anchors)
-    has_shell = borders.closed is not False and math.isfinite(borders.rms_limit)
+    has_shell = math.isfinite(borders.rms_limit)
     shape = Shape(
         batch=queries.shape[0],
         heads=heads,
@@ -146,7 +149,7 @@ def fused_scan(
         exact=exact,
         rms_limit=borders.rms_limit if has_shell else None,
     )
-    closed = borders.closed.to(torch.int8).contiguous() if isinstance(borders.closed, Tensor) and has_shell else None
+    closed = _closed(borders.closed, shape, queries.device) if has_shell else None
     restarts = None if borders.restarts is None else borders.restarts.to(torch.int8).contiguous()
     start = _pack([m.flatten(0, 1) for pair in zip(weights, momentum, strict=True) for m in pair])
     fresh = None
@@ -182,6 +185,11 @@ def fused_fits(queries: Tensor, weights: Sequence[Tensor], chunk_size: int) -> s
         return f"the fused memory kernels need CUDA tensors; these are on {queries.device}"
     if queries.dtype not in (torch.float32, torch.bfloat16):
         return f"the fused memory kernels take float32 and bfloat16 tokens; these are {queries.dtype}"
+    if queries.dtype == torch.bfloat16 and (fault := fault_here(queries.device)) and not fault.variable:
+        return (
+            f"Triton {dotted(triton_version())} makes wrong code of the fused memory kernels on this GPU "
+            f"({fault.source}); install Triton {fault.fixed} or later, or use memory backend 'chunked'"
+        )
     if depth not in (1, 2):
         return f"the fused memory kernels take memories of 1 or 2 matrices; this one has {depth}"
     if not _is_power(chunk_size, LARGEST_CHUNK):
@@ -192,6 +200,13 @@ def fused_fits(queries: Tensor, weights: Sequence[Tensor], chunk_size: int) -> s
     if depth == 2 and not _is_power(hidden, LARGEST_HIDDEN):
         return f"the hidden width is {hidden}; the fused memory kernels take powers of two from 16 to {LARGEST_HIDDEN}"
     return ""
+
+
+def _closed(closed: bool | Tensor, shape: Shape, device: torch.device) -> Tensor:
+    """After which chunks the shell is, (C, B): also where after all or none, for which kernels would be others."""
+    if isinstance(closed, Tensor):
+        return closed.to(torch.int8).contiguous()
+    return torch.full((shape.chunks, shape.batch), int(closed), dtype=torch.int8, device=device)
 
 
 def _is_power(number: int, largest: int) -> bool:

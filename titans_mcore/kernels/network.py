@@ -14,6 +14,9 @@ import triton.language as tl
 # Triton's interpreter multiplies bfloat16 numbers as the integers that hold them.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+# Arguments that change from call to call. Triton would compile a kernel again for those that are 1 or divisible by 16.
+COUNTS = ("memories", "heads", "chunks", "chunk_begin", "chunk_end", "keep_every", "fresh_rows", "group")
+
 
 @triton.jit
 def operand(x, OPERAND: tl.constexpr):

@@ -6,7 +6,6 @@ and states are compared with fla-core's own loops over tokens (tests/linear/test
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..memory import PackedRows
+from ..memory.triton_faults import dotted, fault_here, installed_version, triton_version
 
 LEAST = (0, 6)  # of fla-core: keyword arguments and the layout of states have changed between versions
-_WRONG_TRITON = ((3, 4), (3, 7, 1))  # on Hopper gradients are wrong from one to below the other (fla #640, #826, #983)
 
 
 def why_not_fla(dtype: torch.dtype, device: torch.device) -> str:
@@ -29,14 +28,14 @@ def why_not_fla(dtype: torch.dtype, device: torch.device) -> str:
     """
     if importlib.util.find_spec("fla") is None:
         return 'linear_backend is fla, and fla-core is not installed; pip install "fla-core>=0.6", or set it to torch'
-    if (found := _version("fla-core")) < LEAST:
-        return f"linear_backend is fla, and fla-core is {_dotted(found)}; it must be {_dotted(LEAST)} or later"
+    if (found := installed_version("fla-core")) < LEAST:
+        return f"linear_backend is fla, and fla-core is {dotted(found)}; it must be {dotted(LEAST)} or later"
     if device.type != "cuda":
         return f"linear_backend is fla, whose kernels want a CUDA device, and this is {device.type}; set it to torch"
-    if torch.cuda.get_device_capability(device)[0] == 9 and _WRONG_TRITON[0] <= _version("triton") < _WRONG_TRITON[1]:
+    if fault := fault_here(device):  # whatever helps against it: fla-core's backward pass refuses these versions itself
         return (
-            f"linear_backend is fla, and Triton {_dotted(_version('triton'))} computes wrong gradients on this GPU "
-            "(fla-core #640); install Triton 3.7.1 or later, or set it to torch"
+            f"linear_backend is fla, and Triton {dotted(triton_version())} makes wrong gradients on this GPU "
+            f"({fault.source}); install Triton {fault.fixed} or later, or set it to torch"
         )
     if dtype not in (torch.bfloat16, torch.float16):
         return f"linear_backend is fla, whose kernels want bfloat16, and values are {dtype}; set it to torch"
@@ -133,15 +132,3 @@ def _kernel(log_decay: Tensor | None, beta: Tensor | None) -> Callable[..., tupl
         return function(v=v, **named, output_final_state=True)
 
     return kernel
-
-
-def _version(package: str) -> tuple[int, ...]:
-    try:
-        parts = importlib.metadata.version(package).split(".")
-    except importlib.metadata.PackageNotFoundError:
-        return ()
-    return tuple(int(part) for part in parts[:3] if part.isdecimal())
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version)) or "of no known version"
