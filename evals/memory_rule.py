@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mac, with forgetting": {"variant": "mac", "segment-length": 64, "memory-forgetting": "true"},
 }
 """What differs from the settings of the first, an LMM whose memory is the default one."""
+_ROWS = ("--train.sequence-length", 256, "--train.global-batch", 8, "--train.micro-batch", 8)
 _COMMON = {
     "variant": "lmm",
     "num-heads": 2,
@@ -34,7 +35,6 @@ _COMMON = {
     "memory-expansion": 4,
     "memory-network": "residual_norm",
     "memory-forgetting": "false",
-    "memory-momentum": "true",
     "theta-max": 1,
     "gate-margin": 0,
     "conv-kernel": 4,
@@ -76,7 +76,7 @@ def compare(settings: RuleSettings) -> str:
             flags = [word for key, value in model.items() for word in (f"--model.{key}", value)]
             train = ["--train.steps", settings.steps, "--evaluate.heldout-sequences", 48]
             every = ["--checkpoint.every-steps", settings.steps, "--logging.every-steps", 1]
-            named = ["--config", "recall", "--run-dir", run, "--data.path", lists]
+            named = ["--config", "recall", "--run-dir", run, "--data.path", lists, *_ROWS]
             try:
                 found = outcome(run, settings.steps)
             except (OSError, EvaluationError):  # not begun, or not ended

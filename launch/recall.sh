@@ -6,18 +6,18 @@ usage() {
     cat <<'TEXT'
 usage: bash launch/recall.sh [--variant X] [--seed N] [--lengths N ...] [--samples N] [--SECTION.SETTING VALUE ...]
 
-Generates documents of S-NIAH with their answers, trains a small model on them in three stages that grow from lists to
-documents of 1,024 tokens, and looks for needles at up to 64 times that. Run it again and it goes on where it stopped.
+Generates lists and documents of S-NIAH with their answers, trains a small model on them, in rows of 1,024 tokens, and
+looks for needles at up to 64 times that. Run it again and it goes on where it stopped.
 evals/results/recall/README.md says what it finds.
 
-  --variant X             token mixer, a name in titans_mcore/mixers (default mag)
+  --variant X             token mixer, a name in titans_mcore/mixers (default mag), or several joined by +
   --seed N                decides initial weights and the order of the documents (default 0)
-  --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536
+  --lengths N ...         tokens of the samples; default: 1024 4096 16384 65536
   --samples N             samples of each length and depth; default: 4
-  --SECTION.SETTING VALUE overrides one setting of all stages of training, such as --optimizer.lr 2e-3
+  --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
-Everything is written to runs/recall/: data/ for all, and VARIANT-SEED/STAGE and VARIANT-SEED/eval.
+Everything is written to runs/recall/: data/ for all, and VARIANT-SEED/ with its eval/.
 TEXT
 }
 
@@ -66,7 +66,7 @@ if [[ ! $samples =~ ^[1-9][0-9]*$ ]]; then
     printf "error: --samples is '%s'; it must be a whole number above 0\n" "$samples" >&2
     exit 2
 fi
-if ((${#lengths[@]} == 0)); then lengths=(256 1024 4096 16384 65536); fi
+if ((${#lengths[@]} == 0)); then lengths=(1024 4096 16384 65536); fi
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -78,9 +78,10 @@ import sys
 
 from titans_mcore.mixers import MIXERS
 
-if sys.argv[1] not in MIXERS:
-    sys.exit(f"error: --variant is '{sys.argv[1]}'; choose among {', '.join(MIXERS)}")
-print(int(MIXERS[sys.argv[1]].memory))
+names = sys.argv[1].split("+")
+if not MIXERS.keys() >= {*names}:
+    sys.exit(f"error: --variant is '{sys.argv[1]}'; choose among {', '.join(MIXERS)}, or several joined by +")
+print(int(any(MIXERS[name].memory for name in names)))
 PYTHON
 ) || exit 2
 controls=()
@@ -98,29 +99,16 @@ step() {
     "$@"
 }
 
-# documents STAGE TOKENS DOCUMENTS OPTIONS ...: one file of them, and its shards.
+# documents NAME TOKENS DOCUMENTS OPTIONS ...: one file of them, and its shards.
 documents() {
     if [[ -f $data/$1/manifest.json ]]; then
-        say "Documents of $2 tokens for stage $1 (done already)"
+        say "Documents of $2 tokens, $1 (done already)"
         return
     fi
-    step "Documents of $2 tokens for stage $1" "$PYTHON" -m evals.niah.training_data --output "$data/$1.jsonl" \
+    step "Documents of $2 tokens, $1" "$PYTHON" -m evals.niah.training_data --output "$data/$1.jsonl" \
         --tokens "$2" --documents "$3" --tokenizer "$data/tokenizer.model" "${@:4}"
-    step "Shards for stage $1" "$PYTHON" -m tokenization.encode --input "$data/$1.jsonl" \
+    step "Their shards" "$PYTHON" -m tokenization.encode --input "$data/$1.jsonl" \
         --tokenizer "$data/tokenizer.model" --output "$data/$1" --workers 1
-}
-
-before=''
-# train STAGE TOKENS ROWS STEPS RATE DOCUMENTS=SHARE ...: a stage, from the weights of the one before.
-train() {
-    local from=() blend=()
-    if [[ -n $before ]]; then from=(--train.weights-from "$run/$before"); fi
-    for part in "${@:6}"; do blend+=("$data/$part"); done
-    step "Pretrain $variant, stage $1: $4 steps of $3 rows of $2 tokens" \
-        bash launch/torchrun.sh --config recall --model.variant "$variant" --run-dir "$run/$1" --train.seed "$seed" \
-        --data.blend "${blend[@]}" --train.sequence-length "$2" --train.global-batch "$3" --train.micro-batch "$3" \
-        --train.steps "$4" --optimizer.lr "$5" ${from[@]+"${from[@]}"} --nproc 1 ${settings[@]+"${settings[@]}"}
-    before=$1
 }
 
 cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
@@ -129,10 +117,10 @@ documents lists 256 4500 --lists
 documents short 256 9000 --repeats 6 --questions 3 --other-words 0.5
 documents long 1024 1800 --repeats 2 --questions 2 --other-words 0.25
 
-train 1-lists 256 8 500 3e-3 lists=1.0
-train 2-short 256 8 500 3e-3 lists=0.15 short=0.85
-train 3-long 1024 2 300 2e-3 short=0.3 long=0.7
+step "Pretrain $variant, seed $seed" \
+    bash launch/torchrun.sh --config recall --model.variant "$variant" --run-dir "$run" --train.seed "$seed" \
+    --data.blend "$data/lists=0.1" "$data/short=0.45" "$data/long=0.45" --nproc 1 ${settings[@]+"${settings[@]}"}
 
 step "S-NIAH, noise haystack" \
-    "$PYTHON" -m evals.niah --checkpoint "$run/$before" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
+    "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
     --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}
