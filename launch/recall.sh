@@ -6,8 +6,8 @@ usage() {
     cat <<'TEXT'
 usage: bash launch/recall.sh [--variant X] [--seed N] [--lengths N ...] [--samples N] [--SECTION.SETTING VALUE ...]
 
-Generates lists and documents of S-NIAH with their answers, trains a small model on them, in rows of 1,024 tokens, and
-looks for needles at up to 64 times that. Run it again and it goes on where it stopped.
+Generates lists and documents of S-NIAH with their answers, trains a small model on the former, then on all of them in
+rows of 1,024 tokens, and looks for needles at up to 64 times that. Run it again and it goes on where it stopped.
 evals/results/recall/README.md says what it finds.
 
   --variant X             token mixer, a name in titans_mcore/mixers (default mag), or several joined by +
@@ -17,7 +17,8 @@ evals/results/recall/README.md says what it finds.
   --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
-Everything is written to runs/recall/: data/ for all, and VARIANT-SEED/ with its eval/.
+Everything is written to runs/recall/: data/ for all, VARIANT-SEED-lists/, and
+VARIANT-SEED/ with its eval/.
 TEXT
 }
 
@@ -117,9 +118,15 @@ documents lists 256 4500 --lists
 documents short 256 9000 --repeats 6 --questions 3 --other-words 0.5
 documents long 1024 1800 --repeats 2 --questions 2 --other-words 0.25
 
-step "Pretrain $variant, seed $seed" \
-    bash launch/torchrun.sh --config recall --model.variant "$variant" --run-dir "$run" --train.seed "$seed" \
-    --data.blend "$data/lists=0.1" "$data/short=0.45" "$data/long=0.45" --nproc 1 ${settings[@]+"${settings[@]}"}
+# train RUN SETTINGS ...: one stage of training.
+train() {
+    step "Pretrain $variant, seed $seed: $1" bash launch/torchrun.sh --config recall --model.variant "$variant" \
+        --run-dir "$1" --train.seed "$seed" --nproc 1 "${@:2}" ${settings[@]+"${settings[@]}"}
+}
+
+train "$run-lists" --data.path "$data/lists" --train.sequence-length 256 --train.global-batch 8 --train.micro-batch 8 \
+    --train.steps 300
+train "$run" --data.blend "$data/lists=0.1" "$data/short=0.45" "$data/long=0.45" --train.weights-from "$run-lists"
 
 step "S-NIAH, noise haystack" \
     "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
