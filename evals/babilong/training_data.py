@@ -42,6 +42,9 @@ class TrainingDataSettings:
     questions: int = 1
     """Questions of a document. 1: one behind all its facts, as the evaluation asks. More give more to learn from in as
     many tokens: whole stories follow each other, and behind every answer the context goes on with the next facts."""
+    repeats: int = 1
+    """Most times that the facts before a question are told, all in their order, every number from 1 as likely: what is
+    told again is a first thing to recall, and there is more of it. The evaluation tells them once."""
     tokens: int = 0
     """Tokens of every document, start and end token included; the text fills it. A training row of this length then
     holds one document. 0: facts alone."""
@@ -56,7 +59,7 @@ class TrainingDataSettings:
         if unknown or not self.tasks:
             which = "bAbI's qa1 to qa20" if self.babi else "qa1 to qa5, or --babi with bAbI's folder for the others"
             raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give {which}")
-        check_at_least(1, self, "documents", "questions")
+        check_at_least(1, self, "documents", "questions", "repeats")
         check_at_least(0, self, "tokens", "seed")
         if bool(self.tokens) != (self.tokenizer is not None):
             raise EvaluationError(
@@ -85,7 +88,11 @@ def documents(settings: TrainingDataSettings) -> Iterator[str]:
             told = [generator.choice(stories[task])] if settings.questions == 1 else list[Story]()
             while len(told) < settings.questions:
                 told += generator.choice(whole[task])
-            if text := background.document(generator, task, told[: settings.questions]):
+            told = [
+                replace(story, facts=story.facts * generator.randint(1, settings.repeats))
+                for story in told[: settings.questions]
+            ]
+            if text := background.document(generator, task, told):
                 break
         else:
             raise EvaluationError(

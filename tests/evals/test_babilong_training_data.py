@@ -95,6 +95,16 @@ def test_more_questions_tell_whole_stories_on_behind_each_answer(babi: Path, tok
                 assert turn.endswith(f"Answer: The most recent location of {person} is {place[person]}.")
 
 
+def test_repeated_facts_are_all_of_a_question_in_their_order() -> None:
+    once = {" ".join(story.facts) for story in parse_stories(simulate("qa1", 10_000, 1))}
+    times = set()
+    for text in texts(repeats=3):
+        context = text.split("<context>\n")[-1].split("\n</context>")[0]
+        found = [k for k in (1, 2, 3) if " ".join([context[: len(context) // k]] * k) == context]
+        times |= {k for k in found if context[: len(context) // k] in once}
+    assert times == {1, 2, 3}
+
+
 def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(babi: Path, tokenizer: Path) -> None:
     for split in ("train", "test"):
         (babi / split).mkdir()
@@ -110,6 +120,7 @@ def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(babi: 
         ({"tasks": ("qa1", "qa7")}, "--tasks qa7; give qa1 to qa5"),
         ({"documents": 0}, "--documents is 0"),
         ({"questions": 0}, "--questions is 0"),
+        ({"repeats": 0}, "--repeats is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"tokens": 500}, "--tokens is 500 and --tokenizer None"),
         ({"text": FILE}, r"--text babilong.jsonl fills documents of one length; give --tokens"),
