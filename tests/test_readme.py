@@ -26,6 +26,7 @@ FILLED_IN = {
     "--workers 8": "--workers 2",
     "--lengths 1024 16384": "--lengths 512 1024",
     "--tokens 256 --tokenizer": "--tokens 4096 --tokenizer",  # four hundred pieces are few
+    "--tokens 1024 --tokenizer tokenizer.model --babi tasks_1-20_v1-2/en-10k --text pg19/train": "--questions 2",
     "--text book.txt --length 2097152 --tokens 2097152": "--text text/argparse.txt --length 512 --tokens 512",
     "--text book.txt --question": "--text text/argparse.txt --question",
     "--babi tasks_1-20_v1-2/en-10k --pg19 pg19/test": "--lengths 0 500 --samples 1",  # stories of our own
@@ -40,6 +41,7 @@ SMALL = {
     "evals.efficiency faults": " --steps 4 --kill-every 2 --checkpoint-every 1",
     "evals.niah --checkpoint": " --samples 1 --depths 2",
     "evals.niah.training_data": " --documents 20",
+    "evals.babilong.training_data": " --documents 20",
     "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
     "evals.memory_rule": " --steps 2 --cases lmm",

@@ -96,16 +96,16 @@ class Background:
             first += stop - start
 
 
-def book_sentences(path: Path) -> Iterator[str]:
-    """Sentences of one text file or of all *.txt below a folder; of PG19's own folder the test split alone.
+def book_sentences(path: Path, split: str = "test") -> Iterator[str]:
+    """Sentences of one text file or of all *.txt below a folder; of PG19's own folder one split alone.
 
     Raises:
         EvaluationError: There is no such text.
     """
-    folder = path / "test" if (path / "test").is_dir() else path
+    folder = path / split if (path / split).is_dir() else path
     files = [path] if path.is_file() else sorted(folder.rglob("*.txt"))
     if not files:
-        raise EvaluationError(f"--pg19 {path}: no .txt file there; give a text file or a folder of books")
+        raise EvaluationError(f"{path}: no .txt file there; give a text file or a folder of books")
     for file in files:
         yield from _SENTENCE_END.split(file.read_text(encoding="utf-8", errors="replace"))
 

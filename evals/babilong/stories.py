@@ -36,25 +36,28 @@ class StorySet:
     """Of the file."""
 
 
-def read_stories(folder: Path, task: str) -> StorySet:
-    """The test split of a task.
+def read_stories(folder: Path, task: str, split: str = "test") -> StorySet:
+    """A split of a task.
 
     Args:
         folder: bAbI's en-10k, or another folder with its files TASK_NAME_test.txt or TASK_test.txt.
         task: "qa1" to "qa20".
+        split: "test", or "train".
 
     Raises:
         EvaluationError: No such file, several of them, or not bAbI's format.
     """
-    files = [file for name in (f"{task}_test.txt", f"{task}_*_test.txt") for file in sorted(folder.glob(name))]
+    files = [file for name in (f"{task}_{split}.txt", f"{task}_*_{split}.txt") for file in sorted(folder.glob(name))]
     if len(files) != 1:
         raise EvaluationError(
-            f"--babi {folder}: {len(files)} files {task}_*_test.txt; give the folder en-10k of bAbI (tasks_1-20_v1-2), "
-            "whose test split alone is used"
+            f"--babi {folder}: {len(files)} files {task}_*_{split}.txt; give the folder en-10k of bAbI "
+            f"(tasks_1-20_v1-2), whose {split} split alone is used"
         )
     data = files[0].read_bytes()
     try:
         stories = tuple(parse_stories(data.decode()))
+        if not stories:
+            raise ValueError("it asks nothing")
     except ValueError as error:
         raise EvaluationError(f"{files[0]}: not in bAbI's format ({error}); download bAbI again") from None
     return StorySet(stories, hashlib.sha256(data).hexdigest())

@@ -148,9 +148,10 @@ def test_all_twenty_tasks_are_read_and_their_test_split_alone(tmp_path: Path) ->
     (tmp_path / "qa1_some-name_test.txt").unlink()
     with pytest.raises(EvaluationError, match=r"0 files qa1_\*_test\.txt; give the folder en-10k of bAbI"):
         read_stories(tmp_path, "qa1")
-    (tmp_path / "qa2_some-name_test.txt").write_text("Mary went home.\n")
-    with pytest.raises(EvaluationError, match="not in bAbI's format"):
-        read_stories(tmp_path, "qa2")
+    for text, fault in (("Mary went home.\n", "line 1 does not begin with a number"), ("", "it asks nothing")):
+        (tmp_path / "qa2_some-name_test.txt").write_text(text)
+        with pytest.raises(EvaluationError, match=rf"not in bAbI's format \({fault}\)"):
+            read_stories(tmp_path, "qa2")
 
 
 @pytest.mark.parametrize("task", SIMULATED_TASKS)

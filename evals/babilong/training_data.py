@@ -1,0 +1,218 @@
+"""Documents to learn BABILong from: `python -m evals.babilong.training_data --output FILE`."""
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evals.babilong.stories import SIMULATED_TASKS, Story, closing, load_prompts, parse_stories, read_stories, simulate
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
+
+_SIMULATED_QUESTIONS = 10_000  # as many as bAbI's train split has
+_TRIES = 1_000  # documents drawn one after the other of which none fits: none will
+_SENTENCES = {  # the prompts of the other tasks ask for the answer alone
+    "qa1": (r"Where is (\w+)\?", "The most recent location of {0} is {target}."),
+    "qa2": (r"Where is the (\w+)\?", "The {0} is in the {target}."),
+    "qa3": (r"Where was the (\w+) before the (\w+)\?", "Before the {1} the {0} was in the {target}."),
+}
+
+
+@dataclass(frozen=True)
+class TrainingDataSettings:
+    """Writes documents of BABILong with their answers: the prompt, facts between sentences of a text, question, answer.
+
+    tokenization.train and tokenization.encode take the file. Stories are of bAbI's train split, or simulated ones that
+    the evaluation never draws.
+    """
+
+    output: Path
+    """File to write, with the ending .jsonl: one document a line, as {"text": ...}."""
+    babi: Path | None = None
+    """Folder en-10k of bAbI (tasks_1-20_v1-2); its train split is used. By default stories of our own in its format."""
+    text: Path | None = None
+    """Text file, or folder of .txt files such as PG19's train split, that the facts lie in. By default prose of our
+    own. Used with `tokens`."""
+    tasks: tuple[str, ...] = ("qa1",)
+    """qa1 to qa20; every one is as likely."""
+    documents: int = 10_000
+    """Documents."""
+    questions: int = 1
+    """Questions of a document. 1: one behind all its facts, as the evaluation asks. More give more to learn from in as
+    many tokens: whole stories follow each other, and behind every answer the context goes on with the next facts."""
+    repeats: int = 1
+    """Most times that the facts before a question are told, all in their order, every number from 1 as likely: what is
+    told again is a first thing to recall, and there is more of it. The evaluation tells them once."""
+    tokens: int = 0
+    """Tokens of every document, start and end token included; the text fills it. A training row of this length then
+    holds one document. 0: facts alone."""
+    tokenizer: Path | None = None
+    """Tokenizer file, by which `tokens` are counted."""
+    seed: int = 0
+    """Decides the documents."""
+
+    def __post_init__(self) -> None:
+        known = load_prompts() if self.babi else SIMULATED_TASKS
+        unknown = [task for task in self.tasks if task not in known]
+        if unknown or not self.tasks:
+            which = "bAbI's qa1 to qa20" if self.babi else "qa1 to qa5, or --babi with bAbI's folder for the others"
+            raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give {which}")
+        check_at_least(1, self, "documents", "questions", "repeats")
+        check_at_least(0, self, "tokens", "seed")
+        if bool(self.tokens) != (self.tokenizer is not None):
+            raise EvaluationError(
+                f"--tokens is {self.tokens} and --tokenizer {self.tokenizer}; documents of one length need both, "
+                "facts alone neither"
+            )
+        if self.text and not self.tokens:
+            raise EvaluationError(f"--text {self.text} fills documents of one length; give --tokens and --tokenizer")
+        if self.output.suffix != ".jsonl":
+            raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
+
+
+def documents(settings: TrainingDataSettings) -> Iterator[str]:
+    """The texts, one after the other, a function of the settings and the files they name.
+
+    Raises:
+        EvaluationError: A path has not what it should have, or no document has the length asked for.
+    """
+    generator = random.Random(f"BABILong training data {settings.seed}")
+    stories = {task: _read(settings, task) for task in settings.tasks}
+    whole = {task: list(_whole(own)) for task, own in stories.items()}
+    background = _Background(settings)
+    for _ in range(settings.documents):
+        for _ in range(_TRIES):
+            task = generator.choice(settings.tasks)
+            told = [generator.choice(stories[task])] if settings.questions == 1 else list[Story]()
+            while len(told) < settings.questions:
+                told += generator.choice(whole[task])
+            told = [
+                replace(story, facts=story.facts * generator.randint(1, settings.repeats))
+                for story in told[: settings.questions]
+            ]
+            if text := background.document(generator, task, told):
+                break
+        else:
+            raise EvaluationError(
+                f"--tokens {settings.tokens}: too short for the prompt and the facts of {' '.join(settings.tasks)} "
+                "with this tokenizer; raise it, or ask for fewer --questions"
+            )
+        yield text
+
+
+def _read(settings: TrainingDataSettings, task: str) -> Sequence[Story]:
+    if settings.babi:
+        return read_stories(settings.babi, task, "train").stories
+    return tuple(parse_stories(simulate(task, _SIMULATED_QUESTIONS, settings.seed + 1)))  # the evaluation's seed is 0
+
+
+def _whole(stories: Sequence[Story]) -> Iterator[list[Story]]:
+    """The questions of each story one behind another, every one with the facts alone that are new."""
+    facts: tuple[str, ...] = ()
+    whole: list[Story] = []
+    for story in stories:
+        if whole and story.facts[: len(facts)] == facts:
+            whole.append(replace(story, facts=story.facts[len(facts) :]))
+        else:
+            if whole:
+                yield whole
+            whole = [story]
+        facts = story.facts
+    yield whole
+
+
+class _Background:
+    """Sentences between the facts, as many as bring a document to its length."""
+
+    def __init__(self, settings: TrainingDataSettings) -> None:
+        self._tokens, self._prompts = settings.tokens, load_prompts()
+        if settings.tokenizer is not None:
+            from evals.babilong.samples import LEAST_SENTENCE, book_sentences, simulated_sentences
+            from evals.tokens import encoder
+            from tokenization.tokenizer import load_tokenizer
+
+            self._least = LEAST_SENTENCE
+            self._sentences = list(book_sentences(settings.text, "train") if settings.text else simulated_sentences())
+            self._processor: Any = load_tokenizer(settings.tokenizer)
+            self._encode = encoder(self._processor, ". ")
+            if all(len(self._encode([sentence])[0]) < LEAST_SENTENCE for sentence in self._sentences):
+                raise EvaluationError(
+                    f"--text {settings.text} has no sentence of {LEAST_SENTENCE} tokens or more; give a longer text"
+                )
+
+    def document(self, generator: random.Random, task: str, stories: Sequence[Story]) -> str | None:
+        """Prompt and answers; None where no sentences give the length."""
+        new = [story.facts for story in stories]
+        bare = self._told(task, stories, new)
+        if not self._tokens:
+            return bare
+        rest, seed = self._tokens - self._count(bare), generator.random()
+        for _ in range(3):  # pieces at the edges depend on what stands there: what is missing is added
+            if rest < 0:
+                return None
+            draw = random.Random(seed)
+            sentences = self._fill(draw, rest)
+            ends = sorted(draw.randint(0, len(sentences)) for _ in new[1:])
+            parts = [sentences[first:last] for first, last in zip([0, *ends], [*ends, None], strict=True)]
+            text = self._told(task, stories, [_scatter(draw, *both) for both in zip(new, parts, strict=True)])
+            if not (missing := self._tokens - self._count(text)):
+                return text
+            rest += missing
+        return None
+
+    def _told(self, task: str, stories: Sequence[Story], contexts: Sequence[Sequence[str]]) -> str:
+        told = "\n\n<context>\n".join(
+            " ".join(context) + closing(story.question) + _answer(task, story)
+            for story, context in zip(stories, contexts, strict=True)
+        )
+        return self._prompts[task].opening + told
+
+    def _count(self, text: str) -> int:
+        return len(self._processor.encode(text)) + 2
+
+    def _fill(self, generator: random.Random, rest: int) -> list[str]:
+        """Sentences that follow each other, of so many tokens, the last one cut short."""
+        found: list[str] = []
+        at = generator.randrange(len(self._sentences))
+        while rest:
+            ids = self._encode([self._sentences[at % len(self._sentences)]])[0]
+            at += 1
+            if len(ids) >= self._least:
+                found.append(self._processor.decode(ids[:rest]).strip())
+                rest -= min(rest, len(ids))
+        return found
+
+
+def _answer(task: str, story: Story) -> str:
+    """As the prompt asks for it and its examples show it."""
+    pattern, sentence = _SENTENCES.get(task, ("", "{target}"))
+    words = re.fullmatch(pattern, story.question)
+    return "\nAnswer: " + (sentence.format(*words.groups(), target=story.target) if words else story.target)
+
+
+def _scatter(generator: random.Random, facts: Sequence[str], sentences: Sequence[str]) -> list[str]:
+    """Facts in their order at random places between sentences."""
+    found = list(sentences)
+    places = sorted(generator.randint(0, len(sentences)) for _ in facts)
+    for place, fact in reversed(list(zip(places, facts, strict=True))):
+        found.insert(place, fact)
+    return found
+
+
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(TrainingDataSettings, "python -m evals.babilong.training_data", folder=False)
+    try:
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
+        with settings.output.open("w", encoding="utf-8") as stream:
+            for text in documents(settings):
+                stream.write(json.dumps({"text": text}) + "\n")
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise EvaluationError(f"--output {settings.output}: cannot be written ({error.strerror})") from None
+    print(f"{settings.output}: {settings.documents:,} documents")
+
+
+if __name__ == "__main__":
+    run_command(main)
