@@ -1,10 +1,11 @@
 """How every evaluation begins and ends: as the commands of tokenization do, with threads that sleep while they wait."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,6 +114,33 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def write_documents(output: Path, texts: Iterable[str]) -> None:
+    """Writes a file that tokenization takes: a document a line, as {"text": ...}; and says how many.
+
+    Args:
+        output: The file; its folder is made when missing.
+        texts: The documents.
+
+    Raises:
+        EvaluationError: It cannot be written.
+    """
+    count = 0
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", encoding="utf-8") as stream:
+            for text in texts:
+                stream.write(json.dumps({"text": text}) + "\n")
+                count += 1
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise EvaluationError(f"--output {output}: cannot be written ({error.strerror})") from None
+    print(f"{output}: {count:,} documents")
+
+
+def python_path() -> str:
+    """PYTHONPATH of a process that finds this package wherever this one found it."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+
+
 def run_module(
     module: str, *words: object, environment: Mapping[str, str] | None = None, held: tuple[int, ...] = ()
 ) -> int:
@@ -126,7 +154,5 @@ def run_module(
     """
     command = ["-m", module, *map(str, words)]
     say(f"$ python {shlex.join(command)}")
-    # Wherever this package was found, the command finds it too.
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    variables = {**os.environ, "PYTHONPATH": path, **(environment or {})}
+    variables = {**os.environ, "PYTHONPATH": python_path(), **(environment or {})}
     return subprocess.run([sys.executable, *command], env=variables, stdout=sys.stderr, pass_fds=held).returncode

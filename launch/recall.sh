@@ -17,8 +17,7 @@ evals/results/recall/README.md says what it finds.
   --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
-Everything is written to runs/recall/: data/ for all, VARIANT-SEED-lists/, and
-VARIANT-SEED/ with its eval/.
+Everything is written to runs/recall/: data/ for all, VARIANT-SEED-lists/, and VARIANT-SEED/ with its eval/.
 TEXT
 }
 

@@ -6,7 +6,7 @@ Its settings are here and import nothing heavy: `--help` must be quick.
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.babilong.stories import SIMULATED_TASKS, load_prompts
+from evals.babilong.stories import check_tasks
 from evals.command_line import EvaluationError, ModelOptions, check_at_least
 
 PAPER_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
@@ -47,11 +47,7 @@ class BabilongSettings(ModelOptions):
     """Most samples read side by side; those of one task with prompts of one length are."""
 
     def __post_init__(self) -> None:
-        known = load_prompts() if self.babi else SIMULATED_TASKS
-        unknown = [task for task in self.tasks if task not in known]
-        if unknown or not self.tasks:
-            which = "bAbI's qa1 to qa20" if self.babi else "qa1 to qa5, or --babi with bAbI's folder for the others"
-            raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give {which}")
+        check_tasks(self.tasks, self.babi)
         if not self.lengths or min(self.lengths) < 0:
             raise EvaluationError(f"--lengths {self.lengths}; give at least one, 0 or more")
         check_at_least(0, self, "lengths")

@@ -277,6 +277,23 @@ def closing(question: str) -> str:
     return CLOSING.format(question=question).rstrip()
 
 
+def check_tasks(tasks: Sequence[str], babi: Path | None) -> None:
+    """Refuses tasks of which there are no stories.
+
+    Args:
+        tasks: Their names.
+        babi: bAbI's folder, or None for simulated stories.
+
+    Raises:
+        EvaluationError: Names those.
+    """
+    known = load_prompts() if babi else SIMULATED_TASKS
+    unknown = [task for task in tasks if task not in known]
+    if unknown or not tasks:
+        which = "bAbI's qa1 to qa20" if babi else "qa1 to qa5, or --babi with bAbI's folder for the others"
+        raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give {which}")
+
+
 def load_prompts() -> dict[str, Prompt]:
     """The twenty tasks, qa1 to qa20."""
     content = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))

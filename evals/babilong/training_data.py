@@ -1,6 +1,5 @@
 """Documents to learn BABILong from: `python -m evals.babilong.training_data --output FILE`."""
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -8,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.babilong.stories import SIMULATED_TASKS, Story, closing, load_prompts, parse_stories, read_stories, simulate
-from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
+from evals.babilong.stories import Story, check_tasks, closing, load_prompts, parse_stories, read_stories, simulate
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command, write_documents
 
 _SIMULATED_QUESTIONS = 10_000  # as many as bAbI's train split has
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
@@ -54,11 +53,7 @@ class TrainingDataSettings:
     """Decides the documents."""
 
     def __post_init__(self) -> None:
-        known = load_prompts() if self.babi else SIMULATED_TASKS
-        unknown = [task for task in self.tasks if task not in known]
-        if unknown or not self.tasks:
-            which = "bAbI's qa1 to qa20" if self.babi else "qa1 to qa5, or --babi with bAbI's folder for the others"
-            raise EvaluationError(f"--tasks {' '.join(unknown) or 'is empty'}; give {which}")
+        check_tasks(self.tasks, self.babi)
         check_at_least(1, self, "documents", "questions", "repeats")
         check_at_least(0, self, "tokens", "seed")
         if bool(self.tokens) != (self.tokenizer is not None):
@@ -204,14 +199,7 @@ def _scatter(generator: random.Random, facts: Sequence[str], sentences: Sequence
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(TrainingDataSettings, "python -m evals.babilong.training_data", folder=False)
-    try:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        with settings.output.open("w", encoding="utf-8") as stream:
-            for text in documents(settings):
-                stream.write(json.dumps({"text": text}) + "\n")
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise EvaluationError(f"--output {settings.output}: cannot be written ({error.strerror})") from None
-    print(f"{settings.output}: {settings.documents:,} documents")
+    write_documents(settings.output, documents(settings))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, python_path
 
 SECONDS = {"right": 240, "fast": 270, "endurance": 200}
 """Of each part, all in all: the minutes of a machine that is lent are counted."""
@@ -222,7 +222,7 @@ class _Part:
         self.file = self.output / f"{settings.part}.jsonl"
         self.file.write_text("")
         self.commit, self.rows, self.lock = source_commit(), list[dict[str, Any]](), threading.Lock()
-        self.variables: dict[str, str] = {"PYTHON": sys.executable, "PYTHONPATH": _python_path()}
+        self.variables: dict[str, str] = {"PYTHON": sys.executable, "PYTHONPATH": python_path()}
         if self.tiny:
             self.variables["CUDA_VISIBLE_DEVICES"] = ""
         self.device: dict[str, Any] = {}
@@ -364,7 +364,3 @@ def _end(process: "subprocess.Popen[str]") -> None:
     """Ends a process with all that it has started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))

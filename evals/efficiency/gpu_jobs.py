@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch import Tensor
 from evals.efficiency import ContextSettings
 from evals.efficiency.cases import BOTH, FORWARD, OURS, Case
 from evals.efficiency.implementations import build
-from evals.efficiency.worker import run
+from evals.efficiency.worker import run, synchronize
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -103,7 +104,7 @@ def timings(name: str) -> Found:
     gradient = torch.randn_like(inputs[0])
     found: Found = {"tokens": case.tokens}
     for direction in (FORWARD, BOTH):
-        once = partial(run, _replaced(case, direction=direction), subject, inputs, gradient)
+        once = partial(run, replace(case, direction=direction), subject, inputs, gradient)
         milliseconds = timed(once)
         found[f"{direction} ms"] = milliseconds
         found[f"{direction} tokens/s"] = 1000 * case.tokens / milliseconds
@@ -268,7 +269,7 @@ def _kernels(once: Callable[[], Any]) -> dict[str, float]:
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if DEVICE == "cuda" else activity.CPU]) as profile:
         once()
-        _synchronize()
+        synchronize(torch.device(DEVICE))
     on_gpu = DEVICE == "cuda"
     spent = {
         event.key[:80]: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000
@@ -286,10 +287,6 @@ def _scan_case(name: str, *, setting: str, dtype: str) -> Case:
         heads=heads, width=width, depth=depth, expansion=hidden // width, chunk=chunk, gates=1, steps=1.0, dtype=dtype,
         device=DEVICE,
     )  # fmt: skip
-
-
-def _replaced(case: Case, **changes: Any) -> Case:
-    return Case(**{**case.__dict__, **changes})
 
 
 def _scanned(case: Case, leaves: list[Tensor], backend: str) -> dict[str, Tensor]:
@@ -333,11 +330,6 @@ def _free() -> None:
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def _synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

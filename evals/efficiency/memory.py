@@ -12,14 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from evals.command_line import EvaluationError, say
+from evals.command_line import EvaluationError, python_path, say
 from evals.efficiency import MemorySettings
 from evals.efficiency.cases import OURS, Case, plan
 from evals.efficiency.implementations import layer_config
@@ -27,7 +26,6 @@ from evals.efficiency.summary import Row, markdown
 from evals.measure import circumstances
 from evals.report import write_bytes, write_json
 
-_ROOT = Path(__file__).parents[2]
 _START_SECONDS = 300.0  # beside a case's limit: importing torch takes long on a busy machine
 _GIGABYTE = 10**9
 
@@ -264,7 +262,6 @@ class _Worker:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    path: Sequence[str] = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The processes that wait for their turn must not spin.
-    own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join(path)}
+    own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": python_path()}
     return {**os.environ, **own}

@@ -77,7 +77,7 @@ def _prepare(case: Case, subject: Subject, limit: int) -> tuple[Callable[[], flo
     if device.type == "cpu":  # what was freed so far leaves the process: reused silently, it is missing from the peak
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-    _synchronize(device)
+    synchronize(device)
     peak = PeakMemory(device)
     baseline = peak.bytes()
     for _ in range(_WARM_RUNS):
@@ -91,7 +91,7 @@ def _prepare(case: Case, subject: Subject, limit: int) -> tuple[Callable[[], flo
         gc.collect()  # what one run left in cycles is not the next one's memory
         started = time.perf_counter()
         run(case, subject, inputs, gradient)
-        _synchronize(device)
+        synchronize(device)
         return time.perf_counter() - started
 
     return once, {**found, "version": version}
@@ -111,7 +111,8 @@ def _is_finite(results: list[Tensor]) -> bool:
     return all(bool(x.isfinite().all()) for x in results)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

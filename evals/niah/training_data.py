@@ -1,7 +1,6 @@
 """Documents to learn recall from, in the evaluation's words: `python -m evals.niah.training_data --output FILE`."""
 
 import itertools
-import json
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command, write_documents
 from evals.niah import TaskLetters, haystacks, templates
 
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
@@ -249,14 +248,7 @@ class Needles:
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(TrainingDataSettings, "python -m evals.niah.training_data", folder=False)
-    try:
-        settings.output.parent.mkdir(parents=True, exist_ok=True)
-        with settings.output.open("w", encoding="utf-8") as stream:
-            for text in documents(settings):
-                stream.write(json.dumps({"text": text}) + "\n")
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise EvaluationError(f"--output {settings.output}: cannot be written ({error.strerror})") from None
-    print(f"{settings.output}: {settings.documents:,} documents")
+    write_documents(settings.output, documents(settings))
 
 
 class Lists:
