@@ -2,7 +2,7 @@
 
 python -m tests.pretrain.wavefront_worker CONFIG.toml OUTPUT.json
 
-Writes, for each rank, what Trace has noted of the last step, in seconds of the host's monotonic clock.
+Writes, for each rank, what TracedRelay has noted of the last step.
 """
 
 import json
@@ -28,25 +28,23 @@ class TracedRelay(ContextRelay):
     """A relay that notes when its rank is free and when it has what it waited for.
 
     Attributes:
-        notes: (what, layer, seconds); a layer's are "forward begins", "forward leaves" (its state is about to be sent),
-            "forward ends", "backward free" (nothing is left to do but this layer), "backward begins" (its gradients are
-            there) and "backward leaves"; the first layer's is also "backward ends".
+        notes: (what, layer, seconds of the clock, CPU seconds of the process); a layer's are "forward begins",
+            "forward leaves" (its state is about to be sent), "forward ends", "backward free" (nothing is left to do but
+            this layer), "backward begins" (its gradients are there) and "backward leaves"; the first layer's is also
+            "backward ends".
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self.notes: list[tuple[str, int, float]] = []
+        self.notes: list[tuple[str, int, float, float]] = []
         self.layer = -1
 
     def note(self, what: str, layer: int) -> None:
-        self.notes.append((what, layer, time.monotonic()))
+        self.notes.append((what, layer, time.monotonic(), time.process_time()))
 
     def receive(self, kind: Any, hidden: Tensor) -> Any:
         self.layer += 1
-        state = super().receive(kind, hidden)
-        if self.rank == 0:
-            self.note("forward begins", self.layer)
-        return state
+        return super().receive(kind, hidden)
 
     def pass_on(self, state: Any, hidden: Tensor) -> Tensor:
         hidden = super().pass_on(state, hidden)
@@ -89,7 +87,13 @@ def traced(model: Any) -> TracedRelay:
         relay.layer = -1
         output.register_hook(lambda gradient: relay.note("backward ends", 0))
 
+    def begins(*_: Any) -> None:  # the first rank waits for nothing
+        relay.layer += 1
+        relay.note("forward begins", relay.layer)
+
     model.embedding.register_forward_hook(embedded)
+    for layer in model.layers if relay.rank == 0 else ():
+        layer.register_forward_pre_hook(begins)
     return relay
 
 
@@ -105,7 +109,7 @@ def main() -> None:
         tokens = [torch.randint(0, config.model.vocab_size, shape) for _ in range(config.accumulation(samples.ranks))]
         dist.barrier()
         relay.notes.clear()
-        train_step(engine, [MicroBatch(x, x, None) for x in tokens], 1e-4)
+        train_step(engine, [MicroBatch(x, x, None) for x in tokens], 1e-4, in_flight=config.parallel.in_flight)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, {"notes": relay.notes})
     if dist.get_rank() == 0:
