@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from titans_mcore.attention.flash import flash_installed
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.flatten import flatten_code
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
@@ -140,6 +141,13 @@ def test_transformers_names_of_attention_are_taken(folder: Path, tokens: dict[st
             torch.testing.assert_close(model(**tokens).logits, load(folder)(**tokens).logits, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="attn_implementation is 'flex_attention'; Titans models have eager, sdpa, fl"):
         TitansForCausalLM.from_pretrained(folder, attn_implementation="flex_attention")
+
+
+@pytest.mark.skipif(flash_installed(), reason="flash-attn is installed; what it computes needs a CUDA device")
+def test_flash_attention_2_without_its_package_is_refused_in_a_sentence(folder: Path) -> None:
+    for model in (load, TitansForCausalLM.from_pretrained):
+        with pytest.raises(ImportError, match=r"FlashAttention2.*installed"):
+            model(folder, attn_implementation="flash_attention_2")
 
 
 def test_the_cards_code_runs_as_it_stands(folder: Path, tmp_path: Path) -> None:
