@@ -1,11 +1,10 @@
 """How every evaluation begins and ends: as the commands of tokenization do, with threads that sleep while they wait."""
 
-import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,28 +111,6 @@ def run_command(main: Callable[[], None]) -> None:
 def say(text: str) -> None:
     """A line for the user, beside the results."""
     print(text, file=sys.stderr, flush=True)
-
-
-def write_documents(output: Path, texts: Iterable[str]) -> None:
-    """Writes a file that tokenization takes: a document a line, as {"text": ...}; and says how many.
-
-    Args:
-        output: The file; its folder is made when missing.
-        texts: The documents.
-
-    Raises:
-        EvaluationError: It cannot be written.
-    """
-    count = 0
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as stream:
-            for text in texts:
-                stream.write(json.dumps({"text": text}) + "\n")
-                count += 1
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise EvaluationError(f"--output {output}: cannot be written ({error.strerror})") from None
-    print(f"{output}: {count:,} documents")
 
 
 def python_path() -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from evals.command_line import EvaluationError
+from evals.command_line import EvaluationError, say
 from evals.record_file import RecordFile
 
 Tested = TypeVar("Tested", bound=Any)
@@ -31,6 +31,7 @@ def train(
     seed: int,
     weight_decay: float = 0.0,
     collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+    write_cost: float = 0.0,
 ) -> tuple[float, float]:
     """Trains in place: AdamW, a tenth of the steps warm-up, then a cosine; the order of the data is the seed's alone.
 
@@ -45,6 +46,7 @@ def train(
         seed: Of the order.
         weight_decay: AdamW's, of matrices.
         collate: Makes a batch; by default transformers'.
+        write_cost: What is added to the training loss for a memory whose mean theta is 1; see evals.finetune.
 
     Returns:
         The lowest validation loss, and seconds.
@@ -55,8 +57,22 @@ def train(
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed where it is, which looks for one aloud
     from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import PrinterCallback, TrainerCallback
     from transformers.utils import logging
+
+    from titans_mcore.mixers.neural_memory import steps_of_memories
+
+    class CostedTrainer(Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+            with steps_of_memories() as steps:
+                loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+            if model.training:
+                loss = loss + write_cost * torch.cat([theta.flatten() for theta in steps]).mean()
+            return (loss, outputs) if return_outputs else loss
+
+    class Looks(TrainerCallback):  # type: ignore[misc]
+        def on_evaluate(self, _: Any, state: Any, __: Any, metrics: dict[str, float], **___: Any) -> None:
+            say(f"step {state.global_step} of {steps}: validation loss {metrics['eval_loss']:.4f}")
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -92,8 +108,9 @@ def train(
             )
         except ImportError:
             raise EvaluationError("accelerate is not installed; install it with `pip install -e '.[evals]'`") from None
-        trainer = Trainer(model, arguments, collate, data, validation)
+        trainer = (CostedTrainer if write_cost else Trainer)(model, arguments, collate, data, validation)
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Looks)
         loss = trainer.train().training_loss
     best = trainer.state.best_metric
     if best is None or not math.isfinite(best) or not math.isfinite(loss):

@@ -42,6 +42,7 @@ SMALL = {
     "evals.niah --checkpoint": " --samples 1 --depths 2",
     "evals.niah.training_data": " --documents 20",
     "evals.babilong.training_data": " --documents 20",
+    "evals.finetune": " --steps 2 --validation 2",
     "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
     "evals.memory_rule": " --steps 2 --cases lmm",

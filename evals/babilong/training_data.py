@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evals.babilong.stories import Story, check_tasks, closing, load_prompts, parse_stories, read_stories, simulate
-from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command, write_documents
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
+from evals.documents import Document, write_documents
 
 _SIMULATED_QUESTIONS = 10_000  # as many as bAbI's train split has
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
@@ -23,12 +24,12 @@ _SENTENCES = {  # the prompts of the other tasks ask for the answer alone
 class TrainingDataSettings:
     """Writes documents of BABILong with their answers: the prompt, facts between sentences of a text, question, answer.
 
-    tokenization.train and tokenization.encode take the file. Stories are of bAbI's train split, or simulated ones that
-    the evaluation never draws.
+    tokenization.train, tokenization.encode and evals.finetune take the file. Stories are of bAbI's train split, or
+    simulated ones that the evaluation never draws.
     """
 
     output: Path
-    """File to write, with the ending .jsonl: one document a line, as {"text": ...}."""
+    """File to write, with the ending .jsonl: one document a line, as {"text": ..., "answers": ...}."""
     babi: Path | None = None
     """Folder en-10k of bAbI (tasks_1-20_v1-2); its train split is used. By default stories of our own in its format."""
     text: Path | None = None
@@ -67,8 +68,8 @@ class TrainingDataSettings:
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
 
-def documents(settings: TrainingDataSettings) -> Iterator[str]:
-    """The texts, one after the other, a function of the settings and the files they name.
+def documents(settings: TrainingDataSettings) -> Iterator[Document]:
+    """The documents, one after the other, a function of the settings and the files they name.
 
     Raises:
         EvaluationError: A path has not what it should have, or no document has the length asked for.
@@ -87,14 +88,14 @@ def documents(settings: TrainingDataSettings) -> Iterator[str]:
                 replace(story, facts=story.facts * generator.randint(1, settings.repeats))
                 for story in told[: settings.questions]
             ]
-            if text := background.document(generator, task, told):
+            if document := background.document(generator, task, told):
                 break
         else:
             raise EvaluationError(
                 f"--tokens {settings.tokens}: too short for the prompt and the facts of {' '.join(settings.tasks)} "
                 "with this tokenizer; raise it, or ask for fewer --questions"
             )
-        yield text
+        yield document
 
 
 def _read(settings: TrainingDataSettings, task: str) -> Sequence[Story]:
@@ -137,13 +138,13 @@ class _Background:
                     f"--text {settings.text} has no sentence of {LEAST_SENTENCE} tokens or more; give a longer text"
                 )
 
-    def document(self, generator: random.Random, task: str, stories: Sequence[Story]) -> str | None:
+    def document(self, generator: random.Random, task: str, stories: Sequence[Story]) -> Document | None:
         """Prompt and answers; None where no sentences give the length."""
         new = [story.facts for story in stories]
         bare = self._told(task, stories, new)
         if not self._tokens:
             return bare
-        rest, seed = self._tokens - self._count(bare), generator.random()
+        rest, seed = self._tokens - self._count(bare.text), generator.random()
         for _ in range(3):  # pieces at the edges depend on what stands there: what is missing is added
             if rest < 0:
                 return None
@@ -151,18 +152,21 @@ class _Background:
             sentences = self._fill(draw, rest)
             ends = sorted(draw.randint(0, len(sentences)) for _ in new[1:])
             parts = [sentences[first:last] for first, last in zip([0, *ends], [*ends, None], strict=True)]
-            text = self._told(task, stories, [_scatter(draw, *both) for both in zip(new, parts, strict=True)])
-            if not (missing := self._tokens - self._count(text)):
-                return text
+            document = self._told(task, stories, [_scatter(draw, *both) for both in zip(new, parts, strict=True)])
+            if not (missing := self._tokens - self._count(document.text)):
+                return document
             rest += missing
         return None
 
-    def _told(self, task: str, stories: Sequence[Story], contexts: Sequence[Sequence[str]]) -> str:
-        told = "\n\n<context>\n".join(
-            " ".join(context) + closing(story.question) + _answer(task, story)
-            for story, context in zip(stories, contexts, strict=True)
-        )
-        return self._prompts[task].opening + told
+    def _told(self, task: str, stories: Sequence[Story], contexts: Sequence[Sequence[str]]) -> Document:
+        text, answers = self._prompts[task].opening, list[tuple[int, int]]()
+        for story, context in zip(stories, contexts, strict=True):
+            text += "\n\n<context>\n" if answers else ""
+            text += " ".join(context) + closing(story.question)
+            answered = text + _answer(task, story)
+            answers.append((len(text), len(answered)))
+            text = answered
+        return Document(text, answers)
 
     def _count(self, text: str) -> int:
         return len(self._processor.encode(text)) + 2

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command, write_documents
+from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
+from evals.documents import Document, write_documents
 from evals.niah import TaskLetters, haystacks, templates
 
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
@@ -20,13 +21,13 @@ _CUTS = 3  # of a document's last line: its pieces may be others where it is cut
 class TrainingDataSettings:
     """Writes documents of needle tasks with their answers: opening, haystack with needles, questions, values. Or lists.
 
-    tokenization.train and tokenization.encode take the file. Keys and values come from a stream of random numbers that
-    the evaluation never draws from, whatever the seeds are, and no value is of the half that it keeps for samples of
-    several needles.
+    tokenization.train, tokenization.encode and evals.finetune take the file. Keys and values come from a stream of
+    random numbers that the evaluation never draws from, whatever the seeds are, and no value is of the half that it
+    keeps for samples of several needles.
     """
 
     output: Path
-    """File to write, with the ending .jsonl: one document a line, as {"text": ...}."""
+    """File to write, with the ending .jsonl: one document a line, as {"text": ..., "answers": ...}."""
     documents: int = 20_000
     """Documents."""
     tasks: tuple[TaskLetters, ...] = ("pk",)
@@ -89,8 +90,8 @@ class TrainingDataSettings:
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
 
-def documents(settings: TrainingDataSettings) -> Iterator[str]:
-    """The texts, one after the other, a function of the settings alone.
+def documents(settings: TrainingDataSettings) -> Iterator[Document]:
+    """The documents, one after the other, a function of the settings alone.
 
     Raises:
         EvaluationError: The tokenizer is none, the text cannot be read, or no document has the length asked for.
@@ -105,10 +106,10 @@ def documents(settings: TrainingDataSettings) -> Iterator[str]:
         yield _first_that_fits(draw, settings)
 
 
-def _first_that_fits(draw: Callable[[], str | None], settings: TrainingDataSettings) -> str:
+def _first_that_fits(draw: Callable[[], Document | None], settings: TrainingDataSettings) -> Document:
     for _ in range(_TRIES):
-        if (text := draw()) is not None:
-            return text
+        if (document := draw()) is not None:
+            return document
     raise EvaluationError(
         f"--tokens {settings.tokens}: too short for the words of a document with this tokenizer; raise it, or ask for "
         "fewer --needles and --questions"
@@ -136,6 +137,15 @@ class Draft:
             at = place
         haystack = joiner.join([*body, *lines[at:]])
         return "\n".join([self.task.opening, haystack, *(self._answered(keys, haystack) for keys in self.rounds)])
+
+    def document(self, text: str) -> Document:
+        """text() with its answers, each from behind the words that the evaluation ends with to the end of the line."""
+        answers, end = list[tuple[int, int]](), len(text)
+        for keys in reversed(self.rounds):
+            line = text.rindex("\n", 0, end) + 1
+            answers.append((line + len(self.task.question(*keys)), end))
+            end = line - 1
+        return Document(text, answers[::-1])
 
     def _answered(self, keys: tuple[str, ...], haystack: str) -> str:
         """A question with its answer: values of one key in the order in which they stand in the text."""
@@ -166,7 +176,7 @@ class Needles:
             self._processor: Any = load_tokenizer(settings.tokenizer)
             self._splicer = haystacks.Splicer(self._processor)
 
-    def document(self, generator: random.Random) -> str | None:
+    def document(self, generator: random.Random) -> Document | None:
         """The next one; None where it does not have the length, or one of its keys or values stands in the prose."""
         draft = self._draft(generator, templates.TASKS[generator.choice(self._settings.tasks)])
         kind = draft.task.haystack
@@ -175,8 +185,9 @@ class Needles:
         lines, joiner = self._lines(generator, draft, kind), " " if kind == "prose" else "\n"
         if not self._settings.tokens:
             most = generator.randint(0, self._settings.most_lines)
-            return draft.text(list(itertools.islice(lines, most)), joiner)
-        return self._filled(draft, lines, joiner)
+            return draft.document(draft.text(list(itertools.islice(lines, most)), joiner))
+        text = self._filled(draft, lines, joiner)
+        return None if text is None else draft.document(text)
 
     def _draft(self, generator: random.Random, task: templates.Task) -> Draft:
         asked = task.asked * generator.randint(1, self._settings.needles)
@@ -269,13 +280,13 @@ class Lists:
             piece for piece in range(self._processor.vocab_size()) if not any(kind(piece) for kind in without_text)
         ]
 
-    def document(self, generator: random.Random) -> str | None:
+    def document(self, generator: random.Random) -> Document | None:
         """The next one; None where its text cannot be cut behind the last token, which another draw may allow."""
         count = generator.randint(max(self._tokens // 6, 1), max(self._tokens // 3, 1))
         said = self._processor.decode(generator.choices(self._pieces, k=count)).strip()
         ids = self._processor.encode(" ".join([said] * (self._tokens // count + 2)))[: self._tokens]
         text = self._processor.decode(ids)
-        return text if self._processor.encode(text) == ids and len(ids) == self._tokens else None
+        return Document(text) if self._processor.encode(text) == ids and len(ids) == self._tokens else None
 
 
 if __name__ == "__main__":

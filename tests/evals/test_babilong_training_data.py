@@ -21,7 +21,7 @@ FILE = Path("babilong.jsonl")
 
 
 def texts(**settings: Any) -> list[str]:
-    return list(documents(TrainingDataSettings(FILE, **{"documents": 40, **settings})))
+    return [document.text for document in documents(TrainingDataSettings(FILE, **{"documents": 40, **settings}))]
 
 
 @pytest.fixture

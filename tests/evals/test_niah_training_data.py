@@ -21,7 +21,7 @@ PROSE = " ".join(f"It was in {year} that somebody, as is said, came back!" for y
 
 
 def texts(**settings: Any) -> list[str]:
-    return list(documents(TrainingDataSettings(FILE, **{"documents": 200, **settings})))
+    return [document.text for document in documents(TrainingDataSettings(FILE, **{"documents": 200, **settings}))]
 
 
 def parts(text: str) -> tuple[dict[str, str], list[str]]:
@@ -101,7 +101,7 @@ def test_documents_fill_their_tokens_exactly_and_differ_in_questions(tokenizer: 
     encode = load_tokenizer(tokenizer).processor.encode
     settings = TrainingDataSettings(FILE, documents=50, questions=2, tokens=900, tokenizer=tokenizer)
     asked = set()
-    for text in documents(settings):
+    for text, _ in documents(settings):
         assert len(encode(text)) + 2 == 900
         asked.add(text.count("What is"))
     assert asked == {1, 2}
@@ -110,7 +110,7 @@ def test_documents_fill_their_tokens_exactly_and_differ_in_questions(tokenizer: 
 @pytest.mark.parametrize("more", [{"other_words": 1.0}, {"lists": True}], ids=["other words", "lists"])
 def test_documents_of_every_kind_fill_their_tokens_exactly(tokenizer: Path, more: dict[str, Any]) -> None:
     encode = load_tokenizer(tokenizer).processor.encode
-    made = list(documents(TrainingDataSettings(FILE, documents=30, tokens=900, tokenizer=tokenizer, **more)))
+    made = texts(documents=30, tokens=900, tokenizer=tokenizer, **more)
     assert len(set(made)) == 30
     assert {len(encode(text)) + 2 for text in made} == {900}
 
@@ -191,7 +191,7 @@ def test_a_document_whose_prose_has_one_of_its_keys_is_drawn_again(tokenizer: Pa
 def test_noise_of_other_words_has_no_line_twice_and_hides_the_same_needles(tokenizer: Path) -> None:
     settings = TrainingDataSettings(FILE, documents=20, tokens=1_500, tokenizer=tokenizer, other_words=0.5)
     repeated = set()
-    for text in documents(settings):
+    for text, _ in documents(settings):
         needles, lines = parts(text)
         assert len(needles) == 1
         noise = [line for line in lines if line.startswith("The ") and line.endswith(".")]
@@ -202,7 +202,7 @@ def test_noise_of_other_words_has_no_line_twice_and_hides_the_same_needles(token
 
 def test_nearly_all_of_a_list_has_been_said_before(tokenizer: Path) -> None:
     encode = load_tokenizer(tokenizer).processor.encode
-    for text in documents(TrainingDataSettings(FILE, documents=20, tokens=240, tokenizer=tokenizer, lists=True)):
+    for text, _ in documents(TrainingDataSettings(FILE, documents=20, tokens=240, tokenizer=tokenizer, lists=True)):
         ids = encode(text)
         period = next(p for p in range(20, 130) if ids[p + 1 :] == ids[1:-p])
         assert len(set(ids[:period])) > period / 3

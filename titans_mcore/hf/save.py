@@ -1,7 +1,7 @@
-"""Folders of models that are no language models: weights, code and a proof, for transformers alone.
+"""Folders of models that transformers has trained: weights, code and a proof, for transformers alone.
 
-`save_alone(model, folder, example)` writes one. AutoModelForTimeSeriesPrediction, AutoModelForSequenceClassification or
-AutoModel loads it with trust_remote_code where this package is not installed.
+`save_alone(model, folder, example)` writes one. AutoModelForTimeSeriesPrediction, AutoModelForSequenceClassification,
+AutoModelForCausalLM or AutoModel loads it with trust_remote_code where this package is not installed.
 """
 
 import json
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from titans_mcore.hf.flatten import flatten_code
 from titans_mcore.hf.folder import ExportError, ProofFailed, check_output, staged_folder
-from titans_mcore.hf.modeling_titans import TitansBackbone
+from titans_mcore.hf.modeling_titans import TitansBackbone, TitansForCausalLM
 from titans_mcore.hf.proof import FORMAT, TOLERANCE, files_of, largest, run_probe
 from titans_mcore.hf.tasks_titans import TitansForSequenceClassification, TitansForTimeSeriesPrediction
 
 _AUTO_CLASSES: dict[type, str] = {
     TitansBackbone: "AutoModel",
+    TitansForCausalLM: "AutoModelForCausalLM",
     TitansForTimeSeriesPrediction: "AutoModelForTimeSeriesPrediction",
     TitansForSequenceClassification: "AutoModelForSequenceClassification",
 }
@@ -39,7 +40,8 @@ def save_alone(
     """Writes a folder that appears whole, once what it computes in a process without this package was compared.
 
     Args:
-        model: A TitansBackbone, TitansForTimeSeriesPrediction or TitansForSequenceClassification; left in eval mode.
+        model: A TitansBackbone, TitansForCausalLM, TitansForTimeSeriesPrediction or TitansForSequenceClassification;
+            left in eval mode.
         output: The folder; an earlier one is replaced.
         example: What the model's forward takes, small: proof.json holds it, and what the model answered.
         tokenizer: Saved beside it.
@@ -55,7 +57,7 @@ def save_alone(
     kind, output = type(model), Path(output)
     if kind not in _AUTO_CLASSES:
         known = ", ".join(one.__name__ for one in _AUTO_CLASSES)
-        raise ExportError(f"{kind.__name__} is none of {known}; export a language model with titans_mcore.hf.convert")
+        raise ExportError(f"{kind.__name__} is none of {known}; export a trained run with titans_mcore.hf.convert")
     check_output(output, overwrite=overwrite, inputs=[])
     module, auto = kind.__module__.rpartition(".")[2], _AUTO_CLASSES[kind]
     model.config.auto_map = {

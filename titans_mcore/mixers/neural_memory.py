@@ -1,6 +1,9 @@
 """The long-term memory as a layer: projections, convolution and gates in front of memory_scan, norm and gate behind."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +16,19 @@ from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, me
 from ..memory.checkpoint import kept
 from ..memory.rule import initial_weights
 from .parts import FromParts, Parts, causal_conv, copy_rows, heads_of, linear, rms_norm, unit_norm
+
+_STEPS: ContextVar["list[Tensor] | None"] = ContextVar("steps", default=None)
+
+
+@contextmanager
+def steps_of_memories() -> Iterator[list[Tensor]]:
+    """Collects theta, (B, T, heads, L_M), of every memory written meanwhile, for objectives that ask for less of it."""
+    steps: list[Tensor] = []
+    before = _STEPS.set(steps)
+    try:
+        yield steps
+    finally:
+        _STEPS.reset(before)
 
 
 @dataclass
@@ -104,6 +120,8 @@ class NeuralMemory(FromParts):
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
         tokens = queries, keys, values, *self._gates(gates), list(self.initial_weights)
+        if (steps := _STEPS.get()) is not None:
+            steps.append(tokens[3])
         reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
