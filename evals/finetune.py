@@ -39,9 +39,13 @@ class FinetuneSettings:
     """The highest; a tenth of the steps warms up, a cosine follows."""
     weight_decay: float = 0.01
     """AdamW's, of matrices."""
+    text_weight: float = 0.0
+    """Added to the loss of answers, a mean over their tokens: this times the mean over the others, so that the language
+    is not forgotten."""
     write_cost: float = 0.0
-    """Added to the loss: this times theta, the mean over blocks, tokens, heads and matrices of what memories write. The
-    loss of answers is a mean over their tokens, and about 2 before a digit is recalled."""
+    """Added to the loss: this times theta, the mean over blocks, tokens, heads and matrices of what memories write. It
+    grows to this over the first half of the steps: from the first one on it would close gates before answers need
+    them."""
     validation: int = 64
     """Documents, the last ones of the file, that choose the weights of the best of five looks."""
     seed: int = 0
@@ -54,7 +58,7 @@ class FinetuneSettings:
         check_at_least(0, self, "seed")
         if not self.learning_rate > 0:
             raise EvaluationError(f"--learning-rate is {self.learning_rate}; it must be above 0")
-        for name in ("write_cost", "weight_decay"):
+        for name in ("text_weight", "write_cost", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
 
@@ -95,7 +99,7 @@ def finetune(settings: FinetuneSettings) -> None:
         settings.seed,
         settings.weight_decay,
         _collate,
-        settings.write_cost,
+        _Added(settings),
     )
     model.config.trained_length = max(len(row["labels"]) for row in rows)
     example = {"input_ids": rows[-1]["input_ids"][None, :_EXAMPLE]}
@@ -105,10 +109,13 @@ def finetune(settings: FinetuneSettings) -> None:
 
 def _opened(settings: FinetuneSettings) -> tuple[Any, Any]:
     """Model and tokenizer as transformers has them."""
+    from transformers.utils import logging
+
     from evals.models import open_exported
     from titans_mcore.hf.convert import export
     from titans_mcore.hf.folder import ExportError
 
+    logging.disable_progress_bar()
     if (settings.checkpoint / "config.json").is_file():
         return open_exported(settings.checkpoint, verify=not settings.no_verify)
     with tempfile.TemporaryDirectory() as scratch:
@@ -117,7 +124,7 @@ def _opened(settings: FinetuneSettings) -> tuple[Any, Any]:
             export(settings.checkpoint, folder, skip_proof=True, no_verify=settings.no_verify)
         except ExportError as error:
             raise EvaluationError(f"--checkpoint: {error}") from error
-        return open_exported(folder)
+        return open_exported(folder, verify=False)
 
 
 def _row(document: Document, tokenizer: Any) -> "dict[str, Tensor]":
@@ -147,6 +154,30 @@ def _collate(rows: "list[dict[str, Tensor]]") -> "dict[str, Tensor]":
     if len(lengths) > 1:
         batch["attention_mask"] = pad_sequence([row.new_ones(len(row)) for row in ids], batch_first=True)
     return batch
+
+
+class _Added:
+    """What the loss has beside that of answers."""
+
+    def __init__(self, settings: FinetuneSettings) -> None:
+        self._settings, self._step = settings, 0
+
+    def __call__(self, batch: "dict[str, Tensor]", output: Any, steps: "list[Tensor]") -> "Tensor":
+        import torch
+        from torch.nn import functional as F
+
+        self._step += 1
+        added = output.loss.new_zeros(())
+        if self._settings.write_cost and steps:
+            cost = self._settings.write_cost * min(1.0, 2 * self._step / self._settings.steps)
+            added = added + cost * torch.cat([theta.flatten() for theta in steps]).mean()
+        if self._settings.text_weight:
+            others = batch["input_ids"].masked_fill(batch["labels"] != _IGNORED, _IGNORED)
+            if "attention_mask" in batch:
+                others = others.masked_fill(batch["attention_mask"] == 0, _IGNORED)
+            text = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), others[:, 1:].flatten(), ignore_index=_IGNORED)
+            added = added + self._settings.text_weight * text
+        return added
 
 
 def main() -> None:

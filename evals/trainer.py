@@ -31,7 +31,7 @@ def train(
     seed: int,
     weight_decay: float = 0.0,
     collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
-    write_cost: float = 0.0,
+    added: Callable[[dict[str, Tensor], Any, list[Tensor]], Tensor] | None = None,
 ) -> tuple[float, float]:
     """Trains in place: AdamW, a tenth of the steps warm-up, then a cosine; the order of the data is the seed's alone.
 
@@ -46,7 +46,8 @@ def train(
         seed: Of the order.
         weight_decay: AdamW's, of matrices.
         collate: Makes a batch; by default transformers'.
-        write_cost: What is added to the training loss for a memory whose mean theta is 1; see evals.finetune.
+        added: What the training loss has beside the model's, of a batch, what the model gave for it, and theta of every
+            memory that was written.
 
     Returns:
         The lowest validation loss, and seconds.
@@ -62,12 +63,12 @@ def train(
 
     from titans_mcore.mixers.neural_memory import steps_of_memories
 
-    class CostedTrainer(Trainer):  # type: ignore[misc]
+    class AddingTrainer(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
             with steps_of_memories() as steps:
                 loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
-            if model.training:
-                loss = loss + write_cost * torch.cat([theta.flatten() for theta in steps]).mean()
+            if model.training and added is not None:
+                loss = loss + added(inputs, outputs, steps)
             return (loss, outputs) if return_outputs else loss
 
     class Looks(TrainerCallback):  # type: ignore[misc]
@@ -108,7 +109,7 @@ def train(
             )
         except ImportError:
             raise EvaluationError("accelerate is not installed; install it with `pip install -e '.[evals]'`") from None
-        trainer = (CostedTrainer if write_cost else Trainer)(model, arguments, collate, data, validation)
+        trainer = AddingTrainer(model, arguments, collate, data, validation)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Looks)
         loss = trainer.train().training_loss
