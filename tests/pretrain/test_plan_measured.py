@@ -25,9 +25,9 @@ from pretrain.config.command_line import parse
 from pretrain.data.batches import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
 from pretrain.plan import __main__ as plan
+from tests.parallel.traffic import counted_traffic
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import context_place, sample_place, start, stop
-from titans_mcore.parallel.traffic import counted_traffic
 
 from .jobs import Job
 from .saving import save
