@@ -44,20 +44,18 @@ SMALL = {
     "evals.babilong.training_data": " --documents 20",
     "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
-    "evals.memory_rule": " --steps 2 --cases lmm",
     "evals.forecasting": " --steps 2 --seeds 0 --systems repeat lmm",
     "evals.genomics": " --steps 2 --seeds 0 --systems lmm cnn",
     "evals.recommendation": " --steps 2 --systems popularity lmm",
     "evals.comparison": " --steps 2 --recall-steps 2 --systems transformer lmm --seeds 0",
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
-# in stages, two models for each rule of the memory, two systems of the comparison, a process for each case of the
-# benchmark, a run that is killed and started again, the export's proof again.
+# in stages, two systems of the comparison, a process for each case of the benchmark, a run that is killed and started
+# again, the export's proof again.
 SLOW = (
     "bash launch/quickstart.sh --variant",
     "bash launch/quickstart.sh --input",
     "bash launch/recall.sh",
-    "python -m evals.memory_rule",
     "python -m evals.comparison",
     "python -m evals.efficiency memory",
     "python -m evals.efficiency faults",
