@@ -1,6 +1,5 @@
 """What every evaluation hands out: intervals, tables, plots, and files that appear whole or not at all."""
 
-import csv
 import io
 import json
 import math
@@ -84,26 +83,6 @@ def write_figure(path: Path, figure: "Figure") -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
     write_bytes(path, image.getvalue())
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows that have the same columns, at least one; a list becomes one column for each of its numbers."""
-    flat = [_flat(row) for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_bytes(path, text.getvalue().encode())
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, (list, tuple)):
-            found |= {f"{name}_{end}": part for end, part in zip(("low", "high"), value, strict=True)}
-        else:
-            found[name] = value
-    return found
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

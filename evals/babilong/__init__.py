@@ -16,12 +16,12 @@ PAPER_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 class BabilongSettings(ModelOptions):
     """Asks BABILong's questions: facts scattered in a long text, streamed with constant memory, answered greedily.
 
-    Finished samples stand in OUTPUT/babilong.jsonl and are not run again; OUTPUT/babilong.json, .md, .csv and .png
+    Finished samples stand in OUTPUT/babilong.jsonl and are not run again; OUTPUT/babilong.json, .md and .png
     report on every sample of this model and these texts there.
     """
 
     output: Path
-    """Folder for babilong.jsonl, .json, .md, .csv and .png."""
+    """Folder for babilong.jsonl, .json, .md and .png."""
     babi: Path
     """Folder en-10k of bAbI (tasks_1-20_v1-2); its test split is used."""
     pg19: Path

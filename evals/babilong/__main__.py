@@ -11,7 +11,7 @@ def main() -> None:
     from evals.babilong.summary import report_table
 
     print(report_table(evaluate(settings.load(), settings)))
-    print(f"{settings.output / 'babilong.json'}, babilong.md, babilong.csv, babilong.png, babilong.jsonl")
+    print(f"{settings.output / 'babilong.json'}, babilong.md, babilong.png, babilong.jsonl")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from evals.report import (
     table,
     wilson_interval,
     write_bytes,
-    write_csv,
     write_figure,
     write_json,
 )
@@ -54,7 +53,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 def write_report(
     model: EvalModel, settings: BabilongSettings, texts: Texts, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """Writes babilong.json, .md, .csv and .png, and returns what the JSON holds."""
+    """Writes babilong.json, .md and .png, and returns what the JSON holds."""
     report = {
         "score": "BABILong: labels of the answer's first sentence, without the question's, are the target's",
         **summarise(records),
@@ -69,7 +68,6 @@ def write_report(
     }
     write_json(settings.output / "babilong.json", report)
     write_bytes(settings.output / "babilong.md", _markdown(report).encode())
-    write_csv(settings.output / "babilong.csv", report["cells"])
     write_figure(settings.output / "babilong.png", _plot(report))
     return report
 

@@ -15,13 +15,13 @@ from evals.harness.tasks import TASKS
 class HarnessSettings:
     """Runs the paper's nine tasks through lm-eval (`pip install -e '.[evals]'`), zero-shot, and writes its table.
 
-    Writes OUTPUT/harness.json, .md and .csv: the paper's columns in the paper's order, with standard errors.
+    Writes OUTPUT/harness.json and .md: the paper's columns in the paper's order, with standard errors.
     """
 
     checkpoint: Path
     """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     output: Path
-    """Folder for harness.json, harness.md and harness.csv."""
+    """Folder for harness.json and harness.md."""
     model: Literal["auto", "native", "hf"] = "auto"
     """native: this project's model; hf: lm-eval's own, through transformers; auto: hf for an exported folder."""
     data: Path | None = None

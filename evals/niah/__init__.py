@@ -17,7 +17,7 @@ TaskLetters = Literal["pk", "n", "w", "mk1", "mk2", "mk3", "mv", "mq"]
 class NiahSettings(ModelOptions):
     """Finds needles in a haystack: RULER's tasks, streamed with constant memory, answered greedily.
 
-    Finished samples stand in OUTPUT/niah.jsonl and are not run again; niah.json, .csv, .md and two plots beside it
+    Finished samples stand in OUTPUT/niah.jsonl and are not run again; niah.json, .md and two plots beside it
     report on every sample of this model there. Under torchrun the samples are spread over the processes.
     """
 

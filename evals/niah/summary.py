@@ -1,6 +1,6 @@
 """From raw results to the report: accuracy with intervals by length and by cell, losses, speed, memory.
 
-Its files are niah.json, niah.csv, niah.md, niah.png (heat maps) and niah_by_length.png.
+Its files are niah.json, niah.md, niah.png (heat maps) and niah_by_length.png.
 """
 
 from collections import defaultdict
@@ -22,7 +22,6 @@ from evals.report import (
     settings_of,
     wilson_interval,
     write_bytes,
-    write_csv,
     write_figure,
     write_json,
 )
@@ -122,7 +121,7 @@ def _costs(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-FILES = ("niah.json", "niah.csv", "niah.md", "niah.png", "niah_by_length.png", "niah.jsonl")
+FILES = ("niah.json", "niah.md", "niah.png", "niah_by_length.png", "niah.jsonl")
 
 
 def write_report(
@@ -156,7 +155,6 @@ def write_report(
     }
     write_json(settings.output / "niah.json", report)
     write_bytes(settings.output / "niah.md", markdown(report).encode())
-    write_csv(settings.output / "niah.csv", summary["cells"])
     _write_plots(settings.output, report)
     return report
 
