@@ -74,11 +74,12 @@ def write_report(
 
 def report_table(report: Mapping[str, Any]) -> str:
     """A line for each length: accuracy by task, their mean, and what it cost."""
-    header = ("length", *report["tasks"], "mean qa1-5", "n", "prefill tok/s", "decode ms/tok", "peak memory")
-    return table(header, list(_rows(report)))
+    header, *rows = _lines(report)
+    return table(header, rows)
 
 
-def _rows(report: Mapping[str, Any]) -> Iterable[list[str]]:
+def _lines(report: Mapping[str, Any]) -> Iterable[list[str]]:
+    yield ["length", *report["tasks"], "mean qa1-5", "n", "prefill tok/s", "decode ms/tok", "peak memory"]
     cells = {(cell["task"], cell["length"]): cell["accuracy"] for cell in report["cells"]}
     for row in report["by_length"]:
         yield [
@@ -95,10 +96,10 @@ def _share(value: float | None) -> str:
 
 
 def _markdown(report: Mapping[str, Any]) -> str:
-    header = ("length", *report["tasks"], "mean qa1-5", "n", "prefill tok/s", "decode ms/tok", "peak memory")
+    header, *rows = _lines(report)
     title = f"# BABILong ({report['model']['variant']})"
     facts = f"Lengths in tokens of: {report['length_tokenizer']}. Checkpoint `{report['checkpoint']}`."
-    return "\n\n".join((title, facts, markdown_table(header, list(_rows(report))))) + "\n"
+    return "\n\n".join((title, facts, markdown_table(header, rows))) + "\n"
 
 
 def _plot(report: Mapping[str, Any]) -> "Figure":

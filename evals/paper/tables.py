@@ -206,7 +206,7 @@ def niah(key: str, models: Models) -> Table:
     block, rows, notes = published.NIAH[key], [], []
     for model in models:
         found = niah_accuracy(model)
-        cells = tuple(_percent(found.get(cell)) for cell in block.columns)
+        cells = tuple(map(found.get, block.columns))
         rows.append((model.variant, Row(model.name, OURS, cells)))
         notes += _niah_notes(model)
     return Table(
@@ -220,10 +220,10 @@ def niah(key: str, models: Models) -> Table:
 
 
 def niah_accuracy(model: ModelResults) -> dict[tuple[str, int], float]:
-    """Shares by task and length, controls left out."""
+    """Percent by task and length, controls left out."""
     report = model.reports.get("niah", {})
     return {
-        (row.get("task", report.get("task")), row["length"]): row["accuracy"]
+        (row.get("task", report.get("task")), row["length"]): 100 * row["accuracy"]
         for row in report.get("by_length", ())
         if not row.get("control") or row["control"] == "none"
     }
@@ -282,12 +282,7 @@ def _mean_perplexity(model: ModelResults) -> Number:
 def _mean_needles(model: ModelResults) -> Number:
     found = niah_accuracy(model)
     cells = [found.get((task, length)) for task in published.NIAH_TASKS for length in published.NIAH_LENGTHS]
-    shares = [cell for cell in cells if cell is not None]
-    return 100 * fmean(shares) if len(shares) == len(cells) else None
-
-
-def _percent(share: Number) -> Number:
-    return None if share is None else 100 * share
+    return None if None in cells else fmean(cells)
 
 
 def write_tables(settings: PaperSettings) -> list[Table]:
