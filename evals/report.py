@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+_ROOT = Path(__file__).parents[1]
 _Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's, 1 to 10 degrees
 
@@ -63,12 +64,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
-    """A dataclass of settings as JSON takes it."""
+    """A dataclass of settings as JSON takes it; a path of the project's as it is there, wherever the project lies."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(part) for part in value]
-        return str(value) if isinstance(value, Path) else value
+        if not isinstance(value, Path):
+            return value
+        return str(value.relative_to(_ROOT) if value.is_relative_to(_ROOT) else value)
 
     return {name: plain(value) for name, value in asdict(settings).items()}
 

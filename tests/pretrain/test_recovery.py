@@ -13,7 +13,8 @@ import pytest
 
 from pretrain.launch.status import EXIT_GIVEN_UP
 from pretrain.recovery.rewinds import Rewinds
-from pretrain.report.records import read_metrics, read_records
+from pretrain.report.records import read_records
+from tests.pretrain.jobs import read_metrics
 from titans_mcore.weights import find_checkpoint
 
 from .jobs import Job, descendants

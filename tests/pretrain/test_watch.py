@@ -14,8 +14,9 @@ from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
 from pretrain.report.history import History, Series, sparkline, thinned
 from pretrain.report.metrics import Metrics
-from pretrain.report.records import Follower, read_metrics, read_records
+from pretrain.report.records import Follower, read_records
 from pretrain.watch import memory_warnings, panel_of
+from tests.pretrain.jobs import read_metrics
 
 from .jobs import ROOT, Job
 from .test_metrics import VALUES
