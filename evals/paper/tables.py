@@ -282,7 +282,8 @@ def _mean_perplexity(model: ModelResults) -> Number:
 def _mean_needles(model: ModelResults) -> Number:
     found = niah_accuracy(model)
     cells = [found.get((task, length)) for task in published.NIAH_TASKS for length in published.NIAH_LENGTHS]
-    return None if None in cells else fmean(cells)
+    shares = [cell for cell in cells if cell is not None]
+    return fmean(shares) if len(shares) == len(cells) else None
 
 
 def write_tables(settings: PaperSettings) -> list[Table]:
