@@ -74,7 +74,7 @@ def check_at_least(least: int, settings: object, *names: str) -> None:
         EvaluationError: Names the first one.
     """
     for name in names:
-        value, most = getattr(settings, name), _MOST.get(name.rpartition("growth_")[2], _MOST_OTHERS)
+        value, most = getattr(settings, name), _MOST.get(name, _MOST_OTHERS)
         if value is not None and (max(value, default=most) if isinstance(value, tuple) else value) > most:
             raise EvaluationError(f"--{name.replace('_', '-')} is {value}; give at most {most:,}")
         if value is not None and (min(value, default=least) if isinstance(value, tuple) else value) < least:

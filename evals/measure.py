@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from evals.report import settings_of
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -115,7 +116,6 @@ def circumstances(settings: Any, device: str) -> dict[str, Any]:
         settings: Its settings, a dataclass with a field `threads`.
         device: "cpu" or "cuda".
     """
-    chosen = {name: _shown(value) for name, value in asdict(settings).items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "evals.efficiency", *sys.argv[1:]]),
@@ -125,18 +125,8 @@ def circumstances(settings: Any, device: str) -> dict[str, Any]:
         "threads": settings.threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "settings": chosen,
+        "settings": settings_of(settings),
     }
-
-
-def _shown(value: Any) -> Any:
-    """A setting for JSON; a path of the project's as it is there, whatever folder the project lies in."""
-    if isinstance(value, tuple):
-        return [_shown(one) for one in value]
-    if not isinstance(value, Path):
-        return value
-    root = Path(__file__).parents[1]
-    return str(value.relative_to(root) if value.is_relative_to(root) else value)
 
 
 def _processor() -> str:

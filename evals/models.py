@@ -240,13 +240,17 @@ def load_exported(folder: Path, tokenizer: Tokenizer | None, *, verify: bool = T
     from transformers.utils import logging
 
     from titans_mcore import parallel
+    from titans_mcore.hf.exported import open_model, open_tokenizer
+    from titans_mcore.hf.folder import ExportError
 
     start_processes()
     logging.disable_progress_bar()
-    model, own = open_exported(folder, verify=verify, own_tokenizer=tokenizer is None)
-    if own is not None:
-        tokenizer = Tokenizer(ExportedTokenizer(own), sha256_of(folder / "tokenizer.json"))
-    assert tokenizer is not None
+    try:
+        model = open_model(folder, verify=verify)
+        if tokenizer is None:
+            tokenizer = Tokenizer(ExportedTokenizer(open_tokenizer(folder)), sha256_of(folder / "tokenizer.json"))
+    except ExportError as error:
+        raise EvaluationError(f"--checkpoint: {error}") from error
     length = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("trained_length")
     return EvalModel(
         ExportedNetwork(model).to(parallel.device()).eval(),
@@ -257,14 +261,3 @@ def load_exported(folder: Path, tokenizer: Tokenizer | None, *, verify: bool = T
         length if isinstance(length, int) else None,
         parallel.device(),
     )
-
-
-def open_exported(folder: Path, *, verify: bool = True, own_tokenizer: bool = True) -> tuple[Any, Any]:
-    """Model and tokenizer of an exported folder as transformers has them; see load_exported."""
-    from titans_mcore.hf.exported import open_model, open_tokenizer
-    from titans_mcore.hf.folder import ExportError
-
-    try:
-        return open_model(folder, verify=verify), open_tokenizer(folder) if own_tokenizer else None
-    except ExportError as error:
-        raise EvaluationError(f"--checkpoint: {error}") from error

@@ -19,11 +19,6 @@ Rows = Sequence[Any]
 _LOGITS = 64  # positions whose losses are computed at a time: copies of logits are what takes memory
 
 
-def loss_sums(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequence[int]) -> np.ndarray:
-    """Sums of the loss over stretches of positions and over rows, (len(ends),) float64; see `row_losses`."""
-    return row_losses(model, rows, batch, piece, ends).sum(0)
-
-
 @torch.inference_mode()
 def row_losses(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Sequence[int]) -> np.ndarray:
     """Sums of the loss over stretches of positions, row by row, in nats.
@@ -85,7 +80,7 @@ def summarise(sums: np.ndarray, ends: Sequence[int], rows: int, trained_length: 
     """Mean loss and perplexity over all positions and by bucket; a bucket ends at a power of two, or with the row.
 
     Args:
-        sums: From `loss_sums`.
+        sums: From `row_losses`, over all rows.
         ends: From `stretch_ends`.
         rows: Rows they sum over.
         trained_length: Also gives the loss within it and beyond, where there are such positions.

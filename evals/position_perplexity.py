@@ -17,11 +17,11 @@ class PositionPerplexitySettings(ModelOptions):
     """Measures held-out loss and perplexity by position: whether a longer past helps, and beyond the trained length.
 
     Rows are streamed from a fresh state, in constant memory whatever their length, to 2 million tokens and beyond.
-    Writes OUTPUT/position_perplexity.json, .csv and .png.
+    Writes OUTPUT/position_perplexity.json and .png.
     """
 
     output: Path
-    """Folder for position_perplexity.json, .csv and .png."""
+    """Folder for position_perplexity.json and .png."""
     data: Path | None = None
     """Folder with heldout.bin and heldout.idx, from `python -m tokenization.encode`."""
     text: tuple[Path, ...] = ()
@@ -60,7 +60,7 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
     from evals.niah.controls import controlled
     from evals.niah.samples import MAIN
     from evals.position_loss import bucket_intervals, row_losses, stretch_ends, summarise
-    from evals.report import loss_plot, settings_of, write_csv, write_figure, write_json
+    from evals.report import loss_plot, settings_of, write_figure, write_json
 
     rows = open_rows(model, settings)
     ends = stretch_ends(settings.length, model.trained_length)
@@ -83,7 +83,6 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
         "settings": settings_of(settings),
     }
     write_json(settings.output / "position_perplexity.json", report)
-    write_csv(settings.output / "position_perplexity.csv", buckets)
     plot = loss_plot(f"Loss by position ({model.config.variant})", {"": buckets}, model.trained_length)
     write_figure(settings.output / "position_perplexity.png", plot)
     return report
@@ -126,7 +125,7 @@ def main() -> None:
     report = evaluate(settings.load(), settings)
     print(report_table(report))
     print(f"loss {report['loss']:.4f} nats/token over {report['tokens']:,} tokens")
-    print(f"{settings.output / 'position_perplexity.json'}, .csv, .png", file=sys.stderr)
+    print(f"{settings.output / 'position_perplexity.json'}, .png", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What every evaluation hands out: intervals, tables, plots, and files that appear whole or not at all."""
 
-import csv
 import io
 import json
 import math
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+_ROOT = Path(__file__).parents[1]
 _Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's, 1 to 10 degrees
 
@@ -64,12 +64,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
-    """A dataclass of settings as JSON takes it."""
+    """A dataclass of settings as JSON takes it; a path of the project's as it is there, wherever the project lies."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
             return [plain(part) for part in value]
-        return str(value) if isinstance(value, Path) else value
+        if not isinstance(value, Path):
+            return value
+        return str(value.relative_to(_ROOT) if value.is_relative_to(_ROOT) else value)
 
     return {name: plain(value) for name, value in asdict(settings).items()}
 
@@ -84,26 +86,6 @@ def write_figure(path: Path, figure: "Figure") -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150, bbox_inches="tight")
     write_bytes(path, image.getvalue())
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows that have the same columns, at least one; a list becomes one column for each of its numbers."""
-    flat = [_flat(row) for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_bytes(path, text.getvalue().encode())
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, (list, tuple)):
-            found |= {f"{name}_{end}": part for end, part in zip(("low", "high"), value, strict=True)}
-        else:
-            found[name] = value
-    return found
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

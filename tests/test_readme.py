@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from .evals.babi import write_babi, write_books
 from .tokenization.test_adopt import make_documents, write_pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +27,10 @@ FILLED_IN = {
     "--workers 8": "--workers 2",
     "--lengths 1024 16384": "--lengths 512 1024",
     "--tokens 256 --tokenizer": "--tokens 4096 --tokenizer",  # four hundred pieces are few
-    "--tokens 1024 --tokenizer tokenizer.model --babi tasks_1-20_v1-2/en-10k --text pg19/train": "--questions 2",
+    "--tokens 1024 --tokenizer": "--tokens 8192 --tokenizer",
     "--text book.txt --length 2097152 --tokens 2097152": "--text text/argparse.txt --length 512 --tokens 512",
     "--text book.txt --question": "--text text/argparse.txt --question",
-    "--babi tasks_1-20_v1-2/en-10k --pg19 pg19/test": "--lengths 0 500 --samples 1",  # stories of our own
+    "--pg19 pg19/test": "--pg19 pg19/test --lengths 0 500 --samples 1",
     "mac=runs/mac lmm=runs/lmm": "mac=runs/mine",
     "MAG=runs/a/eval/niah.jsonl MAC=runs/b/eval/niah.jsonl": "MAC=runs/mine/eval/niah.jsonl",
 }
@@ -45,20 +46,18 @@ SMALL = {
     "evals.finetune": " --steps 2 --validation 2",
     "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
-    "evals.memory_rule": " --steps 2 --cases lmm",
     "evals.forecasting": " --steps 2 --seeds 0 --systems repeat lmm",
     "evals.genomics": " --steps 2 --seeds 0 --systems lmm cnn",
     "evals.recommendation": " --steps 2 --systems popularity lmm",
     "evals.comparison": " --steps 2 --recall-steps 2 --systems transformer lmm --seeds 0",
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
-# in stages, two models for each rule of the memory, two systems of the comparison, a process for each case of the
-# benchmark, a run that is killed and started again, the export's proof again.
+# in stages, two systems of the comparison, a process for each case of the benchmark, a run that is killed and started
+# again, the export's proof again.
 SLOW = (
     "bash launch/quickstart.sh --variant",
     "bash launch/quickstart.sh --input",
     "bash launch/recall.sh",
-    "python -m evals.memory_rule",
     "python -m evals.comparison",
     "python -m evals.efficiency memory",
     "python -m evals.efficiency faults",
@@ -104,6 +103,8 @@ def fresh_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (dna / f"{part}.csv").write_text("sequence,label\n" + "ACGTACGTAA,0\nTTGACCGTAA,1\n" * 40, encoding="utf-8")
     log = [f"{user}\t{(user + event) % 9}\t{event}" for user in range(9) for event in range(5)]
     write_pair(copy / "corpus_text_document", make_documents(400))
+    write_babi(copy / "tasks_1-20_v1-2" / "en-10k")
+    write_books(copy / "pg19")
     (copy / "LOG.tsv").write_text("\n".join(["user_id\titem_id\ttimestamp", *log]), encoding="utf-8")
     return copy
 

@@ -184,19 +184,17 @@ class Manifest:
         Raises:
             ManifestError: Naming the first file that is missing or differs.
         """
-        for name, info in self.token_files().items():
-            path = Path(folder, name)
-            if not path.is_file():
-                raise ManifestError(f"{path}: missing, though the manifest lists it; encode again")
-            if path.stat().st_size != info.bytes:
-                raise ManifestError(
-                    f"{path}: {path.stat().st_size:,} bytes where the manifest says {info.bytes:,}; encode again"
-                )
+        damages = (size_damage(Path(folder, name), info) for name, info in self.token_files().items())
+        if damage := next(filter(None, damages), self.tokenizer_damage(folder)):
+            raise ManifestError(damage)
+
+    def tokenizer_damage(self, folder: str | Path) -> str:
+        """What is wrong with a folder's tokenizer; empty when it is the one of these shards."""
         path = Path(folder, self.tokenizer.file)
         if not path.is_file():
-            raise ManifestError(f"{path}: missing; copy the tokenizer of these shards back, or encode again")
-        if sha256_of(path) != self.tokenizer.sha256:
-            raise ManifestError(f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back")
+            return f"{path}: missing; copy the tokenizer of these shards back, or encode again"
+        whole = sha256_of(path) == self.tokenizer.sha256
+        return "" if whole else f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back"
 
     def train_prefixes(self, folder: str | Path) -> list[str]:
         """Returns the paths of the train split's datasets in order, without suffix, as Megatron-core takes them."""
@@ -209,6 +207,15 @@ class Manifest:
     def token_files(self) -> dict[str, FileInfo]:
         """Returns every .bin and .idx by name."""
         return {name: info for split in self.splits.values() for name, info in split.files.items()}
+
+
+def size_damage(path: Path, info: FileInfo) -> str:
+    """What is wrong with a file that a manifest lists, its content aside; empty when nothing is."""
+    if not path.is_file():
+        return f"{path}: missing, though the manifest lists it; encode again"
+    if (size := path.stat().st_size) != info.bytes:
+        return f"{path}: {size:,} bytes where the manifest says {info.bytes:,}; encode again"
+    return ""
 
 
 def fingerprint_of(tokenizer: TokenizerInfo, splits: dict[str, Split]) -> str:

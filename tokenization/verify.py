@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from tokenization.assemble import entropy_of
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
 from tokenization.io import sha256_of
-from tokenization.manifest import HELDOUT, ORIGIN, TRAIN, FileInfo, Manifest, ManifestError, Shard
+from tokenization.manifest import HELDOUT, ORIGIN, TRAIN, FileInfo, Manifest, ManifestError, Shard, size_damage
 from tokenization.progress import Progress
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import describe_any_tokenizer
@@ -58,11 +58,9 @@ def verify(folder: Path, workers: int = 1) -> Manifest:
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
+    if damage := manifest.tokenizer_damage(folder):
+        return [damage]
     path = folder / manifest.tokenizer.file
-    if not path.is_file():
-        return [f"{path}: missing; copy the tokenizer of these shards back, or encode again"]
-    if sha256_of(path) != manifest.tokenizer.sha256:
-        return [f"{path}: not the tokenizer of these shards (SHA-256 differs); put that one back"]
     try:
         fits = describe_any_tokenizer(path) == manifest.tokenizer
     except TokenizationError as fault:
@@ -71,10 +69,8 @@ def _check_tokenizer(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _check_file(path: Path, info: FileInfo) -> list[str]:
-    if not path.is_file():
-        return [f"{path}: missing, though the manifest lists it; encode again"]
-    if (size := path.stat().st_size) != info.bytes:
-        return [f"{path}: {size:,} bytes where the manifest says {info.bytes:,}; encode again"]
+    if damage := size_damage(path, info):
+        return [damage]
     if sha256_of(path) != info.sha256:
         return [f"{path}: damaged, its SHA-256 is not the manifest's; encode again"]
     return []

@@ -16,18 +16,16 @@ PAPER_TASKS = ("qa1", "qa2", "qa3", "qa4", "qa5")
 class BabilongSettings(ModelOptions):
     """Asks BABILong's questions: facts scattered in a long text, streamed with constant memory, answered greedily.
 
-    Finished samples stand in OUTPUT/babilong.jsonl and are not run again; OUTPUT/babilong.json, .md, .csv and .png
+    Finished samples stand in OUTPUT/babilong.jsonl and are not run again; OUTPUT/babilong.json, .md and .png
     report on every sample of this model and these texts there.
     """
 
     output: Path
-    """Folder for babilong.jsonl, .json, .md, .csv and .png."""
-    babi: Path | None = None
-    """Folder en-10k of bAbI (tasks_1-20_v1-2); its test split is used. By default stories of our own in bAbI's format,
-    qa1 to qa5, and the results say simulated."""
-    pg19: Path | None = None
-    """Text file, or folder of .txt files such as PG19's test split, that the facts lie in. By default prose of our own,
-    and the results say simulated."""
+    """Folder for babilong.jsonl, .json, .md and .png."""
+    babi: Path
+    """Folder en-10k of bAbI (tasks_1-20_v1-2); its test split is used."""
+    pg19: Path
+    """Text file, or folder of .txt files such as PG19's test split, that the facts lie in."""
     tasks: tuple[str, ...] = PAPER_TASKS
     """qa1 to qa20; the paper's mean is over qa1 to qa5."""
     lengths: tuple[int, ...] = (0, 1_000, 2_000, 4_000, 8_000, 16_000)
@@ -47,7 +45,7 @@ class BabilongSettings(ModelOptions):
     """Most samples read side by side; those of one task with prompts of one length are."""
 
     def __post_init__(self) -> None:
-        check_tasks(self.tasks, self.babi)
+        check_tasks(self.tasks)
         if not self.lengths or min(self.lengths) < 0:
             raise EvaluationError(f"--lengths {self.lengths}; give at least one, 0 or more")
         check_at_least(0, self, "lengths")

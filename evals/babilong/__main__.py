@@ -8,12 +8,10 @@ def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(BabilongSettings, "python -m evals.babilong")
     from evals.babilong.run import evaluate
-    from evals.babilong.summary import describe, report_table
+    from evals.babilong.summary import report_table
 
-    report = evaluate(settings.load(), settings)
-    print(describe(report))
-    print(report_table(report))
-    print(f"{settings.output / 'babilong.json'}, babilong.md, babilong.csv, babilong.png, babilong.jsonl")
+    print(report_table(evaluate(settings.load(), settings)))
+    print(f"{settings.output / 'babilong.json'}, babilong.md, babilong.png, babilong.jsonl")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from evals.tokens import DiskTokens, Encode, encoder
 
 LEAST_SENTENCE = 10
 """Tokens; BABILong leaves out what is shorter."""
-SIMULATED_SENTENCES = 20_000
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(]?[A-Z])")
 _BATCH = 2_000  # sentences tokenised at a time
@@ -108,19 +107,6 @@ def book_sentences(path: Path, split: str = "test") -> Iterator[str]:
         raise EvaluationError(f"{path}: no .txt file there; give a text file or a folder of books")
     for file in files:
         yield from _SENTENCE_END.split(file.read_text(encoding="utf-8", errors="replace"))
-
-
-def simulated_sentences() -> Iterator[str]:
-    """Prose of our own for trials where no book is at hand."""
-    generator = random.Random(0)
-    who = ("The old captain", "A young clerk", "The miller's wife", "Our neighbour", "The tall stranger", "My uncle")
-    did = ("remembered", "described", "had forgotten", "asked about", "spoke of", "wrote down", "laughed at")
-    what = ("the long road", "a quiet evening", "the broken clock", "an early train", "the price of wheat", "a letter")
-    when = ("before the rain began", "while the others slept", "as the bells rang", "long after the harvest was in")
-    end = ("and nobody answered", "which surprised them all", "without a word more", "as if it had been yesterday")
-    for _ in range(SIMULATED_SENTENCES):
-        words = (generator.choice(part) for part in (who, did, what, when, end))
-        yield "{} {} {} {}, {}.".format(*words)
 
 
 PROMPT_ROOM = 300

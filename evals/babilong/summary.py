@@ -14,7 +14,6 @@ from evals.report import (
     table,
     wilson_interval,
     write_bytes,
-    write_csv,
     write_figure,
     write_json,
 )
@@ -54,13 +53,11 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 def write_report(
     model: EvalModel, settings: BabilongSettings, texts: Texts, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """Writes babilong.json, .md, .csv and .png, and returns what the JSON holds."""
-    identity = asdict(texts.identity)
+    """Writes babilong.json, .md and .png, and returns what the JSON holds."""
     report = {
         "score": "BABILong: labels of the answer's first sentence, without the question's, are the target's",
         **summarise(records),
-        **identity,
-        "simulated": "simulated" in (identity["stories"], identity["background"]),
+        **asdict(texts.identity),
         "stories_sha256": {task: stories.sha256 for task, stories in texts.stories.items()},
         "background_tokens": texts.background.tokens,
         "trained_length": model.trained_length,
@@ -71,24 +68,18 @@ def write_report(
     }
     write_json(settings.output / "babilong.json", report)
     write_bytes(settings.output / "babilong.md", _markdown(report).encode())
-    write_csv(settings.output / "babilong.csv", report["cells"])
     write_figure(settings.output / "babilong.png", _plot(report))
     return report
 
 
 def report_table(report: Mapping[str, Any]) -> str:
     """A line for each length: accuracy by task, their mean, and what it cost."""
-    header = ("length", *report["tasks"], "mean qa1-5", "n", "prefill tok/s", "decode ms/tok", "peak memory")
-    return table(header, list(_rows(report)))
+    header, *rows = _lines(report)
+    return table(header, rows)
 
 
-def describe(report: Mapping[str, Any]) -> str:
-    """Which texts the results are about, in words."""
-    texts = f"stories: {report['stories']}, background: {report['background']}"
-    return texts + (" (simulated: not comparable with published numbers)" if report["simulated"] else "")
-
-
-def _rows(report: Mapping[str, Any]) -> Iterable[list[str]]:
+def _lines(report: Mapping[str, Any]) -> Iterable[list[str]]:
+    yield ["length", *report["tasks"], "mean qa1-5", "n", "prefill tok/s", "decode ms/tok", "peak memory"]
     cells = {(cell["task"], cell["length"]): cell["accuracy"] for cell in report["cells"]}
     for row in report["by_length"]:
         yield [
@@ -105,12 +96,10 @@ def _share(value: float | None) -> str:
 
 
 def _markdown(report: Mapping[str, Any]) -> str:
-    header = ("length", *report["tasks"], "mean qa1-5", "n", "prefill tok/s", "decode ms/tok", "peak memory")
+    header, *rows = _lines(report)
     title = f"# BABILong ({report['model']['variant']})"
-    facts = (
-        f"{describe(report)}. Lengths in tokens of: {report['length_tokenizer']}. Checkpoint `{report['checkpoint']}`."
-    )
-    return "\n\n".join((title, facts, markdown_table(header, list(_rows(report))))) + "\n"
+    facts = f"Lengths in tokens of: {report['length_tokenizer']}. Checkpoint `{report['checkpoint']}`."
+    return "\n\n".join((title, facts, markdown_table(header, rows))) + "\n"
 
 
 def _plot(report: Mapping[str, Any]) -> "Figure":
@@ -125,7 +114,7 @@ def _plot(report: Mapping[str, Any]) -> "Figure":
     values = [row["mean_qa1_to_qa5"] for row in means]
     axes.plot([row["length"] for row in means], values, color="black", linewidth=2, marker="o", label="mean qa1-5")
     axes.set_xscale("symlog", linthresh=1000)  # 0 tokens are a length, too
-    title = f"BABILong{', simulated' if report['simulated'] else ''} ({report['model']['variant']})"
+    title = f"BABILong ({report['model']['variant']})"
     axes.set(xlabel="length (tokens)", ylabel="accuracy", ylim=(-0.03, 1.03), title=title)
     if report["trained_length"] is not None:
         axes.axvline(report["trained_length"], color="black", linestyle="--", label="trained length")

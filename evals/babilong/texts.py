@@ -1,4 +1,4 @@
-"""What samples are made from, read from the user's paths or simulated, and results that may be counted together."""
+"""What samples are made from, read from the user's paths, and results that may be counted together."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.babilong import BabilongSettings
-from evals.babilong.samples import Background, Count, SampleBuilder, SampleKey, book_sentences, simulated_sentences
-from evals.babilong.stories import Prompt, StorySet, load_prompts, parse_stories, read_stories, simulate
+from evals.babilong.samples import Background, Count, SampleBuilder, SampleKey, book_sentences
+from evals.babilong.stories import Prompt, StorySet, load_prompts, read_stories
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
 from evals.tokens import encoder
@@ -23,14 +23,13 @@ class Identity:
     """Of the tokenizer file."""
     max_new_tokens: int
     """Tokens of the answer."""
-    stories: str
-    """"bAbI" or "simulated"."""
-    background: str
-    """"text" or "simulated"."""
     background_sha256: str
     """Over the background's token ids."""
     length_tokenizer: str
     """"model", or the hash of a tokenizer.json."""
+    stories: str = "bAbI"
+    """Results of earlier versions may be of others, like their background."""
+    background: str = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +66,6 @@ class Record(Identity):
         )
 
 
-SIMULATED_QUESTIONS = 1_000  # as many as bAbI's test split has
-
-
 @dataclass(frozen=True)
 class Texts:
     """Everything the samples of a run are made from."""
@@ -94,26 +90,17 @@ def read_texts(model: EvalModel, settings: BabilongSettings) -> Texts:
     Raises:
         EvaluationError: A path has not what it should have.
     """
-    babi, pg19 = settings.babi, settings.pg19
-    stories = {task: read_stories(babi, task) if babi else _simulated(task) for task in settings.tasks}
+    stories = {task: read_stories(settings.babi, task) for task in settings.tasks}
     count, counted_with = _count(settings.length_tokenizer)
-    sentences = book_sentences(pg19) if pg19 else simulated_sentences()
-    background = Background(sentences, encoder(model.tokenizer.processor, ". "), count)
+    background = Background(book_sentences(settings.pg19), encoder(model.tokenizer.processor, ". "), count)
     identity = Identity(
         model.checkpoint_sha256,
         model.tokenizer.sha256,
         settings.max_new_tokens,
-        "bAbI" if babi else "simulated",
-        "text" if pg19 else "simulated",
         background.sha256,
         counted_with,
     )
     return Texts(load_prompts(), stories, background, identity)
-
-
-def _simulated(task: str) -> StorySet:
-    text = simulate(task, SIMULATED_QUESTIONS)
-    return StorySet(tuple(parse_stories(text)), hashlib.sha256(text.encode()).hexdigest())
 
 
 def _count(file: Path | None) -> tuple[Count | None, str]:

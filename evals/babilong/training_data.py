@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.babilong.stories import Story, check_tasks, closing, load_prompts, parse_stories, read_stories, simulate
+from evals.babilong.stories import Story, check_tasks, closing, load_prompts, read_stories
 from evals.command_line import EvaluationError, check_at_least, parse_settings, run_command
 from evals.documents import Document, write_documents
 
-_SIMULATED_QUESTIONS = 10_000  # as many as bAbI's train split has
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
 _SENTENCES = {  # the prompts of the other tasks ask for the answer alone
     "qa1": (r"Where is (\w+)\?", "The most recent location of {0} is {target}."),
@@ -24,17 +23,15 @@ _SENTENCES = {  # the prompts of the other tasks ask for the answer alone
 class TrainingDataSettings:
     """Writes documents of BABILong with their answers: the prompt, facts between sentences of a text, question, answer.
 
-    tokenization.train, tokenization.encode and evals.finetune take the file. Stories are of bAbI's train split, or
-    simulated ones that the evaluation never draws.
+    tokenization.train, tokenization.encode and evals.finetune take the file. Stories are of bAbI's train split.
     """
 
     output: Path
     """File to write, with the ending .jsonl: one document a line, as {"text": ..., "answers": ...}."""
-    babi: Path | None = None
-    """Folder en-10k of bAbI (tasks_1-20_v1-2); its train split is used. By default stories of our own in its format."""
+    babi: Path
+    """Folder en-10k of bAbI (tasks_1-20_v1-2); its train split is used."""
     text: Path | None = None
-    """Text file, or folder of .txt files such as PG19's train split, that the facts lie in. By default prose of our
-    own. Used with `tokens`."""
+    """Text file, or folder of .txt files such as PG19's train split, that the facts lie in; with `tokens`."""
     tasks: tuple[str, ...] = ("qa1",)
     """qa1 to qa20; every one is as likely."""
     documents: int = 10_000
@@ -54,16 +51,14 @@ class TrainingDataSettings:
     """Decides the documents."""
 
     def __post_init__(self) -> None:
-        check_tasks(self.tasks, self.babi)
+        check_tasks(self.tasks)
         check_at_least(1, self, "documents", "questions", "repeats")
         check_at_least(0, self, "tokens", "seed")
-        if bool(self.tokens) != (self.tokenizer is not None):
+        if not bool(self.tokens) == bool(self.tokenizer) == bool(self.text):
             raise EvaluationError(
-                f"--tokens is {self.tokens} and --tokenizer {self.tokenizer}; documents of one length need both, "
-                "facts alone neither"
+                f"--tokens is {self.tokens}, --tokenizer {self.tokenizer} and --text {self.text}; documents of one "
+                "length need all three, facts alone none"
             )
-        if self.text and not self.tokens:
-            raise EvaluationError(f"--text {self.text} fills documents of one length; give --tokens and --tokenizer")
         if self.output.suffix != ".jsonl":
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
@@ -75,7 +70,7 @@ def documents(settings: TrainingDataSettings) -> Iterator[Document]:
         EvaluationError: A path has not what it should have, or no document has the length asked for.
     """
     generator = random.Random(f"BABILong training data {settings.seed}")
-    stories = {task: _read(settings, task) for task in settings.tasks}
+    stories = {task: read_stories(settings.babi, task, "train").stories for task in settings.tasks}
     whole = {task: list(_whole(own)) for task, own in stories.items()}
     background = _Background(settings)
     for _ in range(settings.documents):
@@ -98,12 +93,6 @@ def documents(settings: TrainingDataSettings) -> Iterator[Document]:
         yield document
 
 
-def _read(settings: TrainingDataSettings, task: str) -> Sequence[Story]:
-    if settings.babi:
-        return read_stories(settings.babi, task, "train").stories
-    return tuple(parse_stories(simulate(task, _SIMULATED_QUESTIONS, settings.seed + 1)))  # the evaluation's seed is 0
-
-
 def _whole(stories: Sequence[Story]) -> Iterator[list[Story]]:
     """The questions of each story one behind another, every one with the facts alone that are new."""
     facts: tuple[str, ...] = ()
@@ -124,13 +113,13 @@ class _Background:
 
     def __init__(self, settings: TrainingDataSettings) -> None:
         self._tokens, self._prompts = settings.tokens, load_prompts()
-        if settings.tokenizer is not None:
-            from evals.babilong.samples import LEAST_SENTENCE, book_sentences, simulated_sentences
+        if settings.tokenizer is not None and settings.text is not None:
+            from evals.babilong.samples import LEAST_SENTENCE, book_sentences
             from evals.tokens import encoder
             from tokenization.tokenizer import load_tokenizer
 
             self._least = LEAST_SENTENCE
-            self._sentences = list(book_sentences(settings.text, "train") if settings.text else simulated_sentences())
+            self._sentences = list(book_sentences(settings.text, "train"))
             self._processor: Any = load_tokenizer(settings.tokenizer)
             self._encode = encoder(self._processor, ". ")
             if all(len(self._encode([sentence])[0]) < LEAST_SENTENCE for sentence in self._sentences):

@@ -10,8 +10,6 @@ from typing import Literal
 
 from evals.command_line import EvaluationError, check_at_least
 
-SECTIONS = ("side-by-side", "growth", "gpu")
-
 
 def available_cores() -> int:
     """Cores this process may use; OMP_NUM_THREADS, where it is set, says how many it should."""
@@ -21,7 +19,7 @@ def available_cores() -> int:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Measures the neural memory against titans-pytorch (extra `bench`) and, on a GPU, against other chunked operators.
+    """Measures the neural memory against titans-pytorch (extra `bench`).
 
     Writes OUTPUT/memory.json and OUTPUT/memory.md. Every case runs in a process of its own; one that fails, is too
     large or takes too long is reported as such.
@@ -30,9 +28,7 @@ class MemorySettings:
     output: Path
     """Folder for memory.json and memory.md."""
     lengths: tuple[int, ...] = (256, 4_096)
-    """Tokens of a sequence, side by side."""
-    growth_lengths: tuple[int, ...] = (4_096, 16_384, 65_536)
-    """Tokens of a sequence for this project's growth in time and memory."""
+    """Tokens of a sequence."""
     batch: int | None = None
     """Sequences B; by default 1 on a CPU, 4 on a GPU."""
     heads: int | None = None
@@ -56,16 +52,15 @@ class MemorySettings:
     limit_gigabytes: float = 8.0
     """Most memory that one case may take on a CPU; beyond, it is out of memory."""
     only: tuple[str, ...] = ()
-    """Only cases whose name contains one of these words, as in memory.json; or a section: side-by-side, growth, gpu."""
+    """Only cases whose name contains one of these words, as in memory.json."""
     quick: bool = False
     """Tiny shapes and two repeats: shows that everything runs, its numbers mean nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "growth_lengths"):
-            if not getattr(self, name):
-                raise EvaluationError(f"--{name.replace('_', '-')} is empty; give at least one length")
-        check_at_least(1, self, "lengths", "growth_lengths")
-        check_at_least(1, self, "batch", "heads", "width", "depth", "expansion", "chunk_size", "repeats", "threads")
+        if not self.lengths:
+            raise EvaluationError("--lengths is empty; give at least one length")
+        check_at_least(1, self, "lengths", "batch", "heads", "width", "depth", "expansion", "chunk_size")
+        check_at_least(1, self, "repeats", "threads")
         for name in ("limit_seconds", "limit_gigabytes"):
             if not getattr(self, name) > 0:
                 raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give more than 0")

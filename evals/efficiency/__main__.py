@@ -8,10 +8,10 @@ from evals.efficiency import ContextSettings, MemorySettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
 
-Measures in one run, side by side, against other implementations.
+Measures speed and memory.
 
 commands:
-  memory   the neural memory: tokens/s, peak memory, growth with length
+  memory   the neural memory: tokens/s and peak memory, beside titans-pytorch
   context  reading, decoding and memory of trained models, up to millions of tokens
   faults   what lost processes cost a run: productive time, lost steps, time to resume
   gpu      all that needs a GPU, in three parts of a few minutes: right, fast, endurance

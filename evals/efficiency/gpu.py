@@ -63,7 +63,7 @@ class GpuSettings:
     """Checks one part of what needs a GPU: whether results are right, how fast they come, whether they last.
 
     right: the fused kernels in bfloat16 against float32, with and without wgmma, their times and tests. fast: tokens a
-    second of models of 340M and 760M, and of other implementations. endurance: two million tokens through a memory, and
+    second of models of 340M and 760M, and beside titans-pytorch. endurance: two million tokens through a memory, and
     a run that is stopped and goes on. Writes OUTPUT/PART.jsonl, a line for each result.
     """
 
@@ -148,12 +148,12 @@ def _fast(output: Path, tiny: bool) -> list[list[Step]]:
     training = (*_JOBS, "training", *(("--tiny",) if tiny else ()))
     kind = ("--quick", "--device", "cpu") if tiny else ("--device", "cuda")
     size = ("--batch", "1", "--heads", "16", "--lengths", "4096", "--repeats", "5", "--limit-seconds", "45")
-    only = ("--only", *(f"side-by-side {layer}" for layer in (_OURS, _THEIRS)), "gpu")
+    only = ("--only", _OURS, _THEIRS)
     beside = (*_PYTHON, "evals.efficiency", "memory", "--output", str(output / "beside"), *size, *kind, *only)
     kernels = ("--kernel-name", "regex:scan_kernel|chain_backward_kernel", "--launch-count", "3")
     return [
         [Step("training", training, 200, trained)],
-        [Step("memory beside others", beside, 90)],
+        [Step("memory beside titans-pytorch", beside, 90)],
         [Step("ncu", ("ncu", "--set", "basic", *kernels, *_JOBS, "timings", _SMALL_SCAN), 45)],
     ]
 

@@ -32,9 +32,7 @@ import torch
 from torch import Tensor
 
 from evals.efficiency import ContextSettings
-from evals.efficiency.cases import BOTH, FORWARD, OURS, Case
-from evals.efficiency.implementations import build
-from evals.efficiency.worker import run, synchronize
+from evals.efficiency.worker import BOTH, FORWARD, OURS, Case, build, run, synchronize
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -283,8 +281,8 @@ def _scan_case(name: str, *, setting: str, dtype: str) -> Case:
     numbers = [int(number) for number in re.findall(r"-?[A-Za-z](\d+)", name)]
     batch, length, heads, width, depth, hidden, chunk = numbers
     return Case(
-        section="gpu", implementation=OURS, part="scan", setting=setting, direction=BOTH, batch=batch, length=length,
-        heads=heads, width=width, depth=depth, expansion=hidden // width, chunk=chunk, gates=1, steps=1.0, dtype=dtype,
+        implementation=OURS, part="scan", setting=setting, direction=BOTH, batch=batch, length=length,
+        heads=heads, width=width, depth=depth, expansion=hidden // width, chunk=chunk, gates=1, dtype=dtype,
         device=DEVICE,
     )  # fmt: skip
 

@@ -5,25 +5,20 @@ Its settings are here and import nothing heavy: `--help` must be quick.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from evals.command_line import EvaluationError, check_at_least
+from evals.command_line import EvaluationError, ModelOptions, check_at_least
 from evals.harness.tasks import TASKS
 
 
 @dataclass(frozen=True)
-class HarnessSettings:
+class HarnessSettings(ModelOptions):
     """Runs the paper's nine tasks through lm-eval (`pip install -e '.[evals]'`), zero-shot, and writes its table.
 
-    Writes OUTPUT/harness.json, .md and .csv: the paper's columns in the paper's order, with standard errors.
+    Writes OUTPUT/harness.json and .md: the paper's columns in the paper's order, with standard errors.
     """
 
-    checkpoint: Path
-    """Run folder (its newest checkpoint is taken), one checkpoint folder, or an exported Hugging Face folder."""
     output: Path
-    """Folder for harness.json, harness.md and harness.csv."""
-    model: Literal["auto", "native", "hf"] = "auto"
-    """native: this project's model; hf: lm-eval's own, through transformers; auto: hf for an exported folder."""
+    """Folder for harness.json and harness.md."""
     data: Path | None = None
     """Folder with TASK.jsonl for every task, rows as in the task's data set on the hub; nothing is then loaded from
     the network. By default the hub's data sets."""
@@ -36,11 +31,7 @@ class HarnessSettings:
     batch: int = 8
     """Requests read side by side."""
     piece: int = 512
-    """native: tokens of each request read at a time; bounds the memory, results do not depend on it."""
-    no_verify: bool = False
-    """Do not compare the weights' files with the checksums that were noted when they were written."""
-    tokenizer: Path | None = None
-    """native: tokenizer file; by default RUN/tokenizer/tokenizer.model."""
+    """Tokens of each request read at a time; bounds the memory, results do not depend on it."""
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in TASKS]

@@ -11,7 +11,7 @@ def main() -> None:
     from evals.harness.summary import report_table
 
     print(report_table(evaluate(settings)))
-    print(f"{settings.output / 'harness.json'}, harness.md, harness.csv")
+    print(f"{settings.output / 'harness.json'}, harness.md")
 
 
 if __name__ == "__main__":

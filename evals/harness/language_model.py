@@ -18,19 +18,7 @@ Request = tuple[Any, list[int], list[int]]
 """Something that names the request, tokens of its context, tokens whose likelihood is asked for."""
 
 
-class WholeAnswers:
-    """Where text and answer share their last token, so that lm-eval finds no token of the answer, that one is it."""
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of a context, and those behind it."""
-        before, behind = super()._encode_pair(context, continuation)  # type: ignore[misc]
-        if behind or not continuation:
-            return before, behind
-        whole = self.tok_encode(context + continuation)  # type: ignore[attr-defined]
-        return whole[:-1], whole[-1:]
-
-
-class NativeLM(WholeAnswers, TemplateLM):
+class NativeLM(TemplateLM):
     """Every text begins with one start token, as in training.
 
     Args:
@@ -59,6 +47,15 @@ class NativeLM(WholeAnswers, TemplateLM):
         """Ids of a text, with the start token unless `add_special_tokens` is False."""
         start = [] if add_special_tokens is False else [self.prefix_token_id]
         return start + self._processor.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context, and those behind it: where both share a token, in which lm-eval finds none of the
+        answer, that one is it."""
+        before, behind = super()._encode_pair(context, continuation)
+        if behind or not continuation:
+            return before, behind
+        whole = self.tok_encode(context + continuation)
+        return whole[:-1], whole[-1:]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of max_length tokens."""
@@ -127,4 +124,4 @@ class NativeLM(WholeAnswers, TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """None of the paper's tasks asks for it."""
-        raise EvaluationError("the native model answers likelihood tasks; run generating tasks with --model hf")
+        raise EvaluationError("a generating task; tasks that ask for likelihoods can be run")

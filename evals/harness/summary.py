@@ -9,7 +9,7 @@ import numpy as np
 
 from evals.harness import HarnessSettings
 from evals.harness.tasks import COLUMNS, Column
-from evals.report import markdown_table, settings_of, table, write_bytes, write_csv, write_json
+from evals.report import markdown_table, settings_of, table, write_bytes, write_json
 
 
 def summarise(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _estimate(column: Column, documents: Sequence[Any]) -> tuple[float | None, f
 
 
 def write_report(report: dict[str, Any], settings: HarnessSettings, versions: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes harness.json, .md and .csv, and returns what the JSON holds."""
+    """Writes harness.json and .md, and returns what the JSON holds."""
     from importlib.metadata import version
 
     report = {
@@ -74,8 +74,6 @@ def write_report(report: dict[str, Any], settings: HarnessSettings, versions: Ma
     cells = _cells(report)
     table_text = markdown_table([title for title, _, _ in cells], [[_text(*pair) for _, *pair in cells]])
     write_bytes(settings.output / "harness.md", (table_text + "\n").encode())
-    rows = [{"column": title, "value": value, "stderr": stderr} for title, value, stderr in cells]
-    write_csv(settings.output / "harness.csv", rows)
     return report
 
 

@@ -8,16 +8,6 @@ from evals.command_line import EvaluationError
 
 
 @dataclass(frozen=True)
-class Task:
-    """One of the paper's tasks."""
-
-    split: str
-    """Which part of the data set it is evaluated on."""
-    file: str
-    """lm-eval's task file, below its folder `tasks`."""
-
-
-@dataclass(frozen=True)
 class Column:
     """One column of the paper's table."""
 
@@ -32,16 +22,17 @@ class Column:
 
 
 TASKS = {
-    "wikitext": Task("test", "wikitext/wikitext.yaml"),
-    "lambada_openai": Task("test", "lambada/lambada_openai.yaml"),
-    "piqa": Task("validation", "piqa/piqa.yaml"),
-    "hellaswag": Task("validation", "hellaswag/hellaswag.yaml"),
-    "winogrande": Task("validation", "winogrande/default.yaml"),
-    "arc_easy": Task("test", "arc/arc_easy.yaml"),
-    "arc_challenge": Task("test", "arc/arc_challenge.yaml"),
-    "social_iqa": Task("validation", "siqa/siqa.yaml"),
-    "boolq": Task("validation", "super_glue/boolq/default.yaml"),
+    "wikitext": ("test", "wikitext/wikitext.yaml"),
+    "lambada_openai": ("test", "lambada/lambada_openai.yaml"),
+    "piqa": ("validation", "piqa/piqa.yaml"),
+    "hellaswag": ("validation", "hellaswag/hellaswag.yaml"),
+    "winogrande": ("validation", "winogrande/default.yaml"),
+    "arc_easy": ("test", "arc/arc_easy.yaml"),
+    "arc_challenge": ("test", "arc/arc_challenge.yaml"),
+    "social_iqa": ("validation", "siqa/siqa.yaml"),
+    "boolq": ("validation", "super_glue/boolq/default.yaml"),
 }
+"""Which part of its data set a task is evaluated on, and lm-eval's task file, below its folder `tasks`."""
 COLUMNS = (
     Column("Wiki ppl", "wikitext", "word_perplexity", accuracy=False),
     Column("LMB ppl", "lambada_openai", "perplexity", accuracy=False),
@@ -66,7 +57,7 @@ def check_local_data(data: Path, tasks: tuple[str, ...]) -> None:
         file = data / f"{task}.jsonl"
         if not file.is_file():
             raise EvaluationError(
-                f"--data {data}: {file.name} is missing; write the {TASKS[task].split} split of {task} there, a JSON "
+                f"--data {data}: {file.name} is missing; write the {TASKS[task][0]} split of {task} there, a JSON "
                 "object a line, or leave the task out with --tasks"
             )
         with file.open(encoding="utf-8") as lines:
@@ -89,20 +80,20 @@ def write_task_files(folder: Path, data: Path, tasks: tuple[str, ...], official:
         official: lm-eval's folder `tasks`.
     """
     for name in tasks:
-        task = TASKS[name]
+        split, file = TASKS[name]
         content = {
-            "include": str(official / task.file),
+            "include": str(official / file),
             "task": name,
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {
-                "data_files": {task.split: str((data / f"{name}.jsonl").resolve())},
+                "data_files": {split: str((data / f"{name}.jsonl").resolve())},
                 "cache_dir": str(folder / "cache"),
             },
             "training_split": None,
             "validation_split": None,
             "test_split": None,
-            f"{task.split}_split": task.split,
+            f"{split}_split": split,
         }
         # JSON is YAML.
         (folder / f"{name}.yaml").write_text(json.dumps(content), encoding="utf-8")

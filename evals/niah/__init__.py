@@ -17,7 +17,7 @@ TaskLetters = Literal["pk", "n", "w", "mk1", "mk2", "mk3", "mv", "mq"]
 class NiahSettings(ModelOptions):
     """Finds needles in a haystack: RULER's tasks, streamed with constant memory, answered greedily.
 
-    Finished samples stand in OUTPUT/niah.jsonl and are not run again; niah.json, .csv, .md and two plots beside it
+    Finished samples stand in OUTPUT/niah.jsonl and are not run again; niah.json, .md and two plots beside it
     report on every sample of this model there. Under torchrun the samples are spread over the processes.
     """
 
@@ -29,7 +29,7 @@ class NiahSettings(ModelOptions):
     (niah_multikey_2 and _3: a haystack of needles; numbers by words, uuids by uuids), mv (niah_multivalue: prose, the
     four values of a key), mq (niah_multiquery: prose, the values of four keys)."""
     lengths: tuple[int, ...] = (1_024, 4_096, 16_384, 65_536)
-    """Tokens of a sample: prompt and room for the answer together."""
+    """Tokens of a sample: prompt and room for the answer together, exactly."""
     depths: int = 11
     """Places of the needle, evenly from the start (0 %) to the end (100 %) of the haystack; 1 is the middle. Of several
     needles one that is asked for stands there, the others anywhere."""
@@ -37,9 +37,6 @@ class NiahSettings(ModelOptions):
     """Samples of each length and depth; RULER's tables have 500 a length."""
     seed: int = 0
     """Decides keys, values and synthetic prose. Runs with several seeds into one folder are reported together."""
-    fill: Literal["exact", "ruler_2024"] = "exact"
-    """exact fills a length to the token; ruler_2024 in RULER's steps of that year: 500 words or 25 lines, whatever
-    fits. The report has the tokens there really were."""
     text: Path | None = None
     """Haystack of n, w, mk1, mv and mq: UTF-8 text, or RULER's PaulGrahamEssays.json; by default synthetic prose."""
     words: Path | None = None
@@ -51,8 +48,6 @@ class NiahSettings(ModelOptions):
     controls: tuple[Literal["needle_absent", "memory_reset", "memory_off", "window_only", "random_init"], ...] = ()
     """The same samples once more: without a needle; with the memory's state reset before the question; with a memory
     that is never written; with the last window of the prompt alone; with weights as before training."""
-    budget: float | None = None
-    """Minutes: a grid that should fit is chosen, fewer samples first, then fewer depths, then fewer lengths."""
     max_new_tokens: int = 128
     """Tokens of the answer, and the room kept for it; 128 is RULER's."""
     piece: int = 2_048
@@ -68,8 +63,6 @@ class NiahSettings(ModelOptions):
         check_at_least(1, self, "depths", "samples", "max_new_tokens", "piece", "batch", "lengths", "keys")
         if self.keys != (4,) and "mk1" not in self.tasks:
             raise EvaluationError("--keys is for the task mk1; add it to --tasks, or leave --keys out")
-        if self.budget is not None and not self.budget > 0:
-            raise EvaluationError(f"--budget is {self.budget}; give minutes above 0")
 
     @property
     def depth_percents(self) -> list[float]:

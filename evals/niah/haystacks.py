@@ -248,13 +248,13 @@ class Haystack:
             seed: Decides synthetic prose.
         """
         self.source, self._splicer = source, splicer
-        self._sentences = source.sentences(seed)
-        self._texts: list[str] = []
+        sentences = source.sentences(seed)
+        first = next(sentences)
+        self._sentences = itertools.chain([first], sentences)
         self.ids = np.empty(0, np.int32)
         self.ends = np.empty(0, np.int64)
-        self._words = np.empty(0, np.int64)
         self.reach(1)
-        self.first = np.array(splicer.behind("\n", self._texts[0]), np.int32)
+        self.first = np.array(splicer.behind("\n", first), np.int32)
         """Ids of the first sentence behind a line feed; in `ids` it stands behind the joiner."""
 
     @property
@@ -268,14 +268,11 @@ class Haystack:
             goal = max(tokens, 2 * len(self.ids), _BLOCK)
             pieces, total = [], len(self.ids)
             while total < goal:
-                text = next(self._sentences)
-                self._texts.append(text)
-                pieces.append(self._splicer.behind(self.source.joiner, text))
+                pieces.append(self._splicer.behind(self.source.joiner, next(self._sentences)))
                 total += len(pieces[-1])
             ends = len(self.ids) + np.cumsum([len(piece) for piece in pieces])
             self.ids = np.concatenate([self.ids, np.fromiter(itertools.chain(*pieces), np.int32)])
             self.ends = np.concatenate([self.ends, ends])
-            self._words = np.cumsum([text.count(" ") + 1 for text in self._texts])
         return self.ids
 
     def exactly(self, tokens: int) -> "Filling":
@@ -284,40 +281,6 @@ class Haystack:
         whole = int(np.searchsorted(self.ends, tokens, "right"))
         ends = self.ends[:whole]
         return Filling(ids, ends if whole and ends[-1] == tokens else np.append(ends, tokens), whole)
-
-    def in_steps(self, tokens: int, step: int) -> "Filling":
-        """The longest beginning of at most so many tokens that ends at a multiple of a step, RULER's way of 2024.
-
-        Args:
-            tokens: Most tokens.
-            step: Lines, or words of prose; a sentence is cut behind its last word.
-        """
-        self.reach(tokens + 1)
-        if self.of_lines:
-            whole = int(np.searchsorted(self.ends, tokens, "right")) // step * step
-            return Filling(self.ids[: self.ends[whole - 1] if whole else 0], self.ends[:whole], whole)
-        most = int(self._words[min(int(np.searchsorted(self.ends, tokens)), len(self.ends) - 1)])
-        for count in range(most // step * step, 0, -step):
-            filling = self._first_words(count)
-            if len(filling.ids) <= tokens:
-                return filling
-        return Filling(self.ids[:0], self.ends[:0], 0)
-
-    def step_tokens(self, step: int) -> int:
-        """Tokens of the first step."""
-        while (len(self.ends) if self.of_lines else self._words[-1]) <= step:
-            self.reach(2 * len(self.ids))
-        return int(self.ends[step - 1]) if self.of_lines else len(self._first_words(step).ids)
-
-    def _first_words(self, count: int) -> "Filling":
-        words = self._words
-        whole = int(np.searchsorted(words, count, "right"))
-        ids, ends = self.ids[: self.ends[whole - 1] if whole else 0], self.ends[:whole]
-        if rest := count - (int(words[whole - 1]) if whole else 0):
-            cut = " ".join(self._texts[whole].split(" ")[:rest])
-            ids = np.concatenate([ids, np.array(self._splicer.behind(self.source.joiner, cut), np.int32)])
-            ends = np.append(ends, len(ids))
-        return Filling(ids, ends, whole)
 
 
 class Filling(NamedTuple):

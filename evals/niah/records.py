@@ -8,6 +8,8 @@ import evals.record_file
 from evals.niah import templates
 from evals.niah.samples import SampleKey
 
+FILL = "exact"  # to the token
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -20,7 +22,7 @@ class Identity:
     max_new_tokens: int
     """Tokens of the answer."""
     fill: str
-    """How prompts fill their length."""
+    """How prompts fill their length: FILL; files of earlier versions may have another."""
     haystack: str
     """noise, synthetic, file, essay or needles."""
     haystack_sha256: str

@@ -19,12 +19,11 @@ from evals.niah import NiahSettings
 from evals.niah.controls import check_controls, controlled, window_of, without_memory
 from evals.niah.generate import answer, read, repeat, value_losses
 from evals.niah.haystacks import PROSE, read_source
-from evals.niah.plan import Batch, Forecast, Planner, Stretch, measure
-from evals.niah.records import Identity, Record, RecordFile
+from evals.niah.plan import STEP, Batch, Planner, Stretch
+from evals.niah.records import FILL, Identity, Record, RecordFile
 from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
 from evals.niah.summary import write_report
 from evals.niah.templates import TASKS, read_words, score, with_keys
-from evals.report import seconds_text
 from tokenization.progress import Progress
 
 _FILE, _FILE_OF_RANK = "niah.jsonl", "niah.rank-{}.jsonl"
@@ -72,8 +71,7 @@ def evaluate(model: EvalModel, settings: NiahSettings) -> dict[str, Any] | None:
         The report, as in OUTPUT/niah.json; None in processes other than the first.
 
     Raises:
-        EvaluationError: A length is too short, results cannot be read or written, logits are not finite, or a budget
-            is too small for any sample.
+        EvaluationError: A length is too short, results cannot be read or written, or logits are not finite.
     """
     team = Team.here()
     if team.rank == 0:
@@ -93,7 +91,6 @@ def make_builder(model: EvalModel, settings: NiahSettings) -> SampleBuilder:
     return SampleBuilder(
         model.tokenizer.processor,
         settings.max_new_tokens,
-        fill=settings.fill,
         text=text,
         window=window,
         words=read_words(settings.words),
@@ -118,78 +115,34 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
             if others:
                 say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")
             there = {record.name for record in results.of(identities)}
-            plan = _plan(model, settings, builder, names, there, team.size)
+            missing = [name for name in names if name not in there]
+            planner = Planner(builder, settings.batch, settings.max_new_tokens)
+            shares = planner.divide(planner.batches(missing), team.size)
         except EvaluationError as fault:
             team.told(fault)
             raise
-        team.told(plan)
-        Runner(model, settings, builder, identities, results).run(plan.shares[0], plan.forecast, plan.seconds[0])
+        team.told(shares)
+        if missing:
+            spread = f" in {team.size} processes" if team.size > 1 else ""
+            say(f"{len(missing)} samples, {sum(name.length for name in missing):,} tokens{spread}")
+        Runner(model, settings, builder, identities, results).run(shares[0], planner.work(shares[0]))
         team.wait()
         for rank in range(1, team.size):
             results.absorb(settings.output / _FILE_OF_RANK.format(rank))
-        if not (records := results.of(identities)):
-            raise EvaluationError(
-                f"--budget {settings.budget}: not one sample of {min(settings.lengths):,} tokens fits into it; "
-                "give more minutes or a smaller length"
-            )
-        return write_report(model, settings, records, identities, plan.grid)
+        return write_report(model, settings, results.of(identities), identities)
 
 
 def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:
     """Another process: runs the share that process 0 gives it."""
-    plan: Plan | EvaluationError = team.told(None)
-    if isinstance(plan, EvaluationError):
+    shares: list[list[Batch]] | EvaluationError = team.told(None)
+    if isinstance(shares, EvaluationError):
         sys.exit(EXIT_FAULT)  # process 0 says why
     builder = make_builder(model, settings)
     identities = _identities(model, settings, builder, {name.task for name in _names(settings)})
     with RecordFile(settings.output / _FILE_OF_RANK.format(team.rank)) as results:
         runner = Runner(model, settings, builder, identities, results, quiet=True)
-        runner.run(plan.shares[team.rank], plan.forecast, plan.seconds[team.rank])
+        runner.run(shares[team.rank])
     team.wait()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What each process runs."""
-
-    shares: list[list[Batch]]
-    """Batches of each process."""
-    seconds: list[float]
-    """What the trials promise each of them."""
-    forecast: Forecast | None
-    """From the trials; None where nothing is missing."""
-    grid: dict[int, tuple[int, int]] | None
-    """Depths and samples of each length, where a budget chose them."""
-
-
-def _plan(
-    model: EvalModel,
-    settings: NiahSettings,
-    builder: SampleBuilder,
-    names: Sequence[SampleKey],
-    there: set[SampleKey],
-    ranks: int,
-) -> Plan:
-    """Measures the model's pace, fits the grid into the budget and divides what is missing; says the time first."""
-    missing = [name for name in names if name not in there]
-    if not missing:
-        return Plan([[] for _ in range(ranks)], [0.0] * ranks, None, None)
-    planner = Planner(builder, settings.batch, settings.max_new_tokens)
-    trial = max(planner.batches(n for n in missing if n.length == missing[0].length), key=lambda b: len(b.names))
-    samples = [builder.build(name) for name in trial.names]
-    forecast = measure(model.stream, samples, settings.piece, model.tokenizer.processor.eos_id())
-    grid = None
-    if settings.budget is not None:
-        names, grid = planner.fit(names, lambda name: name not in there, forecast, 60 * settings.budget * ranks)
-        missing = [name for name in names if name not in there]
-        for length, (depths, count) in grid.items():
-            say(f"length {length:,}: " + (f"{depths} depths x {count} samples" if depths else "not run, too long"))
-    shares = planner.divide(planner.batches(missing), ranks, forecast)
-    seconds = [planner.seconds(share, forecast) for share in shares]
-    tokens = sum(name.length for name in missing)
-    spread = f" in {ranks} processes" if ranks > 1 else ""
-    say(f"{len(missing)} samples, {tokens:,} tokens{spread}: about {seconds_text(max(seconds))} left")
-    return Plan(shares, seconds, forecast, grid)
 
 
 def _names(settings: NiahSettings) -> Iterator[SampleKey]:
@@ -214,7 +167,7 @@ def _identities(
         with suppress(KeyError):  # no task of this version
             source, digests = builder.source(task), (model.checkpoint_sha256, model.tokenizer.sha256)
             found[task] = Identity(
-                *digests, settings.max_new_tokens, settings.fill, source.label, source.sha256, builder.words.name
+                *digests, settings.max_new_tokens, FILL, source.label, source.sha256, builder.words.name
             )
     return found
 
@@ -235,35 +188,27 @@ class Runner:
         self._identities, self._results, self._quiet = identities, results, quiet
         self._peak = PeakMemory(model.device)
 
-    def run(self, batches: Sequence[Batch], forecast: Forecast | None, seconds: float) -> None:
-        """Batches in the order they are in: those of a stretch stand together; `seconds` is what they should take."""
-        with Progress("of the samples run", seconds, shown=not self._quiet) as progress:
+    def run(self, batches: Sequence[Batch], work: int = 0) -> None:
+        """Batches in the order they are in: those of a stretch stand together; `work` is what the planner counts."""
+        with Progress("of the samples run", work, shown=not self._quiet) as progress:
             for control, own in groupby(batches, lambda batch: batch.stretch.control):
-                assert forecast is not None
                 with controlled(self._model, control) as model:
                     for stretch, group in groupby(own, lambda batch: batch.stretch):
-                        self._run_stretch(model, stretch, list(group), forecast, progress)
+                        self._run_stretch(model, stretch, list(group), progress)
 
-    def _run_stretch(
-        self, model: EvalModel, stretch: Stretch, batches: list[Batch], forecast: Forecast, progress: Progress
-    ) -> None:
+    def _run_stretch(self, model: EvalModel, stretch: Stretch, batches: list[Batch], progress: Progress) -> None:
         """One reading of the haystack; each batch goes on from the state before its needle."""
         states: Any = None
         records: list[Record] = []
         at = 0
         for batch in batches:
             samples = [self._builder.build(name) for name in batch.names]
-            promised = forecast.reading(1, batch.shared - at) + batch.seconds(forecast, self._settings.max_new_tokens)
-            each = promised / (batch.shared - at + len(samples) * (batch.tokens - batch.shared))
-
-            def show(tokens: int, each: float = each) -> None:
-                progress.advance(each * tokens, tokens)
-
-            watch = Watch(self._peak, show)
+            watch = Watch(self._peak, lambda tokens: progress.advance(tokens, tokens))
             if batch.shared > at:
                 _, states = read(model.stream, self._pieces(samples[:1], at, batch.shared), watch.on_piece, states)
             at = batch.shared
             records += self._run_batch(model, samples, at, repeat(states, len(samples)), watch)
+            progress.advance(STEP * self._settings.max_new_tokens, 0)
         hits = sum(record.substring for record in records)
         if not self._quiet:
             control = "" if stretch.control == MAIN else f", {stretch.control}"

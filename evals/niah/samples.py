@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,9 +13,7 @@ from evals.command_line import EvaluationError
 from evals.niah import templates
 from evals.niah.haystacks import NOISE, PROSE, Filling, Haystack, Source, Splicer, needles_source
 
-Fill = Literal["exact", "ruler_2024"]
 MAIN = "none"
-_RULER_WORDS, _RULER_LINES, _RULER_FEW_LINES, _RULER_SHORT = 500, 25, 5, 4_096
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,6 @@ class SampleBuilder:
         processor: Any,
         max_new_tokens: int,
         *,
-        fill: Fill = "exact",
         text: Source = PROSE,
         window: int = 0,
         words: templates.Words = templates.OWN_WORDS,
@@ -121,8 +118,6 @@ class SampleBuilder:
         Args:
             processor: The `sentencepiece.SentencePieceProcessor`, or what encodes like it.
             max_new_tokens: Room kept for the answer.
-            fill: exact fills the length to the token, the last sentence cut short; ruler_2024 takes RULER's steps of
-                that year: 500 words of prose, 25 lines (5 below 4,096 tokens), as many as fit.
             text: Haystack of the tasks that hide needles in prose.
             window: Tokens that the control window_only leaves.
             words: What needles' keys are made of.
@@ -131,7 +126,7 @@ class SampleBuilder:
             EvaluationError: The tokenizer joins the end of one line with the start of the next.
         """
         self._processor, self._splicer = processor, Splicer(processor)
-        self._answer_room, self._fill, self._window, self.words = max_new_tokens, fill, window, words
+        self._answer_room, self._window, self.words = max_new_tokens, window, words
         self._sources = {"noise": NOISE, "prose": text} | {
             task.name: needles_source(task, words) for task in templates.TASKS.values() if task.haystack == "needles"
         }
@@ -145,8 +140,8 @@ class SampleBuilder:
         """Looks whether the sample fits, without building it.
 
         Raises:
-            EvaluationError: The length is too short for the words, a sentence or step of the haystack, and the answer;
-                or the words make too few keys.
+            EvaluationError: The length is too short for the words, a sentence of the haystack, and the answer; or the
+                words make too few keys.
         """
         keys, most = templates.by_name(name.task).keys, self.words.keys // 2
         if keys > most:
@@ -159,7 +154,7 @@ class SampleBuilder:
             )
 
     def build(self, name: SampleKey) -> Sample:
-        """The sample; with fill exact its prompt has name.length - max_new_tokens tokens.
+        """The sample: its prompt has name.length - max_new_tokens tokens, the haystack's last sentence cut short.
 
         Raises:
             EvaluationError: The length is too short.
@@ -175,7 +170,7 @@ class SampleBuilder:
         if name.control == "needle_absent":
             in_text = [needle for needle in in_text if needle.key not in asked]
         room = name.length - self._answer_room - len(opening) - len(question)
-        middle, shared = self._haystack_with_needles(name, hay, in_text, room, len(value_ids))
+        middle, shared = self._haystack_with_needles(hay, in_text, room)
         shared += len(opening)
         if name.control == "window_only":
             whole = np.concatenate(middle)
@@ -185,30 +180,22 @@ class SampleBuilder:
         question_at = sum(map(len, parts)) - len(question)
         return Sample(name, templates.listed(asked), values, value_ids, parts, shared, question_at)
 
-    def _haystack_with_needles(
-        self, name: SampleKey, hay: Haystack, needles: list[Needle], room: int, value_tokens: int
-    ) -> tuple[list[np.ndarray], int]:
+    def _haystack_with_needles(self, hay: Haystack, needles: list[Needle], room: int) -> tuple[list[np.ndarray], int]:
         """What stands between opening and question, and how many tokens of it other samples have too."""
         ids = [np.array(self._splicer.behind(hay.source.joiner, needle.text), np.int32) for needle in needles]
         if needles:
             first = self._line(needles[0].text)
-            filling = self._filling(name, hay, room - len(first) - sum(map(len, ids[1:])), value_tokens)
+            filling = hay.exactly(room - len(first) - sum(map(len, ids[1:])))
             if filling.sentences_before(needles[0].depth) == 0:
                 return [first, *_between(filling, 0, needles[1:], ids[1:], 0)], 0
         # The haystack begins behind a line feed now, where its first sentence may have other tokens.
         head = int(hay.ends[0])
         more = len(hay.first) - head
-        filling = self._filling(name, hay, room - sum(map(len, ids)) - more, value_tokens)
+        filling = hay.exactly(room - sum(map(len, ids)) - more)
         sentences = max(filling.sentences_before(needles[0].depth), 1) if needles else len(filling.ends)
         # A sentence that is cut short here may have other tokens where it is whole.
         shared = int(filling.ends[min(sentences, filling.whole) - 1]) + more if filling.whole else 0
         return [hay.first, *_between(filling, head, needles, ids, 1)], shared
-
-    def _filling(self, name: SampleKey, hay: Haystack, tokens: int, value_tokens: int) -> Filling:
-        if self._fill == "exact":
-            return hay.exactly(tokens)
-        # When RULER looks for the number of steps, it counts the answer as well as the room for it.
-        return hay.in_steps(tokens - value_tokens, _step(name, hay))
 
     def _haystack(self, name: SampleKey) -> Haystack:
         source = self.source(name.task)
@@ -218,18 +205,14 @@ class SampleBuilder:
         return self._haystacks[place]
 
     def _least(self, name: SampleKey) -> int:
-        """The shortest length: the words, one sentence or step of the haystack, and the answer."""
+        """The shortest length: the words, one sentence of the haystack, and the answer."""
         task, hay = templates.by_name(name.task), self._haystack(name)
         drawn = self._draw(name)
         question = task.question(*dict.fromkeys(needle.key for needle in drawn[: task.asked * task.values]))
         needles = sum(max(len(self._splicer.behind(j, n.text)) for j in ("\n", hay.source.joiner)) for n in drawn)
         words = len(self._opening(task)) + needles + len(self._line(question))
         more = abs(len(hay.first) - int(hay.ends[0]))
-        if self._fill == "exact":
-            return words + int(hay.ends[0]) + more + self._answer_room
-        values = templates.listed([needle.value for needle in drawn[: task.asked * task.values]])
-        value_tokens = len(self._splicer.after(question, values))
-        return words + hay.step_tokens(_step(name, hay)) + more + value_tokens + self._answer_room
+        return words + int(hay.ends[0]) + more + self._answer_room
 
     def _opening(self, task: templates.Task) -> np.ndarray:
         return np.array([self._processor.bos_id(), *self._processor.encode(task.opening)], np.int32)
@@ -283,10 +266,3 @@ def _between(
         yield own
         start = stop
     yield filling.ids[start:]
-
-
-def _step(name: SampleKey, hay: Haystack) -> int:
-    """RULER's step of 2024: words of prose, or lines."""
-    if not hay.of_lines:
-        return _RULER_WORDS
-    return _RULER_FEW_LINES if name.length < _RULER_SHORT else _RULER_LINES

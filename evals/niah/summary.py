@@ -1,6 +1,6 @@
 """From raw results to the report: accuracy with intervals by length and by cell, losses, speed, memory.
 
-Its files are niah.json, niah.csv, niah.md, niah.png (heat maps) and niah_by_length.png.
+Its files are niah.json, niah.md, niah.png (heat maps) and niah_by_length.png.
 """
 
 from collections import defaultdict
@@ -10,7 +10,7 @@ from typing import Any
 
 from evals.models import EvalModel
 from evals.niah import NiahSettings
-from evals.niah.records import Identity, Record
+from evals.niah.records import FILL, Identity, Record
 from evals.niah.samples import MAIN
 from evals.niah.templates import OWN_WORDS, by_name
 from evals.report import (
@@ -22,7 +22,6 @@ from evals.report import (
     settings_of,
     wilson_interval,
     write_bytes,
-    write_csv,
     write_figure,
     write_json,
 )
@@ -122,7 +121,7 @@ def _costs(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-FILES = ("niah.json", "niah.csv", "niah.md", "niah.png", "niah_by_length.png", "niah.jsonl")
+FILES = ("niah.json", "niah.md", "niah.png", "niah_by_length.png", "niah.jsonl")
 
 
 def write_report(
@@ -130,7 +129,6 @@ def write_report(
     settings: NiahSettings,
     records: Sequence[Record],
     identities: Mapping[str, Identity],
-    grid: Mapping[int, tuple[int, int]] | None,
 ) -> dict[str, Any]:
     """Writes the files, and returns what the JSON holds.
 
@@ -139,29 +137,24 @@ def write_report(
         settings: Of this run.
         records: Results of the model; at least one.
         identities: What they have in common, by task.
-        grid: Depths and samples that a budget chose for each length; None without one.
     """
     summary = summarise(records)
     report = {
         "score": "RULER's string_match_all: the share of the values that stand in the answer, letter case aside",
         **summary,
-        "fill": settings.fill,
+        "fill": FILL,
         "words": next(iter(identities.values())).words,
         "haystacks": {
             task: {"label": identities[task].haystack, "sha256": identities[task].haystack_sha256}
             for task in sorted({record.task for record in records})
         },
         "seeds": sorted({record.seed for record in records}),
-        "budget_grid": None
-        if grid is None
-        else {str(length): {"depths": depths, "samples": n} for length, (depths, n) in grid.items()},
         **model.facts(),
         "device": model.device.type,
         "settings": settings_of(settings),
     }
     write_json(settings.output / "niah.json", report)
     write_bytes(settings.output / "niah.md", markdown(report).encode())
-    write_csv(settings.output / "niah.csv", summary["cells"])
     _write_plots(settings.output, report)
     return report
 
@@ -174,15 +167,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         "checkpoint": f"{report['checkpoint']}, sha256 `{report['checkpoint_sha256']}`",
         "tokenizer": f"sha256 `{report['tokenizer_sha256']}`",
         "haystacks": "; ".join(haystacks),
-        "fill": report["fill"],
         "keys' words": "own" if report["words"] == OWN_WORDS.name else f"RULER's lists, sha256 `{report['words']}`",
         "seeds": ", ".join(map(str, report["seeds"])),
         "trained length": f"{report['trained_length']:,} tokens" if report["trained_length"] else "not known",
         "device": report["device"],
     }
-    left_out = [length for length, size in (report["budget_grid"] or {}).items() if not size["depths"]]
-    if left_out:
-        facts["not run, the budget was too small"] = ", ".join(f"{int(length):,}" for length in left_out)
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     legend = (
         "accuracy: the value stands in the answer, of several the share that does (RULER); interval: Wilson's with a "

@@ -1,18 +1,76 @@
-"""The paper's tables, filled with what was found out about models."""
+"""The paper's tables, filled with what other commands found out about models, whose JSON files are read here."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from evals.command_line import EvaluationError
 from evals.harness.tasks import COLUMNS
-from evals.paper import published
-from evals.paper.results import ModelResults
-from evals.report import markdown_table
+from evals.paper import PaperSettings, published
+from evals.paper.published import HYBRIDS, TITANS
+from evals.report import markdown_table, write_bytes, write_json
+from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.lmm import Lmm
 
 PAPER, OURS = "paper", "ours"
 Number = float | None
+_INTRODUCTION = (
+    f"Rows marked `paper` are the numbers of {TITANS} or of the paper that a table names; rows marked `ours` were "
+    "measured here. An empty cell was not run."
+)
+
+KINDS = {"harness": "columns", "niah": "by_length"}
+"""Evaluations, whose file is KIND.json, and a field that each has."""
+
+
+@dataclass(frozen=True)
+class ModelResults:
+    """One model's results."""
+
+    name: str
+    """As the user calls it."""
+    reports: Mapping[str, Mapping[str, Any]]
+    """By kind; what was not run is missing."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's settings; empty where no result has them."""
+        return next((report["model"] for report in self.reports.values() if isinstance(report.get("model"), dict)), {})
+
+    @property
+    def variant(self) -> str:
+        """The papers' name of the variant; empty when unknown."""
+        name = self.config.get("variant", "")
+        return MIXERS[name].paper if name in MIXERS else HYBRIDS.get(name, "")
+
+
+def read_results(name: str, folder: Path) -> ModelResults:
+    """All results of a model.
+
+    Raises:
+        EvaluationError: The folder is missing, or a file is damaged.
+    """
+    if not folder.is_dir():
+        raise EvaluationError(f"--models {name}={folder}: no such folder")
+    found: dict[str, Mapping[str, Any]] = {}
+    for kind, field in KINDS.items():
+        files = (place / f"{kind}.json" for place in (folder, folder / "eval"))
+        if file := next(filter(Path.is_file, files), None):
+            found[kind] = _read(file, field)
+    return ModelResults(name, found)
+
+
+def _read(file: Path, field: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvaluationError(f"{file} is not JSON ({error}); delete it and run its evaluation again") from None
+    if not isinstance(content, dict) or not isinstance(content.get(field), list):
+        raise EvaluationError(f"{file} has no {field!r}; delete it and run its evaluation again")
+    return content
 
 
 @dataclass(frozen=True)
@@ -34,7 +92,7 @@ class Table:
     """One of the paper's tables."""
 
     key: str
-    """Short name, of its plot's file too."""
+    """Short name."""
     title: str
     """Heading."""
     columns: tuple[str, ...]
@@ -89,7 +147,6 @@ def interleave(published: Sequence[Row], ours: Sequence[tuple[str, Row]]) -> tup
 
 
 Models = Sequence[ModelResults]
-FIGURE = "The paper shows this as a figure, without numbers."
 
 
 def all_tables(models: Models) -> list[Table]:
@@ -97,10 +154,7 @@ def all_tables(models: Models) -> list[Table]:
     return [
         *(language(size, models) for size in published.LANGUAGE),
         *(niah(key, models) for key in published.NIAH),
-        babilong(models),
         ablation(models),
-        efficiency(models),
-        depth(models),
     ]
 
 
@@ -152,7 +206,7 @@ def niah(key: str, models: Models) -> Table:
     block, rows, notes = published.NIAH[key], [], []
     for model in models:
         found = niah_accuracy(model)
-        cells = tuple(_percent(found.get(cell)) for cell in block.columns)
+        cells = tuple(map(found.get, block.columns))
         rows.append((model.variant, Row(model.name, OURS, cells)))
         notes += _niah_notes(model)
     return Table(
@@ -166,10 +220,10 @@ def niah(key: str, models: Models) -> Table:
 
 
 def niah_accuracy(model: ModelResults) -> dict[tuple[str, int], float]:
-    """Shares by task and length, controls left out."""
+    """Percent by task and length, controls left out."""
     report = model.reports.get("niah", {})
     return {
-        (row.get("task", report.get("task")), row["length"]): row["accuracy"]
+        (row.get("task", report.get("task")), row["length"]): 100 * row["accuracy"]
         for row in report.get("by_length", ())
         if not row.get("control") or row["control"] == "none"
     }
@@ -183,27 +237,6 @@ def _niah_notes(model: ModelResults) -> list[str]:
     count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
     stacks = {row["label"] for row in report.get("haystacks", {}).values()} or {report.get("haystack", "unknown")}
     return [f"{model.name}: {count} samples a cell, haystacks: {', '.join(sorted(stacks))}."]
-
-
-def babilong(models: Models) -> Table:
-    """Mean accuracy over qa1 to qa5 by length."""
-    means = {model.name: babilong_means(model) for model in models}
-    lengths = sorted({length for found in means.values() for length in found})
-    rows, notes = [], []
-    for model in models:
-        report = model.reports.get("babilong", {})
-        label = f"{model.name} (simulated)" if report.get("simulated") else model.name
-        rows.append(Row(label, OURS, tuple(_percent(means[model.name].get(length)) for length in lengths)))
-        if report:
-            notes.append(f"{label}: stories {report['stories']}, background {report['background']}.")
-    columns = tuple(_length(length) for length in lengths)
-    title = "BABILong, mean accuracy of qa1 to qa5"
-    return Table("babilong", title, columns, tuple(rows), (FIGURE, *notes), digits=1)
-
-
-def babilong_means(model: ModelResults) -> dict[int, Number]:
-    """Shares by length; None where one of the five tasks is missing."""
-    return {row["length"]: row["mean_qa1_to_qa5"] for row in model.reports.get("babilong", {}).get("by_length", ())}
 
 
 def ablation(models: Models) -> Table:
@@ -250,75 +283,41 @@ def _mean_needles(model: ModelResults) -> Number:
     found = niah_accuracy(model)
     cells = [found.get((task, length)) for task in published.NIAH_TASKS for length in published.NIAH_LENGTHS]
     shares = [cell for cell in cells if cell is not None]
-    return 100 * fmean(shares) if len(shares) == len(cells) else None
+    return fmean(shares) if len(shares) == len(cells) else None
 
 
-MEASURES = {
-    "prefill_tokens_per_second": ("prefill tokens/s", 1.0),
-    "decode_ms": ("decode ms/token", 1.0),
-    "peak_bytes": ("peak MB", 1e-6),
-}
+def write_tables(settings: PaperSettings) -> list[Table]:
+    """Writes paper.md and paper.json.
+
+    Raises:
+        EvaluationError: A folder is missing, a file is damaged, or no model has any result.
+    """
+    models = [read_results(name, folder) for name, folder in settings.folders.items()]
+    if not any(model.reports for model in models):
+        looked = ", ".join(str(folder) for folder in settings.folders.values())
+        raise EvaluationError(f"no {' or '.join(f'{kind}.json' for kind in KINDS)} in {looked}; run an evaluation")
+    tables, sources = all_tables(models), _sources(models)
+    report = {"models": sources, "tables": {table.key: table.to_json() for table in tables}}
+    write_json(settings.output / "paper.json", report)
+    mixed = [source["name"] for source in sources if len(source["weights"]) > 1]
+    parts = ["# Titans: the paper's tables", _INTRODUCTION]
+    parts += [f"**{name}** has results of different weights; compare its cells with care." for name in mixed]
+    page = "\n\n".join([*parts, *(table.markdown() for table in tables)])
+    write_bytes(settings.output / "paper.md", (page + "\n").encode())
+    return tables
 
 
-def efficiency(models: Models) -> Table:
-    """Speed and memory against length."""
-    points = efficiency_points(models)
-    lengths = sorted({length for lines in points.values() for line in lines.values() for length in line})
-    rows = tuple(
-        Row(f"{label}, {MEASURES[measure][0]}", OURS, tuple(line.get(length) for length in lengths))
-        for label, lines in points.items()
-        for measure, line in lines.items()
-    )
-    columns = tuple(_length(length, 1024) for length in lengths)
-    return Table("efficiency", "Efficiency against length", columns, rows, (FIGURE,), digits=1)
-
-
-def efficiency_points(models: Models) -> dict[str, dict[str, dict[int, Number]]]:
-    """By model and measure, numbers by length; what was not run is None."""
-    points: dict[str, dict[str, dict[int, Number]]] = {}
-    for model in models:
-        for row in model.reports.get("context", {}).get("rows", ()):
-            label = model.name if row["model"] == model.name else f"{model.name} ({row['model']})"
-            for measure, (_, scale) in MEASURES.items():
-                value = row.get(measure)
-                number = value * scale if isinstance(value, int | float) else None
-                points.setdefault(label, {}).setdefault(measure, {})[row["length"]] = number
-    return points
-
-
-def depth(models: Models) -> Table:
-    """Perplexity by position for memories of different depth."""
-    chosen = sorted(
-        (model for model in models if model.mixer is not None and model.mixer.memory),
-        key=lambda model: (model.config["variant"], model.config.get("memory_depth", 0)),
-    )
-    curves = {model.name: perplexity_by_position(model) for model in chosen}
-    ends = sorted({end for curve in curves.values() for end in curve if end >= 128})
-    rows = tuple(
-        Row(
-            f"{model.name}: {model.variant}, L_M = {model.config.get('memory_depth')}",
-            OURS,
-            tuple(curves[model.name].get(end) for end in ends),
-        )
-        for model in chosen
-    )
-    columns = tuple(f"to {end:,}" for end in ends)
-    notes = (FIGURE, "Perplexity of the tokens from half of a column's position to it.")
-    return Table("depth", "Effect of the memory's depth", columns, rows, notes)
-
-
-def perplexity_by_position(model: ModelResults) -> dict[int, Number]:
-    """Perplexity of whole buckets, by their ends."""
-    buckets = model.reports.get("position_perplexity", {}).get("buckets", ())
-    return {b["last"]: b["perplexity"] for b in buckets if 2 * (b["first"] - 1) == b["last"]}
-
-
-def _percent(share: Number) -> Number:
-    return None if share is None else 100 * share
-
-
-def _length(length: int, thousand: int = 1000) -> str:
-    for unit, size in (("M", thousand**2), ("K", thousand)):
-        if length >= size:
-            return f"{length / size:g}{unit}"
-    return f"{length}"
+def _sources(models: Sequence[ModelResults]) -> list[dict[str, Any]]:
+    """Where every model's results come from."""
+    return [
+        {
+            "name": model.name,
+            "variant": model.config.get("variant"),
+            "model": dict(model.config),
+            "checkpoints": {kind: report.get("checkpoint") for kind, report in model.reports.items()},
+            "weights": sorted(
+                {str(r["checkpoint_sha256"]) for r in model.reports.values() if "checkpoint_sha256" in r}
+            ),
+        }
+        for model in models
+    ]

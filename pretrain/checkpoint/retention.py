@@ -46,8 +46,8 @@ def to_keep(checkpoints: Sequence[Kept], rules: CheckpointConfig) -> set[Path]:
     """
     kept = [one.folder for one in checkpoints[: rules.keep]]
     kept += [one.folder for one in checkpoints if one.healthy][:1]
-    evaluated = sorted((one for one in checkpoints if one.heldout_loss is not None), key=_by_loss)
-    kept += [one.folder for one in evaluated[: rules.keep_best]]
+    evaluated = sorted((one.heldout_loss, one.step, one.folder) for one in checkpoints if one.heldout_loss is not None)
+    kept += [folder for *_, folder in evaluated[: rules.keep_best]]
     if rules.keep_every_tokens:
         firsts: dict[int, Path] = {one.tokens // rules.keep_every_tokens: one.folder for one in checkpoints}
         kept += [folder for multiple, folder in firsts.items() if multiple]
@@ -114,8 +114,3 @@ def delete(folder: Path) -> None:
     """Deletes a checkpoint."""
     (folder / MARKER).unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is not taken for one
     shutil.rmtree(folder)
-
-
-def _by_loss(one: Kept) -> tuple[float, int]:
-    assert one.heldout_loss is not None
-    return one.heldout_loss, one.step

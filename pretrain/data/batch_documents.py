@@ -1,4 +1,4 @@
-"""Which documents a step learned from: `python -m tokenization.batches --run DIR --step N`."""
+"""Which documents a step learned from: `python -m pretrain.data.batch_documents --run DIR --step N`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pretrain.config.files import load_run_config
 from pretrain.data.batches import NumberedSamples
 from pretrain.data.folders import RunData, open_data, open_samples
 from pretrain.schedule import Portion, portion_of
-from tokenization.command_line import TokenizationError
+from tokenization.command_line import TokenizationError, run_command
 from tokenization.trace import origin_of
 
 
@@ -60,7 +60,7 @@ def documents_of(samples: NumberedSamples, data: RunData, portion: Portion) -> l
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
-    settings = tyro.cli(BatchesSettings, args=arguments, prog="python -m tokenization.batches")
+    settings = tyro.cli(BatchesSettings, args=arguments, prog="python -m pretrain.data.batch_documents")
     try:
         print("\n".join(documents_of_step(settings.run, settings.step)))
     except (ValueError, OSError) as fault:
@@ -68,3 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)

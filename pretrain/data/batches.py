@@ -221,7 +221,9 @@ class Samples:
         shards = f"{self.prefixes[0].name}-of-{len(self.prefixes)}-{digest}"
         name = f"{shards}-length-{self._sequence_length}-seed-{self._seed}-epoch-{epoch:05d}"
         final, partial = self._index_dir / name, self._index_dir / f".{name}.partial"
-        if not _agree(final.is_dir()):
+        there = [final.is_dir()]
+        dist.broadcast_object_list(there, src=0)  # rank 0 says so for all
+        if not there[0]:
             if dist.get_rank() == 0:
                 # What an earlier process left unfinished may hold half an index.
                 shutil.rmtree(partial, ignore_errors=True)
@@ -367,10 +369,3 @@ def _inside(starts: Tensor) -> Tensor | None:
     starts = starts.clone()
     starts[:, 0] = False
     return starts if bool(starts.any()) else None
-
-
-def _agree(mine: bool) -> bool:
-    """Rank 0's answer on every rank."""
-    answer = [mine]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]

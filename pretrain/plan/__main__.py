@@ -81,7 +81,7 @@ def plan_of(request: Request) -> dict[str, Any]:
         ValueError: A run with these settings would not start.
     """
     # The model's and the engine's packages take seconds to import, which --help and a mistyped flag need not wait for.
-    from pretrain.plan.bytes import checkpoint_bytes, ranks_of
+    from pretrain.plan.bytes import checkpoint_bytes, rank_bytes
     from pretrain.plan.collectives import collectives_of
     from pretrain.plan.layout import for_gpus, layout_of
     from pretrain.plan.parameters import count_by_part, parameters_of
@@ -90,31 +90,19 @@ def plan_of(request: Request) -> dict[str, Any]:
     config = for_gpus(request.config)
     layout = layout_of(config, request.gpus)
     parameters = parameters_of(config.model, layout.tensor, layout.memory_parallel)
-    ranks = ranks_of(config, layout, parameters)
+    rank = rank_bytes(config, layout, parameters)
     flops = step_flops(config, parameters)
     time = step_time(config, layout, parameters, _known_gpu(request.gpu), request.utilisation)
     checkpoint = checkpoint_bytes(layout, parameters)
     kept = min(config.checkpoint.keep, _checkpoints(config))
     return {
         "model": asdict(config.model),
-        "layout": {
-            "gpus": layout.gpus,
-            "tensor": layout.tensor,
-            "context": layout.context,
-            "data": layout.data,
-            "sequence": layout.sequence,
-            "memory_parallel": layout.memory_parallel,
-            "zero_stage": layout.zero_stage,
-            "offload_optimizer": layout.offload_optimizer,
-            "recompute": layout.recompute,
-            "precision": layout.precision,
-        },
+        "layout": asdict(layout),
         "parameters": count_by_part(parameters),
-        "ranks": [{**asdict(rank), "bytes": rank.bytes, "host_bytes": rank.host_bytes} for rank in ranks],
+        "rank": rank,
         "collectives": [asdict(collective) for collective in collectives_of(config, layout, parameters)],
         "step": {
             "tokens": config.train.tokens_per_step,
-            "micro_batches": layout.micro_batches,
             "flops": flops,
             "recomputed_flops": time.recomputed_flops,
         },
@@ -125,7 +113,7 @@ def plan_of(request: Request) -> dict[str, Any]:
             "keep": kept,
             "kept_bytes": kept * sum(checkpoint.values()),
         },
-        "notes": _notes(request, ranks[0].bytes),
+        "notes": _notes(request, rank["bytes"]),
     }
 
 

@@ -48,8 +48,7 @@ rank: nothing at the sizes of the paper.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.config.run_config import RunConfig
 from pretrain.engine import LARGEST_BUCKET
@@ -62,37 +61,6 @@ ZERO3_REUSE_NUMBERS = 1_000_000_000
 _ZERO3_KEPT_WHOLE = 100_000
 _MASTER, _MOMENTS = 4, 8
 _OVERLAPPED_BUCKETS = 2
-
-
-@dataclass(frozen=True)
-class RankBytes:
-    """What one rank holds.
-
-    Attributes:
-        rank: Of all processes.
-        tensor_rank: Its place in the tensor group.
-        context_rank: Its place among the ranks that share rows.
-        data_rank: Its place among the ranks, or groups of ranks, with different rows.
-        parts: Bytes by part, where it computes.
-        host_parts: Bytes by part, in the host's memory.
-    """
-
-    rank: int
-    tensor_rank: int
-    context_rank: int
-    data_rank: int
-    parts: dict[str, int]
-    host_parts: dict[str, int]
-
-    @property
-    def bytes(self) -> int:
-        """All parts where it computes."""
-        return sum(self.parts.values())
-
-    @property
-    def host_bytes(self) -> int:
-        """All parts in the host's memory."""
-        return sum(self.host_parts.values())
 
 
 class Held(NamedTuple):
@@ -173,17 +141,12 @@ PARTS: dict[str, Callable[[Held], int]] = {
 HOST_PARTS: dict[str, Callable[[Held], int]] = {"optimizer": _host_optimizer}
 
 
-def ranks_of(config: RunConfig, layout: Layout, parameters: list[Parameter]) -> list[RankBytes]:
-    """Every rank, as Megatron orders them: tensor-parallel ranks are neighbours, then come those that share rows."""
+def rank_bytes(config: RunConfig, layout: Layout, parameters: list[Parameter]) -> dict[str, Any]:
+    """What each rank holds: `bytes` and `host_bytes`, and `parts` and `host_parts` of them, by name."""
     held = Held(layout, parameters)
     parts = {**{name: formula(held) for name, formula in PARTS.items()}, **activation_bytes(config, layout)}
     host = {name: formula(held) for name, formula in HOST_PARTS.items()}
-    found = []
-    for rank in range(layout.gpus):
-        group, tensor_rank = divmod(rank, layout.tensor)
-        data_rank, context_rank = divmod(group, layout.context)
-        found.append(RankBytes(rank, tensor_rank, context_rank, data_rank, parts, host))
-    return found
+    return {"parts": parts, "host_parts": host, "bytes": sum(parts.values()), "host_bytes": sum(host.values())}
 
 
 def numbers_on_rank(parameters: list[Parameter], layout: Layout) -> int:

@@ -19,7 +19,7 @@ class Layout:
         tensor: Ranks that share one copy of the model.
         data: Ranks, or groups of `tensor` x `context` ranks, that see different samples.
         zero_stage: What the data x context ranks share, 0 to 3.
-        dtype: Type of the weights in forward and backward.
+        precision: Of the weights in forward and backward, "bf16" or "fp32".
         micro_batches: Micro-batches n of each data rank in one step.
         context: Ranks, or groups of `tensor` ranks, that share the tokens of a row.
         sequence: Whether tensor-parallel ranks share the tokens between the blocks' parallel parts.
@@ -32,7 +32,7 @@ class Layout:
     tensor: int
     data: int
     zero_stage: int
-    dtype: torch.dtype
+    precision: str
     micro_batches: int
     context: int = 1
     sequence: bool = False
@@ -56,14 +56,9 @@ class Layout:
         return self.tensor if self.sequence else 1
 
     @property
-    def precision(self) -> str:
-        """bf16 or fp32."""
-        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
-
-    @property
     def bytes_per_weight(self) -> int:
         """Bytes w of a weight, an activation or a gradient as the backward pass makes it."""
-        return self.dtype.itemsize
+        return 2 if self.precision == "bf16" else 4
 
 
 def for_gpus(config: RunConfig) -> RunConfig:
@@ -87,13 +82,12 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; it must be at least 1")
     data = check_world(gpus, parallel.tensor, parallel.context)
-    dtype = megatron_config(config).params_dtype
     return Layout(
         gpus=gpus,
         tensor=parallel.tensor,
         data=data,
         zero_stage=parallel.zero_stage,
-        dtype=dtype,
+        precision="bf16" if megatron_config(config).params_dtype == torch.bfloat16 else "fp32",
         micro_batches=config.accumulation(data),
         context=parallel.context,
         sequence=parallel.sequence,

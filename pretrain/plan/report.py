@@ -58,12 +58,12 @@ def _parameters(plan: dict[str, Any]) -> Table:
 
 
 def _bytes(plan: dict[str, Any]) -> Table:
-    first, ranks = plan["ranks"][0], len(plan["ranks"])
+    rank, ranks = plan["rank"], plan["layout"]["gpus"]
     table = _table(f"\nMemory of each of {ranks} rank{'s' if ranks > 1 else ''}", "part", "GiB")
-    for part, size in first["parts"].items():
+    for part, size in rank["parts"].items():
         table.add_row(_words(part), f"{size / _GIB:.3f}")
-    table.add_row("total", f"{first['bytes'] / _GIB:.3f}")
-    for part, size in first["host_parts"].items():
+    table.add_row("total", f"{rank['bytes'] / _GIB:.3f}")
+    for part, size in rank["host_parts"].items():
         if size:
             table.add_row(f"{_words(part)}, on the host", f"{size / _GIB:.3f}")
     return table
@@ -83,7 +83,7 @@ def _step(plan: dict[str, Any]) -> Table:
     step = plan["step"]
     table = _table("\nA step of all ranks", "what", "value")
     table.add_row("tokens", f"{step['tokens']:,}")
-    table.add_row("micro-batches of a rank", f"{step['micro_batches']:,}")
+    table.add_row("micro-batches of a rank", f"{plan['layout']['micro_batches']:,}")
     for kind, flops in step["flops"].items():
         table.add_row(f"TFLOP {kind}", f"{flops / 1e12:,.2f}")
     if step["recomputed_flops"]:

@@ -3,8 +3,13 @@
     seconds = (operations + recomputed operations) / (GPUs x peak x utilisation) / efficiency of the wavefront
 
 A layer takes its share of the blocks' operations on one rank, twice that in the backward pass and once more where it is
-recomputed; the head all of its own. Messages go at the network's speed; other collectives are part of the utilisation.
-Ranks whose layers' states compose do more than one rank would, evenly over the layers, which counts as waiting.
+recomputed; the head all of its own. Of C ranks that share a row the last one begins behind C - 1 layers and messages,
+in the forward and in the backward pass of all micro-batches in flight; the head of all others fits into that time. So
+equal layers have an efficiency of n L / (n L + C - 1). Where every layer's states compose, messages alone are waited
+for, once each way; among layers that do not, those that do change nothing. Messages go at the network's speed and are
+taken to be shorter than a layer; other collectives are part of the utilisation. Ranks whose layers' states compose do
+more than one rank would, evenly over the layers, which counts as waiting. tests/pretrain/wavefront.py says the same
+task by task.
 
 Operations are of floating-point numbers; a multiplication and an addition each count one:
 
@@ -23,7 +28,6 @@ from dataclasses import dataclass
 from pretrain.config.run_config import RunConfig
 from pretrain.plan.layout import Layout, workload_of
 from pretrain.plan.parameters import Parameter, inside_block
-from pretrain.plan.wavefront import Link, Work, simulate
 from titans_mcore.config import TitansConfig
 from titans_mcore.parallel import padded_vocab_size
 
@@ -91,21 +95,21 @@ def step_time(config: RunConfig, layout: Layout, parameters: list[Parameter], gp
     layers = config.model.num_layers
     forward = (total - head) / 3 / layers / rate
     backward = 2 * forward + (again - head_again) / layers / rate
-    work = Work([forward] * layers, [backward] * layers, head=(head + head_again) / rate)
+    alone = layers * (forward + backward) + (head + head_again) / rate
     efficiency = 1.0
     if layout.context > 1:
-        # Of a layer, on average.
-        size = sum(mixer.message(workload_of(config, layout)) for mixer in config.model.blocks) // layers
-        at_once = [block for block, mixer in enumerate(config.model.blocks) if mixer.composes]
-        link = Link(size, size, gpu.network_bytes, _LATENCY_SECONDS, at_once)
-        tokens = config.train.tokens_per_step
-        more = sum(mixer.composing_flops(config.model, tokens) for mixer in config.model.blocks) / layers / rate
-        passes = 1 if config.train.recompute == "none" else 2
-        longer = work._replace(forward=[forward + more] * layers, backward=[backward + (1 + passes) * more] * layers)
-        together = min(config.parallel.in_flight, layout.micro_batches)
-        found = simulate([[longer] * layout.context] * together, link, together)
-        efficiency = together * work.seconds / found.seconds
-    return StepTime(layout.micro_batches * work.seconds / efficiency, again, efficiency)
+        blocks, tokens = config.model.blocks, config.train.tokens_per_step
+        size = sum(mixer.message(workload_of(config, layout)) for mixer in blocks) / layers  # of a layer, on average
+        more = sum(mixer.composing_flops(config.model, tokens) for mixer in blocks) / layers / rate
+        passes = 2 if config.train.recompute == "none" else 3  # of the scans, the first of them forward
+        forward, backward = forward + more, backward + passes * more
+        waited = 2 * (size / gpu.network_bytes + _LATENCY_SECONDS)
+        if not all(mixer.composes for mixer in blocks):
+            waited += forward + backward
+        shared = min(config.parallel.in_flight, layout.micro_batches)
+        found = shared * (alone + layers * (1 + passes) * more) + (layout.context - 1) * waited
+        efficiency = shared * alone / found
+    return StepTime(layout.micro_batches * alone / efficiency, again, efficiency)
 
 
 def step_flops(config: RunConfig, parameters: list[Parameter]) -> dict[str, int]:

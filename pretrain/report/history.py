@@ -1,4 +1,4 @@
-"""What is known of a run, in the shapes that plots and panels take."""
+"""What is known of a run, in the shapes that a panel and plots take."""
 
 import math
 import statistics
@@ -45,13 +45,6 @@ class History:
         for record in self.of(kind):
             found.setdefault(record.get("name", kind), []).append(record)
         return found
-
-    def by_layer(self, name: str) -> list[Series]:
-        """A quantity of the memories, block after block."""
-        records = [record for record in self.of("memory") if name in record]
-        blocks = max((len(record[name]) for record in records), default=0)
-        found = [[(r["step"], r[name][i]) for r in records if r[name][i] is not None] for i in range(blocks)]
-        return [Series([step for step, _ in one], [value for _, value in one]) for one in found]
 
     def memory_quantities(self) -> list[str]:
         """Names of what is known of the memories, in the order of their records."""

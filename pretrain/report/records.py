@@ -103,15 +103,6 @@ class Follower:
         return resolve(self._written)
 
 
-def read_metrics(run_dir: Path, kind: str = "step") -> list[Record]:
-    """The values of one kind with their steps, as if the run had never stopped."""
-    return [
-        {name: value for name, value in record.items() if name not in _ENVELOPE}
-        for record in read_records(run_dir)
-        if record["kind"] == kind
-    ]
-
-
 def count_attempts(run_dir: Path) -> int:
     """Attempts that a run has had."""
     return max((record["attempt"] for record in _parsed(run_dir / METRICS_FILE, b'{"kind": "attempt"')), default=0)

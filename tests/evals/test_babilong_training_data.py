@@ -10,33 +10,41 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.babilong.samples import Background, SampleBuilder, SampleKey, simulated_sentences
-from evals.babilong.stories import SIMULATED_TASKS, correct, load_prompts, parse_stories, simulate
+from evals.babilong.samples import Background, SampleBuilder, SampleKey
+from evals.babilong.stories import correct, load_prompts, parse_stories
 from evals.babilong.training_data import TrainingDataSettings, documents, main
 from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
 from evals.tokens import encoder
 
+from .babi import TASKS, prose, simulate, write_babi, write_books
+
 FILE = Path("babilong.jsonl")
 
 
-def texts(**settings: Any) -> list[str]:
-    return [document.text for document in documents(TrainingDataSettings(FILE, **{"documents": 40, **settings}))]
+def texts(babi: Path, **settings: Any) -> list[str]:
+    made = documents(TrainingDataSettings(FILE, babi, **{"documents": 40, **settings}))
+    return [document.text for document in made]
 
 
-@pytest.fixture
-def babi(tmp_path: Path) -> Path:
-    for split, task, seed in (("train", "qa1", 7), ("train", "qa2", 7), ("test", "qa1", 8), ("test", "qa2", 8)):
-        (tmp_path / f"{task}_name_{split}.txt").write_text(simulate(task, 200, seed))
-    return tmp_path
+@pytest.fixture(scope="module")
+def babi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_babi(tmp_path_factory.mktemp("en-10k"))
 
 
-@pytest.mark.parametrize("task", SIMULATED_TASKS)
-def test_document_is_the_evaluations_prompt_with_an_answer_that_its_metric_takes(tokenizer: Path, task: str) -> None:
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_books(tmp_path_factory.mktemp("pg19"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_document_is_the_evaluations_prompt_with_an_answer_that_its_metric_takes(
+    babi: Path, tokenizer: Path, task: str
+) -> None:
     processor = load_tokenizer(tokenizer).processor
-    background = Background(list(simulated_sentences())[:50], encoder(processor, ". "), None)
-    stories = list(parse_stories(simulate(task, 10_000, 1)))
-    for text in texts(tasks=(task,), documents=5):
+    background = Background(list(prose())[:50], encoder(processor, ". "), None)
+    stories = list(parse_stories(simulate(task, 500, 1)))
+    for text in texts(babi, tasks=(task,), documents=5):
         prompt, answer = text.rsplit("\nAnswer: ", 1)
         key = SampleKey(task, 0, 0, 0)
         built = [
@@ -52,38 +60,34 @@ def test_document_is_the_evaluations_prompt_with_an_answer_that_its_metric_takes
 
 
 def test_only_the_train_split_is_told(babi: Path) -> None:
-    told = {name: list(parse_stories(simulate("qa2", 200, seed))) for name, seed in (("train", 7), ("test", 8))}
+    told = {name: parse_stories(simulate("qa2", n, seed)) for name, n, seed in (("train", 500, 1), ("test", 100, 0))}
     facts = {name: {" ".join(story.facts) for story in stories} for name, stories in told.items()}
-    contexts = {text.split("<context>\n")[-1].split("\n</context>")[0] for text in texts(babi=babi, tasks=("qa2",))}
+    contexts = {text.split("<context>\n")[-1].split("\n</context>")[0] for text in texts(babi, tasks=("qa2",))}
     assert contexts <= facts["train"]
     assert not contexts & facts["test"]
 
 
-def test_simulated_stories_are_none_of_the_evaluations() -> None:
-    evaluated = {" ".join(story.facts) for story in parse_stories(simulate("qa2", 1_000))}
-    for seed in (0, 1):
-        for text in texts(tasks=("qa2",), seed=seed):
-            assert text.split("<context>\n")[-1].split("\n</context>")[0] not in evaluated
-
-
-def test_tokens_are_filled_exactly_and_facts_keep_their_order_among_the_sentences(tokenizer: Path) -> None:
+def test_tokens_are_filled_exactly_and_facts_keep_their_order_among_the_sentences(
+    babi: Path, books: Path, tokenizer: Path
+) -> None:
     encode = load_tokenizer(tokenizer).processor.encode
-    stories = list(parse_stories(simulate("qa1", 10_000, 1)))
-    made = texts(tokens=3_000, tokenizer=tokenizer)
+    stories = list(parse_stories(simulate("qa1", 500, 1)))
+    sized = {"tokens": 3_000, "tokenizer": tokenizer, "text": books}
+    made = texts(babi, **sized)
     assert {len(encode(text)) + 2 for text in made} == {3_000}
-    prose = set(simulated_sentences())
+    sentences = set(prose())
     for text in made:
         context, question = re.search(r"<context>\n(.*)\n</context>\n\nQuestion: (.*)\nAnswer:", text, re.S).groups()  # type: ignore[union-attr]
         facts = tuple(re.findall(r"(?:Mary|John|Daniel|Sandra) \w+ (?:back )?to the \w+\.", context))
         assert any((story.facts, story.question) == (facts, question) for story in stories)
-        assert sum(sentence in prose for sentence in re.findall(r"[A-Z][^.]*\.", context)) > 5
-    assert texts(tokens=3_000, tokenizer=tokenizer) == made
-    assert not set(texts(tokens=3_000, tokenizer=tokenizer, seed=1)) & set(made)
+        assert sum(sentence in sentences for sentence in re.findall(r"[A-Z][^.]*\.", context)) > 5
+    assert texts(babi, **sized) == made
+    assert not set(texts(babi, **sized, seed=1)) & set(made)
 
 
-def test_more_questions_tell_whole_stories_on_behind_each_answer(babi: Path, tokenizer: Path) -> None:
-    for more in ({}, {"tokens": 5_000, "tokenizer": tokenizer}):
-        for text in texts(babi=babi, questions=7, documents=10, **more):
+def test_more_questions_tell_whole_stories_on_behind_each_answer(babi: Path, books: Path, tokenizer: Path) -> None:
+    for more in ({}, {"tokens": 5_000, "tokenizer": tokenizer, "text": books}):
+        for text in texts(babi, questions=7, documents=10, **more):
             opening = load_prompts()["qa1"].opening
             assert text.startswith(opening)
             turns = text[len(opening) :].split("\n\n<context>\n")
@@ -95,21 +99,23 @@ def test_more_questions_tell_whole_stories_on_behind_each_answer(babi: Path, tok
                 assert turn.endswith(f"Answer: The most recent location of {person} is {place[person]}.")
 
 
-def test_repeated_facts_are_all_of_a_question_in_their_order() -> None:
-    once = {" ".join(story.facts) for story in parse_stories(simulate("qa1", 10_000, 1))}
+def test_repeated_facts_are_all_of_a_question_in_their_order(babi: Path) -> None:
+    once = {" ".join(story.facts) for story in parse_stories(simulate("qa1", 500, 1))}
     times = set()
-    for text in texts(repeats=3):
+    for text in texts(babi, repeats=3):
         context = text.split("<context>\n")[-1].split("\n</context>")[0]
         found = [k for k in (1, 2, 3) if " ".join([context[: len(context) // k]] * k) == context]
         times |= {k for k in found if context[: len(context) // k] in once}
     assert times == {1, 2, 3}
 
 
-def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(babi: Path, tokenizer: Path) -> None:
+def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(
+    babi: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     for split in ("train", "test"):
-        (babi / split).mkdir()
-        (babi / split / "1.txt").write_text(f"These are words of the {split} split that lie around. " * 3)
-    for text in texts(babi=babi, text=babi, tokens=3_000, tokenizer=tokenizer, documents=3):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "1.txt").write_text(f"These are words of the {split} split that lie around. " * 3)
+    for text in texts(babi, text=tmp_path, tokens=3_000, tokenizer=tokenizer, documents=3):
         assert "words of the train split" in text
         assert "words of the test split" not in text
 
@@ -117,13 +123,13 @@ def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(babi: 
 @pytest.mark.parametrize(
     ("wrong", "fault"),
     [
-        ({"tasks": ("qa1", "qa7")}, "--tasks qa7; give qa1 to qa5"),
+        ({"tasks": ("qa1", "qa21")}, "--tasks qa21; give some of bAbI's qa1 to qa20"),
         ({"documents": 0}, "--documents is 0"),
         ({"questions": 0}, "--questions is 0"),
         ({"repeats": 0}, "--repeats is 0"),
         ({"seed": -1}, "--seed is -1"),
-        ({"tokens": 500}, "--tokens is 500 and --tokenizer None"),
-        ({"text": FILE}, r"--text babilong.jsonl fills documents of one length; give --tokens"),
+        ({"tokens": 500}, "--tokens is 500, --tokenizer None and --text None; documents of one length need all three"),
+        ({"text": FILE}, r"--tokens is 0, --tokenizer None and --text babilong.jsonl"),
         ({"output": Path("x.txt")}, r"--output x.txt: .* end it with .jsonl"),
         ({"babi": Path("nowhere")}, r"--babi nowhere: 0 files qa1_\*_train.txt; .* whose train split alone is used"),
     ],
@@ -131,26 +137,29 @@ def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(babi: 
 )
 def test_a_fault_is_one_sentence_about_the_setting(wrong: dict[str, Any], fault: str) -> None:
     with pytest.raises(EvaluationError, match=fault) as found:
-        next(documents(TrainingDataSettings(**{"output": FILE, **wrong})))
+        next(documents(TrainingDataSettings(**{"output": FILE, "babi": Path("nowhere"), **wrong})))
     assert "\n" not in str(found.value)
 
 
-def test_what_cannot_be_filled_is_said(tokenizer: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_filled_is_said(babi: Path, books: Path, tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="--tokens 300: too short for the prompt and the facts of qa1"):
-        texts(tokens=300, tokenizer=tokenizer)
+        texts(babi, tokens=300, tokenizer=tokenizer, text=books)
     with pytest.raises(EvaluationError, match=r"nowhere: no \.txt file there"):
-        texts(tokens=3_000, tokenizer=tokenizer, text=tmp_path / "nowhere")
+        texts(babi, tokens=3_000, tokenizer=tokenizer, text=tmp_path / "nowhere")
     (tmp_path / "short.txt").write_text("No. So.")
     with pytest.raises(EvaluationError, match="has no sentence of 10 tokens or more"):
-        texts(tokens=3_000, tokenizer=tokenizer, text=tmp_path / "short.txt")
+        texts(babi, tokens=3_000, tokenizer=tokenizer, text=tmp_path / "short.txt")
 
 
-def test_command_writes_json_lines_and_help_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_writes_json_lines_and_help_is_quick(
+    babi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "deep" / "babilong.jsonl"
-    monkeypatch.setattr(sys, "argv", ["x", "--output", str(file), "--documents", "3", "--tasks", "qa4", "qa5"])
+    words = ["x", "--output", str(file), "--babi", str(babi), "--documents", "3", "--tasks", "qa4", "qa5"]
+    monkeypatch.setattr(sys, "argv", words)
     main()
     assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == texts(
-        documents=3, tasks=("qa4", "qa5")
+        babi, documents=3, tasks=("qa4", "qa5")
     )
     words = [sys.executable, "-X", "importtime", "-m", "evals.babilong.training_data", "--help"]
     result = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)

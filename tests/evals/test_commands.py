@@ -53,7 +53,7 @@ def test_niah_command_writes_report_and_table(
     for name in FILES:
         assert (tmp_path / name).stat().st_size > 0
     lines = err.splitlines()
-    assert lines[0].startswith("4 samples, 2,300 tokens: about")
+    assert lines[0] == "4 samples, 2,300 tokens"
     assert [line.split(",")[0] for line in lines[1:]] == ["length 450", "length 700"]
 
 
@@ -83,9 +83,7 @@ def test_each_fault_is_one_sentence(
     assert "--lengths is (0,)" in says("--lengths", 0)
     assert "--lengths is (99999999999,); give at most 16,777,216" in says("--lengths", 99999999999)
     assert "--samples is 1000000000; give at most 100,000,000" in says("--samples", 1_000_000_000)
-    assert "--budget is 0.0" in says("--budget", 0)
     assert "--text /nowhere.txt: cannot be read" in says("--tasks", "n", "--text", "/nowhere.txt")
-    assert "--lengths 900: too short" in says("--tasks", "n", "--lengths", 900, "--fill", "ruler_2024")
     assert "--keys is for the task mk1; add it to --tasks" in says("--tasks", "mk2", "--keys", 8)
     assert "--keys is (0,); give at least 1" in says("--tasks", "mk1", "--keys", 0)
     assert "--keys 6000: too many for these words; give at most 5194" in says("--tasks", "mk1", "--keys", 4, 6000)

@@ -122,9 +122,10 @@ def test_results_of_another_text_or_filling_are_left_out(tokenizer: Path, tmp_pa
     of_text = report_of(oracle, replace(settings, tasks=("n",), depths=1, text=tmp_path / "text.txt"))
     assert [(row["task"], row["n"]) for row in of_text["by_length"]] == [("niah_single_1", 2), ("niah_single_2", 1)]
     assert of_text["haystacks"]["niah_single_2"]["label"] == "file"
-    in_steps = report_of(oracle, replace(settings, tasks=("pk",), depths=1, fill="ruler_2024"))
-    assert [(row["task"], row["n"]) for row in in_steps["by_length"]] == [("niah_single_1", 1)]
-    assert in_steps["by_length"][0]["prompt_tokens"] < 4500 - 32
+    file = tmp_path / "niah.jsonl"
+    file.write_text(file.read_text().replace('"fill": "exact"', '"fill": "ruler_2024"', 1))  # an earlier version's
+    other = report_of(oracle, replace(settings, tasks=("n",), depths=1))
+    assert [(row["task"], row["n"]) for row in other["by_length"]] == [("niah_single_1", 1), ("niah_single_2", 3)]
 
 
 def test_results_of_other_words_are_left_out_and_the_report_names_them(tokenizer: Path, tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_results_of_other_words_are_left_out_and_the_report_names_them(tokenizer
 
 def test_interrupt_keeps_finished_batches(tokenizer: Path, tmp_path: Path) -> None:
     model = plant(tokenizer, lambda value: value)
-    replies = iter([lambda value: value] * 3)  # trials ask without a value
+    replies = iter([lambda value: value] * 3)
 
     def interrupt(value: str) -> str:
         reply = next(replies, None) if value else str

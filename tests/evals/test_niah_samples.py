@@ -98,9 +98,8 @@ def test_value_stands_once_in_the_needle_and_nowhere_else(
 
 
 @pytest.mark.parametrize("task", [*TASKS, *SEVERAL])
-@pytest.mark.parametrize("fill", ["exact", "ruler_2024"])
-def test_spliced_ids_are_those_of_the_whole_text(processor: Any, task: str, fill: Any) -> None:
-    builder = SampleBuilder(processor, ROOM, fill=fill)
+def test_spliced_ids_are_those_of_the_whole_text(processor: Any, task: str) -> None:
+    builder = SampleBuilder(processor, ROOM)
     for depth in (0.0, 30.0, 60.0, 100.0):
         sample = builder.build(key(3000, depth, task=task))
         text = text_of(sample, processor)
@@ -204,9 +203,8 @@ def test_needle_moves_from_the_start_to_the_end_with_depth(builder: SampleBuilde
 
 
 @pytest.mark.parametrize("task", [*TASKS, *SEVERAL])
-@pytest.mark.parametrize("fill", ["exact", "ruler_2024"])
-def test_samples_of_a_length_share_what_stands_before_the_needle(processor: Any, task: str, fill: Any) -> None:
-    builder = SampleBuilder(processor, ROOM, fill=fill)
+def test_samples_of_a_length_share_what_stands_before_the_needle(processor: Any, task: str) -> None:
+    builder = SampleBuilder(processor, ROOM)
     samples = [builder.build(key(5000, float(depth), n, task=task)) for depth in range(0, 101, 10) for n in range(3)]
     longest = max(samples, key=lambda sample: sample.shared).prompt
     of_needles = templates.by_name(task).haystack == "needles"
@@ -260,26 +258,6 @@ def _fits(builder: SampleBuilder, length: int, task: str = TASKS[0]) -> bool:
     except EvaluationError:
         return False
     return True
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_rulers_filling_of_2024_goes_in_steps_of_500_words_or_25_lines(processor: Any, task: str) -> None:
-    builder = SampleBuilder(processor, ROOM, fill="ruler_2024")
-    step_tokens = 25 * 63 if task == TASKS[0] else 500 * 5
-    for length in (6000, 9000):
-        sample = builder.build(key(length, 40.0, task=task))
-        assert length - step_tokens * 1.2 < sample.tokens + ROOM <= length
-        text = text_of(sample, processor)
-        hay = [line for line in text.split("\n")[1:-1] if not line.startswith("One of the special")]
-        if task == TASKS[0]:
-            assert len(hay) % 25 == 0
-        else:
-            needle = f"One of the special magic {templates.BY_NAME[task].value}s for {sample.needle_key} is: "
-            words = " ".join(hay).replace(f"{needle}{sample.value}. ", "").split(" ")
-            assert len(words) % 500 == 0
-    least = next(length for length in range(400, 6000) if _fits(builder, length, task))
-    assert len(builder.build(key(least, task=task)).parts[1]) > 5
-    assert not _fits(builder, least - 1, task)
 
 
 class CountedProcessor:

@@ -13,7 +13,7 @@ import torch
 from evals import tokens
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
-from evals.position_loss import bucket_intervals, loss_sums, row_losses, stretch_ends, summarise
+from evals.position_loss import bucket_intervals, row_losses, stretch_ends, summarise
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
 from evals.tokens import document_rows, heldout_rows, text_rows
 
@@ -26,7 +26,7 @@ def model(mac_run: Path) -> EvalModel:
 
 
 def by_position(model: EvalModel, rows: list, batch: int, piece: int) -> np.ndarray:  # type: ignore[type-arg]
-    return loss_sums(model, rows, batch, piece, range(1, len(rows[0])))
+    return row_losses(model, rows, batch, piece, range(1, len(rows[0]))).sum(0)
 
 
 @pytest.mark.parametrize("variant", ["mac", "transformer"])
@@ -38,7 +38,7 @@ def test_streamed_loss_equals_one_pass(make_run: MakeRun, shards: Path, variant:
         direct = model.network.forward(tokens[:, :-1], tokens[:, 1:])  # type: ignore[attr-defined]
     for batch, piece in ((2, 50), (8, 1000)):
         np.testing.assert_allclose(by_position(model, rows, batch, piece), direct.sum(0).numpy(), rtol=2e-5)
-    stretches = loss_sums(model, rows, 2, 50, (1, 100, 128, 333))
+    stretches = row_losses(model, rows, 2, 50, (1, 100, 128, 333)).sum(0)
     parts = [part.sum() for part in np.split(direct.sum(0).double().numpy(), (1, 100, 128))]
     np.testing.assert_allclose(stretches, parts, rtol=2e-5)
 
@@ -130,7 +130,6 @@ def test_report_has_a_bucket_for_each_power_of_two(
     assert report["within_trained_length"]["loss"] == pytest.approx(losses[:128].mean(), rel=1e-5)
     assert report["beyond_trained_length"]["loss"] == pytest.approx(losses[128:].mean(), rel=1e-5)
     assert (tmp_path / "position_perplexity.png").read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "position_perplexity.csv").read_text().splitlines()) == 11
 
 
 @pytest.mark.parametrize("trained", [None, 1, 3, 100, 5000])

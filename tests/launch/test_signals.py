@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report.records import read_metrics
-from tests.pretrain.jobs import ROOT, Job
+from tests.pretrain.jobs import ROOT, Job, read_metrics
 from titans_mcore.weights import find_checkpoint
 
 from .slow_disk.sitecustomize import SECONDS

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from pretrain.config.files import load_run_config
-from pretrain.report.records import read_metrics
-from tests.pretrain.jobs import ROOT, Job
+from tests.pretrain.jobs import ROOT, Job, read_metrics
 
 SCRIPT = ROOT / "launch" / "torchrun.sh"
 SHORT = ["--variant", "transformer", "--train.steps", "2"]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report.records import read_metrics
-from tests.pretrain.jobs import ROOT, Job
+from tests.pretrain.jobs import ROOT, Job, read_metrics
 from tests.pretrain.tiny_shards import write_shards
 
 from .hosts import Host, cut_cable, two_hosts, why_not

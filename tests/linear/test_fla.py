@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.linear.naive import linear_scan_naive
 from titans_mcore.linear import linear_scan
 from titans_mcore.linear.fla import by_sequences, why_not_fla
-from titans_mcore.linear.naive import linear_scan_naive
 from titans_mcore.memory import PackedRows
 
 from .test_linear_scan import KINDS, LENGTH, REAL, ROWS, check, packed, problem, with_gradients

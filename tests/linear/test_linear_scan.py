@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.linear.naive import linear_scan_naive
 from titans_mcore.linear import linear_scan, scan
-from titans_mcore.linear.naive import linear_scan_naive
 from titans_mcore.memory import PackedRows
 
 ROWS, LENGTH, HEADS, KEYS, VALUES = 2, 53, 4, 5, 7

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.linear.naive import selective_scan_naive
 from titans_mcore.linear import selective, selective_scan
-from titans_mcore.linear.naive import selective_scan_naive
 from titans_mcore.memory import PackedRows
 
 from .test_linear_scan import LENGTH, REAL, ROWS, Late, check, packed

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.linear.naive import ttt_scan_naive
 from titans_mcore.linear import ttt, ttt_scan
-from titans_mcore.linear.naive import ttt_scan_naive
 from titans_mcore.linear.ttt import FastWeights, OpenMiniBatch
 from titans_mcore.memory import PackedRows
 

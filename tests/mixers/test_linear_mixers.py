@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.linear.naive import ttt_scan_naive
 from titans_mcore.attention import rotate
 from titans_mcore.config import TitansConfig
 from titans_mcore.division import check_divisible
-from titans_mcore.linear.naive import ttt_scan_naive
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.linear import LinearSpec
 from titans_mcore.mixers.parts import PlainParts

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.plan.wavefront import Link, Work, simulate
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
@@ -30,6 +29,7 @@ from titans_mcore.parallel import start, stop, transformer_config
 from titans_mcore.parallel.sequence import tokens_unshared
 
 from ..pretrain.jobs import ROOT
+from ..pretrain.wavefront import Link, Work, simulate
 
 VARIANTS = [*(name for name, mixer in MIXERS.items() if mixer.composes), "gated_deltanet+transformer"]
 SETTINGS: dict[str, Any] = {"vocab_size": 256, "num_layers": 6, "dim": 64, "num_heads": 2, "linear_heads": 2}
@@ -146,7 +146,7 @@ On {cores} cores under a load of {load:.0f}: where that is more than the ranks, 
   cannot have more than 0.5; more than 1 is noise.
 - work: CPU seconds of all ranks over those of one process. A wavefront does no more than that: what it has above 1 is
   short parts, and cores that are shared.
-- simulated: the efficiency that the ranks' CPU seconds have in the order of the work (`pretrain/plan/wavefront.py`)
+- simulated: the efficiency that the ranks' CPU seconds have in the order of the work (`tests/pretrain/wavefront.py`)
   with a core for each and messages that take no time.
 """
 

@@ -20,7 +20,7 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
-from titans_mcore.parallel.traffic import counted_traffic
+from tests.parallel.traffic import counted_traffic
 
 groups, found = start(1, 2, seed=0), {}
 for variant in MIXERS:

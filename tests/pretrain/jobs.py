@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from pretrain.report.records import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,3 +64,13 @@ def _children(parent: int) -> list[int]:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
                 children.append(int(stat.parent.name))
     return children
+
+
+def read_metrics(run_dir: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """The values of one kind with their steps, as if the run had never stopped."""
+    envelope = ("kind", "run", "attempt", "time")
+    return [
+        {name: value for name, value in record.items() if name not in envelope}
+        for record in read_records(run_dir)
+        if record["kind"] == kind
+    ]

@@ -1,4 +1,4 @@
-"""`python -m tokenization.batches`: from a step back to the texts it learned from."""
+"""`python -m pretrain.data.batch_documents`: from a step back to the texts it learned from."""
 
 import dataclasses
 import re
@@ -42,7 +42,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> None:
-    done = run("tokenization.batches", "--run", run_dir, "--step", 2)
+    done = run("pretrain.data.batch_documents", "--run", run_dir, "--step", 2)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert {int(line.split(":")[0].split()[1]) for line in lines} == {4, 5, 6, 7}
@@ -58,7 +58,7 @@ def test_in_a_blend_a_line_names_the_shard_with_its_folder(run_dir: Path, tmp_pa
     config = load_run_config(run_dir)
     data = DataConfig(blend=(f"{run_dir / 'shards'}=1", f"{other}=3"))
     write_run_config(dataclasses.replace(config, data=data), tmp_path)
-    done = run("tokenization.batches", "--run", tmp_path, "--step", 1)
+    done = run("pretrain.data.batch_documents", "--run", tmp_path, "--step", 1)
     assert done.returncode == 0, done.stderr
     shards = dict(re.findall(r"sample (\d): (\S+) document", done.stdout))
     assert sorted(shards.values()) == sorted([str(other / "train")] * 3 + [str(run_dir / "shards" / "train")])
@@ -72,7 +72,7 @@ def test_in_a_blend_a_line_names_the_shard_with_its_folder(run_dir: Path, tmp_pa
     ],
 )
 def test_a_mistake_is_one_sentence(run_dir: Path, words: tuple[object, ...], sentence: str) -> None:
-    done = run("tokenization.batches", *(str(word).replace("{run}", str(run_dir)) for word in words))
+    done = run("pretrain.data.batch_documents", *(str(word).replace("{run}", str(run_dir)) for word in words))
     assert done.returncode == 2
     assert sentence in done.stderr
     assert done.stderr.startswith("error: ")

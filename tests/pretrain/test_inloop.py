@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from evals.models import EvalModel, load_tokenizer
 from evals.niah.generate import answer, read, value_losses
 from evals.niah.templates import score
-from evals.position_loss import loss_sums, stretch_ends, summarise
+from evals.position_loss import row_losses, stretch_ends, summarise
 from pretrain.config.command_line import parse
 from pretrain.data.batches import MicroBatch
 from pretrain.data.folders import keep_tokenizer, open_data, open_samples
@@ -197,7 +197,7 @@ def test_long_rows_lose_what_the_report_on_loss_by_position_says(configured, wor
     taken = rows.micro_batch(range(3))
     tokens = torch.cat([taken.tokens, taken.labels[:, -1:]], 1).numpy()
     ends = stretch_ends(tokens.shape[1] - 1, None)
-    sums = loss_sums(for_evals(engine.module, config, worded_toml), tokens, 3, 41, ends)
+    sums = row_losses(for_evals(engine.module, config, worded_toml), tokens, 3, 41, ends).sum(0)
     expected = summarise(sums, ends, 3, None)
     assert found.mean == pytest.approx(expected["loss"], rel=1e-6)
     assert found.curve()["loss"] == pytest.approx([bucket["loss"] for bucket in expected["buckets"]], rel=1e-5)

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from pretrain.report.history import History
-from pretrain.report.plots import panels_of
 from pretrain.report.records import read_records
 
 from .jobs import ROOT, Job
@@ -120,10 +118,7 @@ def test_a_resumed_run_evaluates_at_the_same_places_and_ends_like_one_without(wo
     assert [step for step, _, name, _ in evaluations_of(evaluated) if name == "niah_single_1"] == [3, 5]
     assert numbers(resumed) == numbers(evaluated)
     assert tensor_files(resumed) == tensor_files(run("without"))
-    titles = [title for title, _ in panels_of(History(read_records(resumed)))]
-    assert {"loss by position, heldout", "loss by position, long rows", "niah_single_1: accuracy by length"} < set(
-        titles
-    )
+    assert {"heldout", "long_rows", "niah_single_1"} < {name for _, _, name, _ in evaluations_of(resumed)}
 
 
 def evaluations_of(run_dir):

@@ -10,9 +10,10 @@ import pytest
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
 from pretrain.report.metrics import Metrics
-from pretrain.report.records import read_metrics, read_records
+from pretrain.report.records import read_records
 from pretrain.report.sinks import check_sinks
 from pretrain.report.step_line import Eta, clock
+from tests.pretrain.jobs import read_metrics
 
 from .jobs import ROOT, Job
 

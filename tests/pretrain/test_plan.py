@@ -80,7 +80,7 @@ def test_a_preset_is_planned_as_large_as_its_name_says(system, size):
     label = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
     assert found["parameters"]["total"] == pytest.approx(label, rel=0.03)
     assert found["step"]["tokens"] == 2**19
-    assert found["ranks"][0]["bytes"] > 2 * found["parameters"]["total"]
+    assert found["rank"]["bytes"] > 2 * found["parameters"]["total"]
     # Six operations for each parameter and token are the usual estimate; the memory's own products come on top.
     assert found["step"]["flops"]["total"] > 5 * found["parameters"]["total"] * 2**19
 
@@ -111,7 +111,7 @@ def test_json_has_the_documented_keys_and_nothing_else_is_printed(tmp_path):
         "model",
         "layout",
         "parameters",
-        "ranks",
+        "rank",
         "collectives",
         "step",
         "time",
@@ -122,20 +122,17 @@ def test_json_has_the_documented_keys_and_nothing_else_is_printed(tmp_path):
     assert found["layout"] == {
         "gpus": 4,
         "tensor": 2,
-        "context": 1,
         "data": 2,
+        "zero_stage": 1,
+        "precision": "bf16",
+        "micro_batches": found["layout"]["micro_batches"],
+        "context": 1,
         "sequence": False,
         "memory_parallel": "heads",
-        "zero_stage": 1,
         "offload_optimizer": False,
         "recompute": "none",
-        "precision": "bf16",
     }
-    assert [(r["rank"], r["tensor_rank"], r["data_rank"]) for r in found["ranks"]] == [
-        (0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)
-    ]  # fmt: skip
-    for rank in found["ranks"]:
-        assert rank["bytes"] == sum(rank["parts"].values())
+    assert found["rank"]["bytes"] == sum(found["rank"]["parts"].values())
     assert {c["group"] for c in found["collectives"]} == {"tensor", "data"}
     assert list(found["step"]["flops"]) == ["total", "dense", "attention", "memory"]
     assert sum(found["checkpoint"]["parts"].values()) == found["checkpoint"]["bytes"]
@@ -159,10 +156,8 @@ def test_time_follows_from_operations_peak_and_utilisation():
     assert time_["tokens_per_second"] == pytest.approx(2**19 / time_["step_seconds"])
 
 
-def test_tensor_ranks_are_neighbours_and_then_come_those_that_share_rows():
+def test_collectives_are_those_of_the_groups_that_there_are():
     found = planned("--config", PRESET, "--gpus", "8", "--parallel.tensor", "2", "--parallel.context", "2")
-    places = [(r["tensor_rank"], r["context_rank"], r["data_rank"]) for r in found["ranks"]]
-    assert places == [(t, c, d) for d in range(2) for c in range(2) for t in range(2)]
     assert {c["group"] for c in found["collectives"]} == {"tensor", "context", "data"}
 
 
@@ -178,7 +173,7 @@ def test_what_is_recomputed_takes_time_and_is_no_work():
     share = 1 + block["step"]["recomputed_flops"] / block["step"]["flops"]["total"]
     assert block["time"]["step_seconds"] == pytest.approx(none["time"]["step_seconds"] * share)
     assert share < 4 / 3  # the head is not done again
-    bytes_ = [p["ranks"][0]["parts"]["activations"] for p in (none, except_memory, block)]
+    bytes_ = [p["rank"]["parts"]["activations"] for p in (none, except_memory, block)]
     assert bytes_ == sorted(bytes_, reverse=True)
 
 
@@ -191,7 +186,7 @@ def test_ranks_that_share_a_row_wait_as_the_wavefront_says():
     assert efficiency == pytest.approx(24 / (24 + 7), rel=0.05)
     assert shared["time"]["step_seconds"] == pytest.approx(alone["time"]["step_seconds"] / 8 / efficiency)
     for part in ("activations", "logits"):
-        assert shared["ranks"][0]["parts"][part] == pytest.approx(alone["ranks"][0]["parts"][part] / 8, rel=1e-6)
+        assert shared["rank"]["parts"][part] == pytest.approx(alone["rank"]["parts"][part] / 8, rel=1e-6)
 
 
 @pytest.mark.parametrize("variant", [name for name, mixer in MIXERS.items() if mixer.composes])
@@ -222,7 +217,7 @@ def test_messages_between_ranks_do_not_grow_with_the_row():
 
 def test_an_offloaded_optimizer_is_on_the_host_and_nowhere_else():
     stage = ("--config", PRESET, "--gpus", "8", "--parallel.zero-stage", "2")
-    here, away = planned(*stage)["ranks"][0], planned(*stage, "--parallel.offload-optimizer", "true")["ranks"][0]
+    here, away = planned(*stage)["rank"], planned(*stage, "--parallel.offload-optimizer", "true")["rank"]
     assert here["host_bytes"] == 0
     assert away["parts"]["optimizer"] == 0
     assert away["host_bytes"] == sum(away["host_parts"].values()) > here["parts"]["optimizer"]

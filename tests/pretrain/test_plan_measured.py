@@ -25,9 +25,9 @@ from pretrain.config.command_line import parse
 from pretrain.data.batches import MicroBatch
 from pretrain.engine import build_engine, build_model, train_step
 from pretrain.plan import __main__ as plan
+from tests.parallel.traffic import counted_traffic
 from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import context_place, sample_place, start, stop
-from titans_mcore.parallel.traffic import counted_traffic
 
 from .jobs import Job
 from .saving import save
@@ -216,14 +216,14 @@ def planned(small_toml):
 
 @pytest.mark.parametrize("layout", [*TENSOR, *HIDDEN, *CONTEXT, *DATA])
 def test_the_bytes_on_a_rank_are_within_a_tenth_of_those_of_a_run(measured, planned, layout):
-    rank = planned(2, *layout.split())["ranks"][0]
+    rank = planned(2, *layout.split())["rank"]
     states = rank["host_bytes"] + sum(rank["parts"][part] for part in ("weights", "gradients", "optimizer"))
     assert states == pytest.approx(measured[layout]["bytes"], rel=0.1)
 
 
 @pytest.mark.parametrize("layout", [*TENSOR, *HIDDEN, *CONTEXT])
 def test_activations_are_near_what_autograd_keeps(measured, planned, layout):
-    parts = planned(2, *layout.split(), "--data.reset-documents", "false")["ranks"][0]["parts"]
+    parts = planned(2, *layout.split(), "--data.reset-documents", "false")["rank"]["parts"]
     estimated = parts["activations"] + parts["memory_states"] + parts["logits"] / 2  # the logits themselves go
     # So short a row that what is counted roughly, the states of its few chunks, is half of it.
     assert estimated == pytest.approx(measured[layout]["kept"], rel=0.3)

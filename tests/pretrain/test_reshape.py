@@ -12,7 +12,7 @@ from safetensors import safe_open
 from pretrain.checkpoint.resume import find_resume_point
 from pretrain.config.files import load_run_config
 from pretrain.data.folders import open_data
-from pretrain.report.records import read_metrics
+from tests.pretrain.jobs import read_metrics
 
 from .jobs import Job
 from .test_resume import numbers, tensor_files

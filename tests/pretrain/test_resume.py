@@ -11,8 +11,8 @@ import pytest
 
 from pretrain.checkpoint.resume import find_resume_point
 from pretrain.config.files import load_run_config
-from pretrain.report.records import read_metrics
 from pretrain.run import lock_run_folder
+from tests.pretrain.jobs import read_metrics
 from titans_mcore.weights import find_checkpoint, load_full, load_into
 from tokenization.manifest import Manifest
 

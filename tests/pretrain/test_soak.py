@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.report.records import read_metrics
+from tests.pretrain.jobs import read_metrics
 
 from .test_resume import numbers, tensor_files
 

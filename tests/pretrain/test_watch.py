@@ -14,9 +14,9 @@ from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
 from pretrain.report.history import History, Series, sparkline, thinned
 from pretrain.report.metrics import Metrics
-from pretrain.report.panel import memory_warnings, panel_of
-from pretrain.report.plots import panels_of
-from pretrain.report.records import Follower, read_metrics, read_records
+from pretrain.report.records import Follower, read_records
+from pretrain.watch import memory_warnings, panel_of
+from tests.pretrain.jobs import read_metrics
 
 from .jobs import ROOT, Job
 from .test_metrics import VALUES
@@ -74,7 +74,7 @@ def test_blocks_whose_steps_are_often_held_are_named_and_whether_it_is_for_a_chu
     assert all(words in sentence for sentence in found)
 
 
-def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_path):
+def test_a_run_in_progress_is_printed_once(tmp_path):
     write(begin(tmp_path / "run"), range(1, 12))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "lo\n')  # as a full disk leaves it
@@ -90,9 +90,6 @@ def test_a_run_in_progress_is_plotted_and_printed_once_without_a_display(tmp_pat
     ):
         assert words in out
     assert f"note: 1 lines of {tmp_path / 'run' / 'metrics.jsonl'} were cut off and are left out" in out
-    assert f"plot: {tmp_path / 'run' / 'watch.png'}" in out
-    assert (tmp_path / "run" / "watch.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_records_are_printed_as_lines_of_json_every_step_once(tmp_path):
@@ -106,7 +103,6 @@ def test_records_are_printed_as_lines_of_json_every_step_once(tmp_path):
     assert records == read_records(tmp_path / "run")
     assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 9))
     assert err.startswith("note: 1 lines of ")
-    assert not (tmp_path / "run" / "watch.png").exists()
 
 
 def test_a_run_that_was_never_started_is_a_sentence(tmp_path):
@@ -118,20 +114,17 @@ def test_a_run_that_was_never_started_is_a_sentence(tmp_path):
 def test_a_panel_follows_a_run_in_a_terminal_until_it_is_finished(tmp_path):
     metrics = begin(tmp_path / "run")
     write(metrics, range(1, 6))
-    picture = tmp_path / "mine.png"
     pid, terminal = pty.fork()
     if not pid:
         os.chdir(ROOT)
-        arguments = ["-m", "pretrain.watch", str(tmp_path / "run"), "--every-seconds", "0.1", "--output", str(picture)]
+        arguments = ["-m", "pretrain.watch", str(tmp_path / "run"), "--every-seconds", "0.1"]
         os.execve(sys.executable, [sys.executable, *arguments], os.environ | {"TERM": "xterm", "COLUMNS": "120"})
-    printed = until(terminal, "step 5 of 20")
+    until(terminal, "step 5 of 20")
     write(metrics, range(6, STEPS + 1))
-    printed += until(terminal, "plot: ")
+    until(terminal, "finished")
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(status) == 0
-    assert "finished" in printed
-    assert picture.is_file()
 
 
 def until(terminal: int, words: str) -> str:
@@ -144,29 +137,12 @@ def until(terminal: int, words: str) -> str:
     return printed
 
 
-def test_a_picture_has_panels_for_what_is_known_and_no_others(tmp_path):
-    write(begin(tmp_path), range(1, 4), telemetry=False)
-    titles = [title for title, _ in panels_of(History(read_records(tmp_path)))]
-    assert titles == ["loss, nats a token", "gradient norm", "learning rate", "tokens a second", "memory, bytes"]
-    write(begin(tmp_path, resumed_step=3), range(4, 11))
-    more = [title for title, _ in panels_of(History(read_records(tmp_path)))]
-    assert more[:5] == titles
-    assert more[5:] == [
-        "loss by position, heldout",
-        "niah_single_1: accuracy by length",
-        "memory: surprise, by block",
-        "memory: alpha, by block",
-        "memory: retention after so many tokens",
-    ]
-
-
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_that_has_just_begun_is_shown(tmp_path, steps):
     write(begin(tmp_path / "run"), range(1, steps + 1))
     status, out, err = watch(tmp_path / "run", "--once").wait(120)
     assert (status, err) == (0, "")
     assert "running" in out
-    assert (tmp_path / "run" / "watch.png").is_file() == bool(steps)
 
 
 def test_a_finished_run_a_silent_one_and_what_happened_are_told(tmp_path):

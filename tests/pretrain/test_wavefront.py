@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.plan.wavefront import BACKWARD, FORWARD, Link, Work, equal_efficiency, simulate
+from pretrain.config.command_line import parse
+from pretrain.plan.layout import for_gpus, layout_of, workload_of
+from pretrain.plan.parameters import parameters_of
+from pretrain.plan.step_time import GPUS, head_flops, recomputed_flops, step_flops, step_time
+
+from .wavefront import BACKWARD, FORWARD, Link, Work, equal_efficiency, simulate
 
 SECONDS = st.integers(10, 10_000).map(lambda milliseconds: milliseconds / 1000)
 
@@ -128,3 +133,26 @@ def test_more_ranks_are_faster_in_all_and_worse_each(layers, ranks, forward, bac
     assert more.efficiency <= few.efficiency + 1e-12
     assert more.seconds <= few.seconds + 1e-12
     assert more.seconds >= divided(1).seconds / (ranks + 1) - 1e-12
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("preset", ["mag_760m", "gated_deltanet_340m", "samba_340m"])
+def test_the_plans_formula_is_what_the_tasks_come_to(preset, recompute):
+    words = ["--config", preset, "--run-dir", "unused", "--train.recompute", recompute, "--parallel.context", "8"]
+    words += ["--model.vocab-size", "32000", "--train.sequence-length", "131072", "--train.global-batch", "4"]
+    config = for_gpus(parse([*words, "--train.micro-batch", "1", "--parallel.in-flight", "2"]).config)
+    layout, blocks, tokens = layout_of(config, 8), config.model.blocks, config.train.tokens_per_step
+    parameters = parameters_of(config.model)
+    found, layers = step_time(config, layout, parameters, GPUS["h100"], 0.4), config.model.num_layers
+    rate = GPUS["h100"].flops * 0.4 * 8 * layout.micro_batches
+    head = 3 * head_flops(config.model, tokens)
+    forward = (step_flops(config, parameters)["total"] - head) / 3 / layers / rate
+    backward = 2 * forward + recomputed_flops(config, parameters) / layers / rate
+    alone = layers * (forward + backward) + head / rate
+    more = sum(mixer.composing_flops(config.model, tokens) for mixer in blocks) / layers / rate
+    again = 1 if recompute == "none" else 2
+    work = Work([forward + more] * layers, [backward + (1 + again) * more] * layers, head=head / rate)
+    size = sum(mixer.message(workload_of(config, layout)) for mixer in blocks) // layers
+    at_once = [block for block, mixer in enumerate(blocks) if mixer.composes]
+    link = Link(size, size, GPUS["h100"].network_bytes, 1e-5, at_once)
+    assert found.wavefront_efficiency == pytest.approx(2 * alone / simulate([[work] * 8] * 2, link, 2).seconds)

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.plan.wavefront import BACKWARD, FORWARD, Task, Work, simulate
-
 from .jobs import Job
+from .wavefront import BACKWARD, FORWARD, Task, Work, simulate
 
 pytestmark = pytest.mark.slow
 

@@ -42,27 +42,6 @@ def why_not_fla(dtype: torch.dtype, device: torch.device) -> str:
     return ""
 
 
-def fla_scan(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    *,
-    scale: float,
-    state: Tensor,
-    rows: PackedRows | None,
-) -> tuple[Tensor, Tensor]:
-    """linear_scan's arguments, with a state, and results.
-
-    Raises:
-        ValueError: The kernels cannot take this.
-    """
-    if reason := why_not_fla(values.dtype, values.device):
-        raise ValueError(reason)
-    return by_sequences(_kernel(log_decay, beta), queries, keys, values, log_decay, beta, scale, state, rows)
-
-
 def by_sequences(
     kernel: Callable[..., tuple[Tensor, Tensor]],
     queries: Tensor,
@@ -117,7 +96,8 @@ def by_sequences(
     return out.unflatten(0, (batch, length)).to(values.dtype), ended
 
 
-def _kernel(log_decay: Tensor | None, beta: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+def fla_kernel(log_decay: Tensor | None, beta: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """fla-core's for such a recurrence, as `by_sequences` takes it."""
     if beta is None:
         place, name = "simple_gla", "chunk_simple_gla"
     elif log_decay is None:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..memory import PackedRows
 from ..memory.checkpoint import Recomputed
-from .fla import fla_scan
+from .fla import by_sequences, fla_kernel, why_not_fla
 from .handover import Handover, Opened, handed_over
 
 CHUNK = 64  # tokens
@@ -76,7 +76,10 @@ def linear_scan(
     if state is None or isinstance(state, Tensor):
         if backend == "fla":
             before = scan.nothing() if state is None else state.to(scan.wide)
-            return fla_scan(queries, keys, values, log_decay, beta, scale=scale, state=before, rows=rows)
+            if reason := why_not_fla(values.dtype, values.device):
+                raise ValueError(reason)
+            kernel = fla_kernel(log_decay, beta)
+            return by_sequences(kernel, queries, keys, values, log_decay, beta, scale, before, rows)
         return scan.whole(state)
     return handed_over(state, scan.whole, scan.fading if beta is None else scan.replacing)
 

@@ -98,7 +98,8 @@ def ttt_scan(
     Raises:
         ValueError: Shapes do not fit together.
     """
-    _check_ttt(queries, keys, values, rates, places, norm_weight, norm_bias, weights)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    _check_ttt(values, weights, {"queries": queries, "keys": keys, "rates": rates, "places": places, **norm})
     wide = torch.promote_types(values.dtype, torch.float32)
     batch, length = values.shape[:2]
     shared = [x.to(wide) for x in (places, norm_weight, norm_bias, *weights)]
@@ -351,16 +352,7 @@ def _where(rows: Tensor, those: Sequence[Tensor | float], others: list[Tensor]) 
     return [torch.where(picked, a, b) for a, b in zip(those, others, strict=True)]
 
 
-def _check_ttt(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rates: Tensor,
-    places: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weights: Sequence[Tensor],
-) -> None:
+def _check_ttt(values: Tensor, weights: Sequence[Tensor], others: dict[str, Tensor]) -> None:
     heads, width = values.shape[2:]
     if width % 2:
         raise ValueError(f"heads are {width} wide; rotary positions need an even width")
@@ -372,15 +364,16 @@ def _check_ttt(
     shapes = [(heads, width, hidden), (heads, 1, hidden), (heads, hidden, width), (heads, 1, width)]
     if len(weights) == 2:
         shapes = [(heads, width, width), (heads, 1, width)]
-    wanted = {
-        "queries": (queries, tuple(values.shape)),
-        "keys": (keys, tuple(values.shape)),
-        "rates": (rates, tuple(values.shape[:3])),
-        "places": (places, (MINI_BATCH,)),
-        "norm_weight": (norm_weight, (heads, width)),
-        "norm_bias": (norm_bias, (heads, width)),
-        **{f"weights[{i}]": pair for i, pair in enumerate(zip(weights, shapes, strict=True))},
+    wanted: dict[str, tuple[int, ...]] = {
+        "queries": values.shape,
+        "keys": values.shape,
+        "rates": values.shape[:3],
+        "places": (MINI_BATCH,),
+        "norm_weight": (heads, width),
+        "norm_bias": (heads, width),
+        **{f"weights[{i}]": shape for i, shape in enumerate(shapes)},
     }
-    for name, (x, shape) in wanted.items():
-        if x.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}")
+    others = {**others, **{f"weights[{i}]": weight for i, weight in enumerate(weights)}}
+    for name, shape in wanted.items():
+        if others[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(others[name].shape)}; it must be {tuple(shape)}")

@@ -75,26 +75,10 @@ def enable_cpu() -> bool:
     if isinstance(megatron_random._CUDA_RNG_STATE_TRACKER, CpuRngTracker):
         return True
     cuda: Any = torch.cuda  # the device takes the place of its number: both are good for torch.empty(device=...)
-    cuda.current_device = _current_device
-    cuda.synchronize = _synchronize
-    megatron_random._get_cuda_rng_state = _get_rng_state
-    megatron_random._set_cuda_rng_state = _set_rng_state
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *_: None
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     return True
-
-
-def _current_device() -> torch.device:
-    return torch.device("cpu")
-
-
-def _synchronize(device: object = None) -> None:
-    pass
-
-
-def _get_rng_state(device: object = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
-    torch.set_rng_state(new_state)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention import rotate
-from ..memory import PackedRows
-from .ttt import MINI_BATCH, TTT_EPS, FastWeights, OpenMiniBatch
+from titans_mcore.attention import rotate
+from titans_mcore.linear.ttt import MINI_BATCH, TTT_EPS, FastWeights, OpenMiniBatch
+from titans_mcore.memory import PackedRows
 
 
 def linear_scan_naive(
