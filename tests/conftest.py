@@ -9,6 +9,9 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Megatron-core decorates functions with torch.compile, which loads all of Inductor: more than a second in each of the
+# processes that the tests start, for functions that nothing calls on a CPU.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Workers side by side keep to a core each, and so does all that they start: threads of two that have to wait for
     # one another in every operation are many times slower than one.

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from titans_mcore.memory import MemoryState, PackedRows, memory_scan
 
+from ..matrices import every_pair
 from .streams import Stream, make_stream
 from .test_dual_form import largest_difference
 
@@ -66,10 +67,12 @@ def results(
     return [*outputs, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))]
 
 
-@pytest.mark.parametrize("theta", [0.05, 2.0])  # 2.0: the step bound acts
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
-@pytest.mark.parametrize(("documents", "padding"), [(True, False), (False, True), (True, True)])
+@every_pair(
+    theta=[0.05, 2.0],  # 2.0: the step bound acts
+    depth=[1, 2, 3],
+    network=["residual_norm", "plain"],
+    documents__padding=[(True, False), (False, True), (True, True)],
+)
 def test_packed_rows_are_the_oracles_documents_apart(
     documents: bool, padding: bool, network: str, depth: int, theta: float
 ) -> None:
