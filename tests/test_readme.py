@@ -50,18 +50,27 @@ SMALL = {
     "evals.recommendation": " --steps 2 --systems popularity lmm",
     "evals.comparison": " --steps 2 --recall-steps 2 --systems transformer lmm --seeds 0",
 }
-# The longest that write nothing a later one reads: the whole chain again for another variant and another text, training
-# in stages, two models for each rule of the memory, two systems of the comparison, a process for each case of the
-# benchmark, a run that is killed and started again, the export's proof again.
+LIBRARY = "bash launch/quickstart.sh"
+# The longest that write nothing a later one reads: the whole chain again for another variant and for a whole library in
+# place of a few files, training in stages, two models for each rule of the memory, two systems of the comparison, a
+# process for each case of the benchmark, a run that is killed and started again, the export's proof again. And those
+# that a test of their room starts or calls with the same words: here they load torch and Megatron-core once more.
 SLOW = (
     "bash launch/quickstart.sh --variant",
-    "bash launch/quickstart.sh --input",
     "bash launch/recall.sh",
     "python -m evals.memory_rule",
     "python -m evals.comparison",
-    "python -m evals.efficiency memory",
-    "python -m evals.efficiency faults",
+    "python -m evals.efficiency",
     "python -m titans_mcore.hf.verify",
+    "python -m titans_mcore.hf.to_native",
+    "python -m tokenization.verify",
+    "python -m tokenization.trace",
+    "python -m tokenization.batches",
+    "python -m pretrain.plan --config mac_760m --gpus 16",
+    "python -m evals.position_perplexity --checkpoint runs/mine --text",
+    "python -m evals.niah --checkpoint evals/results",
+    "python -m evals.ask",
+    "python -m evals.genomics",
 )
 # What runs this test, what needs a network, what needs a GPU, what needs a cluster.
 NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "evals.harness", "launch/gpu_check.sh", "gpu_wheels.sh", "sbatch")
@@ -118,8 +127,9 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def readme_cases() -> list[Any]:
     """The commands in the order of the READMEs: one may read what an earlier one wrote."""
     wanted = [command for command in readme_commands() if not any(word in command for word in NOT_RUN_HERE)]
-    slow = pytest.mark.slow
-    return [pytest.param(command, marks=[slow] if command.startswith(SLOW) else [], id=command) for command in wanted]
+    slow = [command == LIBRARY or command.startswith(SLOW) for command in wanted]
+    marks = [[pytest.mark.slow] if one else [] for one in slow]
+    return [pytest.param(command, marks=more, id=command) for command, more in zip(wanted, marks, strict=True)]
 
 
 @pytest.mark.parametrize("written", readme_cases())
