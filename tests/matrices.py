@@ -20,6 +20,15 @@ ONE_OF_A_KIND = [pytest.param(name, marks=pytest.mark.slow) if name in LIKE else
 """All mixers, for parametrize: those that are like another are slow."""
 
 
+def by_kind(values: Collection[Any], mixers: Collection[str] = tuple(MIXERS)) -> list[Any]:
+    """Pairs of a mixer and a value, for parametrize: of mixers like another all values but the first are slow."""
+    return [
+        pytest.param(name, value, marks=[pytest.mark.slow] if name in LIKE and place else [])
+        for name in mixers
+        for place, value in enumerate(values)
+    ]
+
+
 def every_pair(**axes: Collection[Any]) -> pytest.MarkDecorator:
     """Parametrises a test with all combinations of values: as many as have every pair of values, the others are slow.
 
