@@ -152,7 +152,7 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", None])
-@pytest.mark.parametrize("variant", ["mac", "lmm", "transformer"])
+@pytest.mark.parametrize("variant", ["mac", pytest.param("lmm", marks=pytest.mark.slow), "transformer"])
 @torch.no_grad()
 def test_torch_compile_breaks_only_around_mixers_and_gives_the_same(
     variant: str, side: str | None, monkeypatch: pytest.MonkeyPatch
