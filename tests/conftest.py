@@ -21,15 +21,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is imported, and Megatron-core does that
 
 
-# A minute and more each on one core: begun last, one of them would be waited for alone.
+# Half a minute and more each on one core: begun last, one of them would be waited for alone.
 LONG = (
     "tests/test_readme.py",
     "tests/pretrain/test_recovery.py",
     "tests/pretrain/test_resume.py",
     "tests/kernels/test_fused_scan.py",
+    "tests/parallel/test_composed.py",
     "tests/mixers/test_added_mixer.py",
+    "tests/launch/test_signals.py",
     "tests/hf/test_export.py",
-    "tests/tokenization/test_resume.py",
 )
 
 
