@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,9 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is imported, and Megatron-core does that
 
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's business
+hypothesis.settings.load_profile("untimed")
 
 # Half a minute and more each on one core: begun last, one of them would be waited for alone.
 LONG = (

@@ -180,7 +180,7 @@ def test_a_piece_of_padding_alone_changes_nothing() -> None:
             torch.testing.assert_close(a[0], b[0], rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), chunk_size=st.sampled_from([1, 3, 8, 64]), cut=st.integers(1, 29))
 def test_no_mask_makes_the_chunked_form_differ(seed: int, chunk_size: int, cut: int) -> None:
     stream, rows = make_stream(30, 1, "plain", heads=1, width=3, seed=seed), masks(2, 30, seed)
