@@ -15,10 +15,9 @@ from pretrain import replay
 from pretrain.launch.status import EXIT_GIVEN_UP
 from pretrain.recovery.rewinds import Rewinds
 from pretrain.report.records import read_records
-from tests.pretrain.jobs import read_metrics
 from titans_mcore.weights import find_checkpoint
 
-from .jobs import Job, descendants
+from .jobs import Job, descendants, read_metrics
 from .test_resume import numbers, tensor_files, wait_for_step
 
 FAST = ["--variant", "transformer", "--schedule.warmup-steps", "0", "--logging.every-steps", "100"]
