@@ -8,7 +8,7 @@ usage: bash launch/test.sh [--all] [PYTEST ARGUMENTS ...]
 
 Makes .venv when it is missing, then runs ruff, mypy and pytest. Works from any folder.
 
-  --all     the tests marked slow as well, which take longer than all others together
+  --all     the tests marked slow as well: long ones, and every combination of large equality matrices
   --help    shows this
 
 With pytest arguments (for example tests/memory -k dual) only pytest runs.

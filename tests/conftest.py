@@ -4,11 +4,15 @@ import os
 import sys
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# Megatron-core decorates functions with torch.compile, which loads all of Inductor: more than a second in each of the
+# processes that the tests start, for functions that nothing calls on a CPU.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # Workers side by side keep to a core each, and so does all that they start: threads of two that have to wait for
     # one another in every operation are many times slower than one.
@@ -18,15 +22,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # counts when Triton is imported, and Megatron-core does that
 
 
-# A minute and more each on one core: begun last, one of them would be waited for alone.
+hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's business
+hypothesis.settings.load_profile("untimed")
+
+# Half a minute and more each on one core: begun last, one of them would be waited for alone.
 LONG = (
     "tests/test_readme.py",
     "tests/pretrain/test_recovery.py",
     "tests/pretrain/test_resume.py",
     "tests/kernels/test_fused_scan.py",
+    "tests/parallel/test_composed.py",
     "tests/mixers/test_added_mixer.py",
+    "tests/launch/test_signals.py",
     "tests/hf/test_export.py",
-    "tests/tokenization/test_resume.py",
 )
 
 

@@ -13,6 +13,7 @@ from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
 from titans_mcore.telemetry import QUANTITIES, MemoryTelemetry, _Retention
 
+from .matrices import ONE_OF_A_KIND
 from .pretrain.jobs import ROOT, Job
 
 LENGTH = 48
@@ -56,7 +57,7 @@ def seen_of(model: TitansModel, documents: bool = True, every_tokens: int = 1) -
     return telemetry.collect()
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 @pytest.mark.parametrize("recompute", ["none", "block", "except_memory"])
 def test_losses_gradients_and_random_numbers_are_bitwise_the_same_with_it_and_without(groups, variant, recompute):
     tokens, starts = batch()

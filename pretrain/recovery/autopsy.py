@@ -1,9 +1,9 @@
 """What a run leaves that stops because of bad steps: RUN/autopsy/step-00000041/.
 
-checkpoint/     the state before the step, from which train.continue_from does it again at any layout: bad steps in a
-                row leave no trace in the weights
+checkpoint/     the state before the step: bad steps in a row leave no trace in the weights
 autopsy.json    why the run stopped, where the first number that is not finite came up, what the memories did
-                (titans_mcore.telemetry), and the documents of the batch
+                (titans_mcore.telemetry), the documents of the batch, and the command that does the step again in one
+                process (pretrain.replay)
 """
 
 import json

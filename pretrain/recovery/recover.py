@@ -57,8 +57,8 @@ def recover(run: Run, step: int, verdict: Verdict) -> int:
 def _stop(run: Run, step: int, reason: str) -> NoReturn:
     folder = autopsy_folder(run.run_dir, step)
     try:
-        places = _leave_autopsy(run, step, reason, folder)
-        left = f"{folder} says which documents were in the batch, and has the checkpoint before it"
+        command, places = _leave_autopsy(run, step, reason, folder)
+        left = f"{folder} has the batch and the weights before it: {command} does the step again"
     except FailedOnRank0 as error:
         places, left = {}, f"{folder} could not be written: {error}"
     newest = next((f"; the newest checkpoint is {one}" for one in checkpoints_newest_first(run.run_dir)), "")
@@ -68,12 +68,13 @@ def _stop(run: Run, step: int, reason: str) -> NoReturn:
     raise TrainingGivenUp(message)
 
 
-def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> dict[str, str]:
-    """The first places that were not finite."""
+def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> tuple[str, dict[str, str]]:
+    """The command that replays the step, and the first places that were not finite."""
     run.saver.begin(step - 1, run.carried, folder=folder / CHECKPOINT, health=run.health.state_dict())
     saved = run.saver.finish()
     places = first_nonfinite(run.engine, _losses_again(run, step))
     portion = portion_of(step, run.config.train)
+    command = f"python -m pretrain.replay {folder}"
     facts: dict[str, Any] = {
         "step": step,
         "reason": reason,
@@ -82,11 +83,12 @@ def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> dict[str, 
         "memory": run.telemetry.collect(),
         "health": run.health.state_dict(),
         "documents": _documents(run, step) if dist.get_rank() == 0 else [],
+        "command": command,
     }
     if saved.error:
         facts["no_checkpoint"] = saved.error
     on_rank_0(lambda: write_autopsy(folder, facts))
-    return places
+    return command, places
 
 
 def _losses_again(run: Run, step: int) -> Iterator[Tensor]:

@@ -15,6 +15,8 @@ from titans_mcore.attention import attend, flash, rotate
 from titans_mcore.attention.attend import Documents, Prefix, visible
 from titans_mcore.attention.flash import PrefixMerge, document_bounds, flash_installed
 
+from ..matrices import every_pair
+
 
 def tensors(length: int, past: int, prefix: int, keys_per_token: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(length + past)
@@ -51,10 +53,12 @@ def run(
     return [out, *torch.autograd.grad(out.square().sum(), used)]
 
 
-@pytest.mark.parametrize("keys_per_token", [1, 2])
-@pytest.mark.parametrize("prefix", [0, 5])
-@pytest.mark.parametrize("window", [0, 1, 7, 600])
-@pytest.mark.parametrize(("length", "past"), [(1, 0), (1, 9), (33, 0), (20, 13), (700, 3)])
+@every_pair(
+    keys_per_token=[1, 2],
+    prefix=[0, 5],
+    window=[0, 1, 7, 600],
+    length__past=[(1, 0), (1, 9), (33, 0), (20, 13), (700, 3)],
+)
 def test_sdpa_equals_the_dense_mask(length: int, past: int, window: int, prefix: int, keys_per_token: int) -> None:
     parts = tensors(length, past, prefix, keys_per_token)
     expected = run(parts, "dense", window, keys_per_token)
@@ -62,10 +66,7 @@ def test_sdpa_equals_the_dense_mask(length: int, past: int, window: int, prefix:
         torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("keys_per_token", [1, 2])
-@pytest.mark.parametrize("prefix", [0, 5])
-@pytest.mark.parametrize("window", [0, 1, 7])
-@pytest.mark.parametrize(("length", "past"), [(1, 9), (33, 0), (20, 13), (700, 3)])
+@every_pair(keys_per_token=[1, 2], prefix=[0, 5], window=[0, 1, 7], length__past=[(1, 9), (33, 0), (20, 13), (700, 3)])
 def test_sdpa_keeps_documents_apart_as_the_dense_mask_does(
     length: int, past: int, window: int, prefix: int, keys_per_token: int
 ) -> None:

@@ -37,7 +37,10 @@ def logits_behind(model: EvalModel, memory: ask.Memory) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("exported", [False, True], ids=["run", "export"])
-@pytest.mark.parametrize("variant", ["mac", "mag", "mal", "lmm", "gated_deltanet", "lmm+transformer"])
+@pytest.mark.parametrize(
+    "variant",
+    ["mac", "mag", pytest.param("mal", marks=pytest.mark.slow), "lmm", "gated_deltanet", "lmm+transformer"],
+)
 def test_a_kept_memory_answers_as_right_after_reading_bit_for_bit(
     variant: str, exported: bool, make_run: MakeRun, tmp_path: Path
 ) -> None:

@@ -8,7 +8,8 @@ import pytest
 from evals.command_line import EvaluationError
 from evals.efficiency import ContextSettings
 from evals.efficiency.context import compare, measure, names_of
-from titans_mcore.mixers import MIXERS
+
+from ..matrices import ONE_OF_A_KIND
 
 LENGTHS = (128, 512, 2_048)
 
@@ -19,7 +20,7 @@ def asked(tmp_path, *runs, **more):
     )
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_the_state_of_a_model_does_not_grow_with_what_it_has_read(make_run, tmp_path, variant):
     run = make_run(variant)
     shown = measure(asked(tmp_path, run))

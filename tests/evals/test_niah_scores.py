@@ -1,5 +1,6 @@
 """Planted models get the scores they were made for, whatever the pieces."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +25,14 @@ PLANTED: dict[str, tuple[Callable[[str], str], tuple[float, float, float]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
-@pytest.mark.parametrize(("task", "piece"), [("pk", 1), ("pk", 97), ("pk", 4096), ("n", 500), ("w", 500)])
+@pytest.mark.parametrize(
+    ("task", "piece", "name"),
+    [
+        *itertools.product(["pk", "w"], [97], PLANTED),
+        *itertools.product(["pk"], [1, 4096], ["oracle", "wrong value"]),
+        *itertools.product(["n"], [500], ["oracle", "wrong value"]),
+    ],
+)
 def test_planted_model_gets_its_scores(tokenizer: Path, tmp_path: Path, name: str, piece: int, task: str) -> None:
     reply, expected = PLANTED[name]
     if task == "w" and name == "listing":
@@ -54,27 +61,38 @@ def test_planted_model_gets_its_scores(tokenizer: Path, tmp_path: Path, name: st
     assert {row["n"] for row in report["cells"]} == {2}
 
 
-@pytest.mark.parametrize("task", ["mk1", "mk2", "mk3", "mv", "mq"])
+# What is said of the values; accuracy, first value and wrong value with one value and with four of them.
+SAID: dict[str, tuple[Callable[[str], str], tuple[float, float, float], tuple[float, float, float]]] = {
+    "oracle": (lambda value: f"{value}.", (1, 1, 0), (1, 1, 0)),
+    "oracle in another order": (
+        lambda value: f"{', '.join(reversed(value.replace('and ', '').split(', ')))}.",
+        (1, 1, 0),
+        (1, 1, 0),
+    ),
+    "the last of them": (lambda value: f"{value.split(', ')[-1]}.", (1, 1, 0), (0.25, 1, 0)),
+    "first one wrong": (lambda value: f"{other(value)}.", (0, 0, 1), (0.75, 0, 1)),
+    "last one cut": (lambda value: f"{value[:-3]}.", (0, 0, 1), (0.75, 1, 0)),
+    "silent": (lambda value: "unknown to me", (0, 0, 0), (0, 0, 0)),
+}
+SCORED_ALIKE = {"mk2": "mk1", "mk3": "mk1", "mq": "mv"}
+
+
 @pytest.mark.parametrize(
-    ("reply", "of_one", "of_four"),
+    ("task", "said"),
     [
-        (lambda value: f"{value}.", (1, 1, 0), (1, 1, 0)),
-        (lambda value: f"{', '.join(reversed(value.replace('and ', '').split(', ')))}.", (1, 1, 0), (1, 1, 0)),
-        (lambda value: f"{value.split(', ')[-1]}.", (1, 1, 0), (0.25, 1, 0)),
-        (lambda value: f"{other(value)}.", (0, 0, 1), (0.75, 0, 1)),
-        (lambda value: f"{value[:-3]}.", (0, 0, 1), (0.75, 1, 0)),
-        (lambda value: "unknown to me", (0, 0, 0), (0, 0, 0)),
+        *itertools.product(["mk1", "mv"], SAID),
+        *itertools.product(SCORED_ALIKE, ["oracle", "first one wrong"]),
+        *(
+            pytest.param(task, said, marks=pytest.mark.slow)
+            for task, said in itertools.product(SCORED_ALIKE, SAID)
+            if said not in ("oracle", "first one wrong")
+        ),
     ],
-    ids=["oracle", "oracle in another order", "the last of them", "first one wrong", "last one cut", "silent"],
 )
 def test_planted_model_gets_the_share_of_values_that_it_says(
-    tokenizer: Path,
-    tmp_path: Path,
-    task: Any,
-    reply: Callable[[str], str],
-    of_one: tuple[float, float, float],
-    of_four: tuple[float, float, float],
+    tokenizer: Path, tmp_path: Path, task: Any, said: str
 ) -> None:
+    reply, of_one, of_four = SAID[said]
     expected = of_four if task in ("mv", "mq") else of_one
     settings = NiahSettings(Path(), tmp_path, (task,), (2_500,), depths=3, samples=2, piece=500)
     report = evaluate(plant(tokenizer, reply), settings)

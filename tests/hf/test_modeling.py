@@ -19,6 +19,7 @@ from titans_mcore.hf.configuration_titans import CACHE_NAMES, TitansHFConfig
 from titans_mcore.hf.modeling_titans import CACHE_FIELD, TitansForCausalLM, TitansModel
 from titans_mcore.mixers import MIXERS
 
+from ..matrices import ONE_OF_A_KIND
 from .hf_runs import tiny
 from .models import make
 
@@ -30,7 +31,7 @@ def tokens() -> Tensor:
     return torch.randint(3, 330, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 @pytest.mark.parametrize(
     "how",
     [{"do_sample": False}, {"do_sample": True, "temperature": 0.9}, {"do_sample": False, "num_beams": 3}],
@@ -128,7 +129,7 @@ def test_a_cache_is_selected_expanded_and_reset(tokens: Tensor) -> None:
         cache.crop(3)
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 @torch.no_grad()
 def test_a_saved_cache_goes_on_as_if_it_had_not_been(variant: str, tokens: Tensor, tmp_path: Path) -> None:
     model = make(variant)
@@ -168,7 +169,7 @@ def test_a_streamer_gets_the_tokens_that_are_generated(tokens: Tensor) -> None:
     assert streamer.tokens == [*generated[0].tolist(), -1]
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 @torch.no_grad()
 def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> None:
     model, cache, sizes = make(variant), TitansCache(2), []
@@ -221,7 +222,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token(tokens: Tensor) -> None:
     torch.testing.assert_close(summed, expected * (LENGTH - 1) * 2 / 10)
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_gradient_checkpointing_changes_no_gradient(variant: str, tokens: Tensor) -> None:
     model, gradients = make(variant).train(), []
     for checkpointed in (False, True):

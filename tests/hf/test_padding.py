@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from titans_mcore.hf.padding_titans import padding_of
 from titans_mcore.mixers import MIXERS
 
+from ..matrices import ONE_OF_A_KIND
 from .models import make
 
 LENGTHS = (23, 1, 12, 17)
@@ -47,7 +48,7 @@ def test_logits_of_a_padded_batch_are_those_of_the_rows_alone(variant: str, side
         assert torch.equal(logits[row, here], others[row, here])  # what stands in the padding makes no difference
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=["greedy", "beams", "pieces"])
 @torch.no_grad()
 def test_a_left_padded_batch_generates_what_its_rows_generate_alone(variant: str, how: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ def test_a_left_padded_batch_generates_what_its_rows_generate_alone(variant: str
 
 
 @pytest.mark.parametrize("cut", [3, 8])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 @torch.no_grad()
 def test_a_padded_batch_in_pieces_is_one_pass(variant: str, cut: int) -> None:
     """Some pieces are padding in one row, some in all rows but one."""
@@ -78,7 +79,7 @@ def test_a_padded_batch_in_pieces_is_one_pass(variant: str, cut: int) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_gradients_of_a_padded_batch_are_the_sum_of_the_rows(variant: str) -> None:
     model, rows = make(variant).double(), prompts()
     ids, mask = padded(rows, "left")
@@ -102,7 +103,7 @@ def test_a_mask_of_ones_is_no_padding_and_costs_nothing() -> None:
     assert torch.equal(found.to_places(found.to_front(hidden)), hidden)
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_a_row_of_several_sequences_gives_what_they_give_alone(variant: str) -> None:
     """Logits, loss and gradients, as the collator without padding says where they begin, in each of its ways."""
     from transformers import DataCollatorWithFlattening
@@ -151,10 +152,13 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", None])
-@pytest.mark.parametrize("variant", ["mac", "lmm", "transformer"])
+@pytest.mark.parametrize("variant", ["mac", pytest.param("lmm", marks=pytest.mark.slow), "transformer"])
 @torch.no_grad()
-def test_torch_compile_breaks_only_around_mixers_and_gives_the_same(variant: str, side: str | None) -> None:
+def test_torch_compile_breaks_only_around_mixers_and_gives_the_same(
+    variant: str, side: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every row's number of tokens decides shapes inside a mixer; of what is traced, no value decides."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # tests/conftest.py sets it
     model, rows = make(variant), prompts()
     ids, mask = padded(rows, side) if side else (rows[0], None)
     expected = model(ids, attention_mask=mask, use_cache=False).logits

@@ -6,6 +6,7 @@ import torch
 from titans_mcore.memory import MemoryState, PackedRows, Probe, Probed, memory_scan
 from titans_mcore.memory.native import why_not_native
 
+from ..matrices import every_pair
 from ..memory.streams import Stream, by_channel, make_stream
 
 LENGTH = 40  # two chunks of 16 and an open one
@@ -63,9 +64,7 @@ RULES = [("residual_norm", "stable"), ("residual_norm", "literal"), ("plain", "l
 CASES = [*((*rule, depth) for rule in RULES for depth in (1, 2)), ("plain", "stable", 1)]
 
 
-@pytest.mark.parametrize("pieces", [[LENGTH], [21, 19]])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("network", "rule", "depth"), CASES)
+@every_pair(pieces=[[LENGTH], [21, 19]], packed=[False, True], network__rule__depth=CASES)
 def test_fused_backend_is_the_chunked_one(
     network: str, rule: str, depth: int, packed: bool, pieces: list[int], device: str
 ) -> None:

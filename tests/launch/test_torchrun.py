@@ -101,7 +101,7 @@ def test_two_runs_share_a_host(launch, tmp_path):
     assert [len(read_metrics(tmp_path / name)) for name in ("one", "two")] == [2, 2]
 
 
-def test_an_odd_number_of_parameters_trains(launch, tmp_path):
+def test_an_odd_number_of_parameters_trains(train, tmp_path):
     """DeepSpeed wants buckets of even size; the engine rounds up."""
     odd = [
         "--variant",
@@ -113,7 +113,7 @@ def test_an_odd_number_of_parameters_trains(launch, tmp_path):
         "--parallel.zero-stage",
         "1",
     ]
-    status, out, err = launch(tmp_path / "run", "--nproc", "1", "--train.steps", "1", *odd).wait(120)
+    status, out, err = train(tmp_path / "run", "--train.steps", "1", *odd).wait(120)
     assert status == 0, out + err
     parameters = int(out.split(" parameters")[0].rsplit(" ", 1)[1].replace(",", ""))
     assert parameters % 2 == 1

@@ -12,6 +12,7 @@ from titans_mcore.linear import ttt, ttt_scan
 from titans_mcore.linear.ttt import FastWeights, OpenMiniBatch
 from titans_mcore.memory import PackedRows
 
+from ..matrices import every_pair
 from .test_linear_scan import LENGTH, REAL, ROWS, STARTS, check, packed
 
 HEADS, WIDTH, HIDDEN, BASE = 3, 6, 10, 100.0
@@ -95,9 +96,7 @@ def test_a_sequence_of_any_length_begins_with_the_learned_weights(kind: str, len
     check(with_gradients(ttt_scan, tokens), with_gradients(ttt_scan_naive, tokens))
 
 
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 3 + [5], [1, 23, 2, 27], [52, 1]])
-@pytest.mark.parametrize("rows", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("kind", KINDS)
+@every_pair(pieces=[[1] * LENGTH, [16] * 3 + [5], [1, 23, 2, 27], [52, 1]], rows=[False, True], kind=KINDS)
 def test_pieces_of_any_length_give_one_pass_and_its_gradients(kind: str, rows: bool, pieces: list[int]) -> None:
     given = packed(real=True) if rows else None
 

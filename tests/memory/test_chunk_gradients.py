@@ -9,6 +9,7 @@ from titans_mcore.memory import MemoryState, memory_scan
 from titans_mcore.memory.rule import Rule
 from titans_mcore.memory.scan import NETWORKS
 
+from ..matrices import every_pair
 from .streams import Stream, make_stream
 from .test_dual_form import largest_difference, results
 
@@ -41,18 +42,18 @@ def gradients(
     return [torch.zeros_like(leaf) if x is None else x for leaf, x in zip(leaves, found, strict=True)]
 
 
-@pytest.mark.parametrize("length", [33, 63])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+@every_pair(length=[33, 63], depth=[1, 2, 3, 4], network=["residual_norm", "plain"])
 def test_gradient_is_the_oracles_over_several_groups_of_chunks(network: str, depth: int, length: int) -> None:
     stream = make_stream(length, depth, network, batch=1, heads=2, width=4)
     ours = results(stream, "chunked", 4, [length])
     assert largest_difference(ours, results(stream, "oracle", 4, [length])) < 1e-10
 
 
-@pytest.mark.parametrize("theta", [0.3, 3.0])  # within the shell and on it; for plain networks steps are held
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+@every_pair(
+    theta=[0.3, 3.0],  # within the shell and on it; for plain networks steps are held
+    depth=[1, 2, 3],
+    network=["residual_norm", "plain"],
+)
 def test_gradient_is_the_oracles_however_large_the_step(network: str, depth: int, theta: float) -> None:
     stream = make_stream(37, depth, network, theta=theta)
     ours = results(stream, "chunked", 8, [37])

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from titans_mcore.memory import MemoryState, memory_read, memory_scan
 
+from ..matrices import every_pair
 from .streams import Stream, by_channel, make_stream
 
 
@@ -42,10 +43,7 @@ def largest_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> 
         return max(float((a - b).abs().max() / (1 + b.abs().max())) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("length", [1, 7, 16, 37])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
-@pytest.mark.parametrize("rule", ["stable", "literal"])
+@every_pair(length=[1, 7, 16, 37], depth=[1, 2, 3, 4], network=["residual_norm", "plain"], rule=["stable", "literal"])
 def test_dual_form_equals_the_oracle(rule: str, network: str, depth: int, length: int) -> None:
     stream = make_stream(length, depth, network)
     ours = results(stream, "chunked", 16, [length], rule)
@@ -173,10 +171,7 @@ def test_state_stays_float32_and_reads_keep_their_dtype(dtype: torch.dtype) -> N
     assert {x.dtype for x in (*state.weights, *state.momentum)} == {torch.float32}
 
 
-@pytest.mark.parametrize("theta", [0.05, 1.0])
-@pytest.mark.parametrize("pieces", [[37], [13, 24]])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
+@every_pair(theta=[0.05, 1.0], pieces=[[37], [13, 24]], depth=[1, 2, 3], network=["residual_norm", "plain"])
 def test_forgetting_by_channel_equals_the_oracle(network: str, depth: int, pieces: list[int], theta: float) -> None:
     stream = by_channel(make_stream(37, depth, network, theta=theta))
     assert largest_difference(results(stream, "auto", 8, pieces), results(stream, "oracle", 8, [37])) < 1e-10

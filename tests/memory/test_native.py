@@ -23,6 +23,7 @@ from titans_mcore.memory.native import why_not_native
 from titans_mcore.memory.rule import Rule
 from titans_mcore.native import build, operation
 
+from ..matrices import every_pair
 from . import test_packed_rows as packed
 from .streams import by_channel, make_stream
 from .test_chunk_gradients import gradients, leaving_the_shell
@@ -41,10 +42,12 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
 
 
 @needs_library
-@pytest.mark.parametrize(("length", "chunk_size", "width"), [(37, 8, 6), (33, 4, 5), (1, 16, 8), (50, 17, 19)])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("rule", ["stable", "literal"])
+@every_pair(
+    length__chunk_size__width=[(37, 8, 6), (33, 4, 5), (1, 16, 8), (50, 17, 19)],
+    depth=[1, 2, 3, 4],
+    network=NETWORKS,
+    rule=["stable", "literal"],
+)
 def test_native_equals_the_oracle(
     rule: str, network: str, depth: int, length: int, chunk_size: int, width: int
 ) -> None:
@@ -66,9 +69,11 @@ def test_every_instruction_set_equals_the_oracle(network: str, level: int, monke
 
 
 @needs_library
-@pytest.mark.parametrize("theta", [0.3, 3.0])  # within the shell and on it; for plain networks steps are held
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("network", NETWORKS)
+@every_pair(
+    theta=[0.3, 3.0],  # within the shell and on it; for plain networks steps are held
+    depth=[1, 2, 3],
+    network=NETWORKS,
+)
 def test_native_equals_the_oracle_however_large_the_step(network: str, depth: int, theta: float) -> None:
     stream = make_stream(37, depth, network, theta=theta)
     assert largest_difference(results(stream, "native", 8, [37]), results(stream, "oracle", 8, [37])) < 1e-10
@@ -107,10 +112,9 @@ def test_clearing_gates_equal_the_oracle() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("theta", [0.05, 2.0])
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize(("documents", "padding"), [(True, False), (False, True), (True, True)])
+@every_pair(
+    theta=[0.05, 2.0], depth=[1, 2], network=NETWORKS, documents__padding=[(True, False), (False, True), (True, True)]
+)
 def test_native_packed_rows_are_the_oracles_documents_apart(
     documents: bool, padding: bool, network: str, depth: int, theta: float
 ) -> None:
@@ -144,11 +148,13 @@ def test_gradient_reaches_a_carried_state_and_comes_from_the_returned_one(networ
 
 
 @needs_library
-@pytest.mark.parametrize("pieces", [[1] * 20, [5, 3, 2, 10], [9, 1, 10]])
-@pytest.mark.parametrize(("depth", "width"), [(1, 6), (2, 16), (3, 6)])
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("backends", [("native",), ("native", "chunked")])  # in turn: their states are one
-@pytest.mark.parametrize("theta", [0.5, 5.0])
+@every_pair(
+    pieces=[[1] * 20, [5, 3, 2, 10], [9, 1, 10]],
+    depth__width=[(1, 6), (2, 16), (3, 6)],
+    network=NETWORKS,
+    backends=[("native",), ("native", "chunked")],  # in turn: their states are one
+    theta=[0.5, 5.0],
+)
 @torch.no_grad()
 def test_decoding_equals_the_oracle(
     theta: float, backends: tuple[str, ...], network: str, depth: int, width: int, pieces: list[int]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from titans_mcore.memory import MemoryState, PackedRows, memory_scan
 
+from ..matrices import every_pair
 from .streams import Stream, make_stream
 from .test_dual_form import largest_difference
 
@@ -66,10 +67,12 @@ def results(
     return [*outputs, *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))]
 
 
-@pytest.mark.parametrize("theta", [0.05, 2.0])  # 2.0: the step bound acts
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
-@pytest.mark.parametrize(("documents", "padding"), [(True, False), (False, True), (True, True)])
+@every_pair(
+    theta=[0.05, 2.0],  # 2.0: the step bound acts
+    depth=[1, 2, 3],
+    network=["residual_norm", "plain"],
+    documents__padding=[(True, False), (False, True), (True, True)],
+)
 def test_packed_rows_are_the_oracles_documents_apart(
     documents: bool, padding: bool, network: str, depth: int, theta: float
 ) -> None:
@@ -177,7 +180,7 @@ def test_a_piece_of_padding_alone_changes_nothing() -> None:
             torch.testing.assert_close(a[0], b[0], rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), chunk_size=st.sampled_from([1, 3, 8, 64]), cut=st.integers(1, 29))
 def test_no_mask_makes_the_chunked_form_differ(seed: int, chunk_size: int, cut: int) -> None:
     stream, rows = make_stream(30, 1, "plain", heads=1, width=3, seed=seed), masks(2, 30, seed)

@@ -9,6 +9,7 @@ from torch import Tensor
 from titans_mcore.memory import WHOLE, MemoryState, PackedRows, WholeMatrices, memory_read, memory_scan
 from titans_mcore.parallel.memory_shard import TPShard, split_axis
 
+from ..matrices import every_pair
 from .shared import Meeting, part, part_of
 from .streams import Stream, by_channel, make_stream
 from .test_chunk_gradients import leaving_the_shell
@@ -118,28 +119,21 @@ def unsharded(kind: str, depth: int, network: str, backend: str = "auto") -> dic
     return results(STREAMS[kind](depth, network), backend=backend)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
-@pytest.mark.parametrize("kind", STREAMS)
+@every_pair(count=[2, 4], network=["residual_norm", "plain"], depth=[1, 2, 3, 4], kind=STREAMS)
 def test_parts_together_are_the_whole_memory(kind: str, depth: int, network: str, count: int) -> None:
     stream = STREAMS[kind](depth, network)
     found = Meeting(count, in_place=count == 4).run(lambda shard: results(stream, shard))
     assert_parts(found, unsharded(kind, depth, network), count)
 
 
-@pytest.mark.parametrize("kind", ["large", "too large"])
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@every_pair(kind=["large", "too large"], network=["residual_norm", "plain"], depth=[1, 2, 3, 4])
 def test_parts_together_are_the_oracle(depth: int, network: str, kind: str) -> None:
     stream = STREAMS[kind](depth, network)
     found = Meeting(2).run(lambda shard: results(stream, shard))
     assert_parts(found, unsharded(kind, depth, network, "oracle"), 2)
 
 
-@pytest.mark.parametrize(("documents", "padding"), [(True, False), (True, True)])
-@pytest.mark.parametrize("kind", ["gentle", "emptied"])
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@every_pair(documents__padding=[(True, False), (True, True)], kind=["gentle", "emptied"], depth=[1, 2, 3])
 def test_documents_in_pieces_are_shared(depth: int, kind: str, documents: bool, padding: bool) -> None:
     stream = STREAMS[kind](depth, "residual_norm")
     rows = masks(2, LENGTH, depth, documents=documents, padding=padding)
@@ -158,9 +152,7 @@ def test_gradient_reaches_a_carried_state_through_parts(depth: int, network: str
     assert_parts(found, results(stream, first=first, backend="oracle"), 4)
 
 
-@pytest.mark.parametrize("kind", STREAMS)
-@pytest.mark.parametrize("network", ["residual_norm", "plain"])
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@every_pair(kind=STREAMS, network=["residual_norm", "plain"], depth=[1, 2, 3])
 def test_forgetting_by_channel_is_shared(depth: int, network: str, kind: str) -> None:
     stream = by_channel(STREAMS[kind](depth, network))
     found = Meeting(2).run(lambda shard: results(stream, shard, pieces=(6, 9)))

@@ -101,7 +101,6 @@ def test_pairs_that_no_answer_reaches_are_settled_upon(depth: int, chunk_size: i
             assert (new - old).norm() <= 1e-6 * old.norm()
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 10.0))
 def test_what_can_be_removed_of_a_loss_is_what_the_best_answer_removes(seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -218,7 +217,7 @@ def test_after_a_hostile_stream_the_next_is_learned_as_by_a_fresh_memory(
     assert learning_error(network, 2, state) < 1.5 * learning_error(network, 2) + 0.02
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     chunk_size=st.sampled_from([1, 4, 16, 64]),

@@ -20,6 +20,17 @@ from ..pretrain.jobs import ROOT, Job
 from ..pretrain.tiny_shards import write_shards
 
 ADDED = ("moving_average.py", "ema_mixer.py")
+# Several commands one after the other in a process, which loads torch and Megatron-core once.
+IN_TURN = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv = words
+    try:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
 PACKAGES = ("titans_mcore", "pretrain", "evals", "tokenization")
 
 
@@ -43,6 +54,13 @@ class Project:
         many = ["torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d"]
         start = [*many, "--rdzv-endpoint", "localhost:0", "-m", module] if processes > 1 else [module]
         status, out, err = Job([sys.executable, "-m", *start, *map(str, words)], self.folder, self.folder).wait()
+        assert status == 0, out + err
+        return out
+
+    def run_in_turn(self, *commands: tuple[object, ...]) -> str:
+        """Standard output of commands that end well, in one process."""
+        words = json.dumps([list(map(str, command)) for command in commands])
+        status, out, err = Job([sys.executable, "-c", IN_TURN, words], self.folder, self.folder).wait()
         assert status == 0, out + err
         return out
 
@@ -78,21 +96,25 @@ def test_an_added_mixer_goes_all_the_way(project: Project, tmp_path: Path, varia
     assert shapes == [(2, 1), (2, 1)]
     assert shards[0]["layers.0.mixer.rate.weight"].equal(shards[1]["layers.0.mixer.rate.weight"])
 
-    said = project.run("titans_mcore.hf.convert", "--checkpoint", resumed, "--output", tmp_path / "hf")
+    exported, commands = (
+        tmp_path / "hf",
+        [("titans_mcore.hf.convert", "--checkpoint", resumed, "--output", tmp_path / "hf")],
+    )
+    for model in (resumed, exported):
+        asked = ("--tokenizer", project.data / "tokenizer.model", "--tokens", 256, "--length", 64)
+        where = ("--checkpoint", model, "--data", project.data, "--output", tmp_path / f"eval of {model.name}")
+        commands.append(("evals.position_perplexity", *where, *asked))
+    asked = ("--config", project.settings, "--variant", variant, *blocks, "--parallel.tensor", 2, "--gpus", 2, "--json")
+    said = project.run_in_turn(*commands, ("pretrain.plan", *asked))
     assert "largest difference of a logit" in said
-    card = (tmp_path / "hf" / "README.md").read_text()
+    card = (exported / "README.md").read_text()
     assert "Exponential moving average" in card
     assert "| heads of the average | 4 of 8 |" in card
-    for model in (resumed, tmp_path / "hf"):
-        asked = ("--tokenizer", project.data / "tokenizer.model", "--tokens", 256, "--length", 64)
-        where = ("--checkpoint", model, "--data", project.data, "--output", tmp_path / "eval")
-        project.run("evals.position_perplexity", *where, *asked)
-        report = json.loads((tmp_path / "eval" / "position_perplexity.json").read_text())
+    for model in (resumed, exported):
+        report = json.loads((tmp_path / f"eval of {model.name}" / "position_perplexity.json").read_text())
         assert report["model"]["variant"] == variant
-
-    asked = ("--config", project.settings, "--variant", variant, *blocks, "--parallel.tensor", 2, "--gpus", 2, "--json")
-    plan = json.loads(project.run("pretrain.plan", *asked))
-    numbers = sum(tensor.numel() for tensor in load_file(tmp_path / "hf" / "model.safetensors").values())
+    plan = json.loads(said[said.index("{\n") :])
+    numbers = sum(tensor.numel() for tensor in load_file(exported / "model.safetensors").values())
     assert plan["parameters"]["total"] - numbers == (384 - 360) * 32  # the vocabulary's padding
     assert (plan["step"]["flops"]["memory"] > 0) == ("lmm" in variant)
 

@@ -10,6 +10,8 @@ from titans_mcore.memory import TensorTree
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.parts import PlainParts
 
+from ..matrices import by_kind
+
 LENGTH = 75
 WITH_MEMORY = [name for name, mixer in MIXERS.items() if mixer.memory]
 
@@ -51,8 +53,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(2, LENGTH, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("position", [0, 7, 8, 15, 16, 40, LENGTH - 1])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize(("variant", "position"), by_kind([16, 0, 7, 8, 15, 40, LENGTH - 1]))
 def test_nothing_before_a_changed_token_moves(variant: str, position: int) -> None:
     mixer, x = mixer_of(variant), inputs()
     changed = x.clone()
@@ -63,8 +64,7 @@ def test_nothing_before_a_changed_token_moves(variant: str, position: int) -> No
     assert not torch.equal(before[:, position], after[:, position])
 
 
-@pytest.mark.parametrize("position", [0, 8, 15, 16, 40])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize(("variant", "position"), by_kind([16, 0, 8, 15, 40]))
 def test_no_gradient_reaches_a_later_token(variant: str, position: int) -> None:
     mixer, x = mixer_of(variant), inputs().requires_grad_()
     (gradient,) = torch.autograd.grad(mixer(x, None)[0][:, position].square().sum(), x)
@@ -72,8 +72,7 @@ def test_no_gradient_reaches_a_later_token(variant: str, position: int) -> None:
     assert gradient[:, position].any()
 
 
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 4 + [11], [5, 1, 30, 2, 37], [74, 1]])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize(("variant", "pieces"), by_kind([[5, 1, 30, 2, 37], [1] * LENGTH, [16] * 4 + [11], [74, 1]]))
 def test_pieces_of_any_length_give_one_pass(variant: str, pieces: list[int]) -> None:
     mixer, x = mixer_of(variant), inputs()
     state, outputs = None, []
@@ -153,8 +152,7 @@ ABLATIONS = [
 ]
 
 
-@pytest.mark.parametrize("settings", ABLATIONS, ids=lambda settings: "-".join(f"{k}={v}" for k, v in settings.items()))
-@pytest.mark.parametrize("variant", WITH_MEMORY)
+@pytest.mark.parametrize(("variant", "settings"), by_kind(ABLATIONS, WITH_MEMORY))
 def test_ablations_run_and_stay_causal_in_pieces(variant: str, settings: dict[str, object]) -> None:
     mixer, x = mixer_of(variant, **settings), inputs()
     mixer(x, None)[0].square().sum().backward()

@@ -9,10 +9,14 @@ from titans_mcore.memory import PackedRows
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.mac import segments_of
 
+from ..matrices import by_kind
 from .test_mixers import LENGTH, inputs, mixer_of
 
 STARTS = ([3, 20, 21, 60], [16, 40])  # of the two rows; segments are 16 tokens, chunks 8, the window 12
 SETTINGS = [{}, {"persistent_tokens": 0}, {"conv_kernel": 1}, {"persistent_tokens": 16}, {"window": 0}]
+# Linear recurrences have no persistent tokens and no window.
+ATTENDING = [name for name, mixer in MIXERS.items() if mixer.attention or mixer.memory]
+OTHERS = [name for name in MIXERS if name not in ATTENDING]
 
 
 def packed() -> PackedRows:
@@ -31,8 +35,9 @@ def documents() -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize(
+    ("variant", "settings"), [*by_kind(SETTINGS, ATTENDING), *by_kind([{}, {"conv_kernel": 1}], OTHERS)]
+)
 def test_a_document_in_a_packed_row_is_the_document_alone(variant: str, settings: dict[str, object]) -> None:
     mixer, x = mixer_of(variant, torch.float64, **settings), inputs(torch.float64).requires_grad_()
     output, _ = mixer(x, None, packed())
@@ -55,8 +60,7 @@ def test_parameters_gradients_of_packed_rows_are_those_of_the_documents(variant:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("rows", [None, packed()], ids=["whole", "packed"])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize(("variant", "rows"), by_kind([packed(), None]))
 def test_a_mixer_learns_under_autocast_what_it_learns_without(variant: str, rows: PackedRows | None) -> None:
     mixer, x = mixer_of(variant), inputs()
     expected, _ = mixer(x, None, rows)
@@ -68,8 +72,7 @@ def test_a_mixer_learns_under_autocast_what_it_learns_without(variant: str, rows
         assert (ours - theirs).norm() < 0.2 * theirs.norm()  # bf16 has 8 bits; another function is off by all of it
 
 
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [16] * 4 + [11], [5, 1, 30, 2, 37]])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize(("variant", "pieces"), by_kind([[5, 1, 30, 2, 37], [1] * LENGTH, [16] * 4 + [11]]))
 def test_packed_rows_in_pieces_give_one_pass(variant: str, pieces: list[int]) -> None:
     mixer, x, rows = mixer_of(variant, torch.float64), inputs(torch.float64), packed()
     assert rows.starts is not None
@@ -82,8 +85,7 @@ def test_packed_rows_in_pieces_give_one_pass(variant: str, pieces: list[int]) ->
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("lengths", [(LENGTH, 40), (3, 33), (1, LENGTH), (16, 32)])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize(("variant", "lengths"), by_kind([(3, 33), (LENGTH, 40), (1, LENGTH), (16, 32)]))
 def test_padded_rows_go_on_as_rows_alone(variant: str, lengths: tuple[int, int]) -> None:
     """Two prompts of different length, then more tokens of both."""
     mixer, x = mixer_of(variant, torch.float64), inputs(torch.float64)

@@ -6,6 +6,8 @@ loud 5         the loss is 50 nats too high in step 5, the first time
 slow 1 0.3     rank 1 sleeps so many seconds in every forward pass
 stall 5 2      the batch of step 5 takes 2 seconds to read
 save 3         a checkpoint takes 3 seconds to write
+
+Several of them stand between commas.
 """
 
 import sys
@@ -75,6 +77,7 @@ def in_first(output, change):
 
 
 if __name__ == "__main__":
-    kind, *rest = sys.argv.pop(1).split()
-    sabotage(kind, rest)
+    for wrong in sys.argv.pop(1).split(","):
+        kind, *rest = wrong.split()
+        sabotage(kind, rest)
     train.main()

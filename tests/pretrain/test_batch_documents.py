@@ -13,12 +13,20 @@ from pretrain.config.files import load_run_config, write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
 from titans_mcore.config import TitansConfig
+from pretrain.data.batch_documents import main
+from tokenization.command_line import run_command
+from tokenization.encode import EncodeSettings, encode
 from tokenization.manifest import Manifest
 from tokenization.trace import trace
+from tokenization.train import TrainSettings, train
 
 
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True, text=True, timeout=300)
+def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Exit status of the command with these words."""
+    monkeypatch.setattr(sys, "argv", ["batch_documents", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +36,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").mkdir()
     for number in range(12):
         (folder / "text" / f"{number}.txt").write_text(f"text {number}\n{Path(__file__).read_text()}")
-    words = ("--input", folder / "text", "--vocab-size", 400, "--output", folder / "tokenizer.model")
-    assert run("tokenization.train", *words).returncode == 0
-    words = ("--input", folder / "text", "--tokenizer", folder / "tokenizer.model", "--output", folder / "shards")
-    assert run("tokenization.encode", *words).returncode == 0
+    texts, tokenizer = (str(folder / "text"),), folder / "tokenizer.model"
+    train(TrainSettings(input=texts, output=tokenizer, vocab_size=400))
+    encode(EncodeSettings(input=texts, tokenizer=tokenizer, output=folder / "shards", workers=1))
     config = RunConfig(
         model=TitansConfig(vocab_size=Manifest.load(folder / "shards").tokenizer.vocab_size),
         data=DataConfig(path=str(folder / "shards")),
@@ -42,7 +49,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> None:
-    done = run("pretrain.data.batch_documents", "--run", run_dir, "--step", 2)
+    words = ("--run", str(run_dir), "--step", "2")
+    command = [sys.executable, "-m", "pretrain.data.batch_documents", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert {int(line.split(":")[0].split()[1]) for line in lines} == {4, 5, 6, 7}
@@ -53,14 +62,15 @@ def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> No
     assert Path(traced.source).parent == Path(found[4]).parent
 
 
-def test_in_a_blend_a_line_names_the_shard_with_its_folder(run_dir: Path, tmp_path: Path) -> None:
+def test_in_a_blend_a_line_names_the_shard_with_its_folder(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = shutil.copytree(run_dir / "shards", tmp_path / "other")
     config = load_run_config(run_dir)
     data = DataConfig(blend=(f"{run_dir / 'shards'}=1", f"{other}=3"))
     write_run_config(dataclasses.replace(config, data=data), tmp_path)
-    done = run("pretrain.data.batch_documents", "--run", tmp_path, "--step", 1)
-    assert done.returncode == 0, done.stderr
-    shards = dict(re.findall(r"sample (\d): (\S+) document", done.stdout))
+    assert called(monkeypatch, "--run", tmp_path, "--step", 1) == 0
+    shards = dict(re.findall(r"sample (\d): (\S+) document", capsys.readouterr().out))
     assert sorted(shards.values()) == sorted([str(other / "train")] * 3 + [str(run_dir / "shards" / "train")])
 
 
@@ -71,8 +81,14 @@ def test_in_a_blend_a_line_names_the_shard_with_its_folder(run_dir: Path, tmp_pa
         (("--run", "{run}/text", "--step", 1), "config.toml"),
     ],
 )
-def test_a_mistake_is_one_sentence(run_dir: Path, words: tuple[object, ...], sentence: str) -> None:
-    done = run("pretrain.data.batch_documents", *(str(word).replace("{run}", str(run_dir)) for word in words))
-    assert done.returncode == 2
-    assert sentence in done.stderr
-    assert done.stderr.startswith("error: ")
+def test_a_mistake_is_one_sentence(
+    run_dir: Path,
+    words: tuple[object, ...],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert called(monkeypatch, *(str(word).replace("{run}", str(run_dir)) for word in words)) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.startswith("error: ")

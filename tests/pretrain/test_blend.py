@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from pretrain.checkpoint.resume import find_resume_point
 from pretrain.config.command_line import parse
 from pretrain.config.files import build, load_run_config, write_run_config
 from pretrain.config.run_config import RunConfig
@@ -203,6 +204,7 @@ def test_a_run_on_a_blend_goes_on_with_the_same_shares_and_refuses_others(folder
     assert (status, err) == (0, "")
     assert "step-00000002, after step 2" in out
     others = [f"{folder}=1" for folder in folders]
-    status, _, err = train("--train.steps", "4", "--data.blend", *others)
-    assert (status, err.count("\n")) == (2, 1)
-    assert "data_fingerprint was" in err
+    words = ["--config", str(toml), "--run-dir", str(tmp_path / "run"), "--variant", "transformer"]
+    config = parse([*words, "--train.steps", "4", "--data.blend", *others]).config
+    with pytest.raises(ValueError, match="data_fingerprint was"):
+        find_resume_point(config, open_data(config).fingerprint, tmp_path / "run")

@@ -17,6 +17,7 @@ from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.attention import AttentionState
 from titans_mcore.mixers.branches import BranchesState
 
+from ..matrices import ONE_OF_A_KIND
 from .curves_worker import curve
 from .jobs import ROOT, Job
 from .saving import save
@@ -54,7 +55,7 @@ def first_steps(batches, steps):
     return [batches.fetch(step)[0] for step in range(steps)]
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_without_learning_four_steps_lose_what_one_row_of_their_length_loses(configured, reader, one_process, variant):
     config = configured("--variant", variant, "--train.recompute", "block")
     engine = build_engine(build_model(config, one_process), config, 1)
@@ -87,7 +88,7 @@ def cut(state):
 
 
 @pytest.mark.parametrize("starts", [True, False], ids=["documents", "one text"])
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_gradients_of_a_step_are_those_of_the_long_row_cut_where_the_step_begins(
     configured, reader, one_process, variant, starts
 ):
@@ -108,7 +109,7 @@ def test_gradients_of_a_step_are_those_of_the_long_row_cut_where_the_step_begins
         torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_a_document_that_begins_with_a_row_knows_nothing_of_the_step_before(configured, one_process, variant):
     model = build_model(configured("--variant", variant), one_process).double()
     tokens = torch.randint(3, 96, (3, 2, 20))
@@ -198,7 +199,7 @@ def stopped(configured, reader, one_process, tmp_path):
 
 
 @pytest.mark.parametrize("length", ["12", "20"], ids="T{}".format)
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_a_run_goes_on_from_its_carried_states_bit_for_bit(
     configured, reader, stopped, one_process, tmp_path, variant, length
 ):

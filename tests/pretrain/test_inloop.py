@@ -26,9 +26,9 @@ from pretrain.evaluate.losses import (
     turns,
 )
 from pretrain.evaluate.probe import ANSWER_TOKENS, Probe
-from titans_mcore.mixers import MIXERS
 from titans_mcore.parallel import Place
 
+from ..matrices import ONE_OF_A_KIND
 from .tiny_shards import write_shards
 
 LONG = ("--evaluate.position-length", "100", "--evaluate.position-rows", "3")
@@ -188,7 +188,7 @@ def test_without_held_out_rows_nothing_is_evaluated(configured, opened):
     assert opened(config).after(None, 20) == opened(config).after(None, 3) == []
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_long_rows_lose_what_the_report_on_loss_by_position_says(configured, worded_toml, engine_of, tmp_path, variant):
     config = configured("--variant", variant, *LONG)
     engine = engine_of(config)
@@ -203,7 +203,7 @@ def test_long_rows_lose_what_the_report_on_loss_by_position_says(configured, wor
     assert found.curve()["loss"] == pytest.approx([bucket["loss"] for bucket in expected["buckets"]], rel=1e-5)
 
 
-@pytest.mark.parametrize("variant", MIXERS)
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
 def test_reading_takes_no_more_memory_the_longer_the_row(configured, engine_of, tmp_path, variant):
     peaks = []
     for length in (100, 708):  # the last piece has 4 tokens in both

@@ -10,6 +10,7 @@ import torch
 from pretrain.config.command_line import parse
 from pretrain.config.files import build, preset_names, read_config
 from pretrain.train import memory_form, memory_of
+from titans_mcore.config import TitansConfig
 from titans_mcore.hf.configuration_titans import TitansHFConfig
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
 from titans_mcore.kernels import fused
@@ -29,13 +30,21 @@ SYSTEMS = {name: name for name in MIXERS} | PATTERNS
 BUILT = [(n, s) for n, s in product(SYSTEMS, SIZES) if s == "340m" or (n in MIXERS and MIXERS[n].persistent)]
 
 
+def built(config: TitansConfig) -> int:
+    """Parameters of the exported model."""
+    with torch.device("meta"):  # shapes alone: nothing is allocated
+        model = TitansForCausalLM(TitansHFConfig.from_titans(config))
+    return sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize(("system", "size"), BUILT)
 def test_a_preset_has_the_parameters_and_tokens_of_its_name(system: str, size: str) -> None:
     config = build(*read_config(f"{system}_{size}"))
-    with torch.device("meta"):  # shapes alone: nothing is allocated
-        model = TitansForCausalLM(TitansHFConfig.from_titans(config.model))
+    period = len(config.model.mixers)
+    few, more = (built(replace(config.model, num_layers=layers)) for layers in (period, 2 * period))
     assert config.model.variant == SYSTEMS[system]
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(SIZES[size], rel=0.03)
+    total = few + (config.model.num_layers // period - 1) * (more - few)  # one period of blocks is as large as the next
+    assert total == pytest.approx(SIZES[size], rel=0.03)
     assert config.train.tokens_per_step == 2**19
     assert config.train.steps * config.train.tokens_per_step == pytest.approx(TOKENS[size], rel=1e-3)
 

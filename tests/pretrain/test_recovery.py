@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from pretrain import replay
 from pretrain.launch.status import EXIT_GIVEN_UP
 from pretrain.recovery.rewinds import Rewinds
 from pretrain.report.records import read_records
-from tests.pretrain.jobs import read_metrics
 from titans_mcore.weights import find_checkpoint
 
-from .jobs import Job, descendants
+from .jobs import Job, descendants, read_metrics
 from .test_resume import numbers, tensor_files, wait_for_step
 
 FAST = ["--variant", "transformer", "--schedule.warmup-steps", "0", "--logging.every-steps", "100"]
@@ -42,10 +42,32 @@ def events(run_dir, name):
     return [record for record in read_records(run_dir) if record["kind"] == "event" and record["name"] == name]
 
 
-def test_a_step_that_is_not_a_number_is_skipped_counted_and_moves_no_learning_rate(sabotaged, tmp_path):
-    status, out, err = sabotaged("nan! 5 6", tmp_path, "--train.steps", "9", processes=2).wait()
+@pytest.fixture(scope="module")
+def broken_and_slow(sabotaged, tmp_path_factory):
+    """Folder and output of two ranks of which one is slow, and two steps are not numbers."""
+    run_dir, settings = tmp_path_factory.mktemp("broken_and_slow"), ["--logging.stragglers-every-steps", "4"]
+    status, out, err = sabotaged("nan! 5 6, slow 1 0.5", run_dir, "--train.steps", "9", *settings, processes=2).wait()
     assert status == 0, err
-    steps = read_metrics(tmp_path)
+    return run_dir, out
+
+
+@pytest.fixture(scope="module")
+def spiked(sabotaged, tmp_path_factory):
+    """A run with a spike, and what it says; one that passes over its batch from the start, with a slow disk."""
+    folder = tmp_path_factory.mktemp("spiked")
+    settings = [*HEALTHY, "--health.spike", "rewind", "--health.spike-window", "3", "--train.steps", "12"]
+    status, out, err = sabotaged("loud 9", folder / "run", *settings).wait()
+    assert status == 0, err
+    (folder / "clean").mkdir()
+    Rewinds.read(folder / "run").write(folder / "clean")
+    status, _, said = sabotaged("stall 5 2", folder / "clean", *settings).wait()
+    assert status == 0, said
+    return folder, out, said
+
+
+def test_a_step_that_is_not_a_number_is_skipped_counted_and_moves_no_learning_rate(broken_and_slow):
+    run_dir, out = broken_and_slow
+    steps = read_metrics(run_dir)
     assert [record["updated"] for record in steps] == [True] * 4 + [False] * 2 + [True] * 3
     assert [record["loss"] is None for record in steps] == [False] * 4 + [True] * 2 + [False] * 3
     rates = [record["lr"] for record in steps]
@@ -53,27 +75,30 @@ def test_a_step_that_is_not_a_number_is_skipped_counted_and_moves_no_learning_ra
     assert [record["tokens"] for record in steps] == [128 * step for step in range(1, 10)]
     assert "the loss is nan at step 5; skip" in out
     assert "2 updates left out" in out
-    assert json.loads((find_checkpoint(tmp_path) / "checkpoint.json").read_text())["health"]["updates"] == 7
+    assert json.loads((find_checkpoint(run_dir) / "checkpoint.json").read_text())["health"]["updates"] == 7
 
 
-def test_a_spike_goes_back_to_the_healthy_checkpoint_and_passes_over_its_batch(sabotaged, tmp_path):
-    settings = [*HEALTHY, "--health.spike", "rewind", "--health.spike-window", "3", "--train.steps", "12"]
-    status, out, err = sabotaged("loud 9", tmp_path / "run", *settings).wait()
-    assert status == 0, err
+def test_a_rank_that_is_slower_than_the_others_is_named(broken_and_slow):
+    run_dir, out = broken_and_slow
+    assert "note: rank 1 on " in out
+    assert {event["rank"] for event in events(run_dir, "straggler")} == {1}
+
+
+def test_a_spike_goes_back_to_the_healthy_checkpoint_and_passes_over_its_batch(spiked):
+    folder, out, _ = spiked
     assert "at step 9: going back to step-00000006, and passing over step 9" in out
-    assert [tuple(entry[:3]) for entry in Rewinds.read(tmp_path / "run").entries] == [(6, 9, 9)]
-    steps = read_metrics(tmp_path / "run")
+    assert [tuple(entry[:3]) for entry in Rewinds.read(folder / "run").entries] == [(6, 9, 9)]
+    steps = read_metrics(folder / "run")
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12]
     assert all(record["updated"] for record in steps)
-
     # What was learned is what a run learns that passes over the batch from the start.
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    Rewinds.read(tmp_path / "run").write(clean)
-    status, _, err = sabotaged("nothing", clean, *settings).wait()
-    assert status == 0, err
-    assert numbers(clean) == numbers(tmp_path / "run")
-    assert tensor_files(clean) == tensor_files(tmp_path / "run")
+    assert numbers(folder / "clean") == numbers(folder / "run")
+    assert tensor_files(folder / "clean") == tensor_files(folder / "run")
+
+
+def test_a_batch_that_is_long_in_coming_is_spoken_about(spiked):
+    _, _, said = spiked
+    assert "has waited 0 s for the batch of step 5, and all others for it; is the storage of data.path slow?" in said
 
 
 def test_a_run_that_goes_back_in_vain_stops(sabotaged, tmp_path):
@@ -105,11 +130,20 @@ def test_bad_steps_in_a_row_leave_an_autopsy_from_which_the_step_is_done_again_i
     assert f"error: {facts['reason']}, at step 4; the newest checkpoint is {find_checkpoint(tmp_path)}" in err
     assert [record["updated"] for record in read_metrics(tmp_path)] == [True, False, False, False]
 
-    again = [*diverging, "--train.continue-from", str(folder / "checkpoint")]
-    _, _, err = sabotaged("nothing", tmp_path / "again", *again).wait()
-    assert "error: the loss is nan" in err  # the same end; those before it are counted in the checkpoint
-    assert ", at step 4" in err
-    assert [record["step"] for record in read_metrics(tmp_path / "again")] == [4]
+    command = [sys.executable, "-m", "pretrain.replay", str(folder)]
+    replayed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert replayed.returncode == 0, replayed.stderr
+    assert replayed.stdout.count("not finite first in layers.0") == 4
+    assert "4 of 4 samples are not finite" in replayed.stdout
+
+
+def test_what_cannot_be_replayed_is_said_in_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        replay.main([str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path} has no whole checkpoint to replay from")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -133,9 +167,10 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_toml, tmp_path, as
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert find_checkpoint(tmp_path / "run").name == "step-00000004"
+    if asynchronous == "true":
+        again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0, again.stderr
+        assert find_checkpoint(tmp_path / "run").name == "step-00000004"
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(sabotaged, tmp_path):
@@ -148,20 +183,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(sabotaged, tmp_path):
     assert saved["step-00000002"] > third
     assert len([record for record in records if "save_stall_seconds" in record]) == 6
     assert len(saved) == 6
-
-
-def test_a_rank_that_is_slower_than_the_others_is_named(sabotaged, tmp_path):
-    settings = ["--train.steps", "8", "--logging.stragglers-every-steps", "4"]
-    status, out, err = sabotaged("slow 1 0.5", tmp_path, *settings, processes=2).wait()
-    assert status == 0, err
-    assert "note: rank 1 on " in out
-    assert {event["rank"] for event in events(tmp_path, "straggler")} == {1}
-
-
-def test_a_batch_that_is_long_in_coming_is_spoken_about(sabotaged, tmp_path):
-    status, _, err = sabotaged("stall 5 2", tmp_path, "--train.steps", "6").wait()
-    assert status == 0, err
-    assert "has waited 0 s for the batch of step 5, and all others for it; is the storage of data.path slow?" in err
 
 
 @pytest.mark.slow

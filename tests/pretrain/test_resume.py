@@ -107,17 +107,28 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_0(launch, finished_run, 
     }
 
 
-def test_a_time_limit_ends_the_run_like_a_signal_and_the_next_attempt_finishes_it(train, tmp_path):
-    run_dir = tmp_path / "limited"
-    arguments = ["--variant", "transformer", "--train.steps", "400", "--logging.every-steps", "100"]
-    status, out, err = train(run_dir, *arguments, "--train.stop-after-minutes", "0.001").wait()
+SMALL = ["--variant", "transformer", "--checkpoint.every-steps", "2", "--checkpoint.keep", "2"]
+SMALL += ["--evaluate.heldout-sequences", "0", "--logging.every-steps", "100"]
+
+
+@pytest.fixture(scope="module")
+def limited(train, tmp_path_factory):
+    """The folder of a run that a time limit ended and the next attempt finished; what both say, and what was asked."""
+    run_dir = tmp_path_factory.mktemp("limited") / "run"
+    status, first, err = train(run_dir, *SMALL, "--train.steps", "400", "--train.stop-after-minutes", "0.001").wait()
     assert status == 0, err
-    assert "stopped by stop_after after step 1, which is saved" in out
-    assert json.loads((run_dir / "requeue.json").read_text())["reason"] == "stop_after"
-    status, out, err = train(run_dir, *arguments, "--train.steps", "3").wait()
+    asked = json.loads((run_dir / "requeue.json").read_text())
+    status, second, err = train(run_dir, *SMALL, "--train.steps", "6").wait()
     assert status == 0, err
+    return run_dir, first, second, asked
+
+
+def test_a_time_limit_ends_the_run_like_a_signal_and_the_next_attempt_finishes_it(limited):
+    run_dir, first, second, asked = limited
+    assert "stopped by stop_after after step 1, which is saved" in first
+    assert asked["reason"] == "stop_after"
     assert not (run_dir / "requeue.json").exists()
-    assert "settings: train.steps 400 -> 3; train.stop_after_minutes 0.001 -> 0.0" in out
+    assert "settings: train.steps 400 -> 6; train.stop_after_minutes 0.001 -> 0.0" in second
 
 
 def test_weights_trained_at_tensor_parallel_2_are_the_same_model_in_one_process(finished_run, one_process):
@@ -221,17 +232,13 @@ def files_of(run_dir):
     return {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_keeps_its_newest_checkpoints_and_changes_nothing_when_started_again(train, tmp_path):
-    run_dir = tmp_path / "run"
-    arguments = ["--train.steps", "6", "--checkpoint.every-steps", "2", "--checkpoint.keep", "2"]
-    arguments += ["--variant", "transformer", "--evaluate.heldout-sequences", "0"]
-    status, _, err = train(run_dir, *arguments).wait()
-    assert status == 0, err
+def test_a_finished_run_keeps_its_newest_checkpoints_and_changes_nothing_when_started_again(train, limited):
+    run_dir, *_ = limited
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert not read_metrics(run_dir, "heldout")
 
     before = files_of(run_dir)
-    status, out, err = train(run_dir, *arguments).wait()
+    status, out, err = train(run_dir, *SMALL, "--train.steps", "6").wait()
     assert status == 0, err
     assert "is finished: step 6 of 6" in out
     assert files_of(run_dir) == before

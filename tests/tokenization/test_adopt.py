@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,25 +154,25 @@ def test_a_token_leads_to_its_dataset_and_to_what_the_tokens_say(tmp_path, token
         assert found.text == texts[found.row]
 
 
-def test_a_token_beyond_the_vocabulary_names_its_document(tmp_path, tokenizer, fails):
+def test_a_token_beyond_the_vocabulary_names_its_document(tmp_path, tokenizer):
     documents = make_documents(9)
     documents[5][0][1] = VOCAB_SIZE
     prefix = write_pair(tmp_path / "part", documents)
-    message = fails("adopt", "--prefix", prefix, "--tokenizer", tokenizer, "--output", tmp_path / "shards")
-    assert f"{prefix}: document 5 (from 0) holds token 400 and the tokenizer has 400 pieces" in message
+    sentence = re.escape(f"{prefix}: document 5 (from 0) holds token 400 and the tokenizer has 400 pieces")
+    with pytest.raises(TokenizationError, match=sentence):
+        adopt(settings_of([prefix], tokenizer, tmp_path / "shards"))
     assert not (tmp_path / "shards").exists()
 
 
-def test_a_vocabulary_of_another_kind_is_read_for_its_size(tmp_path, pairs, run):
+def test_a_vocabulary_of_another_kind_is_read_for_its_size(tmp_path, pairs, capsys):
     prefixes, _ = pairs
     pieces = {f"piece {i}": i for i in range(VOCAB_SIZE)}
     files = {"vocab.json": pieces, "tokenizer.json": {"model": {"vocab": pieces}, "added_tokens": [{"id": 401}]}}
     for (name, content), size in zip(files.items(), (400, 402), strict=True):
         (tmp_path / name).write_text(json.dumps(content))
         folder = tmp_path / f"with {name}"
-        result = run("adopt", "--prefix", *prefixes, "--tokenizer", tmp_path / name, "--output", folder)
-        assert result.returncode == 0, result.stderr
-        assert "evaluations of text and the Hugging Face export" in result.stdout
+        adopt(settings_of(prefixes, tmp_path / name, folder))
+        assert "evaluations of text and the Hugging Face export" in capsys.readouterr().out
         manifest = verify(folder)
         assert manifest.tokenizer.vocab_size == size
         assert sha256_of(folder / "tokenizer.json") == manifest.tokenizer.sha256

@@ -32,7 +32,7 @@ def short_parts(monkeypatch):
 
 
 @pytest.mark.usefixtures("short_parts")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.lists(PARTS, max_size=60).map("".join))
 def test_the_tokens_of_the_parts_are_the_tokens_of_the_whole(tokenizer, text):
     processor = load_tokenizer(tokenizer)
@@ -54,7 +54,7 @@ def test_a_text_of_several_parts_gives_its_tokens(tokenizer):
 
 
 @pytest.mark.usefixtures("short_parts")
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(st.sampled_from("ab \n"), min_size=30, max_size=200))
 def test_pieces_with_spaces_inside_are_never_cut(text):
     processor, model = _spaces_inside()

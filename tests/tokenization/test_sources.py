@@ -51,7 +51,7 @@ def test_rows_count_the_lines_of_the_file_so_that_a_document_can_be_found_again(
     assert [document.row for document in Reader(source, skipped=Skipped())] == [0, 2]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lines=st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b"")), max_size=8),
     block_bytes=st.integers(1, 9),
@@ -72,7 +72,7 @@ def test_files_of_several_gzip_members_and_zstd_frames_are_read_to_the_end(tmp_p
         assert read(path) == (texts, {})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.sampled_from(["", "x", "\n", "longer text", "é" * 30]), max_size=12),
     cuts=st.lists(st.integers(0, 400), max_size=4),

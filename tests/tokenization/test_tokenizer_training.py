@@ -23,7 +23,7 @@ TRICKY = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXT | st.lists(TRICKY).map("".join))
 def test_decoding_the_pieces_gives_the_text_back(tokenizer, text):
     processor = load_tokenizer(tokenizer)
@@ -45,7 +45,7 @@ def test_a_line_feed_is_one_byte_token_and_no_piece_spans_it(tokenizer):
     assert not any("\n" in processor.id_to_piece(i) for i in range(processor.vocab_size()))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(st.sampled_from("ab\n "), max_size=40).map(lambda text: text * 700))
 def test_passages_are_the_text_in_pieces_of_bounded_length(text):
     passages = list(cut_passages(text))

@@ -14,7 +14,7 @@ from tokenization.command_line import TokenizationError
 from tokenization.encode import encode
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import load_tokenizer
-from tokenization.trace import trace
+from tokenization.trace import main, trace
 
 from .conftest import REPOSITORY, encode_settings, make_texts, write_jsonl
 
@@ -76,13 +76,12 @@ def test_every_document_of_every_kind_of_source_has_its_row(traced):
     assert found["c.jsonl.zst", 1].text == texts[80]
 
 
-def test_the_command_prints_source_row_and_text(run, traced):
+def test_the_command_prints_source_row_and_text(traced, capsys):
     _, folder, _ = traced
-    result = run("trace", "--shard", folder / "train-00001", "--token", 77)
-    found = trace(folder / "train-00001", 77)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"source: {found.source}\nrow: {found.row}\n" in result.stdout
-    assert found.text.replace("\r\n", "\n") in result.stdout
+    main(["--shard", str(folder / "train-00001"), "--token", "77"])
+    found, printed = trace(folder / "train-00001", 77), capsys.readouterr().out
+    assert f"source: {found.source}\nrow: {found.row}\n" in printed
+    assert found.text in printed
 
 
 def test_a_reader_that_has_enough_is_no_fault(traced):
