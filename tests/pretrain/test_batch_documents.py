@@ -12,8 +12,8 @@ import pytest
 from pretrain.config.files import load_run_config, write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
-from titans_mcore.config import TitansConfig
 from pretrain.data.batch_documents import main
+from titans_mcore.config import TitansConfig
 from tokenization.command_line import run_command
 from tokenization.encode import EncodeSettings, encode
 from tokenization.manifest import Manifest
