@@ -111,20 +111,21 @@ def _opened(settings: FinetuneSettings) -> tuple[Any, Any]:
     """Model and tokenizer as transformers has them."""
     from transformers.utils import logging
 
-    from evals.models import open_exported
     from titans_mcore.hf.convert import export
+    from titans_mcore.hf.exported import open_model, open_tokenizer
     from titans_mcore.hf.folder import ExportError
 
     logging.disable_progress_bar()
-    if (settings.checkpoint / "config.json").is_file():
-        return open_exported(settings.checkpoint, verify=not settings.no_verify)
+    folder, verify = settings.checkpoint, not settings.no_verify
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "exported"
         try:
-            export(settings.checkpoint, folder, skip_proof=True, no_verify=settings.no_verify)
+            if not (folder / "config.json").is_file():
+                folder = Path(scratch) / "exported"
+                export(settings.checkpoint, folder, skip_proof=True, no_verify=not verify)
+                verify = False
+            return open_model(folder, verify=verify), open_tokenizer(folder)
         except ExportError as error:
             raise EvaluationError(f"--checkpoint: {error}") from error
-        return open_exported(folder, verify=False)
 
 
 def _row(document: Document, tokenizer: Any) -> "dict[str, Tensor]":

@@ -63,17 +63,19 @@ def train(
 
     from titans_mcore.mixers.neural_memory import steps_of_memories
 
-    class AddingTrainer(Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+    class AddingTrainer(Trainer):
+        def compute_loss(
+            self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             with steps_of_memories() as steps:
-                loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **more)
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             if model.training and added is not None:
                 loss = loss + added(inputs, outputs, steps)
             return (loss, outputs) if return_outputs else loss
 
-    class Looks(TrainerCallback):  # type: ignore[misc]
-        def on_evaluate(self, _: Any, state: Any, __: Any, metrics: dict[str, float], **___: Any) -> None:
-            say(f"step {state.global_step} of {steps}: validation loss {metrics['eval_loss']:.4f}")
+    class Looks(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            say(f"step {state.global_step} of {steps}: validation loss {more['metrics']['eval_loss']:.4f}")
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

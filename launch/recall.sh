@@ -6,22 +6,24 @@ usage() {
     cat <<'TEXT'
 usage: bash launch/recall.sh [--variant X] [--seed N] [--lengths N ...] [--samples N] [--SECTION.SETTING VALUE ...]
 
-Generates lists and documents of S-NIAH with their answers, trains a small model on the former, then on all of them in
-rows of 1,024 tokens, and looks for needles at up to 64 times that. Run it again and it goes on where it stopped.
+Trains a small model on lists that are said again and again, fine-tunes it on the answers of documents of S-NIAH, all in
+rows of 256 tokens, and looks for needles at up to 256 times that. Run it again and it goes on where it stopped.
 evals/results/recall/README.md says what it finds.
 
   --variant X             token mixer, a name in titans_mcore/mixers (default mag), or several joined by +
   --seed N                decides initial weights and the order of the documents (default 0)
-  --lengths N ...         tokens of the samples; default: 1024 4096 16384 65536
+  --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536
   --samples N             samples of each length and depth; default: 4
+  --steps N               updates on answers; default: 400
   --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
-Everything is written to runs/recall/: data/ for all, VARIANT-SEED-lists/, and VARIANT-SEED/ with its eval/.
+Everything is written to runs/recall/: data/ for all, the run VARIANT-SEED-lists/, the Hugging Face folder VARIANT-SEED/
+and VARIANT-SEED-eval/.
 TEXT
 }
 
-variant=mag seed=0 lengths=() samples=4 settings=()
+variant=mag seed=0 lengths=() samples=4 steps=400 settings=()
 while (($#)); do
     case $1 in
     --help | -h)
@@ -39,7 +41,7 @@ while (($#)); do
             exit 2
         fi
         ;;
-    --variant | --seed | --samples | --*.*)
+    --variant | --seed | --samples | --steps | --*.*)
         if (($# < 2)); then
             printf 'error: %s needs a value; see --help\n' "$1" >&2
             exit 2
@@ -48,6 +50,7 @@ while (($#)); do
         --variant) variant=$2 ;;
         --seed) seed=$2 ;;
         --samples) samples=$2 ;;
+        --steps) steps=$2 ;;
         *) settings+=("$1" "$2") ;;
         esac
         shift 2
@@ -62,15 +65,17 @@ if [[ ! $seed =~ ^[0-9]+$ ]]; then
     printf "error: --seed is '%s'; it must be a whole number\n" "$seed" >&2
     exit 2
 fi
-if [[ ! $samples =~ ^[1-9][0-9]*$ ]]; then
-    printf "error: --samples is '%s'; it must be a whole number above 0\n" "$samples" >&2
-    exit 2
-fi
-if ((${#lengths[@]} == 0)); then lengths=(1024 4096 16384 65536); fi
+for name in samples steps; do
+    if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
+        printf "error: --%s is '%s'; it must be a whole number above 0\n" "$name" "${!name}" >&2
+        exit 2
+    fi
+done
+if ((${#lengths[@]} == 0)); then lengths=(256 1024 4096 16384 65536); fi
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-ensure_environment ""
+ensure_environment evals
 cd "$root"
 PYTHON=.venv/bin/python
 memory=$("$PYTHON" - "$variant" <<'PYTHON'
@@ -99,34 +104,36 @@ step() {
     "$@"
 }
 
-# documents NAME TOKENS DOCUMENTS OPTIONS ...: one file of them, and its shards.
+# documents NAME TOKENS DOCUMENTS OPTIONS ...: a file of them.
 documents() {
-    if [[ -f $data/$1/manifest.json ]]; then
+    if [[ -f $data/$1.jsonl ]]; then
         say "Documents of $2 tokens, $1 (done already)"
         return
     fi
-    step "Documents of $2 tokens, $1" "$PYTHON" -m evals.niah.training_data --output "$data/$1.jsonl" \
+    step "Documents of $2 tokens, $1" "$PYTHON" -m evals.niah.training_data --output "$data/$1.new.jsonl" \
         --tokens "$2" --documents "$3" --tokenizer "$data/tokenizer.model" "${@:4}"
-    step "Their shards" "$PYTHON" -m tokenization.encode --input "$data/$1.jsonl" \
-        --tokenizer "$data/tokenizer.model" --output "$data/$1" --workers 1
+    mv "$data/$1.new.jsonl" "$data/$1.jsonl"
 }
 
 cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
-
 documents lists 256 4500 --lists
-documents short 256 9000 --repeats 6 --questions 3 --other-words 0.5
-documents long 1024 1800 --repeats 2 --questions 2 --other-words 0.25
+documents answers 256 4000 --repeats 2 --questions 3 --other-words 0.25
 
-# train RUN SETTINGS ...: one stage of training.
-train() {
-    step "Pretrain $variant, seed $seed: $1" bash launch/torchrun.sh --config recall --model.variant "$variant" \
-        --run-dir "$1" --train.seed "$seed" --nproc 1 "${@:2}" ${settings[@]+"${settings[@]}"}
-}
-
-train "$run-lists" --data.path "$data/lists" --train.sequence-length 256 --train.global-batch 8 --train.micro-batch 8 \
-    --train.steps 300
-train "$run" --data.blend "$data/lists=0.1" "$data/short=0.45" "$data/long=0.45" --train.weights-from "$run-lists"
+if [[ -f $data/lists/manifest.json ]]; then
+    say 'Shards of lists (done already)'
+else
+    step 'Shards of lists' "$PYTHON" -m tokenization.encode --input "$data/lists.jsonl" \
+        --tokenizer "$data/tokenizer.model" --output "$data/lists" --workers 1
+fi
+step "Pretrain $variant, seed $seed, on lists" bash launch/torchrun.sh --config recall --model.variant "$variant" \
+    --run-dir "$run-lists" --train.seed "$seed" --nproc 1 --data.path "$data/lists" ${settings[@]+"${settings[@]}"}
+if [[ -f $run/config.json ]]; then
+    say "Fine-tuned on answers, $run (done already)"
+else
+    step "Fine-tune on answers" "$PYTHON" -m evals.finetune --checkpoint "$run-lists" --documents "$data/answers.jsonl" \
+        --output "$run" --seed "$seed" --steps "$steps" --batch 8 --write-cost 50 --text-weight 1
+fi
 
 step "S-NIAH, noise haystack" \
-    "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run/eval" --lengths "${lengths[@]}" --depths 5 \
+    "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run-eval" --lengths "${lengths[@]}" --depths 5 \
     --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}

@@ -46,7 +46,7 @@ SMALL = {
     "evals.babilong.training_data": " --documents 20",
     "evals.finetune": " --steps 2 --validation 2",
     "pretrain.watch": " --once",
-    "launch/recall.sh": " --train.steps 2 --lengths 256 --samples 1",
+    "launch/recall.sh": " --train.steps 2 --steps 2 --lengths 256 --samples 1",
     "evals.forecasting": " --steps 2 --seeds 0 --systems repeat lmm",
     "evals.genomics": " --steps 2 --seeds 0 --systems lmm cnn",
     "evals.recommendation": " --steps 2 --systems popularity lmm",

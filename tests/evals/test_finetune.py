@@ -14,9 +14,10 @@ from evals.babilong.training_data import TrainingDataSettings as StorySettings
 from evals.babilong.training_data import documents as story_documents
 from evals.command_line import EvaluationError
 from evals.documents import Document, read_documents, write_documents
-from evals.models import load_model, open_exported
+from evals.models import load_model
 from evals.niah.training_data import TrainingDataSettings, documents
 from titans_mcore.hf.convert import export
+from titans_mcore.hf.exported import open_model, open_tokenizer
 from titans_mcore.hf.verify import verify
 from titans_mcore.mixers.neural_memory import steps_of_memories
 
@@ -69,7 +70,7 @@ def test_needles_answers_are_their_values_and_stories_answers_their_targets(tmp_
 
 
 def test_exactly_the_tokens_of_answers_count(exported: Path) -> None:
-    _, tokenizer = open_exported(exported)
+    tokenizer = open_tokenizer(exported)
     for document in documents(TrainingDataSettings(Path("x.jsonl"), documents=20, questions=2)):
         row = finetune._row(document, tokenizer)
         counted = row["labels"] != -100
@@ -84,7 +85,7 @@ def test_it_learns_the_answers_into_a_folder_that_works_alone(tuned, exported: P
     folder = tuned([LEARNABLE[0]] * 8, learning_rate=2e-2)
     assert verify(folder).compared
     before, after = load_model(exported), load_model(folder)
-    row = finetune._row(LEARNABLE[0], open_exported(folder)[1])
+    row = finetune._row(LEARNABLE[0], open_tokenizer(folder))
     counted = row["labels"] != -100
     said = [model.stream(row["input_ids"][None], None)[0][0, :-1].argmax(-1)[counted[1:]] for model in (before, after)]
     assert torch.equal(said[1], row["labels"][counted])
@@ -94,7 +95,7 @@ def test_it_learns_the_answers_into_a_folder_that_works_alone(tuned, exported: P
 
 def test_a_write_cost_has_memories_write_less(tuned) -> None:
     def written(folder: Path) -> float:
-        model, tokenizer = open_exported(folder)
+        model, tokenizer = open_model(folder), open_tokenizer(folder)
         with steps_of_memories() as steps, torch.no_grad():
             model(torch.tensor([tokenizer.encode(LEARNABLE[0].text)]))
         return float(torch.cat([theta.flatten() for theta in steps]).mean())
