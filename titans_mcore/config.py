@@ -86,6 +86,9 @@ class TitansConfig:
     gate_margin: float = 0.0
     """Makes theta and alpha exactly 0 where their sigmoid is below margin / (1 + margin), so that any number of tokens
     can pass a memory without a trace: relu((1 + margin) * sigmoid - margin). 0 is the plain sigmoid."""
+    gate_convolution: bool = False
+    """Lets the gates pass the convolution, too: a gate then sees the last conv_kernel tokens, and begins with its own
+    alone, which is all it sees in the paper."""
     memory_gates: Literal["matrix", "shared"] = "matrix"
     """Gates for every weight matrix of the memory, or one set that they share; always one set a head."""
     memory_alpha: Literal["head", "channel"] = "head"
@@ -95,7 +98,7 @@ class TitansConfig:
     memory_forgetting: bool = True
     """Forgetting alpha, the paper's weight decay; without it nothing is forgotten (the paper's ablation)."""
     conv_kernel: int = 4
-    """Width of the causal depthwise convolution on queries, keys and values; 1 switches it off."""
+    """Width of the causal depthwise convolution on queries, keys and values (and gates); 1 switches it off."""
     memory_init: Literal["random", "next_token"] = "random"
     """Where queries, keys and values begin. next_token: one map makes queries and keys, the key of a token is that of
     the token before it and its value its own, so that an untrained memory already answers a token with what followed

@@ -141,6 +141,7 @@ ABLATIONS = [
     {"memory_heads": 3},
     {"persistent_tokens": 0},
     {"conv_kernel": 1},
+    {"gate_convolution": True},
     {"memory_network": "plain"},
     {"memory_depth": 1},
     {"memory_depth": 3},

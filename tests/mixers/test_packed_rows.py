@@ -13,7 +13,14 @@ from ..matrices import by_kind
 from .test_mixers import LENGTH, inputs, mixer_of
 
 STARTS = ([3, 20, 21, 60], [16, 40])  # of the two rows; segments are 16 tokens, chunks 8, the window 12
-SETTINGS = [{}, {"persistent_tokens": 0}, {"conv_kernel": 1}, {"persistent_tokens": 16}, {"window": 0}]
+SETTINGS = [
+    {},
+    {"persistent_tokens": 0},
+    {"conv_kernel": 1},
+    {"gate_convolution": True},
+    {"persistent_tokens": 16},
+    {"window": 0},
+]
 # Linear recurrences have no persistent tokens and no window.
 ATTENDING = [name for name, mixer in MIXERS.items() if mixer.attention or mixer.memory]
 OTHERS = [name for name in MIXERS if name not in ATTENDING]

@@ -47,7 +47,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "one-head": {"memory_heads": 1},
     "wider": {"memory_heads": 4, "memory_head_dim": 16},
     "shared-gates": {"memory_gates": "shared", "memory_momentum": False},
-    "next-token": {"memory_init": "next_token", "gate_margin": 0.05},
+    "next-token": {"memory_init": "next_token", "gate_margin": 0.05, "gate_convolution": True},
 }
 
 

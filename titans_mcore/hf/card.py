@@ -1,6 +1,7 @@
 """The README of an exported folder: what the model is, what it was trained on and how, and what was measured."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,38 @@ def model_card(config: TitansConfig, parameters: int, checkpoint: Path, proof: P
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
+
+def short_card(config: TitansConfig, parameters: int, auto_class: str, inputs: Iterable[str]) -> str:
+    """The text of README.md in a folder of a model that transformers has trained.
+
+    Args:
+        config: Of the blocks.
+        parameters: Tied ones counted once.
+        auto_class: Loads the folder.
+        inputs: Names of what its forward takes.
+    """
+    title = " + ".join(mixer.title for mixer in config.mixers)
+    rows = [("parameters", f"{parameters:,}"), ("blocks x width", f"{config.num_layers} x {config.dim}")]
+    return "\n\n".join(
+        [
+            f"---\nlibrary_name: transformers\ntags: [titans]\n---\n# {title}",
+            _table(("", ""), rows),
+            _USE_ANY.format(auto_class=auto_class, inputs=", ".join(inputs)),
+        ]
+    )
+
+
+_USE_ANY = """The code in this folder needs torch and transformers (4.57 or later) alone:
+
+```python
+from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```
+
+`model(...)` takes {inputs}; `proof.json` holds an example and what the model answered, with which `python -m
+titans_mcore.hf.verify path/to/this/folder` of the titans-mcore package compares this folder.
+"""
 
 _USE = """The code in this folder needs torch and transformers (4.57 or later) alone:
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from titans_mcore.hf.card import short_card
 from titans_mcore.hf.flatten import flatten_code
 from titans_mcore.hf.folder import ExportError, ProofFailed, check_output, staged_folder
 from titans_mcore.hf.modeling_titans import TitansBackbone, TitansForCausalLM
@@ -74,6 +75,8 @@ def save_alone(
             tokenizer.save_pretrained(staging)
         for name, source in flatten_code(entries=(module, "configuration_titans")).items():
             (staging / name).write_text(source, encoding="utf-8")
+        card = short_card(model.config.to_titans(), model.num_parameters(), auto, example)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         error, _, _ = _difference(staging, auto, example, answer, TOLERANCE)
         proof = {
             "format": FORMAT,

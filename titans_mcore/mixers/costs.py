@@ -53,6 +53,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..config import TitansConfig
+from .neural_memory import gate_widths
 
 FLOAT32 = 4
 _QUERY_BLOCK = 512  # of attention by SDPA: keys of a block's first query to its last one are masked together
@@ -182,7 +183,8 @@ def memory_at_work(work: Workload, pieces: Iterable[int]) -> float:
 
 def memory_message(work: Workload) -> int:
     """Bytes of a memory's state that a rank hands on."""
-    return 2 * weights_message(work) + 3 * tail_message(work)
+    gates = work.config.gate_convolution * sum(gate_widths(work.config)) * work.config.memory_shape.heads
+    return 2 * weights_message(work) + tail_message(work, 3 * work.config.memory_shape.channels + gates)
 
 
 def weights_message(work: Workload) -> int:
@@ -190,9 +192,8 @@ def weights_message(work: Workload) -> int:
     return work.rows * FLOAT32 * (memory_numbers(work.config) // work.ranks)
 
 
-def tail_message(work: Workload) -> int:
-    """Bytes of the tokens that one convolution keeps, for every row."""
-    channels = work.config.memory_shape.channels
+def tail_message(work: Workload, channels: int) -> int:
+    """Bytes of the tokens that a convolution of so many channels, all heads together, keeps for every row."""
     return work.rows * work.w * ((work.config.conv_kernel - 1) * channels // (1 if work.hidden else work.ranks))
 
 

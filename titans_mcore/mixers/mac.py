@@ -355,7 +355,7 @@ class Mac(MixerSpec):
 
     def message(self, work: Workload) -> int:
         """Memory and tails, and those of the recall; segments are whole, so no keys."""
-        return memory_message(work) + weights_message(work) + tail_message(work)
+        return memory_message(work) + weights_message(work) + tail_message(work, work.config.memory_shape.channels)
 
     def reductions(self, work: Workload) -> Sums:
         """By segment three forward and two backward of its hidden states; of persistent tokens one back."""

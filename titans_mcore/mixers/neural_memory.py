@@ -38,7 +38,7 @@ class NeuralMemoryState(TensorTree):
     Attributes:
         memory: Weights and momentum after the last token.
         query_tail: The last K - 1 tokens that went into the queries' convolution, (B, K - 1, H, D).
-        key_value_tail: Likewise for keys and values, (B, K - 1, H, 2 D).
+        key_value_tail: Likewise for keys and values, (B, K - 1, H, 2 D), with the gates where these are convolved.
     """
 
     memory: MemoryState
@@ -50,7 +50,8 @@ class NeuralMemory(FromParts):
     """Long-term memory of H heads (paper, sections 3.1 and 4.4), each a network of its own.
 
     q, k and v are projected, convolved and passed through SiLU, q and k normalised. The gates are functions of the
-    token, one for each weight matrix and head. What is read is normalised for each head and gated with SiLU; the
+    token, with config.gate_convolution of the last ones, one for each weight matrix and head. What is read is
+    normalised for each head and gated with SiLU; the
     projection back to the model's width belongs to the mixer around.
 
     Args:
@@ -185,11 +186,14 @@ class NeuralMemory(FromParts):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         width = self.config.memory_shape.width
         projected = heads_of(linear(self.kv_gates_proj, x), self.heads)
-        key_value, gates = projected.split([2 * width, projected.shape[-1] - 2 * width], -1)
-        tail = self._tail(key_value, None if state is None else state.key_value_tail)
+        channels = self.key_value_kernel.shape[1]
+        convolved, gates = projected.split([channels, projected.shape[-1] - channels], -1)
+        tail = self._tail(convolved, None if state is None else state.key_value_tail)
         first = None if start is None else start.key_value_tail
-        key_value, tail = causal_conv(key_value, tail, self.key_value_kernel, rows, first)
-        keys, values = F.silu(key_value).chunk(2, -1)
+        convolved, tail = causal_conv(convolved, tail, self.key_value_kernel, rows, first)
+        if self.config.gate_convolution:
+            convolved, gates = convolved.split([2 * width, channels - 2 * width], -1)
+        keys, values = F.silu(convolved).chunk(2, -1)
         # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
         wide = torch.promote_types(x.dtype, torch.float32)
         return unit_norm(keys), values, torch.sigmoid(gates.to(wide) + self.gate_bias.to(wide)), tail
@@ -257,23 +261,25 @@ def gate_widths(config: TitansConfig) -> list[int]:
 
 
 def initial_kernels(config: TitansConfig) -> tuple[Tensor, Tensor]:
-    """Convolutions before training, of queries (H, D, K), and of keys and values (H, 2 D, K).
+    """Convolutions before training, of queries (H, D, K), and of keys and values (H, 2 D, K), maybe with gates behind.
 
     With config.memory_init "next_token" the key of token t + 1 is the query of token t: a random mixture of the last
     K - 1 tokens, later ones more, so that the places that resemble each other are those with the same tokens before
-    them. Values begin as the token's own.
+    them. Values and gates begin as the token's own.
     """
     (heads, width), taps = config.memory_shape, config.conv_kernel
+    gates = torch.zeros(heads, config.gate_convolution * sum(gate_widths(config)), taps)
+    gates[..., -1] = 1.0
     if config.memory_init == "random":
         query, key_value = (torch.randn(heads, channels, taps) / math.sqrt(taps) for channels in (width, 2 * width))
-        return query, key_value
+        return query, torch.cat([key_value, gates], 1)
     back = torch.arange(taps - 2, -1, -1)  # 0 for the token itself
     mixture = torch.where(back == 0, 1.0, torch.randn(heads, width, taps - 1) * 0.7**back)
     query, key_value = torch.zeros(heads, width, taps), torch.zeros(heads, 2 * width, taps)
     query[..., 1:] = mixture
     key_value[:, :width, :-1] = mixture
     key_value[:, width:, -1] = 1.0
-    return query, key_value
+    return query, torch.cat([key_value, gates], 1)
 
 
 def initial_gate_bias(config: TitansConfig) -> Tensor:
