@@ -21,7 +21,7 @@ class Document(NamedTuple):
 
 
 def write_documents(output: Path, documents: Iterable[Document]) -> None:
-    """Writes a file that tokenization and evals.finetune take, and says how many documents there are.
+    """Writes a file that tokenization and evals.finetune take, once it is whole, and says how many documents there are.
 
     Args:
         output: The file; its folder is made when missing. A line is {"text": ..., "answers": [[start, end], ...]}.
@@ -30,16 +30,19 @@ def write_documents(output: Path, documents: Iterable[Document]) -> None:
     Raises:
         EvaluationError: It cannot be written.
     """
-    count = 0
+    count, part = 0, output.with_name(output.name + ".part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as stream:
+        with part.open("w", encoding="utf-8") as stream:
             for text, answers in documents:
                 line = {"text": text} if answers is None else {"text": text, "answers": answers}
                 stream.write(json.dumps(line) + "\n")
                 count += 1
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        part.replace(output)
+    except OSError as error:
         raise EvaluationError(f"--output {output}: cannot be written ({error.strerror})") from None
+    finally:
+        part.unlink(missing_ok=True)
     print(f"{output}: {count:,} documents")
 
 

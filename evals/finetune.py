@@ -7,6 +7,7 @@ transformers' Trainer does the loop.
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +100,12 @@ def finetune(settings: FinetuneSettings) -> None:
         settings.seed,
         settings.weight_decay,
         _collate,
-        _Added(settings),
+        partial(_added, settings),
     )
     model.config.trained_length = max(len(row["labels"]) for row in rows)
     example = {"input_ids": rows[-1]["input_ids"][None, :_EXAMPLE]}
     save_alone(model.cpu(), settings.output, example, tokenizer)
-    say(f"{settings.output}: loss of answers {chosen:.4f} in documents not trained on, {seconds:.0f} s")
+    say(f"{settings.output}: loss {chosen:.4f} in documents not trained on, {seconds:.0f} s")
 
 
 def _opened(settings: FinetuneSettings) -> tuple[Any, Any]:
@@ -157,28 +158,24 @@ def _collate(rows: "list[dict[str, Tensor]]") -> "dict[str, Tensor]":
     return batch
 
 
-class _Added:
+def _added(
+    settings: FinetuneSettings, batch: "dict[str, Tensor]", output: Any, steps: "list[Tensor]", progress: float
+) -> "Tensor":
     """What the loss has beside that of answers."""
+    import torch
+    from torch.nn import functional as F
 
-    def __init__(self, settings: FinetuneSettings) -> None:
-        self._settings, self._step = settings, 0
-
-    def __call__(self, batch: "dict[str, Tensor]", output: Any, steps: "list[Tensor]") -> "Tensor":
-        import torch
-        from torch.nn import functional as F
-
-        self._step += 1
-        added = output.loss.new_zeros(())
-        if self._settings.write_cost and steps:
-            cost = self._settings.write_cost * min(1.0, 2 * self._step / self._settings.steps)
-            added = added + cost * torch.cat([theta.flatten() for theta in steps]).mean()
-        if self._settings.text_weight:
-            others = batch["input_ids"].masked_fill(batch["labels"] != _IGNORED, _IGNORED)
-            if "attention_mask" in batch:
-                others = others.masked_fill(batch["attention_mask"] == 0, _IGNORED)
-            text = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), others[:, 1:].flatten(), ignore_index=_IGNORED)
-            added = added + self._settings.text_weight * text
-        return added
+    added = output.loss.new_zeros(())
+    if settings.write_cost and steps:
+        theta = torch.cat([theta.flatten() for theta in steps]).mean()
+        added = added + settings.write_cost * min(1.0, 2 * progress) * theta
+    if settings.text_weight:
+        others = batch["input_ids"].masked_fill(batch["labels"] != _IGNORED, _IGNORED)
+        if "attention_mask" in batch:
+            others = others.masked_fill(batch["attention_mask"] == 0, _IGNORED)
+        text = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), others[:, 1:].flatten(), ignore_index=_IGNORED)
+        added = added + settings.text_weight * text
+    return added
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def train(
     seed: int,
     weight_decay: float = 0.0,
     collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
-    added: Callable[[dict[str, Tensor], Any, list[Tensor]], Tensor] | None = None,
+    added: Callable[[dict[str, Tensor], Any, list[Tensor], float], Tensor] | None = None,
 ) -> tuple[float, float]:
     """Trains in place: AdamW, a tenth of the steps warm-up, then a cosine; the order of the data is the seed's alone.
 
@@ -46,8 +46,8 @@ def train(
         seed: Of the order.
         weight_decay: AdamW's, of matrices.
         collate: Makes a batch; by default transformers'.
-        added: What the training loss has beside the model's, of a batch, what the model gave for it, and theta of every
-            memory that was written.
+        added: What the loss has beside the model's, of a batch, what the model gave for it, theta of every memory that
+            was written, and the share of the steps that is done, 1 for validation.
 
     Returns:
         The lowest validation loss, and seconds.
@@ -69,8 +69,9 @@ def train(
         ) -> Any:
             with steps_of_memories() as steps:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            if model.training and added is not None:
-                loss = loss + added(inputs, outputs, steps)
+            if added is not None:
+                progress = self.state.global_step / self.state.max_steps if model.training else 1.0
+                loss = loss + added(inputs, outputs, steps, progress)
             return (loss, outputs) if return_outputs else loss
 
     class Looks(TrainerCallback):

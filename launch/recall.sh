@@ -110,9 +110,8 @@ documents() {
         say "Documents of $2 tokens, $1 (done already)"
         return
     fi
-    step "Documents of $2 tokens, $1" "$PYTHON" -m evals.niah.training_data --output "$data/$1.new.jsonl" \
+    step "Documents of $2 tokens, $1" "$PYTHON" -m evals.niah.training_data --output "$data/$1.jsonl" \
         --tokens "$2" --documents "$3" --tokenizer "$data/tokenizer.model" "${@:4}"
-    mv "$data/$1.new.jsonl" "$data/$1.jsonl"
 }
 
 cp evals/results/recall/tokenizer.model "$data" # the documents depend on it

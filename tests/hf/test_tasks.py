@@ -281,7 +281,8 @@ def test_a_saved_folder_loads_with_transformers_alone_and_computes_the_same(kind
     assert save_alone(model, folder, example) <= 1e-5
     code = {file.name for file in folder.glob("*.py")}
     assert ("tasks_titans.py" in code) == (kind != "backbone")
-    assert len(list(folder.iterdir())) <= 15
+    assert len(list(folder.iterdir())) <= 16
+    assert "AutoModel" in (folder / "README.md").read_text()
     again = type(model).from_pretrained(folder).eval()
     for name, value in model(**example).items():
         if isinstance(value, torch.Tensor):
@@ -307,5 +308,5 @@ def test_a_language_model_and_a_foreign_folder_are_refused(tmp_path: Path) -> No
     (tmp_path / "mine").write_text("")
     with pytest.raises(ExportError, match="is not an earlier export"):
         save_alone(series_model(), tmp_path, {"past_values": windows(1)})
-    with pytest.raises(ExportError, match=r"TitansModel is none of .*; export a language model with"):
+    with pytest.raises(ExportError, match=r"TitansModel is none of .*; export a trained run with"):
         save_alone(TitansModel(TitansHFConfig(**SMALL, variant="lmm", vocab_size=9)), tmp_path / "new", {})
