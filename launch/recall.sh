@@ -4,26 +4,28 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: bash launch/recall.sh [--variant X] [--seed N] [--lengths N ...] [--samples N] [--SECTION.SETTING VALUE ...]
+usage: bash launch/recall.sh [--variant X] [--seed N] [--text FILE --haystack FILE] [OPTION ...]
 
 Trains a small model on lists that are said again and again, fine-tunes it on the answers of documents of S-NIAH, all in
-rows of 256 tokens, and looks for needles at up to 256 times that. Run it again and it goes on where it stopped.
+rows of 256 tokens (320 with prose), and looks for needles at up to 65,536. Run it again and it goes on where it stopped.
 evals/results/recall/README.md says what it finds.
 
   --variant X             token mixer, a name in titans_mcore/mixers (default mag), or several joined by +
   --seed N                decides initial weights and the order of the documents (default 0)
+  --text FILE             UTF-8 text that needles are hidden in, too, in two documents of three
+  --haystack FILE         other text, that they are looked for in
   --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536
   --samples N             samples of each length and depth; default: 4
-  --steps N               updates on answers; default: 400
+  --steps N               updates on answers; default: 400, with --text 600
   --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
-Everything is written to runs/recall/: data/ for all, the run VARIANT-SEED-lists/, the Hugging Face folder VARIANT-SEED/
-and VARIANT-SEED-eval/.
+Everything is written to runs/recall/ (with --text runs/recall-prose/): data/ for all, the run VARIANT-SEED-lists/, the
+Hugging Face folder VARIANT-SEED/ and VARIANT-SEED-eval/.
 TEXT
 }
 
-variant=mag seed=0 lengths=() samples=4 steps=400 settings=()
+variant=mag seed=0 text='' haystack='' lengths=() samples=4 steps='' settings=()
 while (($#)); do
     case $1 in
     --help | -h)
@@ -41,7 +43,7 @@ while (($#)); do
             exit 2
         fi
         ;;
-    --variant | --seed | --samples | --steps | --*.*)
+    --variant | --seed | --text | --haystack | --samples | --steps | --*.*)
         if (($# < 2)); then
             printf 'error: %s needs a value; see --help\n' "$1" >&2
             exit 2
@@ -49,6 +51,8 @@ while (($#)); do
         case $1 in
         --variant) variant=$2 ;;
         --seed) seed=$2 ;;
+        --text) text=$2 ;;
+        --haystack) haystack=$2 ;;
         --samples) samples=$2 ;;
         --steps) steps=$2 ;;
         *) settings+=("$1" "$2") ;;
@@ -65,6 +69,22 @@ if [[ ! $seed =~ ^[0-9]+$ ]]; then
     printf "error: --seed is '%s'; it must be a whole number\n" "$seed" >&2
     exit 2
 fi
+for name in text haystack; do
+    if [[ ${text:+x} != "${haystack:+x}" ]]; then
+        echo 'error: --text is learned from and --haystack looked in; give both, two files, or none' >&2
+        exit 2
+    fi
+    if [[ -n ${!name} && ! -f ${!name} ]]; then
+        printf "error: --%s is '%s'; there is no such file\n" "$name" "${!name}" >&2
+        exit 2
+    fi
+done
+tokens=256 tasks=(pk) tune=(--write-cost 50 --text-weight 1) top=runs/recall
+if [[ -n $text ]]; then # prose is predicted by what was written of it: the weight of its loss keeps gates open
+    text=$(realpath "$text") haystack=$(realpath "$haystack")
+    tokens=320 tasks=(pk n n) tune=(--write-cost 10 --text-weight 0.02 --learning-rate 1e-3) top=runs/recall-prose
+fi
+steps=${steps:-$((${#text} ? 600 : 400))}
 for name in samples steps; do
     if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
         printf "error: --%s is '%s'; it must be a whole number above 0\n" "$name" "${!name}" >&2
@@ -91,7 +111,7 @@ PYTHON
 ) || exit 2
 controls=()
 if ((memory)); then controls=(--controls memory_reset); fi
-data=runs/recall/data run=runs/recall/$variant-$seed
+data=$top/data run=$top/$variant-$seed
 mkdir -p "$data"
 
 # step TITLE COMMAND ...: prints the command and runs it.
@@ -114,9 +134,15 @@ documents() {
         --tokens "$2" --documents "$3" --tokenizer "$data/tokenizer.model" "${@:4}"
 }
 
-cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
-documents lists 256 4500 --lists
-documents answers 256 4000 --repeats 2 --questions 3 --other-words 0.25
+if [[ -z $text ]]; then
+    cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
+elif [[ ! -f $data/tokenizer.model ]]; then
+    step 'Words of the documents' "$PYTHON" -m evals.niah.training_data --output "$data/words.jsonl" --documents 2000
+    step 'Tokenizer' "$PYTHON" -m tokenization.train --input "$text" "$data/words.jsonl" \
+        --output "$data/tokenizer.model" --vocab-size 2048
+fi
+documents lists "$tokens" 4500 --lists
+documents answers "$tokens" 4800 --repeats 2 --questions 3 --other-words 0.25 --tasks "${tasks[@]}" ${text:+--text "$text"}
 
 if [[ -f $data/lists/manifest.json ]]; then
     say 'Shards of lists (done already)'
@@ -125,14 +151,14 @@ else
         --tokenizer "$data/tokenizer.model" --output "$data/lists" --workers 1
 fi
 step "Pretrain $variant, seed $seed, on lists" bash launch/torchrun.sh --config recall --model.variant "$variant" \
-    --run-dir "$run-lists" --train.seed "$seed" --nproc 1 --data.path "$data/lists" ${settings[@]+"${settings[@]}"}
+    --run-dir "$run-lists" --train.seed "$seed" --nproc 1 --data.path "$data/lists" \
+    --train.sequence-length "$tokens" ${settings[@]+"${settings[@]}"}
 if [[ -f $run/config.json ]]; then
     say "Fine-tuned on answers, $run (done already)"
 else
     step "Fine-tune on answers" "$PYTHON" -m evals.finetune --checkpoint "$run-lists" --documents "$data/answers.jsonl" \
-        --output "$run" --seed "$seed" --steps "$steps" --batch 8 --write-cost 50 --text-weight 1
+        --output "$run" --seed "$seed" --steps "$steps" --batch 8 "${tune[@]}"
 fi
 
-step "S-NIAH, noise haystack" \
-    "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run-eval" --lengths "${lengths[@]}" --depths 5 \
-    --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}
+step "S-NIAH" "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run-eval" --lengths "${lengths[@]}" --depths 5 \
+    --tasks pk ${text:+n --text "$haystack"} --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}

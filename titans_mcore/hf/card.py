@@ -60,7 +60,10 @@ def short_card(config: TitansConfig, parameters: int, auto_class: str, inputs: I
         inputs: Names of what its forward takes.
     """
     title = " + ".join(mixer.title for mixer in config.mixers)
-    rows = [("parameters", f"{parameters:,}"), ("blocks x width", f"{config.num_layers} x {config.dim}")]
+    rows: list[tuple[str, ...]] = [
+        ("parameters", f"{parameters:,}"),
+        ("blocks x width", f"{config.num_layers} x {config.dim}"),
+    ]
     return "\n\n".join(
         [
             f"---\nlibrary_name: transformers\ntags: [titans]\n---\n# {title}",
