@@ -87,6 +87,12 @@ def finetune(settings: FinetuneSettings) -> None:
     seed_all(settings.seed)
     model, tokenizer = _opened(settings)
     rows = [_row(document, tokenizer) for document in texts]
+    for number, row in enumerate(rows, 1):
+        if bool((row["labels"] == _IGNORED).all()):
+            raise EvaluationError(
+                f"--documents {settings.documents}, line {number}: no token of it counts; give its answers, or leave "
+                "out `answers` for all of its text to count"
+            )
     counted = sum(int((row["labels"] != _IGNORED).sum()) for row in rows)
     say(f"{len(rows):,} documents, {sum(len(row['labels']) for row in rows):,} tokens, {counted:,} of them counted")
     chosen, seconds = train(

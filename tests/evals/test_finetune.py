@@ -133,6 +133,8 @@ def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str, said: st
 def test_what_cannot_be_is_said_before_anything_is_read(tuned, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"--documents .* has 8, and --validation takes 8 of them; give more"):
         tuned(validation=8)
+    with pytest.raises(EvaluationError, match=r"--documents .*, line 2: no token of it counts; give its answers"):
+        tuned([LEARNABLE[0], Document("the grass is green", []), *LEARNABLE])
     with pytest.raises(EvaluationError, match="--write-cost is -1; it must be 0 or more"):
         tuned(write_cost=-1)
     with pytest.raises(EvaluationError, match=r"--documents .*none.jsonl: cannot be read \(No such file"):
