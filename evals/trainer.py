@@ -1,4 +1,4 @@
-"""One training for models that are no language models: transformers' Trainer, the best of a few looks at validation."""
+"""One training by transformers' Trainer: the best of a few looks at validation is kept."""
 
 import math
 import os
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from evals.command_line import EvaluationError, say
 from evals.record_file import RecordFile
+
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed where it is, which looks for one aloud
 
 Tested = TypeVar("Tested", bound=Any)
 LOOKS = 5
@@ -55,8 +58,6 @@ def train(
     Raises:
         EvaluationError: accelerate is not installed, or the loss is not finite.
     """
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports deepspeed where it is, which looks for one aloud
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
     from transformers.utils import logging
