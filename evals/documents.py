@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evals.command_line import EvaluationError
+from tokenization.io import PartialFile
 
 
 class Document(NamedTuple):
@@ -30,19 +31,17 @@ def write_documents(output: Path, documents: Iterable[Document]) -> None:
     Raises:
         EvaluationError: It cannot be written.
     """
-    count, part = 0, output.with_name(output.name + ".part")
+    count = 0
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as stream:
+        with PartialFile(output) as partial:
             for text, answers in documents:
                 line = {"text": text} if answers is None else {"text": text, "answers": answers}
-                stream.write(json.dumps(line) + "\n")
+                partial.file.write((json.dumps(line) + "\n").encode())
                 count += 1
-        part.replace(output)
+            partial.commit()
     except OSError as error:
         raise EvaluationError(f"--output {output}: cannot be written ({error.strerror})") from None
-    finally:
-        part.unlink(missing_ok=True)
     print(f"{output}: {count:,} documents")
 
 

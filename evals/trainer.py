@@ -68,11 +68,12 @@ def train(
         def compute_loss(
             self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
+            if added is None:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             with steps_of_memories() as steps:
                 loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            if added is not None:
-                progress = self.state.global_step / self.state.max_steps if model.training else 1.0
-                loss = loss + added(inputs, outputs, steps, progress)
+            progress = self.state.global_step / self.state.max_steps if model.training else 1.0
+            loss = loss + added(inputs, outputs, steps, progress)
             return (loss, outputs) if return_outputs else loss
 
     class Looks(TrainerCallback):

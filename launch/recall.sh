@@ -69,11 +69,11 @@ if [[ ! $seed =~ ^[0-9]+$ ]]; then
     printf "error: --seed is '%s'; it must be a whole number\n" "$seed" >&2
     exit 2
 fi
+if [[ ${text:+x} != "${haystack:+x}" ]]; then
+    echo 'error: --text is learned from and --haystack looked in; give both, two files, or none' >&2
+    exit 2
+fi
 for name in text haystack; do
-    if [[ ${text:+x} != "${haystack:+x}" ]]; then
-        echo 'error: --text is learned from and --haystack looked in; give both, two files, or none' >&2
-        exit 2
-    fi
     if [[ -n ${!name} && ! -f ${!name} ]]; then
         printf "error: --%s is '%s'; there is no such file\n" "$name" "${!name}" >&2
         exit 2

@@ -16,6 +16,8 @@ import torch
 from titans_mcore.config import TitansConfig
 from tokenization.tokenizer import llama_settings
 
+from .babi import write_babi, write_books
+
 WORDS = ("the", "grass", "sky", "number", "text", "hidden", "magic", "is", "are", "special", "1", "27", "345", "learns")
 
 
@@ -41,6 +43,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def babi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_babi(tmp_path_factory.mktemp("en-10k"))
+
+
+@pytest.fixture(scope="session")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_books(tmp_path_factory.mktemp("pg19"))
 
 
 MakeRun = Callable[..., Path]

@@ -29,7 +29,7 @@ from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.tokens import encoder
 
-from .babi import TASKS, prose, simulate, write_babi, write_books
+from .babi import TASKS, prose, simulate
 from .planted import plant
 
 PLACES = load_prompts()["qa1"].labels
@@ -90,16 +90,6 @@ def processor(tokenizer: Path) -> Any:
 @pytest.fixture(scope="module")
 def background(processor: Any) -> Background:
     return Background(list(prose()), encoder(processor, ". "), None)
-
-
-@pytest.fixture(scope="module")
-def babi(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_babi(tmp_path_factory.mktemp("en-10k"))
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_books(tmp_path_factory.mktemp("pg19"))
 
 
 Run = Callable[..., dict[str, Any]]

@@ -17,7 +17,7 @@ from evals.command_line import EvaluationError
 from evals.models import load_tokenizer
 from evals.tokens import encoder
 
-from .babi import TASKS, prose, simulate, write_babi, write_books
+from .babi import TASKS, prose, simulate
 
 FILE = Path("babilong.jsonl")
 
@@ -25,16 +25,6 @@ FILE = Path("babilong.jsonl")
 def texts(babi: Path, **settings: Any) -> list[str]:
     made = documents(TrainingDataSettings(FILE, babi, **{"documents": 40, **settings}))
     return [document.text for document in made]
-
-
-@pytest.fixture(scope="module")
-def babi(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_babi(tmp_path_factory.mktemp("en-10k"))
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_books(tmp_path_factory.mktemp("pg19"))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -21,7 +21,6 @@ from titans_mcore.hf.exported import open_model, open_tokenizer
 from titans_mcore.hf.verify import verify
 from titans_mcore.mixers.neural_memory import steps_of_memories
 
-from .babi import write_babi
 from .conftest import MakeRun
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install 'titans-mcore[evals]'")
@@ -55,14 +54,13 @@ def tuned(exported: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_needles_answers_are_their_values_and_stories_answers_their_targets(tmp_path: Path) -> None:
+def test_needles_answers_are_their_values_and_stories_answers_their_targets(babi: Path) -> None:
     settings = TrainingDataSettings(
         Path("x.jsonl"), documents=50, tasks=("pk", "mv", "mq", "mk1"), other_words=1.0, questions=3
     )
     for text, answers in documents(settings):
         said = [text[start:end] for start, end in answers]
         assert said == re.findall(r"^What .* mentioned in the provided text (?:is|are)( .+)$", text, re.MULTILINE)
-    babi = write_babi(tmp_path)
     for text, answers in story_documents(StorySettings(Path("x.jsonl"), babi, documents=50, questions=3)):
         said = re.findall("\nAnswer: .+", text.split("<context>", 1)[1])
         assert [text[start:end] for start, end in answers] == said
