@@ -257,11 +257,6 @@ class Haystack:
         self.first = np.array(splicer.behind("\n", first), np.int32)
         """Ids of the first sentence behind a line feed; in `ids` it stands behind the joiner."""
 
-    @property
-    def of_lines(self) -> bool:
-        """Whether its sentences are lines."""
-        return self.source.joiner == "\n"
-
     def reach(self, tokens: int) -> np.ndarray:
         """Ids, at least so many, joiners before the sentences; `ends` then says where each sentence ends."""
         if len(self.ids) < tokens:

@@ -52,11 +52,6 @@ class Chunks:
         """Back from `split`, for B rows."""
         return x.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
-    @staticmethod
-    def join_gate(x: Tensor, batch: int) -> Tensor:
-        """Back from `split_gate`, for B rows."""
-        return x.unflatten(2, (batch, -1)).permute(2, 1, 4, 3, 0).flatten(1, 2)
-
     def real(self, heads: int, device: torch.device) -> Tensor | None:
         """Which slots hold tokens, for B * heads memories, (C, N, b)."""
         if self.counts is None:
