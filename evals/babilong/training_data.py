@@ -12,6 +12,7 @@ from evals.command_line import EvaluationError, check_at_least, parse_settings, 
 from evals.documents import Document, write_documents
 
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
+_WORDS = (8, 30)  # of a sentence of other words
 _SENTENCES = {  # the prompts of the other tasks ask for the answer alone
     "qa1": (r"Where is (\w+)\?", "The most recent location of {0} is {target}."),
     "qa2": (r"Where is the (\w+)\?", "The {0} is in the {target}."),
@@ -32,6 +33,9 @@ class TrainingDataSettings:
     """Folder en-10k of bAbI (tasks_1-20_v1-2); its train split is used."""
     text: Path | None = None
     """Text file, or folder of .txt files such as PG19's train split, that the facts lie in; with `tokens`."""
+    other_words: float = 0.0
+    """Share of documents between whose facts the text's words stand in any order, one of a sentence being a fact's: as
+    nothing can be known of them before, answers alone decide what a memory keeps."""
     tasks: tuple[str, ...] = ("qa1",)
     """qa1 to qa20; every one is as likely."""
     documents: int = 10_000
@@ -59,6 +63,10 @@ class TrainingDataSettings:
                 f"--tokens is {self.tokens}, --tokenizer {self.tokenizer} and --text {self.text}; documents of one "
                 "length need all three, facts alone none"
             )
+        if not 0 <= self.other_words <= 1:
+            raise EvaluationError(f"--other-words is {self.other_words}; it is a share, from 0 to 1")
+        if self.other_words and not self.tokens:
+            raise EvaluationError("--other-words are a --text's; give that, --tokens and --tokenizer, or leave it out")
         if self.output.suffix != ".jsonl":
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
@@ -112,7 +120,7 @@ class _Background:
     """Sentences between the facts, as many as bring a document to its length."""
 
     def __init__(self, settings: TrainingDataSettings) -> None:
-        self._tokens, self._prompts = settings.tokens, load_prompts()
+        self._tokens, self._prompts, self._other_words = settings.tokens, load_prompts(), settings.other_words
         if settings.tokenizer is not None and settings.text is not None:
             from evals.babilong.samples import LEAST_SENTENCE, book_sentences
             from evals.tokens import encoder
@@ -138,7 +146,8 @@ class _Background:
             if rest < 0:
                 return None
             draw = random.Random(seed)
-            sentences = self._fill(draw, rest)
+            other = [fact for facts in new for fact in facts] if draw.random() < self._other_words else None
+            sentences = self._fill(draw, rest, other)
             ends = sorted(draw.randint(0, len(sentences)) for _ in new[1:])
             parts = [sentences[first:last] for first, last in zip([0, *ends], [*ends, None], strict=True)]
             document = self._told(task, stories, [_scatter(draw, *both) for both in zip(new, parts, strict=True)])
@@ -160,17 +169,25 @@ class _Background:
     def _count(self, text: str) -> int:
         return len(self._processor.encode(text)) + 2
 
-    def _fill(self, generator: random.Random, rest: int) -> list[str]:
-        """Sentences that follow each other, of so many tokens, the last one cut short."""
+    def _fill(self, generator: random.Random, rest: int, facts: Sequence[str] | None) -> list[str]:
+        """Sentences of so many tokens, the last one cut short: the text's, or its words and one of facts'."""
         found: list[str] = []
         at = generator.randrange(len(self._sentences))
         while rest:
-            ids = self._encode([self._sentences[at % len(self._sentences)]])[0]
+            sentence = self._sentences[at % len(self._sentences)] if facts is None else self._words(generator, facts)
+            ids = self._encode([sentence])[0]
             at += 1
             if len(ids) >= self._least:
                 found.append(self._processor.decode(ids[:rest]).strip())
                 rest -= min(rest, len(ids))
         return found
+
+    def _words(self, generator: random.Random, facts: Sequence[str]) -> str:
+        """A sentence of the text's words in any order, and one of a fact's."""
+        count = generator.randint(*_WORDS)
+        words = [generator.choice(generator.choice(self._sentences).split() or [""]).rstrip(".") for _ in range(count)]
+        words[generator.randrange(len(words))] = generator.choice(generator.choice(facts).rstrip(".").split())
+        return " ".join(words).capitalize() + "."
 
 
 def _answer(task: str, story: Story) -> str:

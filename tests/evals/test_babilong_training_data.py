@@ -110,6 +110,23 @@ def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(
         assert "words of the test split" not in text
 
 
+def test_other_words_are_the_texts_in_any_order_with_one_of_a_fact(babi: Path, books: Path, tokenizer: Path) -> None:
+    known = {word.lower() for sentence in prose() for word in sentence.rstrip(".").split()}
+    sized = {"tokens": 3_000, "tokenizer": tokenizer, "text": books}
+    for text in texts(babi, **sized, other_words=1.0, documents=5):
+        assert len(load_tokenizer(tokenizer).processor.encode(text)) + 2 == 3_000
+        context = re.search(r"<context>\n(.*)\n</context>", text, re.S)[1]  # type: ignore[index]
+        facts = re.findall(r"(?:Mary|John|Daniel|Sandra) \w+ (?:back )?to the \w+\.", context)
+        told = {word.lower() for fact in facts for word in fact.rstrip(".").split()}
+        *others, _cut = [sentence for sentence in re.findall(r"[^ .][^.]*\.", context) if sentence not in facts]
+        assert len(others) > 20
+        for sentence in others:
+            words = [word.lower() for word in sentence.rstrip(".").split()]
+            assert 8 <= len(words) <= 30
+            assert {*words} - known <= told
+    assert len({other in text for other in prose() for text in texts(babi, **sized, other_words=0.5)}) == 2
+
+
 @pytest.mark.parametrize(
     ("wrong", "fault"),
     [
@@ -120,6 +137,8 @@ def test_text_of_ones_own_lies_between_the_facts_and_only_its_train_split(
         ({"seed": -1}, "--seed is -1"),
         ({"tokens": 500}, "--tokens is 500, --tokenizer None and --text None; documents of one length need all three"),
         ({"text": FILE}, r"--tokens is 0, --tokenizer None and --text babilong.jsonl"),
+        ({"other_words": 0.5}, "--other-words are a --text's; give that"),
+        ({"other_words": 1.5}, "--other-words is 1.5; it is a share, from 0 to 1"),
         ({"output": Path("x.txt")}, r"--output x.txt: .* end it with .jsonl"),
         ({"babi": Path("nowhere")}, r"--babi nowhere: 0 files qa1_\*_train.txt; .* whose train split alone is used"),
     ],
