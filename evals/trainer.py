@@ -62,7 +62,7 @@ def train(
     from transformers.trainer_callback import PrinterCallback, TrainerCallback
     from transformers.utils import logging
 
-    from titans_mcore.mixers.neural_memory import steps_of_memories
+    from titans_mcore.mixers.parts import steps_of_memories
 
     class AddingTrainer(Trainer):
         def compute_loss(

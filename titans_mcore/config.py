@@ -102,7 +102,8 @@ class TitansConfig:
     memory_init: Literal["random", "next_token"] = "random"
     """Where queries, keys and values begin. next_token: one map makes queries and keys, the key of a token is that of
     the token before it and its value its own, so that an untrained memory already answers a token with what followed
-    it before; mac's attention begins at each token itself, so that this is what its memory is written with. random:
+    it before; mac's attention begins at each token itself, so that this is what its memory is written with. So begin
+    mixers of the delta rule, too. random:
     nothing matches, and recall has to arise by chance."""
     persistent_tokens: int = 128
     """Learned, input-independent tokens N in front of the sequence (mac: of every segment), per block."""
@@ -153,7 +154,7 @@ class TitansConfig:
             raise ValueError(f"memory_depth is {self.memory_depth}; it must be 1, 2, 3 or 4")
         if not 1 <= self.chunk_size <= 512:
             raise ValueError(f"chunk_size is {self.chunk_size}; it must be between 1 and 512")
-        if self.memory_init == "next_token" and self.conv_kernel < 2 and any(m.memory for m in self.mixers):
+        if self.memory_init == "next_token" and self.conv_kernel < 2 and any(m.memory or m.delta for m in self.mixers):
             raise ValueError(
                 f"memory_init 'next_token' finds the token before by the convolution, and conv_kernel is "
                 f"{self.conv_kernel}; make it 2 or more, or memory_init random"

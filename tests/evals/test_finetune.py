@@ -19,7 +19,7 @@ from evals.niah.training_data import TrainingDataSettings, documents
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.exported import open_model, open_tokenizer
 from titans_mcore.hf.verify import verify
-from titans_mcore.mixers.neural_memory import steps_of_memories
+from titans_mcore.mixers.parts import steps_of_memories
 
 from .conftest import MakeRun
 
@@ -110,6 +110,9 @@ def test_the_steps_of_every_memory_are_seen_and_only_meanwhile(make_run: MakeRun
         model.stream(ids, states)
     model.stream(ids, states)
     assert [tuple(theta.shape) for theta in steps] == [(2, 40, 2, 2)] * 2
+    with steps_of_memories() as steps:
+        load_model(make_run("deltanet")).stream(ids, None)
+    assert [beta.shape[:2] for beta in steps] == [(2, 40)] * 2
 
 
 @pytest.mark.parametrize(

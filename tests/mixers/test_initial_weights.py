@@ -6,6 +6,7 @@ import torch
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import memory_scan
 from titans_mcore.mixers import neural_memory
+from titans_mcore.mixers.linear import DeltaMixer, convolved
 from titans_mcore.mixers.mac import MacMixer
 from titans_mcore.mixers.neural_memory import NeuralMemory, initial_gate_bias
 from titans_mcore.mixers.parts import PlainParts, heads_of
@@ -70,9 +71,20 @@ def test_attention_of_mac_begins_with_keys_like_queries() -> None:
     assert not torch.equal(key_value[:, 8:], query)
 
 
-def test_next_token_needs_a_convolution_that_sees_the_token_before() -> None:
+@pytest.mark.parametrize("variant", ["deltanet", "gated_deltanet"])
+def test_the_delta_rule_begins_with_the_key_of_a_token_as_the_query_of_the_one_before(variant: str) -> None:
+    mixer, x = mixer_of(variant, memory_init="next_token"), torch.randn(2, 30, 8 * 3)
+    assert isinstance(mixer, DeltaMixer)
+    heads, width, values = mixer.shape
+    tokens, _ = convolved(heads_of(mixer.projection(x), heads)[..., : 2 * width + values], None, mixer.kernel, None)
+    queries, keys, _ = tokens.split([width, width, values], -1)
+    torch.testing.assert_close(keys[:, 1:], queries[:, :-1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["lmm", "gated_deltanet"])
+def test_next_token_needs_a_convolution_that_sees_the_token_before(variant: str) -> None:
     with pytest.raises(ValueError, match=r"memory_init 'next_token' .* conv_kernel is 1; make it 2 or more"):
-        TitansConfig(memory_init="next_token", conv_kernel=1)
+        TitansConfig(memory_init="next_token", conv_kernel=1, variant=variant)
     TitansConfig(memory_init="next_token", conv_kernel=1, variant="transformer")
 
 

@@ -7,18 +7,17 @@ Queries, keys and values, E channels each, pass a convolution and SiLU, queries 
 head's answer; there is no gate behind it. Heads are 128 wide where E allows.
 """
 
-import torch
 from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
 from .costs import Workload
-from .linear import Earlier, LinearSpec, LinearState, convolved, delta_scan, initial_taps, wider
-from .parts import FromParts, Parts, heads_of, linear, rms_norm
+from .linear import DeltaMixer, Earlier, LinearSpec, LinearState, convolved, delta_scan, wider
+from .parts import Parts, heads_of, linear, rms_norm
 from .spec import register
 
 
-class DeltaNetMixer(FromParts):
+class DeltaNetMixer(DeltaMixer):
     """The delta rule.
 
     Args:
@@ -27,13 +26,7 @@ class DeltaNetMixer(FromParts):
     """
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
-        super().__init__()
-        heads, keys, values = self.shape = DeltaNet().shape(config)
-        self.parts, self.eps, self.backend = parts.with_heads(heads), config.norm_eps, config.linear_backend
-        self.projection = self.parts.column(config.dim, keys, keys, values, 1)  # a head: query, key, value, beta
-        self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
-        self.output_norm = self.parts.per_head(torch.ones(heads, values))
-        self.output = self.parts.last_row(heads * values, config.dim)
+        super().__init__(config, parts, DeltaNet().shape(config), 1)  # a number for beta
 
     def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""

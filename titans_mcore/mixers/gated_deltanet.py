@@ -15,21 +15,21 @@ from ..config import TitansConfig
 from ..memory import PackedRows
 from .costs import Workload
 from .linear import (
+    DeltaMixer,
     Earlier,
     LinearSpec,
     LinearState,
     convolved,
     delta_scan,
     initial_dt_bias,
-    initial_taps,
     widened,
     wider,
 )
-from .parts import FromParts, Parts, heads_of, linear, rms_norm
+from .parts import Parts, heads_of, linear, rms_norm
 from .spec import register
 
 
-class GatedDeltaNetMixer(FromParts):
+class GatedDeltaNetMixer(DeltaMixer):
     """The gated delta rule.
 
     Args:
@@ -38,17 +38,11 @@ class GatedDeltaNetMixer(FromParts):
     """
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
-        super().__init__()
-        heads, keys, values = self.shape = GatedDeltaNet().shape(config)
-        self.parts, self.eps, self.backend = parts.with_heads(heads), config.norm_eps, config.linear_backend
-        # A head: query, key, value, output gate, and a number each for beta and for the decay.
-        self.projection = self.parts.column(config.dim, keys, keys, values, values, 1, 1)
-        self.kernel = self.parts.per_head(initial_taps(heads, 2 * keys + values, config.conv_kernel))
+        shape = GatedDeltaNet().shape(config)
+        super().__init__(config, parts, shape, shape.values, 1, 1)  # output gates, and numbers for beta and the decay
         # Uniform up to 16; from 0.01 on, since the logarithm of 0 is none.
-        self.A_log = self.parts.per_head(torch.empty(heads).uniform_(0.01, 16.0).log())
-        self.dt_bias = self.parts.per_head(initial_dt_bias(heads))
-        self.output_norm = self.parts.per_head(torch.ones(heads, values))
-        self.output = self.parts.last_row(heads * values, config.dim)
+        self.A_log = self.parts.per_head(torch.empty(shape.heads).uniform_(0.01, 16.0).log())
+        self.dt_bias = self.parts.per_head(initial_dt_bias(shape.heads))
 
     def forward(self, x: Tensor, state: Earlier | None, rows: PackedRows | None = None) -> tuple[Tensor, LinearState]:
         """Mix x as the block holds it; the state of None begins a sequence."""

@@ -18,7 +18,7 @@ from ..linear.handover import Handover
 from ..linear.scan import CHUNK, SPAN, linear_scan
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Workload
-from .parts import causal_conv
+from .parts import FromParts, Parts, causal_conv, next_token_kernels, written
 from .spec import Heads, MixerSpec
 
 
@@ -136,6 +136,39 @@ def key_norm(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+class DeltaMixer(FromParts):
+    """What mixers of the delta rule have in common: queries, keys and values of one map that pass a convolution.
+
+    Args:
+        config: The model's settings.
+        parts: Makes the parameters.
+        shape: Of the heads.
+        others: Widths of what the map makes beside them, for each head.
+    """
+
+    def __init__(self, config: TitansConfig, parts: Parts, shape: LinearShape, *others: int) -> None:
+        super().__init__()
+        heads, keys, values = self.shape = shape
+        self.parts, self.eps, self.backend = parts.with_heads(heads), config.norm_eps, config.linear_backend
+        self.recalls = config.memory_init == "next_token"
+        self.projection = self.parts.column(config.dim, keys, keys, values, *others)
+        self.begin_recalling()
+        taps = config.conv_kernel
+        kernel = initial_taps(heads, 2 * keys + values, taps)
+        if self.recalls:
+            kernel = next_token_kernels(heads, keys, values, taps)
+        self.kernel = self.parts.per_head(kernel)
+        self.output_norm = self.parts.per_head(torch.ones(heads, values))
+        self.output = self.parts.last_row(heads * values, config.dim)
+
+    @torch.no_grad()
+    def begin_recalling(self) -> None:
+        """Keys get the map of queries where config.memory_init says so."""
+        if self.recalls:
+            rows = self.projection.get_parameter("weight").unflatten(0, (self.parts.heads, -1))
+            rows[:, self.shape.keys : 2 * self.shape.keys] = rows[:, : self.shape.keys]
+
+
 def delta_scan(
     tokens: Tensor,
     beta: Tensor,
@@ -160,12 +193,14 @@ def delta_scan(
         What linear_scan does.
     """
     q, k, v = tokens.split([shape.keys, shape.keys, shape.values], -1)
+    step = widened(beta.squeeze(-1)).sigmoid()
+    written(step)
     return linear_scan(
         key_norm(q),
         key_norm(k),
         v,
         log_decay,
-        widened(beta.squeeze(-1)).sigmoid(),
+        step,
         scale=shape.keys**-0.5,
         state=None if state is None else state.part("matrix"),
         rows=rows,
@@ -204,7 +239,6 @@ class LinearSpec(MixerSpec):
 
     Attributes:
         width: Of a head's keys, as published.
-        delta: Whether it follows the delta rule.
         shared: Whether all heads share queries and keys, which tensor-parallel ranks then hold whole.
         rotary: Whether queries and keys carry rotary positions.
     """
@@ -212,7 +246,6 @@ class LinearSpec(MixerSpec):
     state: type[TensorTree] = LinearState
     composes = True
     width: int
-    delta = False
     shared = False
     rotary = False
 

@@ -1,9 +1,6 @@
 """The long-term memory as a layer: projections, convolution and gates in front of memory_scan, norm and gate behind."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +12,18 @@ from ..config import TitansConfig
 from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan
 from ..memory.checkpoint import kept
 from ..memory.rule import initial_weights
-from .parts import FromParts, Parts, causal_conv, copy_rows, heads_of, linear, rms_norm, unit_norm
-
-_STEPS: ContextVar["list[Tensor] | None"] = ContextVar("steps", default=None)
-
-
-@contextmanager
-def steps_of_memories() -> Iterator[list[Tensor]]:
-    """Collects theta, (B, T, heads, L_M), of every memory written meanwhile, for objectives that ask for less of it."""
-    steps: list[Tensor] = []
-    before = _STEPS.set(steps)
-    try:
-        yield steps
-    finally:
-        _STEPS.reset(before)
+from .parts import (
+    FromParts,
+    Parts,
+    causal_conv,
+    copy_rows,
+    heads_of,
+    linear,
+    next_token_kernels,
+    rms_norm,
+    unit_norm,
+    written,
+)
 
 
 @dataclass
@@ -121,8 +116,7 @@ class NeuralMemory(FromParts):
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
         tokens = queries, keys, values, *self._gates(gates), list(self.initial_weights)
-        if (steps := _STEPS.get()) is not None:
-            steps.append(tokens[3])
+        written(tokens[3])
         reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
@@ -263,22 +257,15 @@ def gate_widths(config: TitansConfig) -> list[int]:
 def initial_kernels(config: TitansConfig) -> tuple[Tensor, Tensor]:
     """Convolutions before training, of queries (H, D, K), and of keys and values (H, 2 D, K), maybe with gates behind.
 
-    With config.memory_init "next_token" the key of token t + 1 is the query of token t: a random mixture of the last
-    K - 1 tokens, later ones more, so that the places that resemble each other are those with the same tokens before
-    them. Values and gates begin as the token's own.
+    Gates begin as the token's own.
     """
     (heads, width), taps = config.memory_shape, config.conv_kernel
     gates = torch.zeros(heads, config.gate_convolution * sum(gate_widths(config)), taps)
     gates[..., -1] = 1.0
     if config.memory_init == "random":
         query, key_value = (torch.randn(heads, channels, taps) / math.sqrt(taps) for channels in (width, 2 * width))
-        return query, torch.cat([key_value, gates], 1)
-    back = torch.arange(taps - 2, -1, -1)  # 0 for the token itself
-    mixture = torch.where(back == 0, 1.0, torch.randn(heads, width, taps - 1) * 0.7**back)
-    query, key_value = torch.zeros(heads, width, taps), torch.zeros(heads, 2 * width, taps)
-    query[..., 1:] = mixture
-    key_value[:, :width, :-1] = mixture
-    key_value[:, width:, -1] = 1.0
+    else:
+        query, key_value = next_token_kernels(heads, width, width, taps).split([width, 2 * width], 1)
     return query, torch.cat([key_value, gates], 1)
 
 

@@ -5,6 +5,9 @@ Inputs and outputs are (B, T, E); B, T, H, D, L and N as in config.py.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, Self
 
 import torch
@@ -225,6 +228,44 @@ def copy_rows(source: nn.Module, target: nn.Module, heads: int, rows: int) -> No
     """Gives the first rows of every head in one column map the weights that another one has there."""
     of_source, of_target = (module.get_parameter("weight").unflatten(0, (heads, -1)) for module in (source, target))
     of_target[:, :rows] = of_source[:, :rows]
+
+
+def next_token_kernels(heads: int, keys: int, values: int, taps: int) -> Tensor:
+    """Convolutions of queries, keys and values, (H, 2 K + V, taps), with config.memory_init "next_token".
+
+    Where one map makes queries and keys, the key of token t + 1 is the query of token t: a random mixture of the last
+    taps - 1 tokens, later ones more, so that the places that resemble each other are those with the same tokens before
+    them. Values begin as the token's own.
+    """
+    back = torch.arange(taps - 2, -1, -1)  # 0 for the token itself
+    mixture = torch.where(back == 0, 1.0, torch.randn(heads, keys, taps - 1) * 0.7**back)
+    kernels = torch.zeros(heads, 2 * keys + values, taps)
+    kernels[:, :keys, 1:] = kernels[:, keys : 2 * keys, :-1] = mixture
+    kernels[:, 2 * keys :, -1] = 1.0
+    return kernels
+
+
+_WRITTEN: ContextVar["list[Tensor] | None"] = ContextVar("written", default=None)
+
+
+@contextmanager
+def steps_of_memories() -> Iterator[list[Tensor]]:
+    """Collects what every memory written meanwhile takes steps of, for objectives that ask for less of it.
+
+    Of Titans theta, (B, T, heads, L_M); of the delta rule beta, (B, T, heads).
+    """
+    steps: list[Tensor] = []
+    before = _WRITTEN.set(steps)
+    try:
+        yield steps
+    finally:
+        _WRITTEN.reset(before)
+
+
+def written(step: Tensor) -> None:
+    """Gives a memory's steps to steps_of_memories."""
+    if (steps := _WRITTEN.get()) is not None:
+        steps.append(step)
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:

@@ -56,6 +56,7 @@ class MixerSpec:
         state: What it carries through time.
         attention: Beginnings of the names of attention's maps, into it and out of it; none without attention.
         memory: Whether it has a NeuralMemory, as `memory`.
+        delta: Whether its state follows the delta rule, by queries and keys of its own.
         persistent: Whether it has persistent tokens.
         composes: Whether its state is a linear map of the one before, which it takes as an Earlier (linear.py): ranks
             that share a row work on it at the same time.
@@ -75,6 +76,7 @@ class MixerSpec:
     state: type[TensorTree]
     attention: tuple[str, ...] = ()
     memory = False
+    delta = False
     persistent = False
     composes = False
     front = False
