@@ -6,22 +6,22 @@ usage() {
     cat <<'TEXT'
 usage: bash launch/recall.sh [--variant X] [--seed N] [--text FILE --haystack FILE] [OPTION ...]
 
-Trains a small model on lists that are said again and again, fine-tunes it on the answers of documents of S-NIAH, all in
-rows of 256 tokens (320 with prose), and looks for needles at up to 65,536. Run it again and it goes on where it stopped.
-evals/results/recall/README.md says what it finds.
+Trains a small model on lists that are said again and again, fine-tunes it on the answers of documents of S-NIAH, in
+rows of 256 tokens, and looks for needles at up to 65,536; with prose on numbers and uuids, one of up to six of them, in
+rows of 512. Run it again and it goes on where it stopped. evals/results/recall/README.md says what it finds.
 
   --variant X             token mixer, a name in titans_mcore/mixers (default mag), or several joined by +
   --seed N                decides initial weights and the order of the documents (default 0)
-  --text FILE             UTF-8 text that needles are hidden in, too, in two documents of three
+  --text FILE             UTF-8 text that needles are hidden in, too
   --haystack FILE         other text, that they are looked for in
-  --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536
+  --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536, with --text 512 8192 32768
   --samples N             samples of each length and depth; default: 4
-  --steps N               updates on answers; default: 400, with --text 600
+  --steps N               updates on answers; default: 400, with --text 1400, then 250 at a higher price on writing
   --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
 Everything is written to runs/recall/ (with --text runs/recall-prose/): data/ for all, the run VARIANT-SEED-lists/, the
-Hugging Face folder VARIANT-SEED/ and VARIANT-SEED-eval/.
+Hugging Face folder VARIANT-SEED/ (VARIANT-SEED-first/ before it) and VARIANT-SEED-eval/.
 TEXT
 }
 
@@ -79,19 +79,26 @@ for name in text haystack; do
         exit 2
     fi
 done
-tokens=256 tasks=(pk) tune=(--write-cost 50 --text-weight 1) top=runs/recall
-if [[ -n $text ]]; then # prose is predicted by what was written of it: the weight of its loss keeps gates open
+top=runs/recall list=256 tokens=256 made=4800 updates=400 look=(256 1024 4096 16384 65536)
+answers=(--repeats 2 --questions 3 --other-words 0.25)
+tune=(--write-cost 50 --text-weight 1) asked=(pk --max-new-tokens 16) again=()
+if [[ -n $text ]]; then
     text=$(realpath "$text") haystack=$(realpath "$haystack")
-    tokens=320 tasks=(pk n n) tune=(--write-cost 10 --text-weight 0.02 --learning-rate 1e-3) top=runs/recall-prose
+    top=runs/recall-prose list=384 tokens=512 made=11300 updates=1400 look=(512 8192 32768)
+    answers=(--needles 3 --questions 2 --other-words 0.5 --text "$text" --tasks pk mk1 mk1 mk1 n w w)
+    # Prose is predicted by what was written of it: the weight of its loss keeps gates open.
+    tune=(--write-cost 10 --text-weight 0.02) asked=(pk n w mk1 --text "$haystack" --max-new-tokens 48)
+    again=(--steps 250 --write-cost 200 --learning-rate 1e-3) # at first answers need the gates
+    settings=(--model.conv-kernel 20 ${settings[@]+"${settings[@]}"}) # the key, and all digits that came, are in sight
 fi
-steps=${steps:-$((${#text} ? 600 : 400))}
+steps=${steps:-$updates}
 for name in samples steps; do
     if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
         printf "error: --%s is '%s'; it must be a whole number above 0\n" "$name" "${!name}" >&2
         exit 2
     fi
 done
-if ((${#lengths[@]} == 0)); then lengths=(256 1024 4096 16384 65536); fi
+if ((${#lengths[@]} == 0)); then lengths=("${look[@]}"); fi
 
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -134,6 +141,16 @@ documents() {
         --tokens "$2" --documents "$3" --tokenizer "$data/tokenizer.model" "${@:4}"
 }
 
+# tuned CHECKPOINT FOLDER OPTIONS ...: a model fine-tuned on the answers.
+tuned() {
+    if [[ -f $2/config.json ]]; then
+        say "Fine-tuned on answers, $2 (done already)"
+        return
+    fi
+    step "Fine-tune on answers" "$PYTHON" -m evals.finetune --checkpoint "$1" --documents "$data/answers.jsonl" \
+        --output "$2" --seed "$seed" --batch 8 "${@:3}"
+}
+
 if [[ -z $text ]]; then
     cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
 elif [[ ! -f $data/tokenizer.model ]]; then
@@ -141,8 +158,8 @@ elif [[ ! -f $data/tokenizer.model ]]; then
     step 'Tokenizer' "$PYTHON" -m tokenization.train --input "$text" "$data/words.jsonl" \
         --output "$data/tokenizer.model" --vocab-size 2048
 fi
-documents lists "$tokens" 4500 --lists
-documents answers "$tokens" 4800 --repeats 2 --questions 3 --other-words 0.25 --tasks "${tasks[@]}" ${text:+--text "$text"}
+documents lists "$list" 4500 --lists
+documents answers "$tokens" "$made" "${answers[@]}"
 
 if [[ -f $data/lists/manifest.json ]]; then
     say 'Shards of lists (done already)'
@@ -152,13 +169,9 @@ else
 fi
 step "Pretrain $variant, seed $seed, on lists" bash launch/torchrun.sh --config recall --model.variant "$variant" \
     --run-dir "$run-lists" --train.seed "$seed" --nproc 1 --data.path "$data/lists" \
-    --train.sequence-length "$tokens" ${settings[@]+"${settings[@]}"}
-if [[ -f $run/config.json ]]; then
-    say "Fine-tuned on answers, $run (done already)"
-else
-    step "Fine-tune on answers" "$PYTHON" -m evals.finetune --checkpoint "$run-lists" --documents "$data/answers.jsonl" \
-        --output "$run" --seed "$seed" --steps "$steps" --batch 8 "${tune[@]}"
-fi
+    --train.sequence-length "$list" ${settings[@]+"${settings[@]}"}
+tuned "$run-lists" "$run${again:+-first}" --steps "$steps" "${tune[@]}"
+if ((${#again[@]})); then tuned "$run-first" "$run" "${again[@]}"; fi
 
 step "S-NIAH" "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run-eval" --lengths "${lengths[@]}" --depths 5 \
-    --tasks pk ${text:+n --text "$haystack"} --samples "$samples" --max-new-tokens 16 ${controls[@]+"${controls[@]}"}
+    --samples "$samples" ${controls[@]+"${controls[@]}"} --tasks "${asked[@]}"
