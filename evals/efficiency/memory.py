@@ -6,8 +6,10 @@ A row for every case, whatever becomes of it.
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,9 +25,18 @@ from evals.report import bytes_text, table, write_bytes, write_json
 Row = dict[str, Any]
 _START_SECONDS = 300.0  # beside a case's limit: importing torch takes long on a busy machine
 _ORACLE_LENGTH = 256  # tokens; the literal loop is a reference, not a contender
-_COMPARED = """Every case runs in a process of its own, one after the other, and the median of its repeats counts. Peak
-memory is what the first two full-size runs take above the process with its libraries, inputs and parameters: resident
-memory on a CPU, allocated memory on a GPU. Inputs and parameters are random; denormals are flushed.
+# On two CPU cores: T, titans-pytorch's setting, how much longer it is to take and how much more memory.
+_TARGETS = (
+    (256, "chunk_size=1 batch_size=16", 100, 30),
+    (256, "chunk_size=1 batch_size=None", 100, 30),
+    (4_096, "chunk_size=16 batch_size=16", 30, 4),
+    (4_096, "chunk_size=16 batch_size=None", 8, 4),
+)
+_MOST_MEMORY = {256: 26.7e6, 4_096: 186e6}  # bytes by T: what a layer took in torch operations
+_COMPARED = """Every case runs in a process of its own. On a CPU the repeats of cases of one length take turns, so that
+what else the machine does hits all alike; the median of the repeats counts. Peak memory is what the first two full-size
+runs take above the process with its libraries, inputs and parameters: resident memory on a CPU, allocated memory on a
+GPU. Inputs and parameters are random; denormals are flushed.
 
 - titans-mcore layer: pre-norm, projections, convolution, gates per token, head and weight matrix, the memory,
   output norm and gate, output projection; no persistent tokens. scan: `memory_scan` alone, by backend.
@@ -56,9 +67,9 @@ def measure(settings: MemorySettings) -> str:
         2 if settings.quick else settings.repeats, settings.threads, settings.limit_seconds, settings.limit_gigabytes
     )
     report = {**circumstances(settings, device), "rows": list[Row]()}
-    for number, case in enumerate(cases, 1):
-        say(f"{number} of {len(cases)}: {case.name}")
-        report["rows"].append(run_case(case, limits))  # what is finished is written, whatever becomes of the rest
+    for group in _groups(cases, device):
+        say(f"{len(report['rows'])} of {len(cases)} cases done; {len(group)} at T = {group[0].length:,}")
+        report["rows"] += run_cases(group, limits)  # what is finished is written, whatever becomes of the rest
         write_json(settings.output / "memory.json", report)
         write_bytes(settings.output / "memory.md", markdown(report).encode())
     return markdown(report)
@@ -123,36 +134,71 @@ def _side_by_side(base: Case) -> Iterator[Case]:
                 yield replace(theirs, setting=setting, gates=gates, chunk=chunk)
 
 
-def run_case(case: Case, limits: Limits) -> Row:
-    """Measures a case: the case itself, `status` ("measured", "out of memory", "not run", "failed"), and either numbers
-    or a `reason`."""
+def _groups(cases: Sequence[Case], device: str) -> list[list[Case]]:
+    """Cases that take turns. A GPU is nobody else's, and what those that wait would hold of its memory is much."""
+    if device == "cuda":
+        return [[case] for case in cases]
+    return [[case for case in cases if case.length == length] for length in dict.fromkeys(x.length for x in cases)]
+
+
+def run_cases(cases: Sequence[Case], limits: Limits) -> list[Row]:
+    """Measures cases: each one's process warms up and stops, and the repeats go round.
+
+    Returns:
+        For each the case itself, `status` ("measured", "out of memory", "not run", "failed"), and either numbers or a
+        `reason`.
+    """
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for case in cases:
+            processes.append(_started(case, limits))
+            _wait(processes[-1], _START_SECONDS + limits.seconds)
+        for process in limits.repeats * processes:
+            process.send_signal(signal.SIGCONT)
+            _wait(process, limits.seconds)
+        return [_row(case, process, limits) for case, process in zip(cases, processes, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _started(case: Case, limits: Limits) -> "subprocess.Popen[str]":
     words = [json.dumps(asdict(case)), json.dumps(asdict(limits))]
     # Threads that wait must not spin.
     own = {"OMP_NUM_THREADS": str(limits.threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": python_path()}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "evals.efficiency.worker", *words],
-            env={**os.environ, **own},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_START_SECONDS + limits.seconds,
-        )
-    except subprocess.TimeoutExpired:
-        found = {"status": "not run", "reason": f"did not start in {_START_SECONDS:g} s"}
-    else:
-        found = json.loads(done.stdout) if done.stdout.endswith("}\n") else _crashed(done, limits)
+    return subprocess.Popen(
+        [sys.executable, "-m", "evals.efficiency.worker", *words],
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+
+
+def _wait(process: "subprocess.Popen[str]", seconds: float) -> None:
+    """Until a process has stopped itself or ended; one that takes longer is ended as if by its own alarm."""
+    deadline, stopped = time.monotonic() + seconds, os.WSTOPPED | os.WNOWAIT | os.WNOHANG
+    while process.poll() is None and not os.waitid(os.P_PID, process.pid, stopped):
+        if time.monotonic() > deadline:
+            process.send_signal(signal.SIGALRM)
+        time.sleep(0.01)
+
+
+def _row(case: Case, process: "subprocess.Popen[str]", limits: Limits) -> Row:
+    out, errors = process.communicate()
+    found = json.loads(out) if out.endswith("}\n") else _crashed(process.returncode, errors, limits)
     return {"name": case.name, **asdict(case), **found}
 
 
-def _crashed(done: "subprocess.CompletedProcess[str]", limits: Limits) -> Row:
+def _crashed(status: int, errors: str, limits: Limits) -> Row:
     """How a process ended without a last word: mostly it was killed for memory."""
-    if done.returncode == -signal.SIGALRM:
+    if status == -signal.SIGALRM:
         return {"status": "not run", "reason": f"takes more than --limit-seconds {limits.seconds:g}"}
-    if done.returncode == -signal.SIGKILL:
+    if status == -signal.SIGKILL:
         return {"status": "out of memory", "reason": "the system killed the process"}
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
-    return {"status": "failed", "reason": f"the process ended with status {done.returncode}: {last}"}
+    last = (errors.strip().splitlines() or ["no message"])[-1][:200]
+    return {"status": "failed", "reason": f"the process ended with status {status}: {last}"}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -171,9 +217,34 @@ def markdown(report: dict[str, Any]) -> str:
         notes = "".join(f"\n- {note}" for note in _notes(rows))
         lines = table(("", "direction", "tokens/s", "ms", "peak memory"), list(map(_cells, rows)))
         parts.append(f"## T = {length:,} ({shape}, {first['dtype']})\n\n```text\n{lines}\n```{notes}")
+    if targets := list(_targets(report["rows"])):
+        what = f"Forward and backward of a layer on two CPU cores, {TITANS_PYTORCH} over {OURS}; then of {OURS} alone."
+        lines = table(("", "quantity", "aimed at", "this run", ""), targets)
+        parts.append(f"## Targets\n\n{what}\n\n```text\n{lines}\n```")
     if report["device_kind"] != "cuda":
         parts.append("## GPU\n\nnot measured: no GPU")
     return "\n\n".join(parts) + "\n"
+
+
+def _targets(rows: Sequence[Row]) -> Iterator[list[str]]:
+    measured = {
+        (row["length"], row["setting"]): row
+        for row in rows
+        if (row["part"], row["direction"], row["status"], row["device"]) == ("layer", BOTH, "measured", "cpu")
+    }
+    for length, setting, longer, larger in _TARGETS:
+        ours, theirs = measured.get((length, "auto")), measured.get((length, setting))
+        if ours is None or theirs is None:
+            continue
+        in_turn = zip(theirs["all_seconds"], ours["all_seconds"], strict=False)
+        found = statistics.median(a / b for a, b in in_turn), theirs["peak_bytes"] / ours["peak_bytes"]
+        for what, wanted, ratio in zip(("time", "peak memory"), (longer, larger), found, strict=True):
+            reached = "reached" if ratio >= wanted else "missed"
+            yield [f"T = {length:,}, {setting}", what, f">= {wanted}x", f"{ratio:.1f}x", reached]
+    for length, most in _MOST_MEMORY.items():
+        if ours := measured.get((length, "auto")):
+            found_bytes, reached = ours["peak_bytes"], "reached" if ours["peak_bytes"] <= most else "missed"
+            yield [f"T = {length:,}", "peak memory", f"<= {bytes_text(most)}", bytes_text(found_bytes), reached]
 
 
 def _cells(row: Row) -> list[str]:

@@ -1,6 +1,7 @@
 """Measures one case in a process of its own: `python -m evals.efficiency.worker CASE LIMITS`, both as JSON.
 
-It answers with a line of JSON: what it has found, or the fault.
+It answers with a line of JSON: what it has found, or the fault. Before every repeat it stops itself and waits for
+SIGCONT, so that the repeats of several cases can take turns.
 
 titans-pytorch is called with what comes closest to this project's layer: momentum and forgetting on, a residual
 LayerNorm network of the same shape per head, a learning rate per weight matrix (`per_parameter_lr_modulation`), its own
@@ -245,13 +246,17 @@ def measured(case: Case, subject: Subject, limits: Limits) -> dict[str, Any]:
         gc.collect()
         finite = all(bool(x.isfinite().all()) for x in run(case, subject, inputs, gradient))
     found = {"baseline_bytes": baseline, "peak_bytes": peak.bytes() - baseline, "finite": finite}
-    seconds: list[float] = []
-    while len(seconds) < limits.repeats and time.monotonic() - began + max(seconds, default=0.0) < limits.seconds:
+    seconds, left = list[float](), limits.seconds - (time.monotonic() - began)
+    while len(seconds) < limits.repeats and max(seconds, default=0.0) < left:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until it is this case's turn
+        signal.setitimer(signal.ITIMER_REAL, left)
         gc.collect()  # what one run left in cycles is not the next one's memory
         started = time.perf_counter()
         run(case, subject, inputs, gradient)
         synchronize(device)
         seconds.append(time.perf_counter() - started)
+        left -= seconds[-1]
     signal.setitimer(signal.ITIMER_REAL, 0)
     few = f"{len(seconds)} of {limits.repeats} repeats in --limit-seconds {limits.seconds:g}"
     if not seconds:

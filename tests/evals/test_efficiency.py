@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from evals.command_line import EvaluationError, run_command
 from evals.efficiency import MemorySettings
 from evals.efficiency import __main__ as efficiency
-from evals.efficiency.memory import plan, run_case
+from evals.efficiency.memory import markdown, plan, run_cases
 from evals.efficiency.worker import BOTH, OURS, TITANS_PYTORCH, Case, Limits
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,15 +75,15 @@ def test_quick_run_reports_ours_and_says_why_the_other_is_missing(
 def test_titans_pytorch_runs_with_gates_per_token_and_pooled() -> None:
     pytest.importorskip("titans_pytorch", reason="needs the extra `bench`")
     settings = ({"gates": 1, "chunk": 16}, {"gates": 16, "chunk": 0})
-    rows = [run_case(tiny(TITANS_PYTORCH, **setting), LIMITS) for setting in settings]
+    rows = run_cases([tiny(TITANS_PYTORCH, **setting) for setting in settings], LIMITS)
     assert [row["status"] for row in rows] == ["measured", "measured"]
     assert all(row["seconds"] > 0 and row["version"] for row in rows)
 
 
 def test_a_case_that_does_not_run_says_why() -> None:
-    wrong = run_case(tiny(setting="nothing"), LIMITS)
+    wrong = run_cases([tiny(setting="nothing")], LIMITS)[0]
     assert (wrong["status"], wrong["reason"][:11]) == ("failed", "ValueError:")
-    large = run_case(tiny(length=1_000_000, part="scan"), replace(LIMITS, gigabytes=0.2))
+    large = run_cases([tiny(length=1_000_000, part="scan")], replace(LIMITS, gigabytes=0.2))[0]
     assert large["status"] == "out of memory"
     assert large["reason"].endswith("would pass --limit-gigabytes")
     assert "seconds" not in large
@@ -92,14 +92,40 @@ def test_a_case_that_does_not_run_says_why() -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(0.01, "takes more than --limit-seconds 0.01"), (60.0, None)])
 def test_a_case_over_its_time_gives_no_number(seconds: float, words: str | None) -> None:
     slow = tiny(part="scan", setting="oracle", length=2_048 if words else 64)
-    row = run_case(slow, replace(LIMITS, seconds=seconds))
+    row = run_cases([slow], replace(LIMITS, seconds=seconds))[0]
     assert (row["status"], row["reason"]) == ("not run" if words else "measured", words)
+
+
+def test_cases_in_turn_end_each_by_itself() -> None:
+    """One that fails and one that is too slow leave the others their repeats."""
+    cases = [tiny(), tiny(setting="nothing"), tiny(part="scan", setting="native")]
+    rows = run_cases(cases, LIMITS)
+    assert [row["status"] for row in rows] == ["measured", "failed", "measured"]
+    assert [len(row["all_seconds"]) for row in rows[::2]] == [LIMITS.repeats] * 2
+
+
+def test_targets_are_judged_by_repeats_taken_in_turn() -> None:
+    def row(implementation: str, setting: str, seconds: list[float], peak: float) -> dict[str, Any]:
+        case = tiny(implementation, length=256, setting=setting, device="cpu", part="layer")
+        measured = {"status": "measured", "finite": True, "reason": None, "peak_bytes": peak, "version": None}
+        median = sorted(seconds)[len(seconds) // 2]
+        speed = {"seconds": median, "tokens_per_second": 1.0, "all_seconds": seconds}
+        return {"name": case.name, **asdict(case), **measured, **speed}
+
+    ours = row(OURS, "auto", [1.0, 3.0, 1.0], 20e6)  # the second repeats met a busy machine
+    theirs = row(TITANS_PYTORCH, "chunk_size=1 batch_size=16", [120.0, 330.0, 90.0], 400e6)
+    facts = dict.fromkeys(("device", "threads", "torch", "commit", "date", "command"), "x")
+    said = markdown({**facts, "device_kind": "cpu", "rows": [ours, theirs]}).partition("## Targets")[2]
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert "T = 256, chunk_size=1 batch_size=16 time >= 100x 110.0x reached" in lines
+    assert "T = 256, chunk_size=1 batch_size=16 peak memory >= 30x 20.0x missed" in lines
+    assert any(line.startswith("T = 256 peak memory <= 26.7 MB") and line.endswith("reached") for line in lines)
 
 
 def test_a_process_that_dies_is_a_failed_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'torch' not in sys.modules: os._exit(7)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    row = run_case(tiny(), LIMITS)
+    row = run_cases([tiny()], LIMITS)[0]
     assert (row["status"], row["reason"]) == ("failed", "the process ended with status 7: no message")
 
 

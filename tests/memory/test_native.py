@@ -221,10 +221,11 @@ def test_a_key_of_zeros_leaves_every_gradient_finite() -> None:
 @needs_library
 def test_operator_keeps_the_rules_of_torch() -> None:
     """Schema, fake tensors and autograd's registration."""
-    stream = make_stream(32, 2)
+    stream = make_stream(32, 2, width=8)
     state = [w.expand(2, *w.shape).contiguous() for w in stream.weights]
     leaves = [x.detach().requires_grad_() for x in (*stream.tokens, *stream.norm.values())]
-    setting = operation.Setting(8, 2, True, True, True, False, 3.0, 8, 1e-6, 1e-6)
+    widths = [8, *(w.shape[-1] for w in stream.weights)]
+    setting = operation.Setting(widths, 8, 2, True, True, True, False, 3.0, 8, 1e-6, 1e-6)
     momentum = [torch.zeros_like(w) for w in state]
     arguments = (*leaves, stream.weights, state, momentum, [], [], None, None, *setting, True)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -246,7 +247,7 @@ def test_a_state_that_does_not_fit_is_named() -> None:
     stream, other = make_stream(16, 2), make_stream(16, 2, width=8)
     settings = {**stream.settings, "chunk_size": 8, "backend": "native"}
     _, state = memory_scan(*other.tokens, other.weights, network="residual_norm", chunk_size=8)
-    with pytest.raises(ValueError, match="matrix 1 of the memory's state has shape"):
+    with pytest.raises(ValueError, match="matrix 0 of the memory's state has shape"):
         memory_scan(*stream.tokens, stream.weights, **settings, state=state)
     _, state = memory_scan(*stream.tokens, stream.weights, **settings)
     with pytest.raises(ValueError, match=r"computes in torch\.float64, and its state holds torch\.float32"):

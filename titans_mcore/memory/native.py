@@ -117,6 +117,7 @@ def _setting(operation: Any, memory: Memory, chunks: Chunks, count: int = 1) -> 
     """All else that it takes, for so many chunks."""
     rule = memory.rule
     return operation.Setting(
+        widths=[*(w.shape[-2] for w in memory.initial), memory.initial[-1].shape[-1]],
         size=chunks.size,
         group=group_size(count),
         closed=chunks.closed,

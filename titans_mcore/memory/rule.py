@@ -222,7 +222,7 @@ def gelu_gradient(gradient: Tensor, z: Tensor) -> Tensor:
 
 
 RULES = ("stable", "literal")
-VERSION = 4  # of the rule, and of what its native and fused forms take: an exported folder may find others installed
+VERSION = 5  # of the rule, and of what its native and fused forms take: an exported folder may find others installed
 SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
 
 

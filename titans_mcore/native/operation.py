@@ -1,6 +1,7 @@
 """The torch operators `titans_mcore::memory_scan` and `memory_scan_backward`, and the way to memory.cpp.
 
-Queries, keys and values are (B, C b, H, D), gates (B, C b, H, L), states and M_0 lists over the L matrices.
+Queries, keys and values are (B, C b, H, D), gates (B, C b, H, L), states and M_0 lists over the L matrices. The
+operators take channels in whole lines of the cache; `scan` and `go_on` pad those that are not.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .build import library
 
@@ -45,6 +47,7 @@ class Setting(NamedTuple):
     """What is no tensor: see memory.rule.Rule and memory.layout.Chunks.
 
     Attributes:
+        widths: d_in of each matrix, then D.
         size: Slots b of a chunk.
         group: Chunks between two states that are kept.
         closed: Whether a chunk that is full has ended.
@@ -57,6 +60,7 @@ class Setting(NamedTuple):
         epsilon: LayerNorm's.
     """
 
+    widths: list[int]
     size: int
     group: int
     closed: bool
@@ -72,8 +76,8 @@ class Setting(NamedTuple):
 _ARGUMENTS = (
     "Tensor queries, Tensor keys, Tensor values, Tensor theta, Tensor eta, Tensor alpha, Tensor? scale, Tensor? shift,"
     " Tensor[] anchors, Tensor[] weights, Tensor[] momentum, Tensor[] fresh_weights, Tensor[] fresh_momentum,"
-    " Tensor? counts, Tensor? restarts, int size, int group, bool closed, bool norm, bool exact, bool holds_last,"
-    " float rms_limit, float whole, float smallest_decay, float epsilon"
+    " Tensor? counts, Tensor? restarts, int[] widths, int size, int group, bool closed, bool norm, bool exact,"
+    " bool holds_last, float rms_limit, float whole, float smallest_decay, float epsilon"
 )
 _TENSORS = 15  # arguments in front of the settings
 _NAMES = ("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift")
@@ -90,18 +94,13 @@ class _Call:
     """
 
     def __init__(self, tensors: Sequence[Any], setting: Setting, old: int = 0) -> None:
-        queries, weights = tensors[0], tensors[9]
-        batch, slots, heads, width = queries.shape
+        queries = tensors[0]
+        batch, slots, heads, _ = queries.shape
         self.like, self.held = queries, list[Tensor]()
-        size, group, closed, norm, exact, holds_last, *rest = setting
-        widths = [*(w.shape[-2] for w in weights), width]
-        for matrices in tensors[9:13]:
-            for i, x in enumerate(matrices):
-                if x.shape != (batch, heads, widths[i], widths[i + 1]):
-                    raise ValueError(f"matrix {i} of the memory's state has shape {tuple(x.shape)}, which does not fit")
+        widths, size, group, closed, norm, exact, holds_last, *rest = setting
         # A list of words, not a ctypes.Structure, which takes longer to fill than a token to compute.
         self.memories, padding = batch * heads, [0] * (5 - len(widths))
-        self.words = [batch, heads, slots // size, size, group, len(weights), *widths, *padding]
+        self.words = [batch, heads, slots // size, size, group, len(widths) - 1, *widths, *padding]
         self.words += [int(norm), int(bool(tensors[8])), int(exact), int(holds_last), int(closed), old]
         self.words += struct.unpack("4q", struct.pack("4d", *rest))
         self.words += [0] * (_WORDS - len(self.words))
@@ -178,8 +177,7 @@ def _results(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor], Tenso
     weights_after, momentum_after = ([x.new_empty(x.shape) for x in weights] for _ in range(2))
     batch, slots, heads, _ = queries.shape
     groups = -(-(slots // setting.size) // setting.group)
-    lanes = _LINE // queries.element_size()  # a state's rows are padded to vectors, of a line at most
-    size = sum(2 * w.shape[-2] * (-(-w.shape[-1] // lanes) * lanes) for w in weights)
+    size = sum(2 * w.shape[-2] * w.shape[-1] for w in weights)
     kept = queries.new_empty(groups - 1 if keep else 0, batch * heads, size)
     return _unwritten(queries, counts), weights_after, momentum_after, kept
 
@@ -279,6 +277,29 @@ torch.library.register_autograd(_SCAN, _back, setup_context=_save, lib=_OPERATOR
 torch.library.register_autograd(_BACK, _no_second_derivative, lib=_OPERATORS)
 
 
+def _in_lines(tensors: Sequence[Any], widths: list[int]) -> Sequence[Any]:
+    """Arguments of an operator, their channels padded with zeros to whole lines of the cache."""
+    batch, _, heads, _ = tensors[0].shape
+    for matrices in tensors[9:13]:
+        for i, x in enumerate(matrices):
+            if x.shape != (batch, heads, widths[i], widths[i + 1]):
+                raise ValueError(f"matrix {i} of the memory's state has shape {tuple(x.shape)}, which does not fit")
+    line = _LINE // tensors[0].element_size()
+    if not any(w % line for w in widths):
+        return tensors
+    rows = [None if x is None else _to_line(x, line) for x in (*tensors[:3], *tensors[6:8])]
+    lists = [[F.pad(_to_line(x, line), (0, 0, 0, -x.shape[-2] % line)) for x in xs] for xs in tensors[8:13]]
+    return *rows[:3], *tensors[3:6], *rows[3:], *lists, *tensors[13:]
+
+
+def _to_line(x: Tensor, line: int) -> Tensor:
+    return F.pad(x, (0, -x.shape[-1] % line))
+
+
+def _cut(matrices: list[Tensor], widths: list[int]) -> list[Tensor]:
+    return [x[..., : widths[i], : widths[i + 1]] for i, x in enumerate(matrices)]
+
+
 def scan(tensors: Sequence[Any], setting: Setting) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Reads (B, C b, H, D), and weights and momentum after the last chunk, L of (B, H, d_in, d_out).
 
@@ -288,15 +309,18 @@ def scan(tensors: Sequence[Any], setting: Setting) -> tuple[Tensor, list[Tensor]
             and those in which documents begin, L of (B, H, d_in, d_out) or empty; counts and restarts (C, B) or None.
         setting: The rest.
     """
+    widths, given = setting.widths, _in_lines(tensors, setting.widths)
     flat = (y for x in tensors if x is not None for y in (x if isinstance(x, list) else [x]))
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in flat)
-    reads, weights, momentum, _ = torch.ops.titans_mcore.memory_scan(*tensors, *setting, keep)
-    return reads, weights, momentum
+    reads, weights, momentum, _ = torch.ops.titans_mcore.memory_scan(*given, *setting, keep)
+    if given is tensors:
+        return reads, weights, momentum
+    return reads[..., : widths[-1]], _cut(weights, widths), _cut(momentum, widths)
 
 
 def go_on(
     tensors: Sequence[Any], setting: Setting, inputs: list[Tensor], deltas: list[Tensor], steps: Tensor, ends: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Any, ...]:
     """Some tokens that go on in an open chunk; not to be differentiated.
 
     Args:
@@ -310,8 +334,19 @@ def go_on(
     Returns:
         What the new tokens read; inputs, deltas and steps of all tokens; weights and momentum, or empty lists.
     """
-    arguments = (*tensors, *setting, inputs, deltas, steps, ends)
+    widths, line, given = setting.widths, _LINE // steps.element_size(), _in_lines(tensors, setting.widths)
+    if given is not tensors:
+        inputs, deltas = ([_to_line(x, line) for x in xs] for xs in (inputs, deltas))
+    arguments = (*given, *setting, inputs, deltas, steps, ends)
     if type(tensors[0]) is Tensor and not torch.compiler.is_compiling():
         with torch.no_grad():
-            return _go_on(*arguments)  # the dispatcher would cost as much as the work
-    return torch.ops.titans_mcore.memory_go_on(*arguments)
+            results = _go_on(*arguments)  # the dispatcher would cost as much as the work
+    else:
+        results = torch.ops.titans_mcore.memory_go_on(*arguments)
+    if given is tensors:
+        return results
+    reads, inputs, deltas, steps, *after = results
+    inputs = [x[..., :w] for x, w in zip(inputs, widths[:-1], strict=True)]
+    deltas = [x[..., :w] for x, w in zip(deltas, widths[1:], strict=True)]
+    weights, momentum = (_cut(x, widths) for x in after)
+    return reads[..., : widths[-1]], inputs, deltas, steps, weights, momentum
