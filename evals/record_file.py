@@ -11,10 +11,10 @@ from typing import Any, Generic, Self, TypeVar
 from evals.command_line import EvaluationError
 from tokenization.io import try_lock
 
-Record = TypeVar("Record")
+SampleResult = TypeVar("SampleResult")
 
 
-class RecordFile(Generic[Record]):
+class RecordFile(Generic[SampleResult]):
     """A JSONL file of records, held by one process at a time. Use it in a `with` block.
 
     Args:
@@ -25,7 +25,7 @@ class RecordFile(Generic[Record]):
         EvaluationError: Another process holds the file, or a line in it is not a record.
     """
 
-    def __init__(self, path: Path, kind: type[Record]) -> None:
+    def __init__(self, path: Path, kind: type[SampleResult]) -> None:
         self.path, self._kind = path, kind
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class RecordFile(Generic[Record]):
         """The descriptor that has the lock. A child that it is passed to holds the file too, until both have ended."""
         return self._file.fileno()
 
-    def append(self, records: Iterable[Record]) -> None:
+    def append(self, records: Iterable[SampleResult]) -> None:
         """Adds records; they are on the disk when this returns."""
         new = list(records)
         lines: list[Any] = new
@@ -64,7 +64,7 @@ class RecordFile(Generic[Record]):
         os.fsync(self._file.fileno())
         self.records += new
 
-    def _parse(self, line: bytes, number: int) -> Record:
+    def _parse(self, line: bytes, number: int) -> SampleResult:
         kind: Any = self._kind
         try:
             values = json.loads(line)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from evals.efficiency.gpu import SECONDS, GpuSettings, Step, _Part, plan
+from evals.efficiency.gpu import SECONDS, GpuSettings, Step, _CheckPart, plan
 from evals.efficiency.gpu_jobs import KINDS
 from pretrain.config.files import preset_names
 
@@ -85,7 +85,7 @@ for name in sys.argv[1:]:
 
 def run_part(tmp_path: Path, *steps: Step, deadline_seconds: float = 30.0) -> tuple[int, list[tuple[str, str]]]:
     """Status of a part of these steps, rehearsed, and its results with what became of them."""
-    part = _Part(GpuSettings("right", tmp_path), time.monotonic())
+    part = _CheckPart(GpuSettings("right", tmp_path), time.monotonic())
     part.deadline = part.began + deadline_seconds
     status = part.run([[step] for step in steps])
     return status, [(row["name"], row["status"]) for row in rows_of(tmp_path, "right")]
@@ -133,7 +133,7 @@ def test_wgmma_is_left_out_unless_all_is_right_with_it(
         Step("gradients, without wgmma", words, 20.0, ("a",), {"DISABLE_MMA_V3": "1"}),
         Step("later", ("python", "-c", ANSWER.replace('"measured"', 'os.environ["DISABLE_MMA_V3"]')), 20.0, ("after",)),
     ]
-    part = _Part(GpuSettings("right", tmp_path), time.monotonic())
+    part = _CheckPart(GpuSettings("right", tmp_path), time.monotonic())
     assert part.run([steps[:2], steps[2:]]) == status
     found = rows_of(tmp_path, "right")
     assert (found[-1]["name"], found[-1]["status"]) == ("after", chosen)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenization.lines import LINE_SUFFIXES, read_lines
 from tokenization.parquet import read_rows
-from tokenization.records import BrokenFile, Kind, Record, Skipped, Span
+from tokenization.records import BrokenFile, Kind, Skipped, SourceRow, Span
 from tokenization.remote import open_source
 from tokenization.settings import Filters
 from tokenization.sources import Source
@@ -75,7 +75,7 @@ class Reader:
         except OSError as fault:
             self._add(Kind("unreadable_file", detail=fault.strerror or str(fault)), None)
 
-    def _document(self, record: Record) -> Iterator[Document]:
+    def _document(self, record: SourceRow) -> Iterator[Document]:
         text = text_or_kind(record.value, self._max_bytes)
         self.seen += text.rows if isinstance(text, Kind) else 1
         if isinstance(text, Kind):
@@ -88,7 +88,7 @@ class Reader:
     def _add(self, kind: Kind, row: int | None) -> None:
         self._skipped.add(kind.name, self._source.path, row, kind.rows, kind.detail)
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Iterator[SourceRow]:
         columns = self._filters.columns
         if self._source.suffix in LINE_SUFFIXES:
             return read_lines(self._source, self._span, columns, self._max_bytes)
@@ -121,11 +121,11 @@ def text_or_kind(value: Any, max_bytes: int) -> str | Kind:
     return text
 
 
-def _whole_file(source: Source, max_bytes: int) -> Iterator[Record]:
+def _whole_file(source: Source, max_bytes: int) -> Iterator[SourceRow]:
     with open_source(source.path) as file:
         data = file.read(max_bytes + 4)
     if len(data) > max_bytes:
         detail = f"{source.bytes:,} bytes, --max-document-mb allows {max_bytes:,}"
-        yield Record(0, Kind("document_too_large", detail=detail), 1.0)
+        yield SourceRow(0, Kind("document_too_large", detail=detail), 1.0)
     else:
-        yield Record(0, data.removeprefix(b"\xef\xbb\xbf"), 1.0)
+        yield SourceRow(0, data.removeprefix(b"\xef\xbb\xbf"), 1.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from tokenization.progress import Progress
-from tokenization.records import BrokenFile, Kind, Record, Span
+from tokenization.records import BrokenFile, Kind, SourceRow, Span
 from tokenization.remote import open_source
 from tokenization.sources import Source
 
@@ -21,7 +21,7 @@ _MOST_DIGITS = 300
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_lines(source: Source, span: Span | None, columns: tuple[str, ...], max_line_bytes: int) -> Iterator[Record]:
+def read_lines(source: Source, span: Span | None, columns: tuple[str, ...], max_line_bytes: int) -> Iterator[SourceRow]:
     """Yields the lines that start inside a span; a compressed file has one span only.
 
     Args:
@@ -48,15 +48,15 @@ def read_lines(source: Source, span: Span | None, columns: tuple[str, ...], max_
             share = file.tell() / source.bytes if stop is None else (position - began) / max(stop - start, 1)
             if line is None:
                 detail = f"a line of {length:,} bytes, --max-document-mb allows {max_line_bytes:,}"
-                yield Record(row, Kind("document_too_large", detail=detail), share)
+                yield SourceRow(row, Kind("document_too_large", detail=detail), share)
             elif line.strip():
                 value, fields = _text_field(line, columns)
-                yield Record(row, value, share, fields)
+                yield SourceRow(row, value, share, fields)
             else:
-                yield Record(row, None, share, is_document=False)
+                yield SourceRow(row, None, share, is_document=False)
 
 
-def read_line(source: Source, row: int) -> Record | None:
+def read_line(source: Source, row: int) -> SourceRow | None:
     """Returns one line with all its fields, None when the file has fewer.
 
     Raises:
@@ -68,7 +68,7 @@ def read_line(source: Source, row: int) -> Record | None:
             if number == row:
                 assert line is not None
                 value, fields = _text_field(line, ("*",))
-                return Record(row, value, 1.0, fields)
+                return SourceRow(row, value, 1.0, fields)
             if (now := file.tell()) != place:
                 progress.advance(now - place, 0)
                 place = now

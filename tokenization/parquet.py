@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tokenization.records import BrokenFile, Kind, Record, Span
+from tokenization.records import BrokenFile, Kind, SourceRow, Span
 from tokenization.remote import is_remote, open_source
 from tokenization.sources import Source
 
@@ -42,7 +42,7 @@ def row_groups(source: Source) -> list[RowGroup]:
     return found
 
 
-def read_rows(source: Source, span: Span | None, columns: tuple[str, ...]) -> Iterator[Record]:
+def read_rows(source: Source, span: Span | None, columns: tuple[str, ...]) -> Iterator[SourceRow]:
     """Yields the rows of the row groups that start inside a span.
 
     Args:
@@ -67,7 +67,7 @@ def read_rows(source: Source, span: Span | None, columns: tuple[str, ...]) -> It
             row += group.num_rows
 
 
-def _group_rows(file: Any, index: int, row: int, columns: tuple[str, ...], share: float) -> Iterator[Record]:
+def _group_rows(file: Any, index: int, row: int, columns: tuple[str, ...], share: float) -> Iterator[SourceRow]:
     import pyarrow
 
     group = file.metadata.row_group(index)
@@ -78,7 +78,7 @@ def _group_rows(file: Any, index: int, row: int, columns: tuple[str, ...], share
         raise BrokenFile("two of its columns are called text; rename one")
     if "text" not in names:
         detail = f"the columns are {', '.join(sorted(names))}"[:200]
-        yield Record(last - 1, Kind("missing_text", group.num_rows, detail), share)
+        yield SourceRow(last - 1, Kind("missing_text", group.num_rows, detail), share)
         return
     wanted = ["text", *(names - {"text"} if columns == ("*",) else (name for name in columns if name in names))]
     # Few rows at once where single ones may be large: Arrow's memory grows with the batch.
@@ -91,12 +91,12 @@ def _group_rows(file: Any, index: int, row: int, columns: tuple[str, ...], share
             del batch  # its documents are held by `values` alone, and by that no longer than needed
             for number in range(len(values)):
                 one = {n: f[number] for n, f in zip(wanted[1:], fields, strict=True)}
-                yield Record(row, values[number], share, one)
+                yield SourceRow(row, values[number], share, one)
                 values[number] = None
                 row += 1
     except (pyarrow.ArrowException, OSError) as fault:
         detail = f"rows {row:,} to {last - 1:,}: {str(fault).splitlines()[0][:200]}"
-        yield Record(last - 1, Kind("broken_rows", last - row, detail), share)
+        yield SourceRow(last - 1, Kind("broken_rows", last - row, detail), share)
 
 
 def _text_bytes(group: Any) -> int:

@@ -52,7 +52,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SourceRow:
     """A row or line, whatever is in it."""
 
     row: int

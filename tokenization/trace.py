@@ -15,7 +15,7 @@ from tokenization.documents import text_or_kind
 from tokenization.lines import LINE_SUFFIXES, read_line
 from tokenization.manifest import ORIGIN, Manifest
 from tokenization.parquet import read_rows, row_groups
-from tokenization.records import BrokenFile, Record, Span
+from tokenization.records import BrokenFile, SourceRow, Span
 from tokenization.remote import open_source
 from tokenization.shards import import_indexed_dataset
 from tokenization.sources import STDLIB_SUFFIXES, SUFFIXES, Source, suffix_of
@@ -113,14 +113,14 @@ def _read(path: str, row: int) -> tuple[str, dict[str, Any]]:
     return text, {name: value for name, value in record.fields.items() if name != "text"}
 
 
-def _record(source: Source, row: int) -> Record | None:
+def _record(source: Source, row: int) -> SourceRow | None:
     if source.suffix in LINE_SUFFIXES:
         return read_line(source, row)
     if source.suffix == ".parquet":
         first = max((group.first_row for group in row_groups(source) if group.first_row <= row), default=0)
         return next((one for one in read_rows(source, Span(first, first + 1), ("*",)) if one.row == row), None)
     with open_source(source.path) as file:
-        return Record(0, file.read().removeprefix(b"\xef\xbb\xbf"), 1.0)
+        return SourceRow(0, file.read().removeprefix(b"\xef\xbb\xbf"), 1.0)
 
 
 @dataclass(frozen=True)

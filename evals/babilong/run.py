@@ -12,7 +12,7 @@ from evals.babilong import BabilongSettings
 from evals.babilong.samples import Sample, SampleKey
 from evals.babilong.stories import correct
 from evals.babilong.summary import write_report
-from evals.babilong.texts import Record, Texts, read_texts
+from evals.babilong.texts import StoryResult, Texts, read_texts
 from evals.command_line import say
 from evals.measure import PeakMemory, Watch, state_bytes
 from evals.models import EvalModel
@@ -42,7 +42,7 @@ def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
         for task in settings.tasks
         for sample in range(settings.samples)
     ]  # what is long in them stays on disk
-    with RecordFile(settings.output / "babilong.jsonl", Record) as results:
+    with RecordFile(settings.output / "babilong.jsonl", StoryResult) as results:
         own = [record for record in results.records if record.belongs_to(texts.identity, hashes.get(record.task))]
         if len(own) < len(results.records):
             others = len(results.records) - len(own)
@@ -57,19 +57,21 @@ def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
 class _Runner:
     """Runs batches and says how far they are."""
 
-    def __init__(self, model: EvalModel, settings: BabilongSettings, texts: Texts, results: RecordFile[Record]) -> None:
+    def __init__(
+        self, model: EvalModel, settings: BabilongSettings, texts: Texts, results: RecordFile[StoryResult]
+    ) -> None:
         self._model, self._settings, self._texts, self._results = model, settings, texts, results
         self._peak = PeakMemory(model.device)
 
-    def run(self, missing: Sequence[Sample]) -> list[Record]:
+    def run(self, missing: Sequence[Sample]) -> list[StoryResult]:
         """Samples length by length, short ones first."""
         tokens = sum(sample.tokens for sample in missing)
         say(f"{len(missing)} samples, {tokens:,} tokens")
-        done: list[Record] = []
+        done: list[StoryResult] = []
         steps = _STEP * (self._settings.max_new_tokens - 1) * len(missing)
         with Progress("of the samples run", tokens + steps) as progress:
             for length, group in groupby(missing, lambda sample: sample.name.length):
-                records: list[Record] = []
+                records: list[StoryResult] = []
                 for batch in self._cut(list(group)):
                     records += self._run_batch(batch, progress)
                     if not done and len(records) == len(batch):
@@ -86,7 +88,7 @@ class _Runner:
             for start in range(0, len(rows), self._settings.batch):
                 yield rows[start : start + self._settings.batch]
 
-    def _run_batch(self, samples: Sequence[Sample], progress: Progress) -> list[Record]:
+    def _run_batch(self, samples: Sequence[Sample], progress: Progress) -> list[StoryResult]:
         watch = Watch(self._peak, lambda tokens: progress.advance(tokens, tokens))
         stream, end = self._model.stream, self._model.tokenizer.processor.eos_id()
         columns = zip(*(sample.pieces(self._settings.piece) for sample in samples), strict=True)
@@ -100,9 +102,9 @@ class _Runner:
         self._results.append(records)
         return records
 
-    def _record(self, sample: Sample, ids: list[int], costs: dict[str, Any]) -> Record:
+    def _record(self, sample: Sample, ids: list[int], costs: dict[str, Any]) -> StoryResult:
         text, task, story = self._model.tokenizer.processor.decode(ids), sample.name.task, sample.story
-        return Record(
+        return StoryResult(
             **asdict(sample.name),
             question=story.question,
             target=story.target,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from evals.babilong import PAPER_TASKS, BabilongSettings
-from evals.babilong.texts import Record, Texts
+from evals.babilong.texts import StoryResult, Texts
 from evals.models import EvalModel
 from evals.report import (
     bytes_text,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarise(records: Sequence[StoryResult]) -> dict[str, Any]:
     """Every number of the report that comes from the results.
 
     Args:
@@ -51,7 +51,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def write_report(
-    model: EvalModel, settings: BabilongSettings, texts: Texts, records: Sequence[Record]
+    model: EvalModel, settings: BabilongSettings, texts: Texts, records: Sequence[StoryResult]
 ) -> dict[str, Any]:
     """Writes babilong.json, .md and .png, and returns what the JSON holds."""
     report = {
@@ -123,12 +123,12 @@ def _plot(report: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _accuracy(records: Sequence[Record]) -> dict[str, Any]:
+def _accuracy(records: Sequence[StoryResult]) -> dict[str, Any]:
     n, hits = len(records), sum(record.correct for record in records)
     return {"accuracy": hits / n, "n": n, "interval": list(wilson_interval(hits, n))}
 
 
-def _costs(records: Sequence[Record]) -> dict[str, Any]:
+def _costs(records: Sequence[StoryResult]) -> dict[str, Any]:
     """Speed and memory of one length. Each record has its batch's time, so it stands for a share of it."""
     seconds = sum(record.prefill_seconds / record.batch for record in records)
     return {

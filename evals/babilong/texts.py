@@ -33,7 +33,7 @@ class Identity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record(Identity):
+class StoryResult(Identity):
     """One sample's result. Times and memory are those of the batch it ran in."""
 
     task: str

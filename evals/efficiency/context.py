@@ -19,7 +19,6 @@ _WARM_UP = 3
 """Decoding steps that are not counted."""
 MEMORY_FROM = 65_536
 """Peak memory is compared with that of a length from here on: below, what is read at once is not yet whole."""
-Row = dict[str, Any]
 
 
 class _DoesNotFit(Exception):
@@ -42,7 +41,7 @@ def measure(settings: ContextSettings) -> str:
         model = load_model(path)
         report = {**circumstances(settings, model.device.type), **report}
         read_row(model, name, min(settings.lengths), settings)  # warms up
-        rows: list[Row] = []
+        rows: list[dict[str, Any]] = []
         for length in sorted(settings.lengths):
             rows.append(read_row(model, name, length, settings))
             report["rows"].append(rows[-1])
@@ -52,11 +51,11 @@ def measure(settings: ContextSettings) -> str:
 
 
 @torch.inference_mode()
-def read_row(model: EvalModel, name: str, length: int, settings: ContextSettings) -> Row:
+def read_row(model: EvalModel, name: str, length: int, settings: ContextSettings) -> dict[str, Any]:
     """What reading so many tokens and decoding behind them costs; or why it was given up."""
     gc.collect()
     peak, began = PeakMemory(model.device), time.perf_counter()
-    row: Row = {"model": name, "length": length}
+    row: dict[str, Any] = {"model": name, "length": length}
     states, logits = None, torch.empty(0)
     try:
         with Progress(f"of {length:,} tokens read by {name}", length) as progress:
@@ -98,7 +97,7 @@ def _check_fits(states: Any, seconds: float, settings: ContextSettings) -> None:
         raise _DoesNotFit(f"reading takes more than {settings.limit_minutes:g} minutes")
 
 
-def compare(rows: list[Row]) -> dict[str, float]:
+def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The longest length over the shortest: decoding, tokens/s of reading, and memory over that at 64K tokens."""
     run = [row for row in rows if "not_run" not in row]
     if len(run) < 2:

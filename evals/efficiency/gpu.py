@@ -207,10 +207,10 @@ def measure(settings: GpuSettings) -> int:
             raise EvaluationError(f"{sys.executable} finds no CUDA device through torch; give --rehearse or --dry-run")
     settings.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:
-        return _Part(settings, began).run(asked(Path(work)))
+        return _CheckPart(settings, began).run(asked(Path(work)))
 
 
-class _Part:
+class _CheckPart:
     """A part that is under way."""
 
     def __init__(self, settings: GpuSettings, began: float) -> None:

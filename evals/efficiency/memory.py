@@ -22,7 +22,6 @@ from evals.efficiency.worker import BOTH, FORWARD, OURS, TITANS_PYTORCH, Case, L
 from evals.measure import circumstances
 from evals.report import bytes_text, table, write_bytes, write_json
 
-Row = dict[str, Any]
 _START_SECONDS = 300.0  # beside a case's limit: importing torch takes long on a busy machine
 _ORACLE_LENGTH = 256  # tokens; the literal loop is a reference, not a contender
 # On two CPU cores: T, titans-pytorch's setting, how much longer it is to take and how much more memory.
@@ -66,7 +65,7 @@ def measure(settings: MemorySettings) -> str:
     limits = Limits(
         2 if settings.quick else settings.repeats, settings.threads, settings.limit_seconds, settings.limit_gigabytes
     )
-    report = {**circumstances(settings, device), "rows": list[Row]()}
+    report = {**circumstances(settings, device), "rows": list[dict[str, Any]]()}
     for group in _groups(cases, device):
         say(f"{len(report['rows'])} of {len(cases)} cases done; {len(group)} at T = {group[0].length:,}")
         report["rows"] += run_cases(group, limits)  # what is finished is written, whatever becomes of the rest
@@ -141,7 +140,7 @@ def _groups(cases: Sequence[Case], device: str) -> list[list[Case]]:
     return [[case for case in cases if case.length == length] for length in dict.fromkeys(x.length for x in cases)]
 
 
-def run_cases(cases: Sequence[Case], limits: Limits) -> list[Row]:
+def run_cases(cases: Sequence[Case], limits: Limits) -> list[dict[str, Any]]:
     """Measures cases: each one's process warms up and stops, and the repeats go round.
 
     Returns:
@@ -185,13 +184,13 @@ def _wait(process: "subprocess.Popen[str]", seconds: float) -> None:
         time.sleep(0.01)
 
 
-def _row(case: Case, process: "subprocess.Popen[str]", limits: Limits) -> Row:
+def _row(case: Case, process: "subprocess.Popen[str]", limits: Limits) -> dict[str, Any]:
     out, errors = process.communicate()
     found = json.loads(out) if out.endswith("}\n") else _crashed(process.returncode, errors, limits)
     return {"name": case.name, **asdict(case), **found}
 
 
-def _crashed(status: int, errors: str, limits: Limits) -> Row:
+def _crashed(status: int, errors: str, limits: Limits) -> dict[str, Any]:
     """How a process ended without a last word: mostly it was killed for memory."""
     if status == -signal.SIGALRM:
         return {"status": "not run", "reason": f"takes more than --limit-seconds {limits.seconds:g}"}
@@ -226,7 +225,7 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _targets(rows: Sequence[Row]) -> Iterator[list[str]]:
+def _targets(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     measured = {
         (row["length"], row["setting"]): row
         for row in rows
@@ -247,14 +246,14 @@ def _targets(rows: Sequence[Row]) -> Iterator[list[str]]:
             yield [f"T = {length:,}", "peak memory", f"<= {bytes_text(most)}", bytes_text(found_bytes), reached]
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: dict[str, Any]) -> list[str]:
     cells = [f"{row['implementation']} {row['part']} {row['setting']}", row["direction"]]
     if row["status"] != "measured":
         return [*cells, row["status"], "", ""]
     return [*cells, f"{row['tokens_per_second']:,.0f}", f"{1000 * row['seconds']:,.1f}", bytes_text(row["peak_bytes"])]
 
 
-def _notes(rows: Sequence[Row]) -> Iterator[str]:
+def _notes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         if row["reason"] is not None:
             yield f"{row['name']}: {row['status']}: {row['reason']}"

@@ -24,7 +24,7 @@ _SPLITS = {"train": "train", "dev": "validation", "valid": "validation", "valida
 
 
 @dataclass(frozen=True)
-class Task:
+class DnaTask:
     """A classification task.
 
     Attributes:
@@ -104,7 +104,7 @@ def nucleotide_tokenizer() -> Any:
     )
 
 
-def load_task(source: str, max_length: int) -> Task:
+def load_task(source: str, max_length: int) -> DnaTask:
     """A task from a folder, or by its name from the hub.
 
     Raises:
@@ -131,14 +131,14 @@ def load_task(source: str, max_length: int) -> Task:
         if unknown := sorted({label for _, label, _ in samples} - set(classes)):
             raise EvaluationError(f"--data {source}: {part} has class {unknown[0]}, which training has not")
         parts[part] = [(ids, number[label]) for ids, (_, label, _) in zip(encoded, samples, strict=True)]
-    return Task("/".join(folder.parts[-2:]) if folder.is_dir() else source, classes, parts)
+    return DnaTask("/".join(folder.parts[-2:]) if folder.is_dir() else source, classes, parts)
 
 
-Row = tuple[str, str, str]
+Labelled = tuple[str, str, str]
 """Sequence, class, and where it stands."""
 
 
-def _from_csv(file: Path) -> Iterable[Row]:
+def _from_csv(file: Path) -> Iterable[Labelled]:
     opened = gzip.open if file.suffix == ".gz" else open
     try:
         with opened(file, "rt", encoding="utf-8", newline="") as lines:
@@ -151,13 +151,13 @@ def _from_csv(file: Path) -> Iterable[Row]:
         raise EvaluationError(f"{file}: cannot be read ({fault}); give a CSV file, or one in gzip") from None
 
 
-def _from_texts(split: Path) -> Iterable[Row]:
+def _from_texts(split: Path) -> Iterable[Labelled]:
     for folder in sorted(path for path in split.iterdir() if path.is_dir()):
         for file in sorted(folder.glob("*.txt")):
             yield file.read_text(encoding="utf-8", errors="replace"), folder.name, str(file)
 
 
-def _from_hub(name: str) -> dict[str, list[Row]]:
+def _from_hub(name: str) -> dict[str, list[Labelled]]:
     from datasets import load_dataset
 
     hub = f"katarinagresova/Genomic_Benchmarks_{name}"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from evals.command_line import EvaluationError, say
 from evals.genomics import GenomicsSettings
-from evals.genomics.data import PAD, VOCABULARY, Sequences, Task, collate, load_task, nucleotide_tokenizer
+from evals.genomics.data import PAD, VOCABULARY, DnaTask, Sequences, collate, load_task, nucleotide_tokenizer
 from evals.report import interval_text, markdown_table, settings_of, write_bytes
 from evals.trainer import seed_all, sweep, titans_sizes, train
 
@@ -134,7 +134,7 @@ def build(system: str, settings: GenomicsSettings, classes: int) -> nn.Module:
         raise EvaluationError(f"--systems {system}: {fault}") from None
 
 
-def _trained(task: Task, system: str, seed: int, settings: GenomicsSettings, budget: dict[str, Any]) -> list[Result]:
+def _trained(task: DnaTask, system: str, seed: int, settings: GenomicsSettings, budget: dict[str, Any]) -> list[Result]:
     learned, chosen = parts_of(task, settings.protocol, seed)
     seed_all(seed)
     model = build(system, settings, len(task.classes))
@@ -164,7 +164,7 @@ def _trained(task: Task, system: str, seed: int, settings: GenomicsSettings, bud
     return [Result(task.name, system, seed, *measured, budget)]
 
 
-def parts_of(task: Task, protocol: str, seed: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
+def parts_of(task: DnaTask, protocol: str, seed: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
     """What is learned from, and what chooses among states: test data under hyenadna, else dev or a tenth held out."""
     if protocol == "hyenadna":
         return task.parts["train"], task.parts["test"]

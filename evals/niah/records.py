@@ -32,7 +32,7 @@ class Identity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record(Identity):
+class NeedleResult(Identity):
     """One sample's result. Times and memory are those of the batch it ran in."""
 
     task: str
@@ -82,7 +82,7 @@ class Record(Identity):
         return Identity(**{field.name: getattr(self, field.name) for field in fields(Identity)})
 
 
-class RecordFile(evals.record_file.RecordFile[Record]):
+class RecordFile(evals.record_file.RecordFile[NeedleResult]):
     """The records of needles.
 
     Args:
@@ -90,9 +90,9 @@ class RecordFile(evals.record_file.RecordFile[Record]):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, Record)
+        super().__init__(path, NeedleResult)
 
-    def of(self, identities: Mapping[str, Identity]) -> list[Record]:
+    def of(self, identities: Mapping[str, Identity]) -> list[NeedleResult]:
         """The records that may be counted together: those of each task's identity, each sample once."""
         found = {record.name: record for record in self.records if record.identity == identities.get(record.task)}
         return list(found.values())

@@ -20,7 +20,7 @@ from evals.niah.controls import check_controls, controlled, window_of, without_m
 from evals.niah.generate import answer, read, repeat, value_losses
 from evals.niah.haystacks import PROSE, read_source
 from evals.niah.plan import STEP, Batch, Planner, Stretch
-from evals.niah.records import FILL, Identity, Record, RecordFile
+from evals.niah.records import FILL, Identity, NeedleResult, RecordFile
 from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
 from evals.niah.summary import write_report
 from evals.niah.templates import TASKS, read_words, score, with_keys
@@ -199,7 +199,7 @@ class Runner:
     def _run_stretch(self, model: EvalModel, stretch: Stretch, batches: list[Batch], progress: Progress) -> None:
         """One reading of the haystack; each batch goes on from the state before its needle."""
         states: Any = None
-        records: list[Record] = []
+        records: list[NeedleResult] = []
         at = 0
         for batch in batches:
             samples = [self._builder.build(name) for name in batch.names]
@@ -215,7 +215,9 @@ class Runner:
             found = f"{hits:g} of {len(records)} found"
             say(f"length {stretch.length:,}, {stretch.task}{control}: {found}, {progress.left}")
 
-    def _run_batch(self, model: EvalModel, samples: list[Sample], at: int, states: Any, watch: Watch) -> list[Record]:
+    def _run_batch(
+        self, model: EvalModel, samples: list[Sample], at: int, states: Any, watch: Watch
+    ) -> list[NeedleResult]:
         """Samples whose first tokens have been read into these states."""
         limit, end = self._settings.max_new_tokens, model.tokenizer.processor.eos_id()
         stop = samples[0].tokens
@@ -242,9 +244,9 @@ class Runner:
             yield torch.from_numpy(np.stack([sample.piece(start, cut) for sample in samples]))
             start = cut
 
-    def _record(self, sample: Sample, ids: list[int], loss: float, costs: dict[str, Any]) -> Record:
+    def _record(self, sample: Sample, ids: list[int], loss: float, costs: dict[str, Any]) -> NeedleResult:
         text = self._model.tokenizer.processor.decode(ids)
-        return Record(
+        return NeedleResult(
             **asdict(sample.name),
             needle_key=sample.needle_key,
             value=sample.value,

@@ -10,7 +10,7 @@ from typing import Any
 
 from evals.models import EvalModel
 from evals.niah import NiahSettings
-from evals.niah.records import FILL, Identity, Record
+from evals.niah.records import FILL, Identity, NeedleResult
 from evals.niah.samples import MAIN
 from evals.niah.templates import OWN_WORDS, by_name
 from evals.report import (
@@ -27,7 +27,7 @@ from evals.report import (
 )
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarise(records: Sequence[NeedleResult]) -> dict[str, Any]:
     """Every number of the report that comes from the results.
 
     Args:
@@ -80,15 +80,17 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _grouped(records: Sequence[Record], key: Callable[[Record], tuple]) -> list[tuple[tuple, list[Record]]]:
+def _grouped(
+    records: Sequence[NeedleResult], key: Callable[[NeedleResult], tuple]
+) -> list[tuple[tuple, list[NeedleResult]]]:
     """Records by key, what is no control first."""
-    groups: dict[tuple, list[Record]] = defaultdict(list)
+    groups: dict[tuple, list[NeedleResult]] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     return sorted(groups.items(), key=lambda group: (group[0][0] != MAIN, group[0]))
 
 
-def _scores(records: Sequence[Record]) -> dict[str, Any]:
+def _scores(records: Sequence[NeedleResult]) -> dict[str, Any]:
     n = len(records)
     hits, first = sum(record.substring for record in records), sum(record.first_value for record in records)
     return {
@@ -104,7 +106,7 @@ def _scores(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _costs(records: Sequence[Record]) -> dict[str, Any]:
+def _costs(records: Sequence[NeedleResult]) -> dict[str, Any]:
     """Speed and memory of one length. Each record has its batch's time, so it stands for a share of it."""
     prompts = [record.prompt_tokens for record in records]
     read = sum(record.prefill_tokens / record.batch for record in records)
@@ -127,7 +129,7 @@ FILES = ("niah.json", "niah.md", "niah.png", "niah_by_length.png", "niah.jsonl")
 def write_report(
     model: EvalModel,
     settings: NiahSettings,
-    records: Sequence[Record],
+    records: Sequence[NeedleResult],
     identities: Mapping[str, Identity],
 ) -> dict[str, Any]:
     """Writes the files, and returns what the JSON holds.

@@ -91,7 +91,7 @@ def collectives_of(config: RunConfig, layout: Layout, parameters: list[Parameter
     return found
 
 
-class _Part(NamedTuple):
+class _Operations(NamedTuple):
     """What a part of the model does in one micro-batch: (calls, bytes) by operation."""
 
     purpose: str
@@ -107,16 +107,16 @@ def _tensor_group(config: RunConfig, layout: Layout) -> list[Collective]:
     if layout.sequence:
         norms = 2 * layers + 1
         parts = [
-            _Part("feed-forward", (0, 0), (layers * 3, layers * 3 * hidden), (layers * 2, layers * 2 * hidden)),
-            _Part("embedding and head", (0, 0), (3, 3 * hidden), (2, 2 * hidden)),
-            _Part("gradients of the norms", (norms, norms * model.dim * w)),
+            _Operations("feed-forward", (0, 0), (layers * 3, layers * 3 * hidden), (layers * 2, layers * 2 * hidden)),
+            _Operations("embedding and head", (0, 0), (3, 3 * hidden), (2, 2 * hidden)),
+            _Operations("gradients of the norms", (norms, norms * model.dim * w)),
         ]
     else:
         parts = [
-            _Part("feed-forward", (layers * 2, layers * 2 * hidden)),
-            _Part("embedding and head", (2, 2 * hidden)),
+            _Operations("feed-forward", (layers * 2, layers * 2 * hidden)),
+            _Operations("embedding and head", (2, 2 * hidden)),
         ]
-    parts = [_mixers(config, layout), *parts, _Part("cross-entropy", (3, 3 * tokens * FLOAT32))]
+    parts = [_mixers(config, layout), *parts, _Operations("cross-entropy", (3, 3 * tokens * FLOAT32))]
     if layout.hidden and any(mixer.memory for mixer in model.mixers):
         parts.append(_hidden_memories(config, layout))
     return [
@@ -127,24 +127,24 @@ def _tensor_group(config: RunConfig, layout: Layout) -> list[Collective]:
     ]
 
 
-def _mixers(config: RunConfig, layout: Layout) -> _Part:
+def _mixers(config: RunConfig, layout: Layout) -> _Operations:
     """Of all blocks: at their border and inside."""
     work, mixers = workload_of(config, layout), config.model.blocks
     hidden, crossings = work.activation, sum(mixer.border for mixer in mixers)
     inside = total_sums([mixer.reductions(work) for mixer in mixers])
     border = crossings, crossings * hidden
     if not layout.sequence:
-        return _Part("mixers", total_sums([inside, border]))
+        return _Operations("mixers", total_sums([inside, border]))
     gathers = 2 * (len(mixers) + sum(mixer.front for mixer in mixers))
-    return _Part("mixers", inside, (gathers, gathers * hidden), border)
+    return _Operations("mixers", inside, (gathers, gathers * hidden), border)
 
 
-def _hidden_memories(config: RunConfig, layout: Layout) -> _Part:
+def _hidden_memories(config: RunConfig, layout: Layout) -> _Operations:
     """Of all blocks: sums inside the memories, and the gradients of their answers, gathered."""
     work, mixers = workload_of(config, layout), [mixer for mixer in config.model.blocks if mixer.memory]
     passes, answers = total_sums([mixer.hidden_answers(work) for mixer in mixers])
     gathered = answers * config.model.memory_shape.channels * layout.bytes_per_weight
-    return _Part("memories", total_sums([mixer.hidden_sums(work) for mixer in mixers]), (passes, gathered))
+    return _Operations("memories", total_sums([mixer.hidden_sums(work) for mixer in mixers]), (passes, gathered))
 
 
 def _context_group(config: RunConfig, layout: Layout) -> list[Collective]:

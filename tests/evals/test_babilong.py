@@ -92,11 +92,11 @@ def background(processor: Any) -> Background:
     return Background(list(prose()), encoder(processor, ". "), None)
 
 
-Run = Callable[..., dict[str, Any]]
+Evaluation = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def run(babi: Path, books: Path) -> Run:
+def run(babi: Path, books: Path) -> Evaluation:
     def run(model: EvalModel, output: Path, **settings: Any) -> dict[str, Any]:
         chosen = {"lengths": (0, 700), "samples": 4, "piece": 300, "max_new_tokens": 40, "pg19": books, **settings}
         return evaluate(model, BabilongSettings(Path("planted"), output, babi, **chosen))
@@ -281,7 +281,7 @@ def test_books_are_split_at_sentences_and_only_the_test_split_is_read(tmp_path: 
         list(book_sentences(tmp_path / "none"))
 
 
-def test_oracle_reaches_100_percent(run: Run, tokenizer: Path, tmp_path: Path) -> None:
+def test_oracle_reaches_100_percent(run: Evaluation, tokenizer: Path, tmp_path: Path) -> None:
     model = answerer(tokenizer, solve)
     report = run(model, tmp_path)
     assert [row["mean_qa1_to_qa5"] for row in report["by_length"]] == [1.0, 1.0]
@@ -292,12 +292,14 @@ def test_oracle_reaches_100_percent(run: Run, tokenizer: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("reply", [lambda _: " ".join([*PLACES, *PEOPLE]), lambda _: "nothing of all that"])
-def test_listing_and_silent_models_reach_0_percent(run: Run, tokenizer: Path, tmp_path: Path, reply: Any) -> None:
+def test_listing_and_silent_models_reach_0_percent(
+    run: Evaluation, tokenizer: Path, tmp_path: Path, reply: Any
+) -> None:
     report = run(answerer(tokenizer, reply), tmp_path, lengths=(0,))
     assert report["by_length"][0]["mean_qa1_to_qa5"] == 0.0
 
 
-def test_stopped_and_gone_on_equals_never_stopped(run: Run, tokenizer: Path, tmp_path: Path) -> None:
+def test_stopped_and_gone_on_equals_never_stopped(run: Evaluation, tokenizer: Path, tmp_path: Path) -> None:
     whole = run(answerer(tokenizer, solve), tmp_path / "whole", tasks=("qa1", "qa4"), batch=3)
     run(answerer(tokenizer, solve), tmp_path / "parts", tasks=("qa1",), samples=2, lengths=(700,))
     torn = tmp_path / "parts" / "babilong.jsonl"
@@ -314,7 +316,7 @@ def test_stopped_and_gone_on_equals_never_stopped(run: Run, tokenizer: Path, tmp
     assert len(again.network.rows_read) == read, "finished samples ran again"  # type: ignore[attr-defined]
 
 
-def test_results_of_other_texts_are_left_out(run: Run, tokenizer: Path, tmp_path: Path) -> None:
+def test_results_of_other_texts_are_left_out(run: Evaluation, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It was a long and stony way that led to the old mill by the river. " * 30)
     run(answerer(tokenizer, solve), tmp_path, tasks=("qa1",), lengths=(0,))
     wrong = run(answerer(tokenizer, lambda _: ""), tmp_path, tasks=("qa1",), lengths=(0,), pg19=tmp_path / "book.txt")
@@ -322,7 +324,7 @@ def test_results_of_other_texts_are_left_out(run: Run, tokenizer: Path, tmp_path
     assert wrong["background"] == "text"
 
 
-def test_a_real_model_answers_the_same_in_any_batch_and_piece(run: Run, mac_run: Path, tmp_path: Path) -> None:
+def test_a_real_model_answers_the_same_in_any_batch_and_piece(run: Evaluation, mac_run: Path, tmp_path: Path) -> None:
     model = load_model(mac_run)
     answers = []
     for folder, batch, piece in (("a", 1, 64), ("b", 4, 999)):

@@ -16,8 +16,8 @@ from evals.command_line import EvaluationError, run_command
 from evals.genomics import __main__ as genomics
 from evals.genomics.data import (
     PAD,
+    DnaTask,
     Sequences,
-    Task,
     collate,
     encode,
     load_task,
@@ -59,7 +59,7 @@ def csv_files(root: Path, **changed: str) -> Path:
     return root
 
 
-def plain(task: Task) -> dict[str, list[tuple[list[int], int]]]:
+def plain(task: DnaTask) -> dict[str, list[tuple[list[int], int]]]:
     return {part: [(ids.tolist(), label) for ids, label in samples] for part, samples in task.parts.items()}
 
 
@@ -124,7 +124,7 @@ def test_classes_are_numbered_by_name_whatever_the_file_system_lists_first(
 
 def test_a_protocol_says_what_chooses(tmp_path: Path) -> None:
     samples = [(encode("ACGT"[index % 4] * (index + 1), "here", 999), index % 2) for index in range(40)]
-    task = Task("made", ("a", "b"), {"train": samples, "test": samples[:3]})
+    task = DnaTask("made", ("a", "b"), {"train": samples, "test": samples[:3]})
     assert parts_of(task, "hyenadna", 0) == (samples, samples[:3])
     learned, chosen = parts_of(task, "caduceus", 0)
     lengths = sorted(len(ids) for ids, _ in learned + chosen)

@@ -81,7 +81,7 @@ def test_a_link_that_is_slower_than_the_layers_sets_the_pace():
     # The last of 4 states leaves after the first layer and four messages of 2 seconds; its layer follows.
     link = Link(forward_bytes=2, backward_bytes=0, bytes_per_second=1)
     found = simulate(equal(4, 2), link)
-    assert max(task.end for task in found.tasks if task.direction == FORWARD) == pytest.approx(1 + 4 * 2 + 1)
+    assert max(task.end for task in found.computations if task.direction == FORWARD) == pytest.approx(1 + 4 * 2 + 1)
 
 
 @given(any_work(), any_link())
@@ -95,9 +95,9 @@ def test_efficiency_is_a_share_and_idle_time_is_the_rest_of_it(work, link):
 
 @given(any_work(), any_link())
 def test_no_task_begins_before_what_it_needs(work, link):
-    ends = {(t.micro_batch, t.rank, t.direction, t.layer): t.end for t in simulate(work, link).tasks}
+    ends = {(t.micro_batch, t.rank, t.direction, t.layer): t.end for t in simulate(work, link).computations}
     seconds = link.latency_seconds
-    for task in simulate(work, link).tasks:
+    for task in simulate(work, link).computations:
         step = 1 if task.direction == FORWARD else -1
         at = (task.micro_batch, task.direction, task.layer)
         own = (task.micro_batch, task.rank, task.direction, task.layer - step)

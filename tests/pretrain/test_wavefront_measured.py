@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from .jobs import Job
-from .wavefront import BACKWARD, FORWARD, Task, Work, simulate
+from .wavefront import BACKWARD, FORWARD, Computation, Work, simulate
 
 pytestmark = pytest.mark.slow
 
@@ -43,14 +43,14 @@ class Trace:
 
     Attributes:
         in_flight: Forward passes before the first backward pass.
-        tasks: In wall-clock seconds.
+        computations: In wall-clock seconds.
         leaves: When a task's message left.
         work: CPU seconds of each micro-batch and rank.
     """
 
     def __init__(self, ranks: list[dict[str, Any]], in_flight: int) -> None:
         self.in_flight = in_flight
-        self.tasks: list[Task] = []
+        self.computations: list[Computation] = []
         self.leaves: dict[tuple, float] = {}
         self.work: list[list[Work]] = [[] for _ in range(MICRO_BATCHES)]
         for rank, found in enumerate(ranks):
@@ -70,7 +70,7 @@ class Trace:
             after = at["backward free", layer - 1] if layer else at["backward ends", 0]
             for direction, end in (FORWARD, at["forward ends", layer]), (BACKWARD, after):
                 begin = at[f"{direction} begins", layer]
-                self.tasks.append(Task(micro_batch, rank, direction, layer, begin[0], end[0]))
+                self.computations.append(Computation(micro_batch, rank, direction, layer, begin[0], end[0]))
                 seconds[direction].append(end[1] - begin[1])
                 if (f"{direction} leaves", layer) in at:
                     self.leaves[micro_batch, rank, direction, layer] = at[f"{direction} leaves", layer][0]
@@ -92,16 +92,16 @@ def trace(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 def test_every_rank_does_its_tasks_in_the_simulated_order(trace):
     simulated = simulate([[Work([1.0] * LAYERS, [2.0] * LAYERS)] * RANKS] * MICRO_BATCHES, in_flight=trace.in_flight)
 
-    def order(tasks: list[Task], rank: int) -> list[tuple]:
-        return [task[:4] for task in sorted(tasks, key=lambda task: task.start) if task.rank == rank]
+    def order(computations: list[Computation], rank: int) -> list[tuple]:
+        return [task[:4] for task in sorted(computations, key=lambda task: task.start) if task.rank == rank]
 
     for rank in range(RANKS):
-        assert order(trace.tasks, rank) == order(simulated.tasks, rank)
+        assert order(trace.computations, rank) == order(simulated.computations, rank)
 
 
 def test_a_task_begins_when_its_neighbours_message_has_left(trace):
-    begins = {task[:4] for task in trace.tasks}
-    for task in trace.tasks:
+    begins = {task[:4] for task in trace.computations}
+    for task in trace.computations:
         step = 1 if task.direction == FORWARD else -1
         neighbour = (task.micro_batch, task.rank - step, task.direction, task.layer)
         assert (neighbour in begins) == (neighbour in trace.leaves)

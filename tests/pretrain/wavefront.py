@@ -75,7 +75,7 @@ class Link(NamedTuple):
     at_once: Collection[int] = ()
 
 
-class Task(NamedTuple):
+class Computation(NamedTuple):
     """One layer's computation.
 
     Attributes:
@@ -100,12 +100,12 @@ class Wavefront:
     """A step of all ranks.
 
     Attributes:
-        tasks: Every layer's, in the order of micro-batches.
+        computations: Every layer's, in the order of micro-batches.
         busy: Seconds that each rank computes.
         seconds: From the first rank's beginning to the last one's end.
     """
 
-    tasks: list[Task]
+    computations: list[Computation]
     busy: list[float]
     seconds: float
 
@@ -134,20 +134,25 @@ def simulate(work: Sequence[Sequence[Work]], link: Link | None = None, in_flight
         in_flight: Forward passes before the first backward pass.
     """
     link = link or Link()
-    tasks: list[Task] = []
+    computations: list[Computation] = []
     free = [0.0] * len(work[0])
     for begin in range(0, len(work), in_flight):
         for direction in (FORWARD, BACKWARD):
             for micro_batch, ranks in enumerate(work[begin : begin + in_flight], begin):
-                free = _pass(micro_batch, direction, ranks, free, link, tasks)
+                free = _pass(micro_batch, direction, ranks, free, link, computations)
     busy = [sum(ranks[rank].seconds for ranks in work) for rank in range(len(free))]
-    return Wavefront(tasks, busy, max(free))
+    return Wavefront(computations, busy, max(free))
 
 
 def _pass(
-    micro_batch: int, direction: str, ranks: Sequence[Work], free: list[float], link: Link, tasks: list[Task]
+    micro_batch: int,
+    direction: str,
+    ranks: Sequence[Work],
+    free: list[float],
+    link: Link,
+    computations: list[Computation],
 ) -> list[float]:
-    """One way through all layers; when each rank is free again. What is done is added to the tasks."""
+    """One way through all layers; when each rank is free again. What is done is added to the computations."""
     forth, after = direction == FORWARD, list(free)
     arrivals = [0.0] * len(ranks[0].forward)
     for rank in range(len(ranks)) if forth else reversed(range(len(ranks))):
@@ -157,7 +162,7 @@ def _pass(
         for layer in range(len(seconds)) if forth else reversed(range(len(seconds))):
             start = now if layer in link.at_once else max(now, arrivals[layer])
             now = max(start + seconds[layer], arrivals[layer])
-            tasks.append(Task(micro_batch, rank, direction, layer, start, now))
+            computations.append(Computation(micro_batch, rank, direction, layer, start, now))
             sent = max(now, sent) + size / link.bytes_per_second
             arrivals[layer] = sent + link.latency_seconds
         after[rank] = now if forth else now + own.after

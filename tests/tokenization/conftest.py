@@ -33,7 +33,7 @@ WORDS = (
     "keep",
 )
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def make_texts(count: int, words: int = 40, seed: int = 0) -> list[str]:
@@ -104,7 +104,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run() -> Run:
+def run() -> Command:
     """Starts `python -m tokenization.NAME ARGUMENTS...` and returns it when it has ended."""
 
     def start(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -115,7 +115,7 @@ def run() -> Run:
 
 
 @pytest.fixture(scope="session")
-def fails(run: Run) -> Callable[..., str]:
+def fails(run: Command) -> Callable[..., str]:
     """Starts a command that must end with status 2 and one sentence, which is returned."""
 
     def start(name: str, *arguments: object) -> str:
