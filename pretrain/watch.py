@@ -1,167 +1,100 @@
-"""Shows a run: `python -m pretrain.watch RUN` prints a panel that follows the run in a terminal."""
+"""How a run stands: `python -m pretrain.watch RUN`. Curves are drawn by TensorBoard and Weights & Biases."""
 
 import itertools
+import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from pretrain.launch.status import EXIT_MISTAKE
-from pretrain.report.history import History, Series, means, sparkline, thinned
+from pretrain.report.history import History
 from pretrain.report.records import METRICS_FILE, Follower, Record, line_of
-from pretrain.report.step_line import clock
+from pretrain.report.step_line import clock, step_line
 
 _EVENTS = 5
 _OFTEN_HELD = 0.2
 _EVEN = 0.8  # of early_late
+_SILENT_AFTER_STEPS = 10  # steps' time without a record; evaluations and checkpoints take a few
+_SILENT_AFTER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """Prints a panel of a run in the terminal that follows it until it is finished or Ctrl-C.
-
-    It reads RUN/metrics.jsonl alone, needs no GPU, and may be started and stopped beside a run at any time. Curves to
-    look at closely are drawn by TensorBoard and Weights & Biases (logging.tensorboard, logging.wandb).
-    """
+    """Says how a run stands, from RUN/metrics.jsonl alone; it may be called beside the run, and needs no GPU."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
-    once: bool = False
-    """Print once, then end; for scripts."""
     json: bool = False
     """Print the records that hold, every step once, as lines of JSON, and nothing else; what they are:
     pretrain/report/records.py."""
-    every_seconds: float = 2.0
-    """Seconds between two looks at the file."""
 
 
 def watch(settings: WatchSettings) -> None:
-    """Prints, once or until the run is finished.
+    """Prints it.
 
     Raises:
         ValueError: There is no run to show.
     """
-    if settings.every_seconds <= 0:
-        raise ValueError(f"--every-seconds is {settings.every_seconds}; it must be above 0")
     if not (settings.run / METRICS_FILE).is_file():
         raise ValueError(f"{settings.run / METRICS_FILE} is not there; name the folder of a run that was started")
-    name, follower, console = settings.run.resolve().name, Follower(settings.run), Console(stderr=settings.json)
+    follower = Follower(settings.run)
     history = History(follower.read())
     if settings.json:
         print(*(line_of(record).decode() for record in history.records), sep="", end="")
-    elif settings.once:
-        console.print(panel_of(name, history))
     else:
-        with Live(panel_of(name, history), console=console, auto_refresh=False) as live:
-            while not history.finished:
-                time.sleep(settings.every_seconds)
-                history = History(follower.read())
-                live.update(panel_of(name, history), refresh=True)
+        print("\n".join(lines_of(history)))
     if follower.left_out:
         note = f"note: {follower.left_out} lines of {follower.file} were cut off and are left out"
-        console.print(note, soft_wrap=True)
+        print(note, file=sys.stderr if settings.json else sys.stdout)
 
 
-def panel_of(name: str, history: History, now: float | None = None) -> RenderableType:
+def lines_of(history: History, now: float | None = None) -> Iterator[str]:
     """Everything worth a glance.
 
     Args:
-        name: Of the run folder.
         history: Of the run.
         now: Seconds since 1970; None is this moment.
     """
-    parts: list[RenderableType] = [_state(history, now)]
-    if history.last_step is not None:
-        parts += [_progress(history), _numbers(history)]
-    if history.of("memory"):
-        parts.append(_memory(history))
-        parts += [Text(sentence, style="yellow") for sentence in memory_warnings(history.of("memory")[-1])]
-    parts += [_curve(records[-1], "tokens", "loss", "{:.3f}") for records in history.named("position_loss").values()]
-    parts += [_curve(records[-1], "lengths", "accuracy", "{:.0%}") for records in history.named("probe").values()]
-    parts += [Text(f"step {event['step']:,}: {event['message']}") for event in history.told()[-_EVENTS:]]
-    return Panel(Group(*parts), title=name, expand=False)
+    attempt, last, seconds = history.attempt, history.last_step, history.series("seconds").values[-100:]
+    where = [str(attempt[key]) for key in ("variant", "layout", "host") if attempt.get(key)]
+    yield ", ".join([_state(history, seconds, now), f"attempt {attempt['attempt']}", *where])
+    if last is not None:
+        steps = int(attempt.get("steps", last["step"]))
+        numbers = {name: math.nan if value is None else value for name, value in last.items()}
+        # From the median of the last steps, without what stands between them.
+        yield step_line(last["step"], steps, numbers, statistics.median(seconds) * (steps - last["step"]))
+    for record in history.of("heldout")[-1:]:
+        yield f"held-out loss {record['loss']:.4f} at step {record['step']:,}"
+    for kind, places, name, form in (
+        ("position_loss", "tokens", "loss", "{:.3f}"),
+        ("probe", "lengths", "accuracy", "{:.0%}"),
+    ):
+        for record in {record.get("name", kind): record for record in history.of(kind)}.values():
+            pairs = zip(record[places], record[name], strict=False)
+            found = "  ".join(f"{place:,}: {form.format(value)}" for place, value in pairs if value is not None)
+            yield f"{record.get('name', '')} {name} by {places} at step {record['step']:,}   {found}"
+    for record in history.of("memory")[-1:]:
+        yield from memory_warnings(record)
+    told = [
+        event for event in history.of("event") if "message" in event
+    ]  # a checkpoint that was saved as ever has none
+    yield from (f"step {event['step']:,}: {event['message']}" for event in told[-_EVENTS:])
 
 
-def _state(history: History, now: float | None) -> Text:
-    attempt, silence = history.attempt, history.silent_seconds(now)
+def _state(history: History, seconds: Sequence[float], now: float | None) -> str:
     if history.finished:
-        state = Text("finished", style="bold green")
-    elif silence:
-        state = Text(f"no record for {clock(silence)}", style="bold red")
-    else:
-        state = Text("running", style="bold cyan")
-    where = [
-        f"attempt {attempt['attempt']}",
-        *(str(attempt[key]) for key in ("variant", "layout", "host") if attempt.get(key)),
-    ]
-    return Text(", ").join([state, *map(Text, where)])
-
-
-def _progress(history: History) -> RenderableType:
-    last, steps = history.last_step, history.attempt.get("steps")
-    assert last is not None
-    line = Table.grid(padding=(0, 1))
-    said = f"step {last['step']:,}"
-    if steps is None:
-        return Text(said)
-    line.add_row(ProgressBar(total=steps, completed=min(last["step"], steps), width=40), f"{said} of {steps:,}")
-    return line
-
-
-def _numbers(history: History) -> Table:
-    """A row a quantity: now, and the way it took."""
-    table = Table.grid(padding=(0, 2))
-    rows: list[tuple[str, Series, str, float]] = [
-        ("loss", history.series("loss"), "{:.4f}", 1),
-        ("held-out loss", history.series("loss", "heldout"), "{:.4f}", 1),
-        ("gradient norm", history.series("grad_norm"), "{:.3f}", 1),
-        ("learning rate", history.series("lr"), "{:.2e}", 1),
-        ("tokens a second", history.series("tokens_per_second"), "{:,.0f}", 1),
-        ("MFU", history.series("mfu"), "{:.1%}", 1),
-        ("memory, GB", history.series("memory_bytes"), "{:.1f}", 1e9),
-        ("tokens", history.series("tokens"), "{:,.0f}", 1),
-    ]
-    for name, series, form, unit in rows:
-        if series.steps:
-            way = "" if name == "tokens" else sparkline(thinned(series, 400).values)
-            table.add_row(name, form.format(series.values[-1] / unit), way)
-    if (left := _seconds_left(history)) is not None:
-        table.add_row("left", clock(left), "")
-    return table
-
-
-def _seconds_left(history: History) -> float | None:
-    """From the median of the last steps, without what stands between them."""
-    last, steps = history.last_step, history.attempt.get("steps")
-    if last is None or steps is None or history.finished:
-        return None
-    return statistics.median(history.series("seconds").values[-100:]) * (steps - last["step"])
-
-
-def _memory(history: History) -> Table:
-    """The newest look into the memories: means over the blocks, and the blocks."""
-    record = history.of("memory")[-1]
-    table = Table(title=f"memories at step {record['step']:,}", title_justify="left", box=None, padding=(0, 2))
-    for heading in ("", "mean", "first block", "last block"):
-        table.add_column(heading, justify="right" if heading else "left")
-    table.add_column("by block")
-    for name in history.memory_quantities():
-        values = record.get(name) or []
-        if (mean := means(values)) is not None:
-            cells = ["" if value is None else f"{value:.4g}" for value in (mean, values[0], values[-1])]
-            table.add_row(name, *cells, sparkline([value for value in values if value is not None]))
-    return table
+        return "finished"
+    silence = (time.time() if now is None else now) - max(
+        (record["time"] for record in history.records), default=math.inf
+    )
+    usual = max(_SILENT_AFTER_SECONDS, _SILENT_AFTER_STEPS * statistics.median(seconds) if seconds else 0.0)
+    return f"no record for {clock(silence)}" if silence > usual else "running"
 
 
 def memory_warnings(record: Record) -> list[str]:
@@ -188,13 +121,6 @@ def memory_warnings(record: Record) -> list[str]:
     ]
 
 
-def _curve(record: Record, places: str, name: str, form: str) -> Text:
-    """A quantity over lengths or positions, the newest."""
-    pairs = [(place, value) for place, value in zip(record[places], record[name], strict=False) if value is not None]
-    cells = "  ".join(f"{place:,}: {form.format(value)}" for place, value in pairs)
-    return Text(f"{record.get('name', '')} {name} by {places} at step {record['step']:,}   {cells}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
     settings = tyro.cli(
@@ -205,8 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_MISTAKE) from None
-    except KeyboardInterrupt:
-        print()
 
 
 if __name__ == "__main__":

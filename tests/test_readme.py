@@ -40,12 +40,10 @@ SMALL = {
     "launch/torchrun.sh": " --train.steps 2 --train.global-batch 4",
     "evals.efficiency memory": " --quick",
     "evals.efficiency context": " --lengths 512 1024",
-    "evals.efficiency faults": " --steps 4 --kill-every 2 --checkpoint-every 1",
     "evals.niah --checkpoint": " --samples 1 --depths 2",
     "evals.niah.training_data": " --documents 20",
     "evals.babilong.training_data": " --documents 20",
     "evals.finetune": " --steps 2 --validation 2",
-    "pretrain.watch": " --once",
     "launch/recall.sh": " --train.steps 2 --steps 2 --lengths 256 --samples 1",
     "evals.forecasting": " --steps 2 --seeds 0 --systems repeat lmm",
     "evals.genomics": " --steps 2 --seeds 0 --systems lmm cnn",
@@ -54,7 +52,7 @@ SMALL = {
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and for a whole library in
 # place of a few files, training in stages, two systems of the comparison, a
-# process for each case of the benchmark, a run that is killed and started again, the export's proof again. And those
+# process for each case of the benchmark, the export's proof again. And those
 # that the quickstart starts too, or a test of their room starts or calls: they load torch and Megatron-core once more.
 SLOW = (
     "bash launch/quickstart.sh --",

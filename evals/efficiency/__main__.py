@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from evals.command_line import EXIT_INTERRUPTED, EvaluationError, parse_settings, run_command
+from evals.command_line import EvaluationError, parse_settings, run_command
 from evals.efficiency import ContextSettings, MemorySettings
 
 _HELP = """usage: python -m evals.efficiency COMMAND [OPTIONS]
@@ -13,7 +13,6 @@ Measures speed and memory.
 commands:
   memory   the neural memory: tokens/s and peak memory, beside titans-pytorch
   context  reading, decoding and memory of trained models, up to millions of tokens
-  faults   what lost processes cost a run: productive time, lost steps, time to resume
   gpu      all that needs a GPU, in three parts of a few minutes: right, fast, endurance
 
 `python -m evals.efficiency COMMAND --help` lists the options."""
@@ -23,13 +22,8 @@ def _memory(words: Sequence[str]) -> None:
     settings = parse_settings(MemorySettings, "python -m evals.efficiency memory", words)
     from evals.efficiency.memory import measure
 
-    try:
-        print(measure(settings))
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; what is finished stands in {settings.output}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    for path in (settings.output / "memory.json", settings.output / "memory.md"):
-        print(path, file=sys.stderr)
+    print(measure(settings))
+    print(f"{settings.output / 'memory.json'}, .md", file=sys.stderr)
 
 
 def _context(words: Sequence[str]) -> None:
@@ -40,36 +34,14 @@ def _context(words: Sequence[str]) -> None:
     print(settings.json, file=sys.stderr)
 
 
-def _faults(words: Sequence[str]) -> None:
-    from evals.efficiency.faults import FaultSettings, measure
-
-    settings = parse_settings(FaultSettings, "python -m evals.efficiency faults", words)
-    try:
-        print(measure(settings))
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was measured", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    print(settings.output / "faults.json", file=sys.stderr)
-
-
 def _gpu(words: Sequence[str]) -> None:
     from evals.efficiency.gpu import GpuSettings, measure
 
     settings = parse_settings(GpuSettings, "python -m evals.efficiency gpu", words)
-    try:
-        status = measure(settings)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; what was found stands in {settings.output}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    sys.exit(status)
+    sys.exit(measure(settings))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "memory": _memory,
-    "context": _context,
-    "faults": _faults,
-    "gpu": _gpu,
-}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"memory": _memory, "context": _context, "gpu": _gpu}
 
 
 def main() -> None:

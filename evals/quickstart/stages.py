@@ -193,13 +193,13 @@ class _Words(ProgressColumn):
 
 
 def training_progress(run: Path, unigrams: Callable[[], float]) -> Progressed:
-    """How far a training is: its loss beside what counting words reaches, and the way it took.
+    """How far a training is: its loss beside what counting words reaches.
 
     Args:
         run: Its run folder, which need not be there yet.
         unigrams: Nats a token that counting words reaches.
     """
-    from pretrain.report.history import History, sparkline, thinned
+    from pretrain.report.history import History, thinned
     from pretrain.report.records import METRICS_FILE, Follower
 
     follower = Follower(run)
@@ -211,7 +211,7 @@ def training_progress(run: Path, unigrams: Callable[[], float]) -> Progressed:
         if (last := history.last_step) is None:
             return 0.0, ""
         losses = thinned(history.series("loss"), 24).values
-        words = f"loss {losses[-1]:.2f} (counting words: {unigrams():.2f}) {sparkline(losses, 24)}"
+        words = f"loss {losses[-1]:.2f} (counting words: {unigrams():.2f})"
         speed = f"{last['tokens_per_second']:,.0f} tokens/s"
         return last["step"] / history.attempt.get("steps", last["step"]), f"{words} {speed}"
 

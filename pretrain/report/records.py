@@ -53,12 +53,7 @@ def line_of(record: Record) -> bytes:
 
 def read_records(run_dir: Path) -> list[Record]:
     """What holds of a run's records, in order; lines that were cut off in the middle of writing are left out."""
-    return resolve(written_records(run_dir))
-
-
-def written_records(run_dir: Path) -> list[Record]:
-    """A run's records in the order in which they were written, with those that hold no longer."""
-    return list(_parsed(run_dir / METRICS_FILE))
+    return resolve(_parsed(run_dir / METRICS_FILE))
 
 
 def resolve(records: Iterable[Record]) -> list[Record]:

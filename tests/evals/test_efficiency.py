@@ -139,7 +139,7 @@ def test_each_fault_is_one_sentence(
         return lines[0]
 
     here = ("memory", "--output", tmp_path / "out")
-    commands = "memory, context, faults, gpu"
+    commands = "memory, context, gpu"
     assert says("speed") == f"error: there is no command 'speed'; give one of {commands}"
     assert "--lengths is (0,)" in says(*here, "--lengths", 0)
     assert "--repeats is 0" in says(*here, "--repeats", 0)

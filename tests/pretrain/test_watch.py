@@ -1,24 +1,18 @@
 """`python -m pretrain.watch`: what it shows of runs that go on, are finished, were killed or were never started."""
 
 import json
-import os
-import pty
-import select
-import sys
 import time
 
 import pytest
-from rich.console import Console
 
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
-from pretrain.report.history import History, Series, sparkline, thinned
+from pretrain.report.history import History, Series, thinned
 from pretrain.report.metrics import Metrics
 from pretrain.report.records import Follower, read_records
-from pretrain.watch import memory_warnings, panel_of
+from pretrain.watch import lines_of, main, memory_warnings
 from tests.pretrain.jobs import read_metrics
 
-from .jobs import ROOT, Job
 from .test_metrics import VALUES
 
 STEPS = 20
@@ -43,15 +37,7 @@ def write(metrics, steps, telemetry=True):
 
 
 def shown(run_dir, now=None) -> str:
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - closed with the process
-    console.print(panel_of("mine", History(read_records(run_dir)), now))
-    return console.export_text()
-
-
-def watch(run_dir, *arguments, **environment) -> Job:
-    names = [f"{name}={value}" for name, value in environment.items()]
-    command = ["env", "-u", "DISPLAY", *names, sys.executable, "-m", "pretrain.watch", str(run_dir), *arguments]
-    return Job(command, ROOT)
+    return "\n".join(lines_of(History(read_records(run_dir)), now))
 
 
 @pytest.mark.parametrize(
@@ -74,75 +60,50 @@ def test_blocks_whose_steps_are_often_held_are_named_and_whether_it_is_for_a_chu
     assert all(words in sentence for sentence in found)
 
 
-def test_a_run_in_progress_is_printed_once(tmp_path):
+def test_a_run_in_progress_is_told(tmp_path, capsys):
     write(begin(tmp_path / "run"), range(1, 12))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "lo\n')  # as a full disk leaves it
-    status, out, err = watch(tmp_path / "run", "--once").wait(120)
-    assert (status, err) == (0, "")
+    capsys.readouterr()
+    main([str(tmp_path / "run")])
+    out, err = capsys.readouterr()
+    assert err == ""
     for words in (
         "running, attempt 1, mac",
-        "step 11 of 20",
-        "loss",
-        "4.9000",
-        "surprise",
+        "step 11/20 | loss 4.9000",
+        "held-out loss 4.0000 at step 10",
         "niah_single_1 accuracy by lengths at step 10   4,096: 100%  8,192: 25%",
     ):
         assert words in out
     assert f"note: 1 lines of {tmp_path / 'run' / 'metrics.jsonl'} were cut off and are left out" in out
 
 
-def test_records_are_printed_as_lines_of_json_every_step_once(tmp_path):
+def test_records_are_printed_as_lines_of_json_every_step_once(tmp_path, capsys):
     write(begin(tmp_path / "run"), range(1, 7))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "lo\n')
     write(begin(tmp_path / "run", resumed_step=4), range(5, 9))
-    status, out, err = watch(tmp_path / "run", "--json").wait(120)
-    assert status == 0
+    capsys.readouterr()
+    main([str(tmp_path / "run"), "--json"])
+    out, err = capsys.readouterr()
     records = [json.loads(line) for line in out.splitlines()]
     assert records == read_records(tmp_path / "run")
     assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 9))
     assert err.startswith("note: 1 lines of ")
 
 
-def test_a_run_that_was_never_started_is_a_sentence(tmp_path):
-    status, out, err = watch(tmp_path, "--once").wait(120)
-    assert (status, out) == (2, "")
-    assert err == f"error: {tmp_path}/metrics.jsonl is not there; name the folder of a run that was started\n"
-
-
-def test_a_panel_follows_a_run_in_a_terminal_until_it_is_finished(tmp_path):
-    metrics = begin(tmp_path / "run")
-    write(metrics, range(1, 6))
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(ROOT)
-        arguments = ["-m", "pretrain.watch", str(tmp_path / "run"), "--every-seconds", "0.1"]
-        os.execve(sys.executable, [sys.executable, *arguments], os.environ | {"TERM": "xterm", "COLUMNS": "120"})
-    until(terminal, "step 5 of 20")
-    write(metrics, range(6, STEPS + 1))
-    until(terminal, "finished")
-    _, status = os.waitpid(pid, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
-
-
-def until(terminal: int, words: str) -> str:
-    """What a terminal shows until these words are there."""
-    printed, deadline = "", time.monotonic() + 120
-    while words not in printed:
-        ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
-        assert ready, printed
-        printed += os.read(terminal, 4096).decode(errors="replace")
-    return printed
+def test_a_run_that_was_never_started_is_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2
+    sentence = f"error: {tmp_path}/metrics.jsonl is not there; name the folder of a run that was started\n"
+    assert capsys.readouterr() == ("", sentence)
 
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_run_that_has_just_begun_is_shown(tmp_path, steps):
     write(begin(tmp_path / "run"), range(1, steps + 1))
-    status, out, err = watch(tmp_path / "run", "--once").wait(120)
-    assert (status, err) == (0, "")
-    assert "running" in out
+    assert "running" in shown(tmp_path / "run")
 
 
 def test_a_finished_run_a_silent_one_and_what_happened_are_told(tmp_path):
@@ -155,7 +116,7 @@ def test_a_finished_run_a_silent_one_and_what_happened_are_told(tmp_path):
     assert "running" in shown(tmp_path, now)
     assert "no record for 0:16:4" in shown(tmp_path, now + 1000)
     assert "the loss rose to 9 at step 10" in shown(tmp_path)
-    assert "left" in shown(tmp_path)
+    assert "ETA" in shown(tmp_path)
     write(metrics, range(11, STEPS + 1))
     assert "finished" in shown(tmp_path, now + 1000)
 
@@ -167,7 +128,7 @@ def test_what_a_restart_does_again_is_shown_once(tmp_path):
     assert history.series("loss").steps == list(range(1, 10))
     assert history.series("loss", "heldout").steps == []
     assert "attempt 2" in shown(tmp_path)
-    assert "step 9 of 20" in shown(tmp_path)
+    assert "step  9/20" in shown(tmp_path)
 
 
 def test_following_reads_each_line_once_and_waits_for_one_that_is_half_written(tmp_path):
@@ -202,12 +163,6 @@ def test_curves_of_a_month_become_means_of_neighbours():
     assert thinned(short, 1000) == short
 
 
-def test_a_sparkline_goes_from_the_lowest_to_the_highest():
-    assert sparkline([0.0, 3.5, 7.0]) == "▁▅█"
-    assert sparkline([]) == ""
-    assert len(sparkline(list(range(1000)), width=40)) == 40
-
-
 def test_a_real_run_shows_its_memories_and_trains_bitwise_as_without(train, tmp_path):
     arguments = ["--train.steps", "4", "--evaluate.heldout-sequences", "2", "--logging.every-steps", "2"]
     for name, every in (("with", "2"), ("without", "0")):
@@ -218,7 +173,4 @@ def test_a_real_run_shows_its_memories_and_trains_bitwise_as_without(train, tmp_
     assert [record["step"] for record in read_metrics(tmp_path / "with", "memory")] == [2, 4]
     assert not read_metrics(tmp_path / "without", "memory")
     assert {"surprise", "drift", "held", "retention_16"} < set(read_metrics(tmp_path / "with", "memory")[0])
-    status, out, err = watch(tmp_path / "with", "--once").wait(120)
-    assert (status, err) == (0, "")
-    for words in ("finished, attempt 1, mac, tensor 1 x data 1", "memories at step 4", "surprise", "held-out loss"):
-        assert words in out
+    assert "finished, attempt 1, mac, tensor 1 x data 1" in shown(tmp_path / "with")
