@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from evals.command_line import EvaluationError, ModelOptions, check_at_least, parse_settings, run_command
 
@@ -23,12 +23,9 @@ class PositionPerplexitySettings(ModelOptions):
     output: Path
     """Folder for position_perplexity.json and .png."""
     data: Path | None = None
-    """Folder with heldout.bin and heldout.idx, from `python -m tokenization.encode`."""
+    """Folder with heldout.bin and heldout.idx, from `python -m tokenization.encode`: its documents, joined and cut."""
     text: tuple[Path, ...] = ()
     """In place of --data: text files, or folders of .txt files; each that is long enough is a row of its own."""
-    rows: Literal["joined", "documents"] = "joined"
-    """What --data gives: held-out documents joined in their order and cut, or the beginnings of those that are long
-    enough, each a row of its own."""
     tokens: int = 131_072
     """Predict about this many tokens, whole rows; fewer when there are fewer."""
     length: int = 4_096
@@ -77,7 +74,7 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
         **summary,
         "rows": len(rows),
         "length": settings.length,
-        "source": "text" if settings.text else settings.rows,
+        "source": "text" if settings.text else "joined",
         "peak_bytes": peak.bytes(),
         **model.facts(),
         "settings": settings_of(settings),
@@ -94,13 +91,12 @@ def open_rows(model: "EvalModel", settings: PositionPerplexitySettings) -> "list
     Raises:
         EvaluationError: They are missing, too short, or not of this model's tokenizer.
     """
-    from evals.tokens import document_rows, heldout_rows, text_rows
+    from evals.tokens import heldout_rows, text_rows
 
     most = max(settings.tokens // settings.length, 1)
     if settings.data is None:
         return text_rows(settings.text, model, most, settings.length)
-    rows = heldout_rows if settings.rows == "joined" else document_rows
-    return rows(settings.data, model, most, settings.length)
+    return heldout_rows(settings.data, model, most, settings.length)
 
 
 def report_table(report: dict[str, Any]) -> str:

@@ -97,7 +97,8 @@ def heldout_rows(folder: Path, model: EvalModel, rows: int, length: int) -> list
     Raises:
         EvaluationError: Files are missing or damaged, too short for one row, or of another tokenizer.
     """
-    dataset = _open_checked(folder, model)
+    _check_tokenizer(folder, model)
+    dataset = _open(folder / "heldout")
     have = int(dataset.sequence_lengths.sum(dtype=np.int64))
     rows = min(rows, (have - 1) // length)
     if rows < 1:
@@ -105,30 +106,11 @@ def heldout_rows(folder: Path, model: EvalModel, rows: int, length: int) -> list
             f"--data {folder}: {have:,} held-out tokens, but a row of --length {length} needs {length + 1:,}; "
             "give a smaller --length or encode more text"
         )
-    tokens = _tokens(folder, dataset)
+    tokens = DiskTokens(
+        (folder / "heldout.bin").open("rb"), 0, have, dataset.index.dtype
+    )  # documents one behind another
     _check_vocabulary(f"--data {folder}", tokens[: rows * length + 1], model)
     return [tokens[row * length : (row + 1) * length + 1] for row in range(rows)]
-
-
-def document_rows(folder: Path, model: EvalModel, rows: int, length: int) -> list[DiskTokens]:
-    """The beginnings of held-out documents that are long enough, each a row of its own.
-
-    Args and errors are those of heldout_rows.
-    """
-    dataset = _open_checked(folder, model)
-    lengths = np.asarray(dataset.sequence_lengths, np.int64)
-    starts = np.cumsum(lengths) - lengths
-    long_enough = np.flatnonzero(lengths > length)[:rows]
-    if not len(long_enough):
-        raise EvaluationError(
-            f"--data {folder}: its longest held-out document has {lengths.max(initial=0):,} tokens, but a row of "
-            f"--length {length} needs {length + 1:,}; give a smaller --length, or --rows joined"
-        )
-    tokens = _tokens(folder, dataset)
-    found = [tokens[start : start + length + 1] for start in starts[long_enough].tolist()]
-    for row in found:
-        _check_vocabulary(f"--data {folder}", row, model)
-    return found
 
 
 def text_rows(paths: Sequence[Path], model: EvalModel, rows: int, length: int) -> list[DiskTokens]:
@@ -200,17 +182,6 @@ def _blocks(file: Path) -> Iterator[str]:
                 rest = rest[cut:]
     if rest:
         yield rest
-
-
-def _open_checked(folder: Path, model: EvalModel) -> Any:
-    _check_tokenizer(folder, model)
-    return _open(folder / "heldout")
-
-
-def _tokens(folder: Path, dataset: Any) -> DiskTokens:
-    """All of them: the file holds the documents one behind another."""
-    file = (folder / "heldout.bin").open("rb")
-    return DiskTokens(file, 0, int(dataset.sequence_lengths.sum(dtype=np.int64)), dataset.index.dtype)
 
 
 def _check_vocabulary(source: str, tokens: DiskTokens, model: EvalModel) -> None:

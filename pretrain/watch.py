@@ -65,7 +65,7 @@ def lines_of(history: History, now: float | None = None) -> Iterator[str]:
     where = [str(attempt[key]) for key in ("variant", "layout", "host") if attempt.get(key)]
     yield ", ".join([_state(history, seconds, now), f"attempt {attempt['attempt']}", *where])
     if last is not None:
-        steps = int(attempt.get("steps", last["step"]))
+        steps: int = attempt.get("steps") or last["step"]
         numbers = {name: math.nan if value is None else value for name, value in last.items()}
         # From the median of the last steps, without what stands between them.
         yield step_line(last["step"], steps, numbers, statistics.median(seconds) * (steps - last["step"]))

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
-from titans_mcore.telemetry import QUANTITIES, MemoryTelemetry, _Retention
+from titans_mcore.telemetry import QUANTITIES, MemoryTelemetry
 
 from .matrices import ONE_OF_A_KIND
 from .pretrain.jobs import ROOT, Job
@@ -96,13 +95,11 @@ def test_every_token_of_the_first_row_counts_once_and_persistent_ones_do_not(gro
         ("theta", "eta", "alpha"), LENGTH
     )
     assert counts["surprise"] == counts["held"] == LENGTH * 2  # heads
-    # In documents of 20 and 28 tokens.
-    assert (counts["retention_1"], counts["retention_16"], counts["retention_256"]) == (LENGTH, 5 + 13, 0)
 
 
 @pytest.mark.parametrize("variant", ["lmm", "mac"])
 @pytest.mark.parametrize("gates", ["matrix", "shared"])
-def test_gates_and_retention_are_what_the_biases_make_them(groups, variant, gates):
+def test_gates_are_what_the_biases_make_them(groups, variant, gates):
     model = model_of(groups, variant=variant, memory_gates=gates)
     theta, eta, alpha = 0.3, 0.8, [0.01, 0.2]
     for name, parameter in model.named_parameters():
@@ -117,16 +114,11 @@ def test_gates_and_retention_are_what_the_biases_make_them(groups, variant, gate
         assert seen["theta"][block] == pytest.approx(0.5 * theta)
         assert seen["eta"][block] == pytest.approx(eta)
         assert seen["alpha"][block] == pytest.approx(sum(alpha) / 2)
-        for distance in (1, 16):
-            kept = sum((1 - rate) ** distance for rate in alpha) / 2
-            assert seen[f"retention_{distance}"][block] == pytest.approx(kept)
-    assert "retention_256" not in seen
 
 
 def test_what_is_switched_off_is_0_and_nothing_is_forgotten(groups):
     seen = seen_of(model_of(groups, variant="lmm", memory_momentum=False, memory_forgetting=False))
     assert seen["eta"] == seen["alpha"] == [0.0, 0.0]
-    assert seen["retention_16"] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("variant", [name for name, mixer in MIXERS.items() if mixer.memory])
@@ -134,41 +126,9 @@ def test_what_is_switched_off_is_0_and_nothing_is_forgotten(groups):
 def test_the_memories_of_a_model_are_seen_as_the_oracle_runs_them(groups, variant, alpha):
     found = seen_of(model_of(groups, torch.float64, variant=variant, memory_alpha=alpha, memory_backend="chunked"))
     literal = seen_of(model_of(groups, torch.float64, variant=variant, memory_alpha=alpha, memory_backend="oracle"))
-    assert set(found) == {name for name in QUANTITIES if name not in ("retention_256", "retention_4096")}
+    assert set(found) == set(QUANTITIES)
     for name, values in literal.items():
         assert found[name] == pytest.approx(values, rel=1e-8), name
-
-
-@pytest.mark.parametrize("pieces", [[300], [1, 15, 16, 17, 200, 51], [7] * 42 + [6]])
-@pytest.mark.parametrize("at_once", [1 << 22, 64])
-def test_retention_is_the_product_over_windows_of_one_document(pieces, at_once, monkeypatch):
-    monkeypatch.setattr("titans_mcore.telemetry._NUMBERS_AT_ONCE", at_once)
-    monkeypatch.setattr("titans_mcore.telemetry.DISTANCES", (1, 16, 40))
-    generator = torch.Generator().manual_seed(0)
-    alpha = torch.rand(300, 3, generator=generator) ** 4
-    alpha[50] = 1.0  # clears the memory
-    starts = torch.zeros(300, dtype=torch.bool)
-    starts[[0, 33, 34, 150]] = True
-    sums: dict[str, list[float]] = {}
-
-    def add(name, values, where):
-        total = sums.setdefault(name, [0.0, 0.0])
-        total[0] += float(values[where].sum())
-        total[1] += int(where.sum())
-
-    retention = _Retention(add)
-    for begin, end in pairwise([0, *torch.tensor(pieces).cumsum(0).tolist()]):
-        retention.read(alpha[begin:end], starts[begin:end])
-    document = starts.cumsum(0)
-    for distance in (1, 16, 40):
-        windows = [
-            float((1 - alpha[t + 1 - distance : t + 1].double()).prod(0).mean())
-            for t in range(distance - 1, 300)
-            if document[t] == document[t + 1 - distance]
-        ]
-        total, count = sums[f"retention_{distance}"]
-        assert count == len(windows)
-        assert total == pytest.approx(sum(windows), rel=1e-9)
 
 
 def test_a_first_row_of_one_document_among_packed_rows_is_seen_as_it_is_alone(groups):

@@ -1,10 +1,10 @@
-"""What the memories of a model do while it trains, by block: gates, surprise, held steps, drift and retention.
+"""What the memories of a model do while it trains, by block: gates, surprise, held steps and drift.
 
 `MemoryTelemetry.watching()` stands around one forward pass. It hangs hooks on the memories, which look at the first row
 of what they are given: the row's keys, values and gates are made once more, and its scan is gone through once more, on
 the side and without gradients. So the pass computes what it computes without, with every backend, also where the
-kernels are fused; outside of `watching` nothing is there. Gates and retention are those of every token of the row,
-the rest is that of one chunk in about every 256 tokens.
+kernels are fused; outside of `watching` nothing is there. Gates are those of every token of the row, the rest is
+that of one chunk in about every 256 tokens.
 
 By block, means over tokens, heads and matrices; None for a block without a memory:
 
@@ -14,9 +14,6 @@ held          share of the tokens whose step the rule makes smaller, or whose ch
 early_late    what the last quarter of a chunk writes over what its first quarter does; 1 is even
 drift         root mean square of the weights less the initial ones; beside 1 for initial weights, or 1 / sqrt(their
               input's width) in plain networks, and a limit of 3, or 16 (memory/STABILITY.md)
-retention_D   what forgetting leaves of a write after D tokens: the product of D times 1 - alpha, in one document
-
-A row that ranks share is looked at in parts: no retention reaches from one into the next.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +29,8 @@ from titans_mcore.memory import PackedRows, Probe, Probed
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.neural_memory import NeuralMemory
 
-DISTANCES = (1, 16, 256, 4096)
-QUANTITIES = (
-    *("surprise", "theta", "eta", "alpha", "held", "early_late", "drift"),
-    *(f"retention_{d}" for d in DISTANCES),
-)
+QUANTITIES = ("surprise", "theta", "eta", "alpha", "held", "early_late", "drift")
 _EVERY_TOKENS = 256
-_NUMBERS_AT_ONCE = 1 << 22  # of forget rates in float64, whatever the length of a row
 
 
 class MemoryTelemetry:
@@ -70,7 +62,7 @@ class MemoryTelemetry:
     def collect(self) -> dict[str, list[float | None]]:
         """Means over all ranks since the last call: by quantity a list over the blocks.
 
-        What no block has seen, like retention over more tokens than a row has, is left out.
+        What no block has seen is left out.
         """
         if not self._memories:
             return {}
@@ -104,7 +96,6 @@ class _Watcher:
 
     def __init__(self, every_tokens: int, add: Callable[..., None]) -> None:
         self._probe, self._add = Probe(every_tokens, self._take), add
-        self._retention = _Retention(add)
 
     @torch.no_grad()
     def __call__(self, memory: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,13 +108,12 @@ class _Watcher:
         rows = _first_row(kwargs["rows"])
         state = None if state is None else state.map(lambda part: part[:1])
         theta, eta, alpha = memory.probe(x[:1], state, self._probe, start=kwargs.get("start"), rows=rows)
-        real = _row_of(None if rows is None else rows.real, x, default=True)
+        mask = None if rows is None else rows.real
+        real = torch.ones(x.shape[1], dtype=torch.bool, device=x.device) if mask is None else mask[0]
         rates = [alpha] if isinstance(alpha, Tensor) else alpha
         for name, gates in (("theta", [theta]), ("eta", [eta]), ("alpha", rates)):
             by_token = torch.stack([gate[0].flatten(1).mean(1) for gate in gates]).mean(0)
             self._add(name, by_token[real])
-        starts = _row_of(None if rows is None else rows.starts, x, default=False)
-        self._retention.read(torch.cat([a[0].flatten(1) for a in rates], 1)[real], starts[real])
 
     def _take(self, probed: Probed) -> None:
         self._add("surprise", probed.surprise, probed.real)
@@ -137,36 +127,6 @@ class _Watcher:
             self._add("early_late", last / first.clamp_min(1e-30), first * probed.real.all(-1))
 
 
-class _Retention:
-    """Products of 1 - alpha over the last D tokens of one document, along a row that may come in pieces."""
-
-    def __init__(self, add: Callable[..., None]) -> None:
-        self._add = add
-        self._logs: Tensor | None = None  # of the last tokens, (n, F); and which document each is of
-        self._documents: Tensor | None = None
-
-    def read(self, alpha: Tensor, starts: Tensor) -> None:
-        """The next tokens' forget rates (T, F), and which tokens begin documents (T,)."""
-        at_once = max(1, _NUMBERS_AT_ONCE // alpha.shape[1])
-        for rates, begins in zip(alpha.split(at_once), starts.split(at_once), strict=True):
-            self._read(rates.double(), begins)
-
-    def _read(self, alpha: Tensor, starts: Tensor) -> None:
-        logs = (1.0 - alpha).clamp_min(torch.finfo(torch.float32).tiny).log()
-        documents = starts.cumsum(0)
-        if self._logs is not None and self._documents is not None:
-            logs = torch.cat([self._logs, logs])
-            documents = torch.cat([self._documents, self._documents[-1:] + documents])
-        new = len(logs) - len(alpha)  # windows that end before it were counted with an earlier piece
-        sums = torch.cat([logs.new_zeros(1, logs.shape[1]), logs.cumsum(0)])
-        for distance in DISTANCES:
-            if len(logs) >= distance:
-                ends = torch.arange(max(new, distance - 1), len(logs), device=logs.device)
-                kept = (sums[ends + 1] - sums[ends + 1 - distance]).exp()
-                self._add(f"retention_{distance}", kept.mean(1), documents[ends] == documents[ends + 1 - distance])
-        self._logs, self._documents = logs[-DISTANCES[-1] :], documents[-DISTANCES[-1] :]
-
-
 def _first_row(rows: PackedRows | None) -> PackedRows | None:
     """The first row's, as PackedRows wants it; None for a row of one document that is all there."""
     if rows is None:
@@ -174,8 +134,3 @@ def _first_row(rows: PackedRows | None) -> PackedRows | None:
     starts, real = (None if mask is None else mask[:1] for mask in (rows.starts, rows.real))
     starts = None if starts is None or not bool(starts.any()) else starts
     return None if starts is None and real is None else PackedRows(starts, real)
-
-
-def _row_of(mask: Tensor | None, x: Tensor, *, default: bool) -> Tensor:
-    """The first row of a mask (B, T) of the tokens of x."""
-    return torch.full((x.shape[1],), default, device=x.device) if mask is None else mask[0]

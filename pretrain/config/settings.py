@@ -398,7 +398,7 @@ class LoggingConfig:
     """Steps between the lines in the terminal."""
     memory_every_steps: int = 0
     """Steps between looks into the memories of every block, which cost about a forward pass of them over one row:
-    surprise, gates, held steps, evenness of writing, drift, retention (records of kind memory in RUN/metrics.jsonl).
+    surprise, gates, held steps, evenness of writing, drift (records of kind memory in RUN/metrics.jsonl).
     0: never."""
     stragglers_every_steps: int = 10
     """Steps between comparisons of the ranks: whose own work takes longer than the others' is named. 0: never."""

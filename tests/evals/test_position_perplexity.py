@@ -15,7 +15,7 @@ from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.position_loss import bucket_intervals, row_losses, stretch_ends, summarise
 from evals.position_perplexity import PositionPerplexitySettings, evaluate
-from evals.tokens import document_rows, heldout_rows, text_rows
+from evals.tokens import heldout_rows, text_rows
 
 from .conftest import MakeRun, write_heldout
 
@@ -79,16 +79,6 @@ def test_every_heldout_token_but_the_first_is_predicted_once(shards: Path, model
     assert rows.shape == (6, 334)
     assert (rows[:, 1:].ravel() == expected[1 : 6 * 333 + 1]).all()
     assert (rows[:, :-1].ravel() == expected[: 6 * 333]).all()
-
-
-def test_rows_of_documents_are_the_beginnings_of_long_ones(shards: Path, model: EvalModel) -> None:
-    tokens = np.random.default_rng(0).integers(3, 360, 2_000)
-    for length, starts in ((300, (0, 309, 1001)), (301, (309, 1001)), (998, (1001,))):
-        rows = document_rows(shards, model, 9, length)
-        assert [np.asarray(row).tolist() for row in rows] == [tokens[at : at + length + 1].tolist() for at in starts]
-    assert len(document_rows(shards, model, 2, 300)) == 2
-    with pytest.raises(EvaluationError, match=r"longest held-out document has 999 tokens, but a row of --length 999"):
-        document_rows(shards, model, 1, 999)
 
 
 def test_a_text_is_tokenised_in_blocks_as_in_one_go(

@@ -88,7 +88,7 @@ def test_a_training_is_shown_by_its_steps_and_losses(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_bytes(b"".join(map(line_of, records)) + b'{"kind": "st')
     share, words = progress()
     assert share == 0.25
-    assert words == "loss 4.00 (counting words: 5.29) █▁ 1,234 tokens/s"
+    assert words == "loss 4.00 (counting words: 5.29) 1,234 tokens/s"
 
 
 def test_documents_of_recall_fill_whole_rows() -> None:

@@ -29,7 +29,7 @@ def write(metrics, steps, telemetry=True):
         heldout = {"heldout_loss": 5.0 - step / 10} if step % 10 == 0 else {}
         metrics.step(step, VALUES | {"loss": 6.0 - step / 10, "memory_bytes": 2_000_000_000} | heldout)
         if telemetry and step % 5 == 0:
-            metrics.record("memory", step, {"surprise": [1.0, 2.0], "alpha": [0.1, None], "retention_16": [0.5, 0.7]})
+            metrics.record("memory", step, {"surprise": [1.0, 2.0], "alpha": [0.1, None]})
         if telemetry and step % 10 == 0:
             metrics.record("position_loss", step, {"name": "heldout", "tokens": [512, 1024], "loss": [5.0, 4.0]})
             probe = {"lengths": [4096, 8192], "accuracy": [1.0, 0.25], "samples": 4}
@@ -172,5 +172,5 @@ def test_a_real_run_shows_its_memories_and_trains_bitwise_as_without(train, tmp_
     assert [(step["loss"], step["grad_norm"]) for step in found] == [(s["loss"], s["grad_norm"]) for s in plain]
     assert [record["step"] for record in read_metrics(tmp_path / "with", "memory")] == [2, 4]
     assert not read_metrics(tmp_path / "without", "memory")
-    assert {"surprise", "drift", "held", "retention_16"} < set(read_metrics(tmp_path / "with", "memory")[0])
+    assert {"surprise", "drift", "held"} < set(read_metrics(tmp_path / "with", "memory")[0])
     assert "finished, attempt 1, mac, tensor 1 x data 1" in shown(tmp_path / "with")

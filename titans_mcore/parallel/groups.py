@@ -171,32 +171,17 @@ class DeepSpeedGroups:
     def get_data_parallel_rank(self) -> int:
         return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_model_parallel_group()
-
     def get_model_parallel_world_size(self) -> int:
         return self.get_model_parallel_group().size()
 
     def get_model_parallel_rank(self) -> int:
         return self.get_model_parallel_group().rank()
 
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_tensor_model_parallel_group()
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return parallel_state.get_tensor_model_parallel_world_size()
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return parallel_state.get_tensor_model_parallel_rank()
-
-    def get_tensor_model_parallel_src_rank(self) -> int:
-        return parallel_state.get_tensor_model_parallel_src_rank()
-
-    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        return parallel_state.get_pipeline_model_parallel_group()
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return parallel_state.get_pipeline_model_parallel_world_size()
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return parallel_state.get_pipeline_model_parallel_rank()
+    get_model_parallel_group = staticmethod(parallel_state.get_model_parallel_group)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_pipeline_model_parallel_group = staticmethod(parallel_state.get_pipeline_model_parallel_group)
+    get_pipeline_model_parallel_world_size = staticmethod(parallel_state.get_pipeline_model_parallel_world_size)
+    get_pipeline_model_parallel_rank = staticmethod(parallel_state.get_pipeline_model_parallel_rank)
