@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from titans_mcore.hf.convert import export
-from titans_mcore.hf.proof import files_of, same_choices
+from titans_mcore.hf.proof import files_of
 from titans_mcore.hf.verify import main
 
 
@@ -34,7 +33,7 @@ def fails(capsys: pytest.CaptureFixture[str], folder: Path, status: int, *more: 
 def test_a_copied_folder_is_verified(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "README.md").write_text("my words")  # what may change
     assert main([str(folder)]) == 0
-    assert "logits, read whole, in pieces and token by token, differ" in capsys.readouterr().out
+    assert "numbers differ from the trained model's by at most" in capsys.readouterr().out
 
 
 def test_a_missing_file_and_a_corrupted_shard_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +58,7 @@ def test_other_weights_fail_even_if_the_checksums_are_theirs(folder: Path, capsy
     proof = json.loads((folder / "proof.json").read_text())
     proof["files"] = {name: known for name, known in files_of(folder).items() if name in proof["files"]}
     (folder / "proof.json").write_text(json.dumps(proof))
-    assert "differs from the trained model by" in fails(capsys, folder, 1)
+    assert "differs from the trained one by" in fails(capsys, folder, 1)
 
 
 def test_a_folder_without_a_proof_that_can_be_read_gets_a_sentence(
@@ -68,17 +67,9 @@ def test_a_folder_without_a_proof_that_can_be_read_gets_a_sentence(
     file = folder / "proof.json"
     proof = json.loads(file.read_text())
     file.write_text(json.dumps({**proof, "format": 1}))
-    assert "has format 1; this version reads format 2" in fails(capsys, folder, 2)
+    assert "has format 1; this version reads format 3" in fails(capsys, folder, 2)
     file.write_text("{")
     assert "cannot be read" in fails(capsys, folder, 2)
     file.unlink()
     assert "proof.json is missing" in fails(capsys, folder, 2)
     assert "proof.json is missing" in fails(capsys, folder / "none", 2)
-
-
-def test_greedy_tokens_may_differ_where_logits_are_equal_and_nowhere_else() -> None:
-    logits = torch.tensor([[0.0, 1.0, 0.5], [0.0, 1.0, 1.0 + 1e-7]])
-    assert same_choices(logits, [1, 2], [1, 2], 1e-6)
-    assert same_choices(logits, [1, 2], [1, 1], 1e-6)
-    assert not same_choices(logits, [1, 2], [2, 2], 1e-6)
-    assert not same_choices(logits, [1, 2], [1, 0], 1e-6)

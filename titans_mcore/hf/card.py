@@ -1,4 +1,4 @@
-"""The README of an exported folder: what the model is, what it was trained on and how, and what was measured."""
+"""The README of an exported folder: what the model is, what it was trained on and how, and how it is loaded."""
 
 import json
 from collections.abc import Iterable
@@ -8,46 +8,36 @@ from typing import Any
 import tomli_w
 
 from titans_mcore.config import TitansConfig
-from titans_mcore.hf.proof import Proof
 from titans_mcore.weights import BEGINS, MARKER
 
-_ABOUT_THE_REPORT = ("settings", "model", "tokenizer", "checkpoint", "seconds")
-_MOST_ROWS = 24  # of one report
 
-
-def model_card(config: TitansConfig, parameters: int, checkpoint: Path, proof: Proof | None, caveat: str | None) -> str:
-    """The text of README.md.
+def model_card(
+    config: TitansConfig, parameters: int, checkpoint: Path, max_abs_error: float | None, caveat: str | None
+) -> str:
+    """The text of README.md of a run's model.
 
     Args:
         config: Of the model.
         parameters: Tied ones counted once.
         checkpoint: Folder that was exported; what it and its run do not say is left out.
-        proof: None when the export was not proven.
+        max_abs_error: Of its proof; None when the export was not proven.
         caveat: Where the tokenizer may differ from the run's; None when nowhere.
     """
     record = _json(checkpoint / MARKER)
     heads = {part: shape for mixer in config.mixers for part, shape in mixer.heads(config).items()}
+    proven = f"logits differ by at most {max_abs_error or 0.0:.3g} from the trained model's (`proof.json`)"
     rows = {
-        "model": " + ".join(mixer.title for mixer in config.mixers),
-        "parameters": f"{parameters:,}",
-        "blocks x width": f"{config.num_layers} x {config.dim}",
         **{f"heads of the {part}": f"{shape.number} of {shape.width}" for part, shape in heads.items()},
         "vocabulary": f"{config.vocab_size:,}",
         "made of": record.get(BEGINS),
         "trained on": f"{record['tokens']:,} tokens" if record.get("tokens") else None,
         "optimizer steps": f"{record['step']:,}" if record.get("step") else None,
+        **_losses(checkpoint, record.get("step")),
         "data fingerprint": record.get("data_fingerprint"),
-        "proof": _proof_line(proof),
+        "proof": "not made" if max_abs_error is None else proven,
     }
-    sections = [
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [titans]\n---\n# {rows['model']}",
-        _table(("", ""), [(name, value) for name, value in rows.items() if value]),
-        _USE,
-        f"Note: {caveat}." if caveat else "",
-        _results(checkpoint),
-        _training(checkpoint),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    note = f"Note: {caveat}." if caveat else ""
+    return _card(config, parameters, rows, "pipeline_tag: text-generation\n", _USE, note, _training(checkpoint))
 
 
 def short_card(config: TitansConfig, parameters: int, auto_class: str, inputs: Iterable[str]) -> str:
@@ -59,18 +49,15 @@ def short_card(config: TitansConfig, parameters: int, auto_class: str, inputs: I
         auto_class: Loads the folder.
         inputs: Names of what its forward takes.
     """
+    return _card(config, parameters, {}, "", _USE_ANY.format(auto_class=auto_class, inputs=", ".join(inputs)))
+
+
+def _card(config: TitansConfig, parameters: int, more: dict[str, str | None], tag: str, *sections: str) -> str:
     title = " + ".join(mixer.title for mixer in config.mixers)
-    rows: list[tuple[str, ...]] = [
-        ("parameters", f"{parameters:,}"),
-        ("blocks x width", f"{config.num_layers} x {config.dim}"),
-    ]
-    return "\n\n".join(
-        [
-            f"---\nlibrary_name: transformers\ntags: [titans]\n---\n# {title}",
-            _table(("", ""), rows),
-            _USE_ANY.format(auto_class=auto_class, inputs=", ".join(inputs)),
-        ]
-    )
+    rows = {"parameters": f"{parameters:,}", "blocks x width": f"{config.num_layers} x {config.dim}", **more}
+    lines = ["|  |  |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
+    head = f"---\nlibrary_name: transformers\n{tag}tags: [titans]\n---\n# {title}"
+    return "\n\n".join(section for section in (head, "\n".join(lines), *sections, _PROOF) if section) + "\n"
 
 
 _USE_ANY = """The code in this folder needs torch and transformers (4.57 or later) alone:
@@ -81,9 +68,7 @@ from transformers import {auto_class}
 model = {auto_class}.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
-`model(...)` takes {inputs}; `proof.json` holds an example and what the model answered, with which `python -m
-titans_mcore.hf.verify path/to/this/folder` of the titans-mcore package compares this folder.
-"""
+`model(...)` takes {inputs}."""
 
 _USE = """The code in this folder needs torch and transformers (4.57 or later) alone:
 
@@ -100,57 +85,22 @@ What has been read is kept in a state of constant size: `cache = model(**tokens)
 `model(..., cache=cache)`, and kept in a file by `cache.save(file)` and `type(cache).load(file)`. Its name in older
 versions of transformers, `past_key_values`, means the same.
 With lm-eval, give `trust_remote_code=True` among the `--model_args`, and for tasks that score whole texts (wikitext)
-`add_bos_token=False` too: there lm-eval puts a start token in front itself, and the tokenizer's would be a second one.
-`proof.json` holds logits of the trained model, with which `python -m titans_mcore.hf.verify path/to/this/folder` of the
-titans-mcore package compares this folder."""
+`add_bos_token=False` too: there lm-eval puts a start token in front itself, the tokenizer's would be a second one."""
+
+_PROOF = """`proof.json` holds an example and what the model answered, with which `python -m titans_mcore.hf.verify
+path/to/this/folder` of the titans-mcore package compares this folder."""
 
 
-def _proof_line(proof: Proof | None) -> str:
-    if proof is None:
-        return "not made"
-    return f"logits differ by at most {proof.max_abs_error:.3g} from the trained model's (`proof.json`)"
-
-
-def _results(checkpoint: Path) -> str:
-    """What the run and its evaluations have measured of this very checkpoint."""
-    rows = [("the run", name, value) for name, value in _losses(checkpoint).items()]
-    for file in sorted((_run_of(checkpoint) / "eval").rglob("*.json")):
-        report = _json(file)
-        if Path(str(report.get("checkpoint", ""))).name == checkpoint.name:
-            rows += [(file.stem, name, value) for name, value in _numbers(report)[:_MOST_ROWS]]
-    if not rows:
-        return ""
-    return "## Results\n\n" + _table(("measured by", "what", "value"), [(a, b, f"{value:.6g}") for a, b, value in rows])
-
-
-def _losses(checkpoint: Path) -> dict[str, float]:
-    """The losses in nats a token at the checkpoint's step, where the run's metrics have them."""
-    step, found = _json(checkpoint / MARKER).get("step"), {}
+def _losses(checkpoint: Path, step: int | None) -> dict[str, str | None]:
+    """The losses at the checkpoint's step, where the run's metrics have them."""
     try:
         lines = (_run_of(checkpoint) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         at_step = [record for record in map(json.loads, lines) if record.get("step") == step]
     except (OSError, ValueError, AttributeError):
         return {}
-    for record in at_step:
-        name = {"step": "training loss", "heldout": "held-out loss"}.get(record.get("kind", ""))
-        if name and isinstance(record.get("loss"), float):
-            found[name] = record["loss"]
-    return found
-
-
-def _numbers(report: dict[str, Any]) -> list[tuple[str, float]]:
-    """The numbers of an evaluation's report, and those of its tables by key."""
-    found = []
-    for name, value in report.items():
-        if name.startswith(_ABOUT_THE_REPORT):
-            continue
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        found += [
-            (f"{name} {key}".strip(), number)
-            for key, number in parts
-            if isinstance(number, int | float) and not isinstance(number, bool)
-        ]
-    return found
+    names = {"step": "training loss", "heldout": "held-out loss"}
+    found = [(names[record["kind"]], record["loss"]) for record in at_step if record.get("kind") in names]
+    return {name: f"{loss:.6g} nats a token" for name, loss in found if isinstance(loss, float)}
 
 
 def _training(checkpoint: Path) -> str:
@@ -168,11 +118,6 @@ def _run_of(checkpoint: Path) -> Path:
     """RUN for RUN/checkpoints/step-N, or the folder beside a checkpoint that lies elsewhere."""
     parent = checkpoint.absolute().parent
     return parent.parent if parent.name == "checkpoints" else parent
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -4,32 +4,29 @@ The folder holds the weights (safetensors), the tokenizer, the modelling code an
 same. `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads it where this package is not installed.
 """
 
-import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.hf import proof
 from titans_mcore.hf.card import model_card
-from titans_mcore.hf.flatten import flatten_code
 from titans_mcore.hf.folder import ExportError, ProofFailed, check_output, staged_folder
 from titans_mcore.hf.mapping import to_exported
-from titans_mcore.hf.proof import prove
 from titans_mcore.hf.tokenizer import TokenizerModel, read_tokenizer, write_tokenizer
 from titans_mcore.weights import find_checkpoint, load_full
 
+if TYPE_CHECKING:
+    from titans_mcore.hf.modeling_titans import TitansForCausalLM
+
 EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
-AUTO_MAP = {
-    "AutoConfig": "configuration_titans.TitansHFConfig",
-    "AutoModel": "modeling_titans.TitansModel",
-    "AutoModelForCausalLM": "modeling_titans.TitansForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,6 @@ class ExportSettings:
     """Do not compare the checkpoint's files with the checksums that were noted when they were written."""
     skip_proof: bool = False
     """Do not compare the exported model with the trained one."""
-    prompt: str = "The"
-    """Text that the exported model continues, greedily, as a sign of life."""
-    new_tokens: int = 32
-    """Length of that continuation in tokens."""
     max_shard_size: str = "5GB"
     """Weights larger than this are spread over several files, such as 5GB or 300MB."""
 
@@ -68,8 +61,6 @@ class ExportReport:
     """Parameters, tied ones counted once."""
     max_abs_error: float | None
     """Largest difference of a logit between the exported and the trained model; None without proof."""
-    continuation: str | None
-    """What the exported model writes after the prompt; None without proof."""
     caveat: str | None
     """Where the exported tokenizer may give other ids than the run's; None when nowhere."""
 
@@ -82,8 +73,6 @@ def export(
     overwrite: bool = False,
     no_verify: bool = False,
     skip_proof: bool = False,
-    prompt: str = "The",
-    new_tokens: int = 32,
     max_shard_size: str = "5GB",
 ) -> ExportReport:
     """Writes a Hugging Face folder; see ExportSettings for the arguments.
@@ -96,30 +85,29 @@ def export(
     folder = _find_checkpoint(Path(checkpoint))
     tokenizer_file = Path(tokenizer) if tokenizer else _tokenizer_of_run(folder)
     check_output(output, overwrite=overwrite, inputs=[folder, tokenizer_file])
-    if new_tokens < 1:
-        raise ExportError(f"--new-tokens is {new_tokens}; give at least 1")
     if not re.fullmatch(r"\d+ ?[KMGT]B", max_shard_size):
         raise ExportError(f"--max-shard-size is {max_shard_size!r}; give a size such as 5GB or 300MB")
     pieces = read_tokenizer(tokenizer_file)
     config, native = _load(folder, verify=not no_verify)
     _check_vocabulary(pieces, config)
     exported = to_exported(config, native)
+    from transformers.utils import logging
+
+    from titans_mcore.hf.save import write_model, write_proof
+
+    logging.disable_progress_bar()
+    model, error = _model(config, exported, pieces), None
     with staged_folder(output) as staging:
-        _write_model(staging, config, exported, pieces, max_shard_size)
+        write_model(model, staging, max_shard_size)
         write_tokenizer(pieces, staging)
-        for name, source in flatten_code().items():
-            (staging / name).write_text(source, encoding="utf-8")
-        proof = None
         if not skip_proof:
-            ends = {"bos_id": pieces.bos_id, "eos_id": pieces.eos_id}
-            proof = prove(staging, config, native, **ends, text=prompt, new_tokens=new_tokens)
-            (staging / "proof.json").write_text(json.dumps(proof.content, indent=1) + "\n", encoding="utf-8")
+            prompt = proof.fixed_prompt(config, pieces.bos_id)
+            logits = proof.native_logits(config, native, [prompt])["whole.0"]
+            error = write_proof(model, staging, {"input_ids": torch.tensor([prompt])}, {"logits": logits[None]})
         parameters = sum(tensor.numel() for tensor in exported.values())
-        (staging / "README.md").write_text(
-            model_card(config, parameters, folder, proof, pieces.caveat), encoding="utf-8"
-        )
-    error, continuation = (proof.max_abs_error, proof.continuation) if proof else (None, None)
-    return ExportReport(output, folder, parameters, error, continuation, pieces.caveat)
+        card = model_card(config, parameters, folder, error, pieces.caveat)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+    return ExportReport(output, folder, parameters, error, pieces.caveat)
 
 
 def _find_checkpoint(path: Path) -> Path:
@@ -153,30 +141,22 @@ def _check_vocabulary(pieces: TokenizerModel, config: TitansConfig) -> None:
         )
 
 
-def _write_model(
-    folder: Path, config: TitansConfig, tensors: dict[str, Tensor], pieces: TokenizerModel, max_shard_size: str
-) -> None:
-    """config.json, generation_config.json and the weights."""
+def _model(config: TitansConfig, tensors: dict[str, Tensor], pieces: TokenizerModel) -> "TitansForCausalLM":
+    """The exported model; its weights are these tensors."""
     from transformers import GenerationConfig
-    from transformers.utils import logging
 
     from titans_mcore.hf.configuration_titans import TitansHFConfig
     from titans_mcore.hf.modeling_titans import TitansForCausalLM
 
     special = {"bos_token_id": pieces.bos_id, "eos_token_id": pieces.eos_id}
-    hf_config = TitansHFConfig.from_titans(config, **special)
-    hf_config.auto_map = AUTO_MAP
     with torch.device("meta"):
-        model = TitansForCausalLM(hf_config)
+        model = TitansForCausalLM(TitansHFConfig.from_titans(config, **special))
     if config.tie_embeddings:
         tensors = tensors | {"lm_head.weight": tensors["model.embedding.weight"]}
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig(**special, pad_token_id=pieces.pad_id)
-    logging.disable_progress_bar()
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    for file in folder.glob("*.safetensors"):
-        file.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner alone
+    return model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,7 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("not proven: the exported model was not compared with the trained one (--skip-proof)")
         return 0
     print(f"largest difference of a logit from the trained model: {report.max_abs_error:.3g}")
-    print(f"greedy continuation of {settings.prompt!r}: {report.continuation!r}")
     return 0
 
 
