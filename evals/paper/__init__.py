@@ -11,7 +11,7 @@ from evals.command_line import EvaluationError
 
 @dataclass(frozen=True)
 class PaperSettings:
-    """Writes the paper's tables with its own numbers beside those of your models: Markdown and JSON.
+    """Writes the paper's tables with its own numbers beside those of your models.
 
     Reads harness.json and niah.json, as the other commands of evals write them, from FOLDER and FOLDER/eval, whichever
     has them first. A cell that was not run is empty.
@@ -20,7 +20,7 @@ class PaperSettings:
     models: tuple[str, ...]
     """NAME=FOLDER each: a run, or a folder of finished results."""
     output: Path
-    """Folder for paper.md and paper.json."""
+    """Folder for paper.md."""
 
     def __post_init__(self) -> None:
         names = [model.partition("=")[0] for model in self.models]

@@ -11,7 +11,7 @@ def main() -> None:
 
     for table in write_tables(settings):
         print(table.markdown() + "\n")
-    print(f"{settings.output / 'paper.md'} and paper.json")
+    print(settings.output / "paper.md")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from evals.command_line import EvaluationError
 from evals.harness.tasks import COLUMNS
 from evals.paper import PaperSettings, published
 from evals.paper.published import HYBRIDS, TITANS
-from evals.report import markdown_table, write_bytes, write_json
+from evals.report import markdown_table, write_bytes
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.lmm import Lmm
 
@@ -113,19 +113,6 @@ class Table:
         parts = [f"## {self.title}", markdown_table(("model", "source", *self.columns), lines)]
         return "\n\n".join([*parts, *self.notes])
 
-    def to_json(self) -> dict[str, Any]:
-        """Every cell, by its column's heading."""
-        rows = [
-            {
-                "model": row.label,
-                "source": row.source,
-                "cells": dict(zip(self.columns, row.cells, strict=True)),
-                "stderr": dict(zip(self.columns, row.errors, strict=True)) if row.errors else {},
-            }
-            for row in self.rows
-        ]
-        return {"title": self.title, "rows": rows, "notes": list(self.notes)}
-
     def _text(self, cell: Number, error: Number) -> str:
         if cell is None:
             return ""
@@ -170,7 +157,6 @@ def language(size: str, models: Models) -> Table:
         values, errors = (tuple(cell.get(name) for cell in cells) for name in ("value", "stderr"))
         rows.append((model.variant, Row(model.name, OURS, values, errors)))
     notes = [f"The papers' models: {block.at}, {block.source}. Ours: zero-shot, ± one standard error."]
-    notes += wrong_averages(block.rows)
     limits = {model.name: model.reports.get("harness", {}).get("settings", {}).get("limit") for model in models}
     notes += [f"{name}: the first {limit} documents of each task alone." for name, limit in limits.items() if limit]
     return Table(
@@ -188,17 +174,6 @@ def size_of(config: Mapping[str, Any]) -> str:
         if all(config.get(name) == value for name, value in block.shape.items()):
             return size
     return published.USUAL_SIZE
-
-
-def wrong_averages(rows: published.Rows) -> list[str]:
-    """A note for each printed average that is not that of its row, rounding aside."""
-    accuracies = [place for place, column in enumerate(COLUMNS) if column.accuracy]
-    means = {label: fmean(row[place] for place in accuracies) for label, row in rows.items()}
-    return [
-        f"{label}: avg is {row[-1]} as printed; the mean of its row is {means[label]:.2f}."
-        for label, row in rows.items()
-        if abs(row[-1] - means[label]) > 0.02
-    ]
 
 
 def niah(key: str, models: Models) -> Table:
@@ -287,7 +262,7 @@ def _mean_needles(model: ModelResults) -> Number:
 
 
 def write_tables(settings: PaperSettings) -> list[Table]:
-    """Writes paper.md and paper.json.
+    """Writes paper.md.
 
     Raises:
         EvaluationError: A folder is missing, a file is damaged, or no model has any result.
@@ -296,28 +271,10 @@ def write_tables(settings: PaperSettings) -> list[Table]:
     if not any(model.reports for model in models):
         looked = ", ".join(str(folder) for folder in settings.folders.values())
         raise EvaluationError(f"no {' or '.join(f'{kind}.json' for kind in KINDS)} in {looked}; run an evaluation")
-    tables, sources = all_tables(models), _sources(models)
-    report = {"models": sources, "tables": {table.key: table.to_json() for table in tables}}
-    write_json(settings.output / "paper.json", report)
-    mixed = [source["name"] for source in sources if len(source["weights"]) > 1]
+    tables = all_tables(models)
+    mixed = [model.name for model in models if len({r.get("checkpoint_sha256") for r in model.reports.values()}) > 1]
     parts = ["# Titans: the paper's tables", _INTRODUCTION]
     parts += [f"**{name}** has results of different weights; compare its cells with care." for name in mixed]
     page = "\n\n".join([*parts, *(table.markdown() for table in tables)])
     write_bytes(settings.output / "paper.md", (page + "\n").encode())
     return tables
-
-
-def _sources(models: Sequence[ModelResults]) -> list[dict[str, Any]]:
-    """Where every model's results come from."""
-    return [
-        {
-            "name": model.name,
-            "variant": model.config.get("variant"),
-            "model": dict(model.config),
-            "checkpoints": {kind: report.get("checkpoint") for kind, report in model.reports.items()},
-            "weights": sorted(
-                {str(r["checkpoint_sha256"]) for r in model.reports.values() if "checkpoint_sha256" in r}
-            ),
-        }
-        for model in models
-    ]

@@ -12,7 +12,7 @@ import pytest
 from evals.command_line import EvaluationError
 from evals.harness.tasks import COLUMNS
 from evals.paper import PaperSettings, published
-from evals.paper.tables import OURS, PAPER, Table, ablated, write_tables, wrong_averages
+from evals.paper.tables import OURS, PAPER, Table, ablated, write_tables
 
 LMM = {"variant": "lmm", "memory_depth": 2, "conv_kernel": 4, "memory_momentum": True, "memory_forgetting": True}
 LMM["persistent_tokens"] = 128
@@ -60,10 +60,9 @@ def test_the_papers_rows_agree_with_each_other() -> None:
     for size, block in published.LANGUAGE.items():
         for name, row in block.rows.items():
             assert len(row) == len(COLUMNS) + 1
-            # Slips of the papers are kept, and noted below their tables.
+            # Slips of the papers are kept.
             slip = (size, name) in WRONG_AVERAGES
             assert row[-1] == pytest.approx(fmean(row[2:-1]), abs=2.1 if slip else 0.02), name
-            assert any(note.startswith(f"{name}: avg is") for note in wrong_averages(block.rows)) == slip
     for needles in published.NIAH.values():
         assert {len(row) for row in needles.rows.values()} == {len(needles.columns)}
     titans = published.NIAH["niah"].rows["Titans LMM"]
@@ -81,7 +80,6 @@ def test_a_model_stands_beside_the_published_ones_of_its_size_and_name(tmp_path:
     for key in published.NIAH:
         assert set(ours(found[key], "small").values()) == {None}
     notes = " ".join(found["language_400m"].notes)
-    assert "Gated DeltaNet-H2: avg is 47.69 as printed; the mean of its row is 47.80." in notes
     assert "400M parameters, 15B tokens" in notes
     assert "arxiv.org/abs/2412.06464" in " ".join(found["niah_short"].notes)
 
@@ -101,9 +99,6 @@ def test_results_stand_in_their_cells_and_what_was_not_run_is_empty(tmp_path: Pa
     assert "| Titans LMM | paper | 20.04 |" in page
     above = page[: page.index(line)].rstrip().splitlines()[-1]
     assert above.startswith("| Titans LMM | paper"), "ours is not beside the paper's row of its variant"
-    written = json.loads((tmp_path / "out" / "paper.json").read_text())["tables"]["niah"]["rows"]
-    cells = next(row["cells"] for row in written if row["source"] == "ours")
-    assert (cells["PK 2K"], cells["PK 4K"], cells["W 16K"]) == (98.4, None, 0.0)
 
 
 def test_ablation_needs_both_perplexities_and_all_twelve_cells(tmp_path: Path) -> None:
