@@ -26,6 +26,7 @@ from pretrain.recovery.autopsy import AUTOPSY_FILE, CHECKPOINT, NonfiniteWatch
 from pretrain.recovery.ending import mistakes_as_sentences
 from pretrain.schedule import portion_of
 from titans_mcore.parallel import device, start, stop
+from titans_mcore.telemetry import MemoryTelemetry
 from titans_mcore.weights import damage, load_full, load_into
 
 
@@ -51,6 +52,8 @@ class SampleResult:
     """2-norm of its gradient."""
     first_nonfinite: str
     """The module, in the order of the forward pass and else of the backward pass; empty when all was finite."""
+    memory: dict[str, list[float | None]]
+    """What its memories did, by block (titans_mcore.telemetry)."""
 
 
 def replay(settings: ReplaySettings) -> list[SampleResult]:
@@ -80,14 +83,15 @@ def _open(config: RunConfig, run_dir: Path, checkpoint: Path) -> tuple[nn.Module
 
 
 def _one(model: nn.Module, sample: int, rows: MicroBatch) -> SampleResult:
-    watch = NonfiniteWatch()
+    watch, telemetry = NonfiniteWatch(), MemoryTelemetry(model)
     model.zero_grad(set_to_none=True)
     with watch.watching(model):
-        loss = model(**rows.arguments(device())).mean()
+        with telemetry.watching():
+            loss = model(**rows.arguments(device())).mean()
         loss.backward()
     squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
     norm = torch.stack(squares).sum().sqrt()
-    return SampleResult(sample, float(loss.detach()), float(norm), watch.forward or watch.backward)
+    return SampleResult(sample, float(loss.detach()), float(norm), watch.forward or watch.backward, telemetry.collect())
 
 
 def _documents(folder: Path, sample: int) -> list[str]:
@@ -110,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"sample {one.sample} | loss {one.loss:.6f} | grad norm {one.grad_norm:.4g}")
             if one.first_nonfinite:
                 print(f"  not finite first in {one.first_nonfinite}")
-                for line in _documents(settings.folder, one.sample):
+                memory = (f"{name} {[x and float(f'{x:.3g}') for x in blocks]}" for name, blocks in one.memory.items())
+                for line in (*_documents(settings.folder, one.sample), *memory):
                     print(f"  {line}")
         bad = sum(bool(one.first_nonfinite) for one in results)
         print(f"{bad} of {len(results)} samples are not finite")

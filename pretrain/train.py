@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from pretrain.checkpoint.carried import CarriedState
 from pretrain.checkpoint.format import FailedOnRank0, Progress, checkpoint_folder, on_rank_0
 from pretrain.checkpoint.resume import begin_with, certificate, check_loss, find_resume_point, restore
+from pretrain.checkpoint.retention import check_room
 from pretrain.checkpoint.save import Saver, sweep
 from pretrain.config.command_line import parse
 from pretrain.config.files import write_run_config
@@ -157,7 +158,8 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     evaluations = Evaluations(config, data, run_dir, heldout)
     batches = Batches(samples, config, data_rank, data_parallel, say_stalled)
     model = build_model(config, groups)
-    describe(model, config, data_parallel)
+    parameters = describe(model, config, data_parallel)
+    on_rank_0(lambda: check_room(config, run_dir, parameters))
     say(checked)
     if config.train.weights_from and not point:
         say(f"beginning with the weights of {begin_with(model, config)}")
@@ -203,8 +205,8 @@ def due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> None:
-    """Says what is about to be trained, and on what.
+def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> int:
+    """Says what is about to be trained, and on what; how many parameters it has.
 
     Raises:
         ValueError: The kernels that the settings ask for cannot take it.
@@ -228,6 +230,7 @@ def describe(model: torch.nn.Module, config: RunConfig, data_parallel: int) -> N
     for name in ("batch_warmup_tokens", "sequence_warmup_tokens"):
         if tokens < (needed := getattr(config.train, name)):
             say(f"note: train.{name} is {needed:,}, but the last step begins after {tokens:,} tokens")
+    return int(parameters)
 
 
 def memory_form(config: RunConfig, where: torch.device) -> str:

@@ -27,8 +27,6 @@ from tokenization.manifest import (
     Manifest,
     SourceInfo,
     Split,
-    UnitInfo,
-    UnitSpan,
     fingerprint_of,
 )
 from tokenization.plan import PLAN_NAME, Plan
@@ -229,7 +227,6 @@ def _manifest(
         settings=plan.settings,
         unigram_entropy=entropy_of(counts),
         fingerprint=fingerprint_of(plan.tokenizer, splits),
-        units=tuple(_unit_infos(plan, results)),
         records=records,
         unknown_tokens=int(counts[unknown]),
     )
@@ -251,16 +248,6 @@ def _source_infos(plan: Plan, results: Sequence[UnitResult], selection: Selectio
     for place, source in enumerate(plan.sources):
         sha256 = hashes.get(str(place), "")
         yield SourceInfo(source.path, documents[place], source.bytes, sha256)
-
-
-def _unit_infos(plan: Plan, results: Sequence[UnitResult]) -> Iterator[UnitInfo]:
-    for unit, result, first_rows in zip(plan.units, results, _first_rows(plan, results), strict=True):
-        spans = []
-        for span, rows in zip(unit.spans, result.rows, strict=True):
-            is_parquet = plan.sources[span.source].suffix == ".parquet"
-            first_row = span.start if is_parquet else first_rows.get(span.source, 0)
-            spans.append(UnitSpan(span.source, first_row, rows))
-        yield UnitInfo(result.documents, result.tokens, tuple(spans))
 
 
 def entropy_of(counts: "numpy.ndarray") -> float:

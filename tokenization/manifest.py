@@ -89,30 +89,6 @@ class SourceInfo:
 
 
 @dataclass(frozen=True)
-class UnitSpan:
-    """The rows that a unit of work took from a source."""
-
-    source: int
-    """Place in the manifest's sources."""
-    first_row: int
-    """Row of a .parquet or line of a .jsonl, from 0."""
-    rows: int
-    """How many, those left out included."""
-
-
-@dataclass(frozen=True)
-class UnitInfo:
-    """A unit of work."""
-
-    documents: int
-    """Encoded, repeated texts included."""
-    tokens: int
-    """Likewise."""
-    spans: tuple[UnitSpan, ...]
-    """What it read, in order."""
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`."""
 
@@ -134,8 +110,6 @@ class Manifest:
     """Entropy of the train split's token frequencies, nats a token: the loss of a model that knows them alone."""
     fingerprint: str
     """Identifies token files and tokenizer together; a training run saves it and compares at resume."""
-    units: tuple[UnitInfo, ...] = ()
-    """Units of work in reading order."""
     records: dict[str, FileInfo] = field(default_factory=dict)
     """The other files by name: .rows, rejected.jsonl, plan.json. Training does not need them."""
     unknown_tokens: int = 0
@@ -164,6 +138,7 @@ class Manifest:
         version = record.get("format_version") if isinstance(record, dict) else None
         if version != FORMAT_VERSION:
             raise ManifestError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; encode again")
+        record.pop("units", None)  # earlier versions listed them, and nothing read them
         try:
             manifest: Manifest = from_json(cls, record, "manifest")
         except TypeError as fault:

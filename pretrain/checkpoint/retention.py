@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.checkpoint.format import read_record
+from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import CheckpointConfig
 from pretrain.recovery.health import Health
 from titans_mcore.weights import MARKER, checkpoints_newest_first
-from tokenization.io import write_file_atomically
+from tokenization.io import bytes_text, write_file_atomically
 
 HEALTHY_FILE = "healthy.json"
+_BYTES_A_PARAMETER = 12  # fp32: the weight and two moments
 
 
 class Kept(NamedTuple):
@@ -114,3 +116,26 @@ def delete(folder: Path) -> None:
     """Deletes a checkpoint."""
     (folder / MARKER).unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is not taken for one
     shutil.rmtree(folder)
+
+
+def check_room(config: RunConfig, run_dir: Path, parameters: int) -> None:
+    """Whether the disk takes the checkpoints that a run keeps, and the one that is being written.
+
+    Args:
+        config: Of the run.
+        run_dir: Its folder.
+        parameters: Of its model.
+
+    Raises:
+        ValueError: It does not.
+    """
+    every, size = config.checkpoint.every_steps, _BYTES_A_PARAMETER * parameters
+    # The newest, the best, the newest healthy one, and the one that is being written.
+    wanted = config.checkpoint.keep + config.checkpoint.keep_best + 2
+    there = len(list(checkpoints_newest_first(run_dir)))
+    missing = max(1, min(wanted, -(-config.train.steps // every) if every else 1) - there)
+    if (free := shutil.disk_usage(run_dir).free) < missing * size:
+        raise ValueError(
+            f"{run_dir} has {bytes_text(free)} free, and {missing} more checkpoint{'s' if missing > 1 else ''} of "
+            f"{bytes_text(size)} are to be written there; make room, lower checkpoint.keep, or use another --run-dir"
+        )

@@ -46,7 +46,7 @@ def main() -> None:
         config, parallel = command.config, command.config.parallel
         own.processes = asked or _gpus() or parallel.tensor * parallel.context
         check_sizes(config, own.processes, own.least, own.most)
-        _start(own, config, command.run_dir, words)
+        _start(own, config, words)
     except (ValueError, OSError, CommandError) as error:
         sentence = remedy_of(error) if isinstance(error, OSError) else None
         _end(str(sentence or error), EXIT_MISTAKE)
@@ -74,17 +74,15 @@ def check_sizes(config: RunConfig, processes: int, least: int, most: int) -> Non
     check_divisible(config.model, parallel.tensor, parallel.memory_parallel)
 
 
-def _start(own: argparse.Namespace, config: RunConfig, run_dir: Path, words: list[str]) -> None:
+def _start(own: argparse.Namespace, config: RunConfig, words: list[str]) -> None:
     # These import torch, which takes seconds.
-    from pretrain.launch.preflight import Meeting, check_room, facts_of_this_host
+    from pretrain.launch.preflight import Meeting, facts_of_this_host
 
     with tempfile.TemporaryDirectory(prefix="titans-") as folder:
         os.environ[STATUS_DIR], os.environ[LAUNCHER] = folder, str(os.getpid())
         meeting = Meeting(own)
-        if own.most == 1:
-            check_room(config, run_dir, words)
-        else:
-            meeting.join(facts_of_this_host(own, config, run_dir, words))
+        if own.most > 1:
+            meeting.join(facts_of_this_host(own, config))
         try:
             _run_workers(own, ["-u", "-m", "pretrain.train", *words], meeting)
         finally:

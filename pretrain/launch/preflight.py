@@ -1,4 +1,4 @@
-"""Where the hosts of a run meet; have they the same code, packages, data and settings, and room for checkpoints?
+"""Where the hosts of a run meet; have they the same code, packages, data and settings?
 
 Each launcher collects what its host has, as plain values. Its workers take that along and compare all hosts in their
 first collective, so every host ends with the same sentence. A host that comes to a run that trains already compares
@@ -10,18 +10,13 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +25,6 @@ import torch.distributed as dist
 
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.status import STATUS_DIR
-from titans_mcore.config import TitansConfig
-from titans_mcore.weights import checkpoints_newest_first
-from tokenization.io import bytes_text
 
 _PACKAGES = ("titans_mcore", "pretrain", "tokenization")
 _VERSIONS = ("torch", "deepspeed", "megatron-core")
@@ -45,8 +37,6 @@ _STORE_SECONDS = 60.0
 _TRY_AGAIN_SECONDS = 0.5
 _LAST_WORD_SECONDS = 1.0
 _OTHERS_LEAVE_SECONDS = 10.0
-_BYTES_A_PARAMETER = 12
-_MARGIN = 4
 Facts = dict[str, Any]
 
 
@@ -184,14 +174,12 @@ class Meeting:
         raise ValueError(f"no network interface of {self._me} has the address {self.address}; check MASTER_ADDR")
 
 
-def facts_of_this_host(own: argparse.Namespace, config: RunConfig, run_dir: Path, words: Sequence[str]) -> Facts:
+def facts_of_this_host(own: argparse.Namespace, config: RunConfig) -> Facts:
     """What the hosts of a run must have alike, as plain values, and `problem`: a sentence, or empty.
 
     Args:
         own: The launcher's options.
         config: The settings, complete.
-        run_dir: Folder of the run.
-        words: The command line that the settings came from.
     """
     tree = asdict(config)
     named = {f"{section}.{name}": repr(value) for section, values in tree.items() for name, value in values.items()}
@@ -210,7 +198,6 @@ def facts_of_this_host(own: argparse.Namespace, config: RunConfig, run_dir: Path
 
     try:
         facts["data"] = open_data(config).fingerprint
-        check_room(config, run_dir, words)
     except (ValueError, OSError) as error:
         facts["problem"] = str(error)
     return facts
@@ -283,51 +270,6 @@ def code_hash() -> str:
     for file in sorted(file for package in _PACKAGES for file in (root / package).rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def check_room(config: RunConfig, run_dir: Path, words: Sequence[str]) -> None:
-    """Whether the disk takes the checkpoints that the run keeps, and the one that is being written.
-
-    Args:
-        config: Of the run.
-        run_dir: Its folder, which may not be there yet.
-        words: The command line of the run.
-
-    Raises:
-        ValueError: It does not.
-    """
-    folder = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.is_dir())
-    free, every = shutil.disk_usage(folder).free, config.checkpoint.every_steps
-    there = len(list(checkpoints_newest_first(run_dir)))
-    # The newest, the best, the newest healthy one, and the one that is being written.
-    wanted = config.checkpoint.keep + config.checkpoint.keep_best + 2
-    missing = max(1, min(wanted, -(-config.train.steps // every) if every else 1) - there)
-    if free > missing * checkpoint_bytes_at_most(config.model):
-        return
-    size = _checkpoint_bytes(config, words)
-    if free < missing * size:
-        raise ValueError(
-            f"{folder} has {bytes_text(free)} free, and {missing} more checkpoint{'s' if missing > 1 else ''} of "
-            f"{bytes_text(size)} are to be written there; make room, lower checkpoint.keep, or use another --run-dir"
-        )
-
-
-def checkpoint_bytes_at_most(model: TitansConfig) -> int:
-    """More than any checkpoint of such a model has, without building it, which takes seconds of imports."""
-    dim, memories = model.dim, model.memory_shape
-    memory = memories.heads * sum(a * b for a, b in pairwise(model.memory_widths))
-    block = 16 * dim * max(dim, memories.channels) + 3 * dim * model.ffn_dim + memory + dim * model.persistent_tokens
-    return _BYTES_A_PARAMETER * _MARGIN * (model.num_layers * block + 2 * dim * (model.vocab_size + 128))
-
-
-def _checkpoint_bytes(config: RunConfig, words: Sequence[str]) -> int:
-    """The plan's answer, from a process of its own: what it imports would stay in the launcher."""
-    fewest = config.parallel.tensor * config.parallel.context  # it is as large at every number of data ranks
-    command = [sys.executable, "-m", "pretrain.plan", "--json", "--gpus", str(fewest), *words]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise ValueError(answer.stderr.strip().removeprefix("error: "))
-    return int(json.loads(answer.stdout)["checkpoint"]["bytes"])
 
 
 def _mark(run_dir: Path) -> str:

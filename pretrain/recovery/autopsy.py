@@ -1,9 +1,8 @@
 """What a run leaves that stops because of bad steps: RUN/autopsy/step-00000041/.
 
 checkpoint/     the state before the step: bad steps in a row leave no trace in the weights
-autopsy.json    why the run stopped, where the first number that is not finite came up, what the memories did
-                (titans_mcore.telemetry), the documents of the batch, and the command that does the step again in one
-                process (pretrain.replay)
+autopsy.json    why the run stopped, the documents of the batch, and the command that does the step again in one
+                process, and says where the first number that is not finite comes up (pretrain.replay)
 """
 
 import json
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.checkpoint.format import step_name
@@ -70,36 +68,6 @@ def nonfinite(tensor: Tensor) -> str:
     """How many numbers are not finite, in words; empty when all are."""
     count = int((~torch.isfinite(tensor)).sum())
     return f"{count:,} of {tensor.numel():,} numbers" if count else ""
-
-
-def first_nonfinite(engine: Any, losses: Iterator[Tensor]) -> dict[str, str]:
-    """Does forward and backward passes again, one micro-batch after the other, until one is not finite. Collective.
-
-    Nothing can be trained with the engine afterwards.
-
-    Args:
-        engine: The DeepSpeed engine.
-        losses: Makes the loss of each of this rank's micro-batches when it is asked for it.
-
-    Returns:
-        `forward` and `backward`, each with the first module and the rank that saw it, where there is one.
-    """
-    watch = NonfiniteWatch()
-    with watch.watching(engine.module):
-        for loss in losses:
-            engine.backward(loss)
-            seen = torch.tensor([bool(watch.forward), bool(watch.backward)])
-            dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-            if bool(seen.any()):
-                break
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, {"forward": watch.forward, "backward": watch.backward})
-    result = {}
-    for way in ("forward", "backward"):
-        ranks = [rank for rank, one in enumerate(found) if one[way]]
-        if ranks:
-            result[way] = found[ranks[0]][way] + (f", on rank {ranks[0]}" if len(found) > 1 else "")
-    return result
 
 
 def write_autopsy(folder: Path, facts: dict[str, Any]) -> None:

@@ -1,18 +1,15 @@
 """What follows from a bad step that a run cannot go on from: it goes back, or it stops and leaves an autopsy."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch import Tensor
 
 from pretrain.checkpoint.format import FailedOnRank0, on_rank_0, read_record
 from pretrain.checkpoint.resume import ResumePoint, restore
 from pretrain.checkpoint.retention import delete, whole_checkpoints
 from pretrain.data.batch_documents import documents_of
-from pretrain.engine import token_losses
-from pretrain.recovery.autopsy import CHECKPOINT, autopsy_folder, first_nonfinite, write_autopsy
+from pretrain.recovery.autopsy import CHECKPOINT, autopsy_folder, write_autopsy
 from pretrain.recovery.ending import TrainingGivenUp
 from pretrain.recovery.health import Verdict
 from pretrain.recovery.rewinds import Rewind, Rewinds
@@ -57,30 +54,26 @@ def recover(run: Run, step: int, verdict: Verdict) -> int:
 def _stop(run: Run, step: int, reason: str) -> NoReturn:
     folder = autopsy_folder(run.run_dir, step)
     try:
-        command, places = _leave_autopsy(run, step, reason, folder)
+        command = _leave_autopsy(run, step, reason, folder)
         left = f"{folder} has the batch and the weights before it: {command} does the step again"
     except FailedOnRank0 as error:
-        places, left = {}, f"{folder} could not be written: {error}"
+        left = f"{folder} could not be written: {error}"
     newest = next((f"; the newest checkpoint is {one}" for one in checkpoints_newest_first(run.run_dir)), "")
-    where = places.get("forward") or places.get("backward")
-    message = f"{reason}, at step {step}{newest}. {f'Not finite first in {where}. ' if where else ''}{left}"
+    message = f"{reason}, at step {step}{newest}. {left}"
     run.metrics.record("event", step, {"name": "stopped", "message": message})
     raise TrainingGivenUp(message)
 
 
-def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> tuple[str, dict[str, str]]:
-    """The command that replays the step, and the first places that were not finite."""
+def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> str:
+    """The command that replays the step."""
     run.saver.begin(step - 1, run.carried, folder=folder / CHECKPOINT, health=run.health.state_dict())
     saved = run.saver.finish()
-    places = first_nonfinite(run.engine, _losses_again(run, step))
     portion = portion_of(step, run.config.train)
     command = f"python -m pretrain.replay {folder}"
     facts: dict[str, Any] = {
         "step": step,
         "reason": reason,
         "samples": [portion.first, portion.first + portion.samples - 1],
-        "first_nonfinite": places,
-        "memory": run.telemetry.collect(),
         "health": run.health.state_dict(),
         "documents": _documents(run, step) if dist.get_rank() == 0 else [],
         "command": command,
@@ -88,14 +81,7 @@ def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> tuple[str,
     if saved.error:
         facts["no_checkpoint"] = saved.error
     on_rank_0(lambda: write_autopsy(folder, facts))
-    return command, places
-
-
-def _losses_again(run: Run, step: int) -> Iterator[Tensor]:
-    for place, micro_batch in enumerate(run.batches.fetch(step - 1, ahead=0), 1):
-        with run.telemetry.watching():
-            loss = token_losses(run.engine, micro_batch, place, run.carried).mean()
-        yield loss
+    return command
 
 
 def _documents(run: Run, step: int) -> list[str]:

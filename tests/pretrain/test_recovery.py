@@ -125,8 +125,6 @@ def test_bad_steps_in_a_row_leave_an_autopsy_from_which_the_step_is_done_again_i
     facts = json.loads((folder / "autopsy.json").read_text())
     assert facts["step"] == 4
     assert facts["samples"] == [12, 15]
-    assert "layers.0" in facts["first_nonfinite"]["forward"]
-    assert {"surprise", "theta", "alpha", "held"} <= facts["memory"].keys()
     assert f"error: {facts['reason']}, at step 4; the newest checkpoint is {find_checkpoint(tmp_path)}" in err
     assert [record["updated"] for record in read_metrics(tmp_path)] == [True, False, False, False]
 
@@ -134,6 +132,7 @@ def test_bad_steps_in_a_row_leave_an_autopsy_from_which_the_step_is_done_again_i
     replayed = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert replayed.returncode == 0, replayed.stderr
     assert replayed.stdout.count("not finite first in layers.0") == 4
+    assert all(f"  {name} [" in replayed.stdout for name in ("surprise", "theta", "alpha", "held"))
     assert "4 of 4 samples are not finite" in replayed.stdout
 
 

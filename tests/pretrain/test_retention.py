@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from pretrain.checkpoint.retention import Probation, delete_others, to_keep, whole_checkpoints
+from pretrain.checkpoint.retention import Probation, check_room, delete_others, to_keep, whole_checkpoints
+from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import CheckpointConfig, HealthConfig
 from pretrain.recovery.health import Health
 
@@ -83,3 +84,11 @@ def test_a_checkpoint_is_marked_once_its_steps_were_good_and_a_restart_goes_on_w
         health.judge(step, 1.0, 1.0, updated=True)
     assert waiting.check(health) == []
     assert [one.healthy for one in whole_checkpoints(run_dir)] == [False, True]
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path):
+    check_room(RunConfig(), tmp_path, 1_000)
+    with pytest.raises(
+        ValueError, match=r"GB free, and 6 more checkpoints of 12000000.0 GB are to be written there; make"
+    ):
+        check_room(RunConfig(), tmp_path, 10**15)

@@ -18,6 +18,7 @@ import zstandard
 from tokenization.command_line import CommandError, TokenizationError
 from tokenization.encode import encode, main, token_type
 from tokenization.manifest import Manifest
+from tokenization.plan import Plan
 from tokenization.selection import hash_position
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import llama_settings, load_tokenizer
@@ -47,7 +48,7 @@ def test_megatron_reads_back_start_pieces_end_of_every_document_in_order(shards,
     assert documents(*manifest.train_prefixes(shards)) == expected[False]
     assert documents(manifest.heldout_prefix(shards)) == expected[True]
     assert min(map(len, expected.values())) > 3
-    assert len(manifest.units) > 3
+    assert len(Plan.load(shards).units) > 3
 
 
 def test_the_manifest_counts_what_is_there(shards, texts, corpus):
@@ -62,9 +63,6 @@ def test_the_manifest_counts_what_is_there(shards, texts, corpus):
     entropy = -sum(count / total * math.log(count / total) for count in counts.values())
     assert manifest.unigram_entropy == pytest.approx(entropy, abs=1e-9)
     assert manifest.dtype == "uint16"
-    spans = [span for unit in manifest.units for span in unit.spans]
-    assert [span.first_row for span in spans] == [sum(one.rows for one in spans[:i]) for i in range(len(spans))]
-    assert sum(span.rows for span in spans) == len(texts)
 
 
 def test_shards_of_a_chosen_size_hold_the_same_documents(tmp_path, corpus, tokenizer, shards):
