@@ -90,13 +90,11 @@ class RunConfig:
 
     def _check_constant_memory(self) -> None:
         """What is streamed must leave a state of constant size."""
-        if self._keeps_every_key:
-            for name in ("position_length", "probe_length"):
-                if length := getattr(self.evaluate, name):
-                    raise ValueError(
-                        f"evaluate.{name} {length} is read in constant memory, and model.window 0 keeps the keys of "
-                        "all tokens; set model.window, or leave it out"
-                    )
+        if self._keeps_every_key and (length := self.evaluate.probe_length):
+            raise ValueError(
+                f"evaluate.probe_length {length} is read in constant memory, and model.window 0 keeps the keys of all "
+                "tokens; set model.window, or leave it out"
+            )
 
     def _check_shared_rows(self) -> None:
         """A row must fall into equal parts for the ranks that share its tokens."""

@@ -352,12 +352,7 @@ class EvaluateConfig:
     heldout_sequences: int = 64
     """Held-out sequences whose loss is taken, read as in training; fewer when the shard has fewer. 0: none."""
     long_every: int = 1
-    """Every so manieth evaluation, and the one after the last step, reads the long rows and haystacks below too."""
-    position_length: int = 0
-    """Tokens of rows whose loss is taken by position: held-out text as one long sequence, streamed in constant memory
-    whatever the trained length. 0: none."""
-    position_rows: int = 4
-    """Such rows; fewer when the shard has fewer."""
+    """Every so manieth evaluation, and the one after the last step, reads the haystacks below too."""
     probe_length: int = 0
     """Tokens of the longest haystack in which a needle is looked for (S-NIAH in noise, RULER's niah_single_1), streamed
     in constant memory. 0: no probe."""
@@ -368,8 +363,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _at_least("evaluate", self, every_tokens=0, every_steps=0, heldout_sequences=0, long_every=1)
-        _at_least("evaluate", self, position_length=0, position_rows=1, probe_length=0, probe_shortest=1)
-        _at_least("evaluate", self, probe_samples=1)
+        _at_least("evaluate", self, probe_length=0, probe_shortest=1, probe_samples=1)
         if self.every_tokens and self.every_steps:
             raise ValueError(
                 f"evaluate.every_tokens is {self.every_tokens} and evaluate.every_steps {self.every_steps}; "

@@ -1,9 +1,8 @@
-"""The losses that are measured between steps: of held-out rows read as in training, and by position on long rows."""
+"""The losses that are measured between steps: of held-out rows read as in training, also by position."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,11 +10,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from pretrain.config.run_config import RunConfig
-from pretrain.data.batches import MicroBatch, NumberedSamples, Samples
-from pretrain.data.folders import Blend, RunData
+from pretrain.data.batches import MicroBatch, NumberedSamples
 from titans_mcore.parallel import DeepSpeedGroups, Place, context_place, device, sample_place
-from titans_mcore.parallel.sequence import tokens_unshared
-from tokenization.manifest import HELDOUT
 from tokenization.progress import Progress
 
 
@@ -83,18 +79,6 @@ def turns(rows: int, most: int, place: Place) -> Iterator[tuple[list[int], Tenso
         yield [min(row, rows - 1) for row in wanted], torch.tensor([row < rows for row in wanted], device=device())
 
 
-def reading_place() -> Place:
-    """This rank's among those that read whole rows in pieces: every one that has the whole model, with its tensor-
-    parallel ranks. Context ranks do, and read rows of their own."""
-    groups = DeepSpeedGroups()
-    return Place(groups.get_data_parallel_rank(), groups.get_data_parallel_world_size())
-
-
-def piece_of(config: RunConfig) -> int:
-    """Tokens read at a time: as many as a rank has of a row in training, which its memory has room for."""
-    return config.train.sequence_length // config.parallel.context
-
-
 @contextmanager
 def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
     """The engine computes without gradients, and then trains on."""
@@ -102,11 +86,6 @@ def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
     with torch.no_grad():
         yield
     engine.train()
-
-
-def _progress(rows: int, length: int) -> Progress:
-    """Of an evaluation, shown by rank 0, whose pace is everybody's."""
-    return Progress("of the held-out text evaluated", rows * length, shown=dist.get_rank() == 0)
 
 
 def heldout_losses(engine: DeepSpeedEngine, samples: NumberedSamples, config: RunConfig) -> LossByTokensRead:
@@ -120,7 +99,8 @@ def heldout_losses(engine: DeepSpeedEngine, samples: NumberedSamples, config: Ru
     found = LossByTokensRead(config.train.sequence_length)
     count = min(config.evaluate.heldout_sequences, samples.per_epoch)
     place, places = context_place()
-    with evaluating(engine), _progress(count, config.train.sequence_length) as progress:
+    total, first = count * config.train.sequence_length, dist.get_rank() == 0  # its pace is everybody's
+    with evaluating(engine), Progress("of the held-out text evaluated", total, shown=first) as progress:
         for numbers, counted_B in turns(count, config.train.micro_batch, sample_place()):
             rows = samples.micro_batch(numbers)
             losses_BT = engine(**rows.part(place, places).arguments(device()))
@@ -137,59 +117,3 @@ def tokens_read(rows: MicroBatch) -> Tensor:
     if rows.starts is None:
         return place_BT + 1
     return place_BT + 1 - torch.where(rows.starts, place_BT, 0).cummax(1).values
-
-
-def open_long_rows(config: RunConfig, data: RunData, run_dir: Path) -> NumberedSamples:
-    """Held-out rows of evaluate.position_length, in the shares of the folders; collective.
-
-    Raises:
-        ValueError: A folder has too little held-out text for one row.
-    """
-    length = config.evaluate.position_length
-    for folder in data.folders:
-        if (tokens := folder.manifest.splits[HELDOUT].tokens) <= length:
-            raise ValueError(
-                f"evaluate.position_length {length} needs {length + 1} held-out tokens, but {folder.path} has "
-                f"{tokens}; shorten it or encode more text"
-            )
-    parts = [
-        Samples(
-            [folder.manifest.heldout_prefix(folder.path)],
-            run_dir / "index",
-            vocab_size=config.model.vocab_size,
-            sequence_length=length,
-            seed=config.train.seed,
-        )
-        for folder in data.folders
-    ]
-    return Blend(parts, [folder.share for folder in data.folders]) if len(parts) > 1 else parts[0]
-
-
-def position_losses(engine: DeepSpeedEngine, rows: NumberedSamples, config: RunConfig) -> LossByTokensRead:
-    """Cross-entropy by position; a row is one sequence, whatever documents it is made of.
-
-    Memory is that of a training step's forward pass whatever the length: pieces are as long as its rows, and what is
-    carried from piece to piece is of constant size.
-
-    Args:
-        engine: Its model is evaluated.
-        rows: From `open_long_rows`.
-        config: Of the run.
-    """
-    length, piece = config.evaluate.position_length, piece_of(config)
-    found = LossByTokensRead(length)
-    read_T = torch.arange(1, length + 1, device=device())
-    count = min(config.evaluate.position_rows, rows.per_epoch)
-    place = reading_place()
-    with evaluating(engine), tokens_unshared(engine.module), _progress(count, length) as progress:
-        for numbers, counted_B in turns(count, config.train.micro_batch, place):
-            row = rows.micro_batch(numbers)
-            states: list[object] = []
-            pieces = (x.to(device()).split(piece, -1) for x in (row.tokens, row.labels))
-            for tokens, labels, read in zip(*pieces, read_T.split(piece), strict=True):
-                losses_BT, states = engine(tokens=tokens, labels=labels, states=states)
-                found.add(losses_BT, read, counted_B)
-                done = min(place.ranks * len(numbers), count) * tokens.shape[1]
-                progress.advance(done, done)
-    found.gather()
-    return found

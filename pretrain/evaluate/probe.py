@@ -15,8 +15,8 @@ from evals.models import load_tokenizer
 from evals.niah.samples import Sample, SampleBuilder, SampleKey
 from evals.niah.templates import TASK, score
 from pretrain.config.run_config import RunConfig
-from pretrain.evaluate.losses import evaluating, piece_of, reading_place, turns
-from titans_mcore.parallel import DeepSpeedGroups, device
+from pretrain.evaluate.losses import evaluating, turns
+from titans_mcore.parallel import DeepSpeedGroups, Place, device
 from titans_mcore.parallel.sequence import tokens_unshared
 
 ANSWER_TOKENS = 32
@@ -87,14 +87,16 @@ class Probe:
             `answer_loss`, that of the right values in nats a token: it falls long before the first needle is found,
             and is no number where logits are not finite.
         """
-        config = self.config.evaluate
+        config, groups = self.config.evaluate, DeepSpeedGroups()
+        # Ranks that have the whole model, with their tensor-parallel ranks, read: context ranks do, rows of their own.
+        place = Place(groups.get_data_parallel_rank(), groups.get_data_parallel_world_size())
         sums = torch.zeros(len(config.probe_lengths), 4, dtype=torch.float64, device=device())
         with evaluating(engine), tokens_unshared(engine.module):
             for sums_of_length, length in zip(sums, config.probe_lengths, strict=True):
-                for numbers, counted_B in turns(config.probe_samples, self.config.train.micro_batch, reading_place()):
+                for numbers, counted_B in turns(config.probe_samples, self.config.train.micro_batch, place):
                     samples = [self.builder.build(self._name(length, number)) for number in numbers]
                     sums_of_length += self._sums(samples, self.ask(engine, samples), counted_B)
-        dist.all_reduce(sums, group=DeepSpeedGroups().get_data_parallel_group())
+        dist.all_reduce(sums, group=groups.get_data_parallel_group())
         found, asked, losses, tokens = sums.T
         return {
             "name": TASK,
@@ -115,7 +117,9 @@ class Probe:
         """
         prompts_BT = torch.from_numpy(np.stack([sample.prompt for sample in samples])).long().to(device())
         states: list[Any] = []
-        for part in prompts_BT[:, :-1].split(piece_of(self.config), 1):
+        # As many at a time as a rank has of a row in training, which its memory has room for.
+        piece = self.config.train.sequence_length // self.config.parallel.context
+        for part in prompts_BT[:, :-1].split(piece, 1):
             # Asked for losses, not logits: those of a piece are never gathered from the tensor-parallel ranks.
             _, states = engine(tokens=part, labels=part, states=states)
         values_BT, real_BT = _values(samples)

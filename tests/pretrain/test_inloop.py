@@ -1,6 +1,5 @@
 """What is evaluated between steps: when, on which rows, and that it is what the commands of evals find afterwards."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -8,10 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from evals.models import EvalModel, load_tokenizer
 from evals.niah.generate import answer, read, value_losses
 from evals.niah.templates import score
-from evals.position_loss import row_losses, stretch_ends, summarise
+from evals.position_loss import stretch_ends, summarise
 from pretrain.config.command_line import parse
 from pretrain.data.batches import MicroBatch
 from pretrain.data.folders import keep_tokenizer, open_data, open_samples
@@ -20,18 +18,12 @@ from pretrain.evaluate.evaluations import Evaluations, evaluations_by
 from pretrain.evaluate.losses import (
     LossByTokensRead,
     heldout_losses,
-    open_long_rows,
-    position_losses,
     tokens_read,
     turns,
 )
 from pretrain.evaluate.probe import ANSWER_TOKENS, Probe
 from titans_mcore.parallel import Place
 
-from ..matrices import ONE_OF_A_KIND
-from .tiny_shards import write_shards
-
-LONG = ("--evaluate.position-length", "100", "--evaluate.position-rows", "3")
 PROBED = ("--evaluate.probe-shortest", "320", "--evaluate.probe-length", "640", "--evaluate.probe-samples", "3")
 
 
@@ -63,12 +55,6 @@ def engine_of(one_process):
 @pytest.fixture
 def probe_of(worded_toml):
     return lambda config: Probe.open(config, worded_toml.parent / "shards" / "tokenizer.model")
-
-
-def for_evals(model, config, worded_toml):
-    """The model as the commands of evals see it."""
-    tokenizer = load_tokenizer(worded_toml.parent / "shards" / "tokenizer.model")
-    return EvalModel(model, config.model, tokenizer, "the model that trains", "0" * 64)
 
 
 def watched(engine):
@@ -158,9 +144,9 @@ def test_evaluations_are_a_function_of_the_step(configured):
     assert due("--evaluate.every-tokens", "256", *warm) == [4, 6, 8, 10, 12]
 
 
-def test_long_rows_and_haystacks_wait_for_their_turn_and_come_at_the_end(configured, opened, engine_of):
+def test_haystacks_wait_for_their_turn_and_come_at_the_end(configured, opened, engine_of):
     rare = ("--train.steps", "8", "--evaluate.every-steps", "2", "--evaluate.long-every", "3")
-    config = configured(*LONG, *rare, "--variant", "transformer")
+    config = configured(*PROBED, *rare, "--variant", "transformer")
     evaluations, engine = opened(config), engine_of(config)
     found = {
         step: [values.get("name", kind) for kind, values in evaluations.after(engine, step)] for step in range(1, 9)
@@ -169,8 +155,8 @@ def test_long_rows_and_haystacks_wait_for_their_turn_and_come_at_the_end(configu
     assert {step: kinds for step, kinds in found.items() if kinds} == {
         2: often,
         4: often,
-        6: [*often, "long_rows"],
-        8: [*often, "long_rows"],
+        6: [*often, "niah_single_1"],
+        8: [*often, "niah_single_1"],
     }
 
 
@@ -186,45 +172,6 @@ def test_an_evaluation_due_at_a_step_that_is_passed_over_comes_before_it(configu
 def test_without_held_out_rows_nothing_is_evaluated(configured, opened):
     config = configured("--evaluate.heldout-sequences", "0", "--evaluate.every-steps", "1")
     assert opened(config).after(None, 20) == opened(config).after(None, 3) == []
-
-
-@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
-def test_long_rows_lose_what_the_report_on_loss_by_position_says(configured, worded_toml, engine_of, tmp_path, variant):
-    config = configured("--variant", variant, *LONG)
-    engine = engine_of(config)
-    rows = open_long_rows(config, open_data(config), tmp_path)
-    found = position_losses(engine, rows, config)
-    taken = rows.micro_batch(range(3))
-    tokens = torch.cat([taken.tokens, taken.labels[:, -1:]], 1).numpy()
-    ends = stretch_ends(tokens.shape[1] - 1, None)
-    sums = row_losses(for_evals(engine.module, config, worded_toml), tokens, 3, 41, ends).sum(0)
-    expected = summarise(sums, ends, 3, None)
-    assert found.mean == pytest.approx(expected["loss"], rel=1e-6)
-    assert found.curve()["loss"] == pytest.approx([bucket["loss"] for bucket in expected["buckets"]], rel=1e-5)
-
-
-@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
-def test_reading_takes_no_more_memory_the_longer_the_row(configured, engine_of, tmp_path, variant):
-    peaks = []
-    for length in (100, 708):  # the last piece has 4 tokens in both
-        config = configured("--variant", variant, "--evaluate.position-length", str(length))
-        engine = engine_of(config)
-        shapes, carried = watched(engine)
-        position_losses(engine, open_long_rows(config, open_data(config), tmp_path), config)
-        assert max(shapes) == (2, 32)  # as in training
-        peaks.append(max(carried))
-    assert peaks[0] == peaks[1]
-
-
-def test_long_rows_of_a_blend_come_from_all_folders(configured, one_process, tmp_path):
-    tokenizer = (open_data(configured()).folders[0].path / "tokenizer.model").read_bytes()
-    other = write_shards(tmp_path / "other", vocab_size=360, documents=60, seed=5, tokenizer=tokenizer)
-    config = configured(*LONG)
-    data = dataclasses.replace(config.data, path="", blend=(f"{config.data.path}=1", f"{other}=1"))
-    config = dataclasses.replace(config, data=data)
-    rows = open_long_rows(config, open_data(config), tmp_path)
-    folders = {piece.prefix.parent for row in range(4) for piece in rows.pieces(row)}
-    assert folders == {open_data(configured()).folders[0].path, other}
 
 
 def test_the_held_out_loss_is_the_mean_over_its_rows_documents_apart(configured, one_process, tmp_path):
@@ -258,6 +205,20 @@ def test_haystacks_are_answered_as_the_evaluation_of_a_checkpoint_answers(config
     assert len(set(mine.texts)) > 1  # what is asked matters
     losses = value_losses(stream, logits, states, [sample.value_ids for sample in samples])
     assert (mine.losses_BT * mine.real_BT).sum(1).tolist() == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ONE_OF_A_KIND)
+def test_reading_takes_no_more_memory_the_longer_the_haystack(configured, engine_of, probe_of, variant):
+    config = configured("--variant", variant, *PROBED)
+    engine, probe = engine_of(config), probe_of(config)
+    peaks = []
+    for length in config.evaluate.probe_lengths:
+        shapes, carried = watched(engine)
+        with torch.no_grad():
+            probe.ask(engine, [probe.builder.build(probe._name(length, 0))])
+        assert max(shapes) == (1, 32)  # as a row in training
+        peaks.append(max(carried))
+    assert peaks[0] == peaks[1]
 
 
 def test_the_answers_loss_is_that_of_the_values_digits_in_one_pass(configured, engine_of, probe_of):
@@ -313,7 +274,6 @@ def test_logits_that_are_not_finite_find_nothing_and_end_nothing(configured, eng
         ("--evaluate.probe-length 64", r"by doubling; take 4096"),
         ("--evaluate.long-every 0", r"evaluate\.long_every is 0; it must be at least 1"),
         ("--evaluate.probe-length 4096 --variant mag --model.window 0", r"probe_length 4096 .*; set model\.window"),
-        ("--evaluate.position-length 9 --variant mal --model.window 0", r"position_length 9 .*; set model\.window"),
         ("--train.evaluate-every-steps 3", r"unknown setting .*; did you mean --evaluate\.every-steps\?"),
         ("--data.heldout-sequences 3", r"did you mean --evaluate\.heldout-sequences\?"),
     ],
@@ -330,10 +290,6 @@ def test_the_probes_lengths_double(configured):
 
 
 def test_what_cannot_be_read_is_refused_before_the_first_step(configured, opened, worded_toml, tiny_toml):
-    with pytest.raises(
-        ValueError, match=r"position_length 9000 needs 9001 held-out tokens, but .* has \d+; shorten it"
-    ):
-        opened(configured("--evaluate.position-length", "9000"))
     short = ("--evaluate.probe-shortest", "100", "--evaluate.probe-length", "100")
     with pytest.raises(ValueError, match=r"probe_shortest 100 is too short for the words .* take 400"):
         opened(configured(*short))

@@ -13,8 +13,8 @@ from .test_resume import numbers, tensor_files
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-# Evaluations after step 3 and, because it is the last, 5; long rows and haystacks are read in pieces of 32 tokens.
-EVALUATE = "--evaluate.every-steps 3 --evaluate.position-length 100 --evaluate.position-rows 3"
+# Evaluations after step 3 and, because it is the last, 5; haystacks are read in pieces of 32 tokens.
+EVALUATE = "--evaluate.every-steps 3"
 EVALUATE += " --evaluate.probe-shortest 320 --evaluate.probe-length 320 --evaluate.probe-samples 3"
 COMMON = f"--train.steps 5 --model.num-heads 4 --model.segment-length 8 --optimizer.clip-norm 0.3 {EVALUATE}"
 
@@ -84,7 +84,7 @@ def test_a_run_with_evaluations_is_the_run_without_bit_for_bit(runs, layout):
 def test_evaluations_find_the_same_at_every_layout(runs, layout):
     mine, right = runs[layout][1]["records"], runs[REFERENCES[layout]][1]["records"]
     for step, records in right.items():
-        assert [kind for kind, _ in records] == ["heldout", "position_loss", "position_loss", "probe"]
+        assert [kind for kind, _ in records] == ["heldout", "position_loss", "probe"]
         for (_, expected), (kind, values) in zip(records, mine[step], strict=True):
             assert values.keys() == expected.keys()
             for name in set(expected) - {"seconds", "name"}:
@@ -93,7 +93,7 @@ def test_evaluations_find_the_same_at_every_layout(runs, layout):
 
 def test_evaluations_see_that_the_model_has_learned(runs):
     records = runs["one process"][1]["records"]
-    for place in range(4):
+    for place in range(3):
         before, after = (records[step][place][1] for step in ("3", "5"))
         name = "answer_loss" if "answer_loss" in before else "loss"
         assert after[name] != pytest.approx(before[name], rel=1e-3)
@@ -118,7 +118,7 @@ def test_a_resumed_run_evaluates_at_the_same_places_and_ends_like_one_without(wo
     assert [step for step, _, name, _ in evaluations_of(evaluated) if name == "niah_single_1"] == [3, 5]
     assert numbers(resumed) == numbers(evaluated)
     assert tensor_files(resumed) == tensor_files(run("without"))
-    assert {"heldout", "long_rows", "niah_single_1"} < {name for _, _, name, _ in evaluations_of(resumed)}
+    assert {"heldout", "niah_single_1"} < {name for _, _, name, _ in evaluations_of(resumed)}
 
 
 def evaluations_of(run_dir):

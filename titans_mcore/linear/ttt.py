@@ -323,7 +323,7 @@ def _mini_batch(
         inputs.append(F.gelu(before[-1], approximate="tanh"))
     errors = [norm.error(inputs[-1] @ matrices[-1] + biases[-1], v - k)]
     for matrix, z in zip(matrices[:0:-1], before[::-1], strict=True):
-        errors.insert(0, errors[0] @ matrix.mT * _gelu_slope(z))
+        errors.insert(0, torch.ops.aten.gelu_backward(errors[0] @ matrix.mT, z, approximate="tanh"))
 
     x, added = q, []
     for layer, (matrix, bias, given, error) in enumerate(zip(matrices, biases, inputs, errors, strict=True)):
@@ -336,14 +336,6 @@ def _mini_batch(
         x = x @ matrix + bias - rate * change
         added += [given.mT @ written, written.sum(-2, keepdim=True)]
     return q + norm(x), added
-
-
-def _gelu_slope(x: Tensor) -> Tensor:
-    """The derivative of GELU's approximation by tanh."""
-    scale, cubic = 0.7978845608028654, 0.044715  # sqrt(2 / pi)
-    squared = x.square()
-    tanh = torch.tanh(scale * x * (1.0 + cubic * squared))
-    return 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh.square()) * scale * (1.0 + 3.0 * cubic * squared)
 
 
 def _where(rows: Tensor, those: Sequence[Tensor | float], others: list[Tensor]) -> list[Tensor]:
