@@ -90,7 +90,8 @@ def check_named_once(settings: object, *names: str) -> None:
     for name in names:
         values = getattr(settings, name)
         if not values or len(set(values)) < len(values):
-            raise EvaluationError(f"--{name} {' '.join(map(str, values))} is empty or names one twice; name each once")
+            words = " ".join([f"--{name}", *map(str, values)])
+            raise EvaluationError(f"{words} is empty or names one twice; name each once")
 
 
 def run_command(main: Callable[[], None]) -> None:

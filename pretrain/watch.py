@@ -12,10 +12,10 @@ from typing import Annotated
 
 import tyro
 
-from pretrain.launch.status import EXIT_MISTAKE
 from pretrain.report.history import History
 from pretrain.report.records import METRICS_FILE, Follower, Record, line_of
 from pretrain.report.step_line import clock, step_line
+from tokenization.command_line import CommandError, parse_settings, run_command
 
 _EVENTS = 5
 _OFTEN_HELD = 0.2
@@ -39,10 +39,10 @@ def watch(settings: WatchSettings) -> None:
     """Prints it.
 
     Raises:
-        ValueError: There is no run to show.
+        CommandError: There is no run to show.
     """
     if not (settings.run / METRICS_FILE).is_file():
-        raise ValueError(f"{settings.run / METRICS_FILE} is not there; name the folder of a run that was started")
+        raise CommandError(f"{settings.run / METRICS_FILE} is not there; name the folder of a run that was started")
     follower = Follower(settings.run)
     history = History(follower.read())
     if settings.json:
@@ -123,15 +123,8 @@ def memory_warnings(record: Record) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; see `--help`."""
-    settings = tyro.cli(
-        WatchSettings, args=arguments, prog="python -m pretrain.watch", config=(tyro.conf.FlagCreatePairsOff,)
-    )
-    try:
-        watch(settings)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_MISTAKE) from None
+    watch(parse_settings(WatchSettings, "python -m pretrain.watch", arguments))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

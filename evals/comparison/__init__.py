@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from evals.command_line import EvaluationError, check_at_least
+from evals.command_line import EvaluationError, check_at_least, check_named_once
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,6 @@ class ComparisonSettings:
     def __post_init__(self) -> None:
         check_at_least(1, self, "steps", "recall_steps", "samples")
         check_at_least(0, self, "seeds")
-        for name in ("systems", "seeds", "parts"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise EvaluationError(f"--{name} {' '.join(map(str, values))} names one twice; name each once")
-        if not self.seeds or not self.parts:
-            raise EvaluationError(f"--{'parts' if self.seeds else 'seeds'} is empty; give at least one")
+        check_named_once(self, "seeds", "parts", *(["systems"] if self.systems else []))
         if "text" in self.parts and self.data is None:
             raise EvaluationError("--data is missing; the part text reads a folder of shards, --parts lists needs none")

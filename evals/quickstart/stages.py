@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, Progress, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from evals.command_line import EvaluationError
 from evals.report import seconds_text
@@ -106,9 +105,13 @@ class Lanes:
             raise self._fault
 
     def _draw(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(), _Seconds(), _Words())
+        last = (TimeElapsedColumn(), TextColumn("{task.fields[words]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(), *last)
         with Progress(*columns, console=self._show.console, refresh_per_second=_LOOKS_A_SECOND) as bars:
-            drawn = {stage.name: bars.add_task(f"{stage.title:28}", total=None, start=False) for stage in self._stages}
+            drawn = {
+                stage.name: bars.add_task(f"{stage.title:28}", total=None, start=False, words="")
+                for stage in self._stages
+            }
             going = True
             while going:
                 going = any(thread.is_alive() for thread in self._threads)
@@ -176,20 +179,6 @@ def _move(bars: Progress, task: Task, stage: Stage) -> None:
 def _last_words(stage: Stage) -> str:
     words = stage.progress()[1] if stage.progress else ""
     return f", {words}" if words else ""
-
-
-class _Seconds(ProgressColumn):
-    """What a stage has taken."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.elapsed or 0:4.0f} s" if task.started else "      ", style="dim")
-
-
-class _Words(ProgressColumn):
-    """How a stage goes."""
-
-    def render(self, task: Task) -> Text:
-        return Text(task.fields.get("words", ""))
 
 
 def training_progress(run: Path, unigrams: Callable[[], float]) -> Progressed:

@@ -1,11 +1,13 @@
 """A plan as a table to read."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 _GIB = 2**30
+_WORDS = ("part", "group", "operation", "of", "what")  # columns of words; others are of numbers
 
 
 def print_report(plan: dict[str, Any], console: Console) -> None:
@@ -19,7 +21,12 @@ def print_report(plan: dict[str, Any], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    for table in (_parameters(plan), _bytes(plan), _collectives(plan), _step(plan), _run(plan)):
+    for title, columns, rows in _tables(plan):
+        table = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="left" if column in _WORDS else "right")
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
     for note in plan["notes"]:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
@@ -36,73 +43,47 @@ def _layout_words(layout: dict[str, Any]) -> str:
     return "".join(f", {word}" for word, here in words.items() if here)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("numbers", "share", "GiB", "calls", "value") else "left")
-    return table
-
-
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _parameters(plan: dict[str, Any]) -> Table:
-    table = _table("\nParameters", "part", "numbers", "share")
-    counts = plan["parameters"]
-    for part, count in counts.items():
-        if part != "total":
-            table.add_row(_words(part), f"{count:,}", f"{count / counts['total']:.1%}")
-    table.add_row("total", f"{counts['total']:,}", "")
-    return table
+def _gib(size: float) -> str:
+    return f"{size / _GIB:.3f}"
 
 
-def _bytes(plan: dict[str, Any]) -> Table:
-    rank, ranks = plan["rank"], plan["layout"]["gpus"]
-    table = _table(f"\nMemory of each of {ranks} rank{'s' if ranks > 1 else ''}", "part", "GiB")
-    for part, size in rank["parts"].items():
-        table.add_row(_words(part), f"{size / _GIB:.3f}")
-    table.add_row("total", f"{rank['bytes'] / _GIB:.3f}")
-    for part, size in rank["host_parts"].items():
-        if size:
-            table.add_row(f"{_words(part)}, on the host", f"{size / _GIB:.3f}")
-    return table
-
-
-def _collectives(plan: dict[str, Any]) -> Table:
-    table = _table("\nCollectives of each rank in a step", "group", "operation", "of", "calls", "GiB")
-    for row in plan["collectives"]:
-        cells = (row["group"], _words(row["operation"]), row["purpose"], f"{row['calls']:,}")
-        table.add_row(*cells, f"{row['bytes'] / _GIB:.3f}")
-    if not plan["collectives"]:
-        table.add_row("none", "", "", "", "")
-    return table
-
-
-def _step(plan: dict[str, Any]) -> Table:
-    step = plan["step"]
-    table = _table("\nA step of all ranks", "what", "value")
-    table.add_row("tokens", f"{step['tokens']:,}")
-    table.add_row("micro-batches of a rank", f"{plan['layout']['micro_batches']:,}")
-    for kind, flops in step["flops"].items():
-        table.add_row(f"TFLOP {kind}", f"{flops / 1e12:,.2f}")
+def _tables(plan: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], Sequence[tuple[str, ...]]]]:
+    """Title, columns and rows of each."""
+    layout, counts, rank, step = plan["layout"], dict(plan["parameters"]), plan["rank"], plan["step"]
+    total = counts.pop("total")
+    parts = [(_words(part), f"{count:,}", f"{count / total:.1%}") for part, count in counts.items()]
+    yield "Parameters", ("part", "numbers", "share"), [*parts, ("total", f"{total:,}", "")]
+    held = [(_words(part), _gib(size)) for part, size in rank["parts"].items()]
+    host = [(f"{_words(part)}, on the host", _gib(size)) for part, size in rank["host_parts"].items() if size]
+    title = f"Memory of each of {layout['gpus']} rank{'s' if layout['gpus'] > 1 else ''}"
+    yield title, ("part", "GiB"), [*held, ("total", _gib(rank["bytes"])), *host]
+    sent = [
+        (row["group"], _words(row["operation"]), row["purpose"], f"{row['calls']:,}", _gib(row["bytes"]))
+        for row in plan["collectives"]
+    ]
+    columns = ("group", "operation", "of", "calls", "GiB")
+    yield "Collectives of each rank in a step", columns, sent or [("none", "", "", "", "")]
+    flops = [(f"TFLOP {kind}", f"{flops / 1e12:,.2f}") for kind, flops in step["flops"].items()]
     if step["recomputed_flops"]:
-        table.add_row("TFLOP recomputed, beside", f"{step['recomputed_flops'] / 1e12:,.2f}")
-    table.add_row("FLOP a token", f"{step['flops']['total'] / step['tokens']:,.0f}")
-    return table
-
-
-def _run(plan: dict[str, Any]) -> Table:
+        flops.append(("TFLOP recomputed, beside", f"{step['recomputed_flops'] / 1e12:,.2f}"))
+    first = [("tokens", f"{step['tokens']:,}"), ("micro-batches of a rank", f"{layout['micro_batches']:,}")]
+    last = ("FLOP a token", f"{step['flops']['total'] / step['tokens']:,.0f}")
+    yield "A step of all ranks", ("what", "value"), [*first, *flops, last]
     time, checkpoint = plan["time"], plan["checkpoint"]
-    table = _table(f"\nThe run, {time['gpu']} at utilisation {time['utilisation']:g}", "what", "value")
-    if plan["layout"]["context"] > 1:
-        table.add_row("wavefront efficiency", f"{time['wavefront_efficiency']:.3f}")
-    table.add_row("seconds a step", f"{time['step_seconds']:,.3f}")
-    table.add_row("tokens a second", f"{time['tokens_per_second']:,.0f}")
-    table.add_row("steps", f"{time['steps']:,}")
-    table.add_row("tokens", f"{time['tokens']:,}")
-    table.add_row("hours", f"{time['hours']:,.2f}")
-    table.add_row("GPU hours", f"{time['gpu_hours']:,.2f}")
-    table.add_row("GiB a checkpoint", f"{checkpoint['bytes'] / _GIB:.3f}")
-    table.add_row(f"GiB of the {checkpoint['keep']} that are kept", f"{checkpoint['kept_bytes'] / _GIB:.3f}")
-    return table
+    wavefront = [("wavefront efficiency", f"{time['wavefront_efficiency']:.3f}")] if layout["context"] > 1 else []
+    run = [
+        *wavefront,
+        ("seconds a step", f"{time['step_seconds']:,.3f}"),
+        ("tokens a second", f"{time['tokens_per_second']:,.0f}"),
+        ("steps", f"{time['steps']:,}"),
+        ("tokens", f"{time['tokens']:,}"),
+        ("hours", f"{time['hours']:,.2f}"),
+        ("GPU hours", f"{time['gpu_hours']:,.2f}"),
+        ("GiB a checkpoint", _gib(checkpoint["bytes"])),
+        (f"GiB of the {checkpoint['keep']} that are kept", _gib(checkpoint["kept_bytes"])),
+    ]
+    yield f"The run, {time['gpu']} at utilisation {time['utilisation']:g}", ("what", "value"), run

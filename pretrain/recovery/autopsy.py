@@ -5,8 +5,6 @@ autopsy.json    why the run stopped, the documents of the batch, and the command
                 process, and says where the first number that is not finite comes up (pretrain.replay)
 """
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,20 +66,6 @@ def nonfinite(tensor: Tensor) -> str:
     """How many numbers are not finite, in words; empty when all are."""
     count = int((~torch.isfinite(tensor)).sum())
     return f"{count:,} of {tensor.numel():,} numbers" if count else ""
-
-
-def write_autopsy(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes autopsy.json; numbers that are not finite become texts, which every JSON reader takes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / AUTOPSY_FILE).write_text(json.dumps(_plain(facts), indent=2) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensors(output: Any) -> Sequence[Tensor]:

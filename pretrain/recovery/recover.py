@@ -1,5 +1,6 @@
 """What follows from a bad step that a run cannot go on from: it goes back, or it stops and leaves an autopsy."""
 
+import json
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,7 +10,7 @@ from pretrain.checkpoint.format import FailedOnRank0, on_rank_0, read_record
 from pretrain.checkpoint.resume import ResumePoint, restore
 from pretrain.checkpoint.retention import delete, whole_checkpoints
 from pretrain.data.batch_documents import documents_of
-from pretrain.recovery.autopsy import CHECKPOINT, autopsy_folder, write_autopsy
+from pretrain.recovery.autopsy import AUTOPSY_FILE, CHECKPOINT, autopsy_folder
 from pretrain.recovery.ending import TrainingGivenUp
 from pretrain.recovery.health import Verdict
 from pretrain.recovery.rewinds import Rewind, Rewinds
@@ -17,6 +18,7 @@ from pretrain.run import Run
 from pretrain.schedule import portion_of
 from titans_mcore.weights import checkpoints_newest_first
 from tokenization.command_line import TokenizationError
+from tokenization.io import write_file_atomically
 
 
 def recover(run: Run, step: int, verdict: Verdict) -> int:
@@ -80,7 +82,7 @@ def _leave_autopsy(run: Run, step: int, reason: str, folder: Path) -> str:
     }
     if saved.error:
         facts["no_checkpoint"] = saved.error
-    on_rank_0(lambda: write_autopsy(folder, facts))
+    on_rank_0(lambda: write_file_atomically(folder / AUTOPSY_FILE, (json.dumps(facts, indent=2) + "\n").encode()))
     return command
 
 

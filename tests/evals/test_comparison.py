@@ -121,8 +121,8 @@ def test_the_table_has_a_line_for_each_system_and_means_over_its_seeds(tmp_path:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"seeds": (0, 1, 0)}, "--seeds 0 1 0 names one twice; name each once"),
-        ({"systems": ("mac", "mac")}, "--systems mac mac names one twice"),
+        ({"seeds": (0, 1, 0)}, "--seeds 0 1 0 is empty or names one twice; name each once"),
+        ({"systems": ("mac", "mac")}, "--systems mac mac is empty or names one twice"),
         ({"seeds": (-1,)}, r"--seeds is \(-1,\); give at least 0"),
         ({"seeds": ()}, "--seeds is empty"),
         ({"parts": ()}, "--parts is empty"),

@@ -24,6 +24,8 @@ from pretrain.evaluate.losses import (
 from pretrain.evaluate.probe import ANSWER_TOKENS, Probe
 from titans_mcore.parallel import Place
 
+from ..matrices import ONE_OF_A_KIND
+
 PROBED = ("--evaluate.probe-shortest", "320", "--evaluate.probe-length", "640", "--evaluate.probe-samples", "3")
 
 

@@ -12,6 +12,7 @@ from pretrain.report.metrics import Metrics
 from pretrain.report.records import Follower, read_records
 from pretrain.watch import lines_of, main, memory_warnings
 from tests.pretrain.jobs import read_metrics
+from tokenization.command_line import CommandError
 
 from .test_metrics import VALUES
 
@@ -92,12 +93,9 @@ def test_records_are_printed_as_lines_of_json_every_step_once(tmp_path, capsys):
     assert err.startswith("note: 1 lines of ")
 
 
-def test_a_run_that_was_never_started_is_a_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_a_run_that_was_never_started_is_a_sentence(tmp_path):
+    with pytest.raises(CommandError, match="metrics.jsonl is not there; name the folder of a run that was started"):
         main([str(tmp_path)])
-    assert ended.value.code == 2
-    sentence = f"error: {tmp_path}/metrics.jsonl is not there; name the folder of a run that was started\n"
-    assert capsys.readouterr() == ("", sentence)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

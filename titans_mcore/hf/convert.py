@@ -18,15 +18,13 @@ from torch import Tensor
 from titans_mcore.config import TitansConfig
 from titans_mcore.hf import proof
 from titans_mcore.hf.card import model_card
-from titans_mcore.hf.folder import ExportError, ProofFailed, check_output, staged_folder
+from titans_mcore.hf.folder import ExportError, check_output, run_command, staged_folder
 from titans_mcore.hf.mapping import to_exported
 from titans_mcore.hf.tokenizer import TokenizerModel, read_tokenizer, write_tokenizer
 from titans_mcore.weights import find_checkpoint, load_full
 
 if TYPE_CHECKING:
     from titans_mcore.hf.modeling_titans import TitansForCausalLM
-
-EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 @dataclass(frozen=True)
@@ -159,39 +157,21 @@ def _model(config: TitansConfig, tensors: dict[str, Tensor], pieces: TokenizerMo
     return model
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; see `--help`. Returns the exit status."""
-    import tyro
-
-    settings = tyro.cli(
-        ExportSettings,
-        args=arguments,
-        prog="python -m titans_mcore.hf.convert",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+def _export(settings: ExportSettings) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub
-    try:
-        report = export(**vars(settings))
-    except ExportError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except ProofFailed as fault:
-        print(f"error: {fault}; nothing was written", file=sys.stderr)
-        return EXIT_FAILED
-    except OSError as fault:
-        print(f"error: cannot write {settings.output}: {fault}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    report = export(**vars(settings))
     print(f"exported {report.checkpoint} to {report.output}: {report.parameters:,} parameters")
     if report.caveat:
         print(f"warning: {report.caveat}", file=sys.stderr)
     if report.max_abs_error is None:
         print("not proven: the exported model was not compared with the trained one (--skip-proof)")
-        return 0
-    print(f"largest difference of a logit from the trained model: {report.max_abs_error:.3g}")
-    return 0
+    else:
+        print(f"largest difference of a logit from the trained model: {report.max_abs_error:.3g}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; see `--help`. Returns the exit status."""
+    return run_command(ExportSettings, "python -m titans_mcore.hf.convert", _export, arguments)
 
 
 if __name__ == "__main__":

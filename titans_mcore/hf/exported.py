@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from titans_mcore.config import TitansConfig, with_memory_heads
-from titans_mcore.hf.files_titans import no_safetensors
+from titans_mcore.hf.files_titans import check_weight_files, named_files
 from titans_mcore.hf.folder import ExportError
 from titans_mcore.tensor_files import read_tensors
 from titans_mcore.weights import file_sha256
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from titans_mcore.hf.modeling_titans import TitansForCausalLM
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER = "tokenizer.json"
 PROOF = "proof.json"
@@ -56,17 +55,13 @@ def weight_files(folder: Path) -> list[Path]:
     """The files of the weights, in order.
 
     Raises:
-        ExportError: One is missing.
+        ExportError: One is missing or damaged.
     """
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        raise ExportError(no_safetensors(folder))
-    names = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder / name} is missing, which {INDEX} names; copy or export the folder again")
-    return [folder / name for name in names]
+    try:
+        check_weight_files(folder)
+    except OSError as error:
+        raise ExportError(str(error)) from None
+    return named_files(folder)
 
 
 def check_sums(folder: Path) -> None:

@@ -13,8 +13,8 @@ def check_weight_files(folder: Path) -> None:
         OSError: One is not, or weights are there as pickle alone; the message names it.
     """
     if (folder / "config.json").is_file() and not any((folder / name).is_file() for name in (_SINGLE, _INDEX)):
-        raise OSError(no_safetensors(folder))
-    for file in _named_files(folder):
+        raise OSError(_no_safetensors(folder))
+    for file in named_files(folder):
         if not file.is_file():
             raise OSError(f"{file} is missing, which {_INDEX} names; copy the folder again")
         told = _told_length(file)
@@ -26,7 +26,7 @@ def check_weight_files(folder: Path) -> None:
             )
 
 
-def no_safetensors(folder: Path) -> str:
+def _no_safetensors(folder: Path) -> str:
     """What to do with a folder that has no weights that can be read."""
     pickled = sorted(file.name for file in folder.glob("*.bin"))
     if pickled:
@@ -37,7 +37,7 @@ def no_safetensors(folder: Path) -> str:
     return f"{folder} has no {_SINGLE} (nor {_INDEX}); copy or export the folder again"
 
 
-def _named_files(folder: Path) -> list[Path]:
+def named_files(folder: Path) -> list[Path]:
     """Weight files of a folder; none where there is nothing to check."""
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]

@@ -1,12 +1,17 @@
-"""Folders that appear whole or not at all, and what may be replaced."""
+"""Folders that appear whole or not at all, what may be replaced, and how the commands that write them end."""
 
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
+Settings = TypeVar("Settings")
 
 
 def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
@@ -85,3 +90,34 @@ class ExportError(Exception):
 
 class ProofFailed(Exception):
     """The exported model does not compute what the trained one computes; nothing was written."""
+
+
+def run_command(
+    kind: type[Settings], program: str, command: Callable[[Settings], None], arguments: Sequence[str] | None
+) -> int:
+    """Runs a command line; see `--help`.
+
+    Args:
+        kind: Frozen dataclass with a docstring under every field.
+        program: How the command is called.
+        command: Does it, and prints what came of it.
+        arguments: Words of the command line; None takes the process's own.
+
+    Returns:
+        The exit status.
+    """
+    import tyro
+
+    settings = tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        command(settings)
+    except (ExportError, ProofFailed) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return EXIT_MISTAKE if isinstance(fault, ExportError) else EXIT_FAILED
+    except OSError as fault:
+        print(f"error: cannot write {getattr(settings, 'output', '')}: {fault}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0

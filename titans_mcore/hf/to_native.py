@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titans_mcore.hf.exported import read_config, read_weights
-from titans_mcore.hf.folder import ExportError, staged_folder
+from titans_mcore.hf.folder import ExportError, run_command, staged_folder
 from titans_mcore.hf.mapping import to_native
 from titans_mcore.hf.tokenizer import SENTENCEPIECE
 from titans_mcore.weights import BEGINS, MARKER, WEIGHTS_FOLDER, ShardHeader, file_sha256, save_shard
 
-EXIT_MISTAKE = 2
 _CHECKPOINT = "step-00000000"
 
 
@@ -68,26 +67,14 @@ def import_run(folder: Path, output: Path, *, no_verify: bool = False) -> Path:
     return output / "checkpoints" / _CHECKPOINT
 
 
+def _import(settings: ImportSettings) -> None:
+    checkpoint = import_run(**vars(settings))
+    print(f"{settings.folder} is {checkpoint} now; training with --run-dir {settings.output} begins with its weights")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; see `--help`. Returns the exit status."""
-    import tyro
-
-    settings = tyro.cli(
-        ImportSettings,
-        args=arguments,
-        prog="python -m titans_mcore.hf.to_native",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    try:
-        checkpoint = import_run(**vars(settings))
-    except ExportError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except OSError as fault:
-        print(f"error: cannot write {settings.output}: {fault}", file=sys.stderr)
-        return EXIT_MISTAKE
-    print(f"{settings.folder} is {checkpoint} now; training with --run-dir {settings.output} begins with its weights")
-    return 0
+    return run_command(ImportSettings, "python -m titans_mcore.hf.to_native", _import, arguments)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ import torch
 import tyro
 
 from titans_mcore.hf.exported import PROOF
-from titans_mcore.hf.folder import ExportError, ProofFailed
+from titans_mcore.hf.folder import ExportError, ProofFailed, run_command
 from titans_mcore.hf.proof import FORMAT, Comparison, compare, outputs_of, shown
 from titans_mcore.weights import file_sha256
-
-EXIT_FAILED, EXIT_MISTAKE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -73,25 +71,17 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
             raise ProofFailed(f"{file} is not the file that was exported; copy or export the folder again")
 
 
+def _verify(settings: VerifySettings) -> None:
+    found = verify(settings.folder, device=settings.device, tolerance=settings.tolerance)
+    print(
+        f"verified {settings.folder} on {settings.device}: {found.compared:,} numbers differ from the trained model's "
+        f"by at most {found.max_abs_error:.3g} ({found.allowed:.3g} is allowed)"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; see `--help`. Returns the exit status."""
-    settings = tyro.cli(
-        VerifySettings, args=arguments, prog="python -m titans_mcore.hf.verify", config=(tyro.conf.FlagCreatePairsOff,)
-    )
-    try:
-        verdict = verify(settings.folder, device=settings.device, tolerance=settings.tolerance)
-    except ExportError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except ProofFailed as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return EXIT_FAILED
-    print(
-        f"verified {settings.folder} on {settings.device}: {verdict.compared:,} numbers "
-        f"differ from the trained model's by at most {verdict.max_abs_error:.3g} "
-        f"({verdict.allowed:.3g} is allowed)"
-    )
-    return 0
+    return run_command(VerifySettings, "python -m titans_mcore.hf.verify", _verify, arguments)
 
 
 if __name__ == "__main__":
