@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor
 
 from evals import ask
-from evals.command_line import EvaluationError, run_command
+from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.niah import templates
 from evals.niah.generate import read
+from tests.commands import status_of
 from titans_mcore.hf.convert import export
 from titans_mcore.mixers import MIXERS
 
@@ -81,24 +81,17 @@ def test_a_text_is_read_with_its_question_as_the_tokenizer_reads_both_at_once(tm
         torch.testing.assert_close(behind, whole, rtol=0, atol=1e-3)
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["ask", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        run_command(ask.main)
-    return int(ended.value.code or 0)
-
-
 def test_the_command_finds_a_number_and_finds_it_again_without_the_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, kept = write_text(tmp_path / "text", 150), tmp_path / "kept" / "memory.safetensors"
     words = ("--checkpoint", KEPT_MAG, "--question", QUESTION, "--max-new-tokens", 16)
-    assert command(monkeypatch, *words, "--text", text, "--save-memory", kept) == 0
+    assert status_of(ask.main, *words, "--text", text, "--save-memory", kept) == 0
     out, err = capsys.readouterr()
     assert out == "4807215.\n"
     assert "tokens in" in err
     text.unlink()
-    assert command(monkeypatch, *words, "--memory", kept) == 0
+    assert status_of(ask.main, *words, "--memory", kept) == 0
     assert capsys.readouterr().out == "4807215.\n"
 
 
@@ -106,11 +99,10 @@ def test_each_fault_is_one_sentence(
     mac_run: Path,
     make_run: MakeRun,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def says(*words: object, run: Path = mac_run) -> str:
-        assert command(monkeypatch, "--checkpoint", run, *words) == 2
+        assert status_of(ask.main, "--checkpoint", run, *words) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line.removeprefix("error: ")
 
@@ -173,11 +165,10 @@ def test_a_model_without_memory_says_what_its_window_sees(
     sees: str,
     make_run: MakeRun,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ("--question", "who is", "--text", write_text(tmp_path / "text", 9))
-    assert command(monkeypatch, "--checkpoint", make_run("transformer", window=window), *words) == 0
+    assert status_of(ask.main, "--checkpoint", make_run("transformer", window=window), *words) == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1
     assert sees in notes[0]

@@ -4,16 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from evals.command_line import EvaluationError, run_command
+from evals.command_line import EvaluationError
 from evals.models import load_model, load_tokenizer
 from evals.niah import NiahSettings
 from evals.niah import __main__ as niah
 from evals.niah.summary import FILES
+from tests.commands import status_of
 
 from .conftest import MakeRun, train_tokenizer
 
@@ -32,18 +32,11 @@ def test_help_documents_every_setting_without_torch(module: str) -> None:
     assert "| torch\n" not in result.stderr.replace("|   ", "| "), "--help must not load torch"
 
 
-def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["evals", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        run_command(main)
-    return int(ended.value.code or 0)
-
-
 def test_niah_command_writes_report_and_table(
-    mac_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mac_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--lengths", 450, 700, "--depths", 2, "--max-new-tokens", 8)
-    assert command(monkeypatch, niah.main, "--checkpoint", mac_run, "--output", tmp_path, *words) == 0
+    assert status_of(niah.main, "--checkpoint", mac_run, "--output", tmp_path, *words) == 0
     out, err = capsys.readouterr()
     report = json.loads((tmp_path / "niah.json").read_text())
     assert set(report["accuracy_by_length"]["niah_single_1"]) == {"450", "700"}
@@ -57,8 +50,8 @@ def test_niah_command_writes_report_and_table(
     assert [line.split(",")[0] for line in lines[1:]] == ["length 450", "length 700"]
 
 
-def fault(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    assert command(monkeypatch, niah.main, *words) == 2
+def fault(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert status_of(niah.main, *words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -140,9 +133,7 @@ def test_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit) as ended:
-        run_command(interrupted)
-    assert ended.value.code == 130
+    assert status_of(interrupted) == 130
     assert "run the same command again" in capsys.readouterr().err
 
 

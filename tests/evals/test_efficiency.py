@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from evals.command_line import EvaluationError, run_command
+from evals.command_line import EvaluationError
 from evals.efficiency import MemorySettings
 from evals.efficiency import __main__ as efficiency
 from evals.efficiency.memory import markdown, plan, run_cases
 from evals.efficiency.worker import BOTH, OURS, TITANS_PYTORCH, Case, Limits
+from tests.commands import status_of
 
 REPOSITORY = Path(__file__).parents[2]
 LIMITS = Limits(repeats=2, threads=1, seconds=60.0, gigabytes=4.0)
@@ -27,13 +28,6 @@ def tiny(implementation: str = OURS, **changes: Any) -> Case:
     cases = plan(MemorySettings(Path(), quick=True), "cpu")
     found = next(case for case in cases if case.implementation == implementation and case.direction == BOTH)
     return replace(found, **changes)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["evals.efficiency", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        run_command(efficiency.main)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture
@@ -47,10 +41,10 @@ def without_titans_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("without_titans_pytorch")
 def test_quick_run_reports_ours_and_says_why_the_other_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     only = ("titans-mcore layer", "chunk_size=16 batch_size=None")
-    assert command(monkeypatch, "memory", "--output", tmp_path, "--quick", "--threads", 1, "--only", *only) == 0
+    assert status_of(efficiency.main, "memory", "--output", tmp_path, "--quick", "--threads", 1, "--only", *only) == 0
     report = json.loads((tmp_path / "memory.json").read_text())
     ours = [row for row in report["rows"] if row["implementation"] == OURS]
     others = [row for row in report["rows"] if row["implementation"] == TITANS_PYTORCH]
@@ -129,11 +123,9 @@ def test_a_process_that_dies_is_a_failed_case(tmp_path: Path, monkeypatch: pytes
     assert (row["status"], row["reason"]) == ("failed", "the process ended with status 7: no message")
 
 
-def test_each_fault_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_fault_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def says(*words: object) -> str:
-        assert command(monkeypatch, *words) == 2
+        assert status_of(efficiency.main, *words) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         return lines[0]

@@ -4,7 +4,6 @@ import gzip
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evals.command_line import EvaluationError, run_command
+from evals.command_line import EvaluationError
 from evals.forecasting import ForecastingSettings
 from evals.forecasting import __main__ as forecasting
 from evals.forecasting.data import Windows, load_series, scaled, splits
 from evals.forecasting.models import DLinear, RepeatLast, build, errors
 from evals.forecasting.run import CARRIED
 from evals.trainer import seed_all, train
+from tests.commands import status_of
 
 HORIZONS = (96, 192, 336, 720)
 # Rows of each set, and how many test windows there are beside the horizon.
@@ -213,21 +213,14 @@ def test_a_system_learns_a_wave(system: str, tmp_path: Path) -> None:
     assert errors(model, parts[2])[0] < 0.5 * errors(RepeatLast(8), parts[2])[0]
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["evals", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        run_command(forecasting.main)
-    return int(ended.value.code or 0)
-
-
 def test_the_command_prints_the_papers_table_with_ours_beside_and_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, output = made(tmp_path / "weather.csv", 1200), tmp_path / "out"
     words = ["--data", data, "--output", output, "--systems", "repeat", "lmm", "--horizons", 4, 8, "--steps", 2]
     words += ["--batch", 4, "--context", 16, "--patch-length", 4, "--patch-stride", 4, "--dim", 8, "--layers", 1]
     words += ["--carried"]
-    assert command(monkeypatch, *words, "--seeds", 0) == 0
+    assert status_of(forecasting.main, *words, "--seeds", 0) == 0
     out = capsys.readouterr().out
     assert "| Titans memory | .358/.387 | .261/.309 | .420/.421 |" in out
     assert "| here: lmm |" not in out  # none of the paper's horizons was run
@@ -238,7 +231,7 @@ def test_the_command_prints_the_papers_table_with_ours_beside_and_goes_on_where_
     assert [row["windows"] for row in rows.values()][2:] == [15, 15]
     assert rows["lmm, every 16th window"]["mse"] != rows[f"lmm, {CARRIED}"]["mse"]
     assert (output / "forecasting.png").read_bytes().startswith(b"\x89PNG")
-    assert command(monkeypatch, *words, "--seeds", 0, 1) == 0
+    assert status_of(forecasting.main, *words, "--seeds", 0, 1) == 0
     again = (output / "forecasting.jsonl").read_text().splitlines()
     assert again[:8] == lines
     assert [json.loads(line)["seed"] for line in again] == [0] * 8 + [1] * 8
@@ -246,17 +239,15 @@ def test_the_command_prints_the_papers_table_with_ours_beside_and_goes_on_where_
     values = [json.loads(line)["mse"] for line in again if '"lmm"' in line and json.loads(line)["horizon"] == 8]
     assert f"{sum(values) / 2:.3f} ± {12.706 * abs(values[0] - values[1]) / 2:.3f}" in row
     words[words.index("--steps") + 1] = 3
-    assert command(monkeypatch, *words, "--seeds", 0) == 2
+    assert status_of(forecasting.main, *words, "--seeds", 0) == 2
     assert "has results with --steps 2, not 3; give another folder" in capsys.readouterr().err
 
 
-def test_faults_are_found_before_any_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_faults_are_found_before_any_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = made(tmp_path / "waves.csv", 1200)
 
     def fault(*words: object) -> str:
-        assert command(monkeypatch, "--data", data, "--output", tmp_path / "out", *words) == 2
+        assert status_of(forecasting.main, "--data", data, "--output", tmp_path / "out", *words) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         return lines[0]

@@ -3,7 +3,6 @@
 import gzip
 import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from evals.command_line import EvaluationError, run_command
+from evals.command_line import EvaluationError
 from evals.genomics import __main__ as genomics
 from evals.genomics.data import (
     PAD,
@@ -25,6 +24,7 @@ from evals.genomics.data import (
     reverse_complement,
 )
 from evals.genomics.run import CNN, parts_of, scores
+from tests.commands import status_of
 
 REAL = os.environ.get("TITANS_GENOMICS", "")
 # Sequences of GUE's files, and their length.
@@ -198,15 +198,8 @@ def test_the_real_files_have_the_known_sequences(name: str) -> None:
     assert {len(ids) for samples in task.parts.values() for ids, _ in samples} == {GUE[name][3]}
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["evals", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        run_command(genomics.main)
-    return int(ended.value.code or 0)
-
-
 def test_the_command_learns_a_motif_and_labels_the_contaminated_protocol(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = random.Random(0)
     for split, count in (("train", 160), ("test", 40)):
@@ -218,7 +211,7 @@ def test_the_command_learns_a_motif_and_labels_the_contaminated_protocol(
         (tmp_path / "human_nontata_promoters" / f"{split}.csv").write_text("\n".join(lines))
     words = ["--data", tmp_path / "human_nontata_promoters", "--seeds", 0, "--systems", "lmm", "cnn", "--steps", 30]
     words += ["--batch", 16, "--dim", 16, "--layers", 1, "--learning-rate", 1e-2]
-    assert command(monkeypatch, *words, "--output", tmp_path / "out", "--export") == 0
+    assert status_of(genomics.main, *words, "--output", tmp_path / "out", "--export") == 0
     out, err = capsys.readouterr()
     rows = {line.split(" | ")[1]: line.split(" | ") for line in out.splitlines() if "human_nontata" in line}
     assert set(rows) == {"lmm", "cnn"}
@@ -228,9 +221,9 @@ def test_the_command_learns_a_motif_and_labels_the_contaminated_protocol(
     exported = next((tmp_path / "out" / "models").iterdir())
     assert {"tokenizer.json", "proof.json", "tasks_titans.py"} <= {file.name for file in exported.iterdir()}
     contaminated = ["--protocol", "hyenadna", "--output", tmp_path / "other", "--systems", "cnn"]
-    assert command(monkeypatch, *words, *contaminated) == 0
+    assert status_of(genomics.main, *words, *contaminated) == 0
     assert "| cnn, chosen by TEST data (contaminated) |" in capsys.readouterr().out
-    assert command(monkeypatch, *words, "--output", tmp_path / "other") == 2
+    assert status_of(genomics.main, *words, "--output", tmp_path / "other") == 2
     assert "has results with --protocol hyenadna, not caduceus" in capsys.readouterr().err
-    assert command(monkeypatch, *words, "--output", tmp_path / "new", "--systems", "lstm") == 2
+    assert status_of(genomics.main, *words, "--output", tmp_path / "new", "--systems", "lstm") == 2
     assert "--systems lstm: variant is 'lstm'" in capsys.readouterr().err

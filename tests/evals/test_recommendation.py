@@ -2,13 +2,13 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
 
-from evals.command_line import EvaluationError, parse_settings, run_command
+from evals.command_line import EvaluationError, parse_settings
 from evals.recommendation import RecommendationSettings, compare, read_log
+from tests.commands import status_of
 
 
 def log(path: Path, events: list[tuple[int, int, int]], header: str = "user_id\titem_id\ttimestamp") -> Path:
@@ -50,14 +50,10 @@ def test_a_model_learns_an_order_that_shuffling_takes_away(tmp_path: Path) -> No
     assert ordered["lmm"]["NDCG@10"][0] > 2 * ordered["popularity"]["NDCG@10"][0]
 
 
-def test_each_fault_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_fault_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def says(data: Path, *words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["evals", "--data", str(data), "--output", str(tmp_path), *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            run_command(lambda: print(compare(parse_settings(RecommendationSettings, "recommendation"))))
-        assert ended.value.code == 2
+        words = ("--data", data, "--output", tmp_path, *words)
+        assert status_of(lambda: print(compare(parse_settings(RecommendationSettings, "recommendation"))), *words) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         return lines[0]

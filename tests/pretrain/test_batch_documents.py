@@ -13,20 +13,12 @@ from pretrain.config.files import load_run_config, write_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
 from pretrain.data.batch_documents import main
+from tests.commands import status_of
 from titans_mcore.config import TitansConfig
-from tokenization.command_line import run_command
 from tokenization.encode import EncodeSettings, encode
 from tokenization.manifest import Manifest
 from tokenization.trace import trace
 from tokenization.train import TrainSettings, train
-
-
-def called(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Exit status of the command with these words."""
-    monkeypatch.setattr(sys, "argv", ["batch_documents", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        run_command(main)
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +55,13 @@ def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> No
 
 
 def test_in_a_blend_a_line_names_the_shard_with_its_folder(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = shutil.copytree(run_dir / "shards", tmp_path / "other")
     config = load_run_config(run_dir)
     data = DataConfig(blend=(f"{run_dir / 'shards'}=1", f"{other}=3"))
     write_run_config(dataclasses.replace(config, data=data), tmp_path)
-    assert called(monkeypatch, "--run", tmp_path, "--step", 1) == 0
+    assert status_of(main, "--run", tmp_path, "--step", 1) == 0
     shards = dict(re.findall(r"sample (\d): (\S+) document", capsys.readouterr().out))
     assert sorted(shards.values()) == sorted([str(other / "train")] * 3 + [str(run_dir / "shards" / "train")])
 
@@ -85,10 +77,9 @@ def test_a_mistake_is_one_sentence(
     run_dir: Path,
     words: tuple[object, ...],
     sentence: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert called(monkeypatch, *(str(word).replace("{run}", str(run_dir)) for word in words)) == 2
+    assert status_of(main, *(str(word).replace("{run}", str(run_dir)) for word in words)) == 2
     err = capsys.readouterr().err
     assert sentence in err
     assert err.startswith("error: ")

@@ -94,7 +94,7 @@ def test_records_are_printed_as_lines_of_json_every_step_once(tmp_path, capsys):
 
 
 def test_a_run_that_was_never_started_is_a_sentence(tmp_path):
-    with pytest.raises(CommandError, match="metrics.jsonl is not there; name the folder of a run that was started"):
+    with pytest.raises(CommandError, match=r"metrics\.jsonl is not there; name the folder of a run that was started"):
         main([str(tmp_path)])
 
 

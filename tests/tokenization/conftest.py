@@ -1,16 +1,20 @@
-"""Small corpora, a small tokenizer, and the commands as a user starts them."""
+"""Small corpora, a small tokenizer, and the commands."""
 
 import hashlib
+import importlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from tests.commands import status_of
 from tokenization.encode import EncodeSettings
 from tokenization.train import TrainSettings, train
 
@@ -105,13 +109,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def run() -> Command:
-    """Starts `python -m tokenization.NAME ARGUMENTS...` and returns it when it has ended."""
+    """Does what `python -m tokenization.NAME ARGUMENTS...` does, in this process."""
 
-    def start(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"tokenization.{name}", *map(str, arguments)]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    def call(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        main = importlib.import_module(f"tokenization.{name}").main
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            status = status_of(main, *arguments)
+        return subprocess.CompletedProcess([name], status, out.getvalue(), err.getvalue())
 
-    return start
+    return call
 
 
 @pytest.fixture(scope="session")

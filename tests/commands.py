@@ -1,0 +1,18 @@
+"""Commands of the project run in the test's own process, which has imported already what they import."""
+
+import sys
+from collections.abc import Callable
+
+from tokenization.command_line import run_command
+
+
+def status_of(main: Callable[[], object], *words: object) -> int:
+    """Runs a command with these words behind its name, and returns the status that it ends with."""
+    before, sys.argv = sys.argv, ["command", *map(str, words)]
+    try:
+        run_command(lambda: main() and None)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    raise AssertionError("run_command always ends with a status")
