@@ -51,9 +51,9 @@ SMALL = {
     "evals.comparison": " --steps 2 --recall-steps 2 --systems transformer lmm --seeds 0",
 }
 # The longest that write nothing a later one reads: the whole chain again for another variant and for a whole library in
-# place of a few files, training in stages, two systems of the comparison, a
-# process for each case of the benchmark, the export's proof again. And those
-# that the quickstart starts too, or a test of their room starts or calls: they load torch and Megatron-core once more.
+# place of a few files, training in stages, two systems of the comparison, a process for each case of the benchmark, the
+# export's proof again. And those that the quickstart starts too, or a test of their room starts or calls: each loads
+# torch and Megatron-core once more.
 SLOW = (
     "bash launch/quickstart.sh --",
     "python -m tokenization.encode",
@@ -74,6 +74,13 @@ SLOW = (
     "python -m evals.niah --checkpoint evals/results",
     "python -m evals.ask",
     "python -m evals.genomics",
+    "python -m tokenization.adopt",
+    "python -m evals.babilong",
+    "python -m evals.niah.training_data",
+    "python -m evals.finetune",
+    "python -m evals.niah.comparison",
+    "python -m evals.forecasting",
+    "python -m evals.recommendation",
 )
 # What runs this test, what needs a network, what needs a GPU, what needs a cluster.
 NOT_RUN_HERE = ("launch/test.sh", "HuggingFaceFW", "evals.harness", "launch/gpu_check.sh", "gpu_wheels.sh", "sbatch")

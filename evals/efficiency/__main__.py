@@ -1,7 +1,6 @@
 """`python -m evals.efficiency memory --output DIR`; one sub-command for each thing that is measured."""
 
 import sys
-from collections.abc import Callable, Sequence
 
 from evals.command_line import EvaluationError, parse_settings, run_command
 from evals.efficiency import ContextSettings, MemorySettings
@@ -18,41 +17,30 @@ commands:
 `python -m evals.efficiency COMMAND --help` lists the options."""
 
 
-def _memory(words: Sequence[str]) -> None:
-    settings = parse_settings(MemorySettings, "python -m evals.efficiency memory", words)
-    from evals.efficiency.memory import measure
-
-    print(measure(settings))
-    print(f"{settings.output / 'memory.json'}, .md", file=sys.stderr)
-
-
-def _context(words: Sequence[str]) -> None:
-    settings = parse_settings(ContextSettings, "python -m evals.efficiency context", words)
-    from evals.efficiency.context import measure
-
-    print(measure(settings))
-    print(settings.json, file=sys.stderr)
-
-
-def _gpu(words: Sequence[str]) -> None:
-    from evals.efficiency.gpu import GpuSettings, measure
-
-    settings = parse_settings(GpuSettings, "python -m evals.efficiency gpu", words)
-    sys.exit(measure(settings))
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"memory": _memory, "context": _context, "gpu": _gpu}
-
-
 def main() -> None:
     """Runs the command line; see `--help`."""
     command, *words = sys.argv[1:] or ["--help"]
+    program = f"python -m evals.efficiency {command}"
     if command in ("-h", "--help"):
         print(_HELP)
-        return
-    if command not in COMMANDS:
-        raise EvaluationError(f"there is no command {command!r}; give one of {', '.join(COMMANDS)}")
-    COMMANDS[command](words)
+    elif command == "memory":
+        settings = parse_settings(MemorySettings, program, words)
+        from evals.efficiency import memory
+
+        print(memory.measure(settings))
+        print(f"{settings.output / 'memory.json'}, .md", file=sys.stderr)
+    elif command == "context":
+        asked = parse_settings(ContextSettings, program, words)
+        from evals.efficiency import context
+
+        print(context.measure(asked))
+        print(asked.json, file=sys.stderr)
+    elif command == "gpu":
+        from evals.efficiency import gpu
+
+        sys.exit(gpu.measure(parse_settings(gpu.GpuSettings, program, words)))
+    else:
+        raise EvaluationError(f"there is no command {command!r}; give one of memory, context, gpu")
 
 
 if __name__ == "__main__":

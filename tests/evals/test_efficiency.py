@@ -43,7 +43,7 @@ def without_titans_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_quick_run_reports_ours_and_says_why_the_other_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    only = ("titans-mcore layer", "chunk_size=16 batch_size=None")
+    only = ("titans-mcore layer auto", "chunk_size=16 batch_size=None T=64 forward+")
     assert status_of(efficiency.main, "memory", "--output", tmp_path, "--quick", "--threads", 1, "--only", *only) == 0
     report = json.loads((tmp_path / "memory.json").read_text())
     ours = [row for row in report["rows"] if row["implementation"] == OURS]

@@ -8,11 +8,12 @@ from typing import Any
 
 import sentencepiece
 import torch
+from torch import Tensor
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import start, stop, transformer_config
-from titans_mcore.weights import MARKER, ShardHeader, model_tensors, save_shard
+from titans_mcore.weights import MARKER, ShardHeader, load_into, model_tensors, save_shard
 
 VOCABULARY = 330
 WORDS = (
@@ -103,3 +104,25 @@ def train_tokenizer(file: Path, **settings: Any) -> Path:
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **chosen)
     file.write_bytes(model.getvalue())
     return file
+
+
+def native_logits(
+    config: TitansConfig, weights: dict[str, Tensor], prompts: list[list[int]], cut: int
+) -> dict[str, Tensor]:
+    """Logits (T, V) of the model as it is trained: `whole.I` of prompt I, `pieces.I` read `cut` tokens at a time."""
+    start(1, seed=0)
+    try:
+        model = TitansModel(config, transformer_config(config)).eval()
+        load_into(model, weights)
+        logits = {}
+        with torch.inference_mode():
+            for index, prompt in enumerate(prompts):
+                tokens, states, pieces = torch.tensor([prompt]), None, []
+                logits[f"whole.{index}"] = model(tokens)[0]
+                for piece in tokens.split(cut, 1):
+                    out, states = model.stream(piece, states)
+                    pieces.append(out[0])
+                logits[f"pieces.{index}"] = torch.cat(pieces)
+        return logits
+    finally:
+        stop()

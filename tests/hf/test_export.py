@@ -17,10 +17,9 @@ from titans_mcore.hf import probe
 from titans_mcore.hf.configuration_titans import OLDEST
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.flatten import flatten_code
-from titans_mcore.hf.proof import native_logits
 from titans_mcore.weights import load_full
 
-from .hf_runs import TINY, save_run, tiny
+from .hf_runs import TINY, native_logits, save_run, tiny
 
 MODELS: dict[str, dict[str, Any]] = {
     "mac": {},

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.mapping import to_exported
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
-from titans_mcore.hf.proof import files_of, native_logits
+from titans_mcore.hf.proof import files_of
 from titans_mcore.hf.to_native import import_run, main
 from titans_mcore.mixers import MIXERS
 from titans_mcore.weights import damage, find_checkpoint, load_full
 
-from .hf_runs import VOCABULARY, save_run, tiny
+from .hf_runs import VOCABULARY, native_logits, save_run, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

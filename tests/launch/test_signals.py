@@ -91,10 +91,6 @@ def test_a_run_that_was_stopped_ends_with_the_status_that_asks_for_another_start
     assert (asked["reason"], asked["step"], asked["finished"]) == ("SIGTERM", done, False)
     assert (run_dir / asked["checkpoint"]).is_dir()
 
-    status, _, err = start(tiny_toml, run_dir, "--train.steps", str(done + 2), REQUEUE_STATUS="75").wait(300)
-    assert (status, err) == (0, "")
-    assert not (run_dir / "requeue.json").exists()
-
 
 def test_a_mistake_is_not_tried_again(tiny_toml, tmp_path):
     """The workers find it, not the launcher: another vocabulary than the data's."""

@@ -3,8 +3,6 @@
 import dataclasses
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,12 +38,9 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path) -> None:
-    words = ("--run", str(run_dir), "--step", "2")
-    command = [sys.executable, "-m", "pretrain.data.batch_documents", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_every_line_leads_to_the_text_the_step_learned_from(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(main, "--run", run_dir, "--step", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert {int(line.split(":")[0].split()[1]) for line in lines} == {4, 5, 6, 7}
     found = re.fullmatch(r"sample 4: train document (\d+) tokens (\d+) to (\d+), (.*) row 0", lines[0])
     assert found

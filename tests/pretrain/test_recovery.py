@@ -145,7 +145,7 @@ def test_what_cannot_be_replayed_is_said_in_a_sentence(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_toml, tmp_path, asynchronous):
     # No file may become larger than this: the optimizer's moments (twice the weights) do not fit, the weights do.
     limit = 100_000

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,30 +63,21 @@ class ExportReport:
     """Where the exported tokenizer may give other ids than the run's; None when nowhere."""
 
 
-def export(
-    checkpoint: Path | str,
-    output: Path | str,
-    *,
-    tokenizer: Path | str | None = None,
-    overwrite: bool = False,
-    no_verify: bool = False,
-    skip_proof: bool = False,
-    max_shard_size: str = "5GB",
-) -> ExportReport:
+def export(checkpoint: Path | str, output: Path | str, **options: Any) -> ExportReport:
     """Writes a Hugging Face folder; see ExportSettings for the arguments.
 
     Raises:
         ExportError: No usable checkpoint or tokenizer, or something stands where the folder should go.
         ProofFailed: The exported model computes something else than the trained one; nothing was written then.
     """
-    output = Path(output)
-    folder = _find_checkpoint(Path(checkpoint))
-    tokenizer_file = Path(tokenizer) if tokenizer else _tokenizer_of_run(folder)
-    check_output(output, overwrite=overwrite, inputs=[folder, tokenizer_file])
-    if not re.fullmatch(r"\d+ ?[KMGT]B", max_shard_size):
-        raise ExportError(f"--max-shard-size is {max_shard_size!r}; give a size such as 5GB or 300MB")
+    settings = ExportSettings(Path(checkpoint), output := Path(output), **options)
+    folder = _find_checkpoint(settings.checkpoint)
+    tokenizer_file = settings.tokenizer or _tokenizer_of_run(folder)
+    check_output(output, overwrite=settings.overwrite, inputs=[folder, tokenizer_file])
+    if not re.fullmatch(r"\d+ ?[KMGT]B", settings.max_shard_size):
+        raise ExportError(f"--max-shard-size is {settings.max_shard_size!r}; give a size such as 5GB or 300MB")
     pieces = read_tokenizer(tokenizer_file)
-    config, native = _load(folder, verify=not no_verify)
+    config, native = _load(folder, verify=not settings.no_verify)
     _check_vocabulary(pieces, config)
     exported = to_exported(config, native)
     from transformers.utils import logging
@@ -96,11 +87,11 @@ def export(
     logging.disable_progress_bar()
     model, error = _model(config, exported, pieces), None
     with staged_folder(output) as staging:
-        write_model(model, staging, max_shard_size)
+        write_model(model, staging, settings.max_shard_size)
         write_tokenizer(pieces, staging)
-        if not skip_proof:
+        if not settings.skip_proof:
             prompt = proof.fixed_prompt(config, pieces.bos_id)
-            logits = proof.native_logits(config, native, [prompt])["whole.0"]
+            logits = proof.native_logits(config, native, prompt)
             error = write_proof(model, staging, {"input_ids": torch.tensor([prompt])}, {"logits": logits[None]})
         parameters = sum(tensor.numel() for tensor in exported.values())
         card = model_card(config, parameters, folder, error, pieces.caveat)

@@ -127,13 +127,8 @@ def fixed_prompt(config: TitansConfig, bos_id: int) -> list[int]:
     return [bos_id, *draw.tolist()]
 
 
-def native_logits(
-    config: TitansConfig, weights: Mapping[str, Tensor], prompts: list[list[int]], cut: int | None = None
-) -> dict[str, Tensor]:
-    """Logits (T, V) of the model as it is trained, one process, on the CPU.
-
-    `whole.I` are those of prompt I, and `pieces.I` the same read in pieces of `cut` tokens, where that is given.
-    """
+def native_logits(config: TitansConfig, weights: Mapping[str, Tensor], prompt: list[int]) -> Tensor:
+    """Logits (T, V) of the model as it is trained, one process, on the CPU."""
     # Imported at use: exporting without a proof needs no Megatron.
     from titans_mcore.parallel import start, stop, transformer_config  # isort: skip - it quietens Megatron's import
     from megatron.core import parallel_state
@@ -147,20 +142,11 @@ def native_logits(
     try:
         model = TitansModel(config, transformer_config(config)).eval()
         load_into(model, weights)
-        logits = {}
         with torch.inference_mode():
-            for index, prompt in enumerate(prompts):
-                tokens, states, pieces = torch.tensor([prompt]), None, []
-                logits[f"whole.{index}"] = model(tokens)[0]
-                for piece in tokens.split(cut, 1) if cut else ():
-                    out, states = model.stream(piece, states)
-                    pieces.append(out[0])
-                if pieces:
-                    logits[f"pieces.{index}"] = torch.cat(pieces)
+            return model(torch.tensor([prompt]))[0]
     finally:
         if own:
             stop()
-    return logits
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
