@@ -9,7 +9,6 @@ from evals.command_line import EvaluationError, ModelOptions, check_at_least, pa
 
 if TYPE_CHECKING:
     from evals.models import EvalModel
-    from evals.tokens import DiskTokens
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,13 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
     from evals.niah.samples import MAIN
     from evals.position_loss import bucket_intervals, row_losses, stretch_ends, summarise
     from evals.report import loss_plot, settings_of, write_figure, write_json
+    from evals.tokens import heldout_rows, text_rows
 
-    rows = open_rows(model, settings)
+    most = max(settings.tokens // settings.length, 1)
+    if settings.data is None:
+        rows = text_rows(settings.text, model, most, settings.length)
+    else:
+        rows = heldout_rows(settings.data, model, most, settings.length)
     ends = stretch_ends(settings.length, model.trained_length)
     peak = PeakMemory(model.device)
     if settings.memory_off and not any(mixer.memory for mixer in model.config.mixers):
@@ -83,20 +87,6 @@ def evaluate(model: "EvalModel", settings: PositionPerplexitySettings) -> dict[s
     plot = loss_plot(f"Loss by position ({model.config.variant})", {"": buckets}, model.trained_length)
     write_figure(settings.output / "position_perplexity.png", plot)
     return report
-
-
-def open_rows(model: "EvalModel", settings: PositionPerplexitySettings) -> "list[DiskTokens]":
-    """The rows that the settings name.
-
-    Raises:
-        EvaluationError: They are missing, too short, or not of this model's tokenizer.
-    """
-    from evals.tokens import heldout_rows, text_rows
-
-    most = max(settings.tokens // settings.length, 1)
-    if settings.data is None:
-        return text_rows(settings.text, model, most, settings.length)
-    return heldout_rows(settings.data, model, most, settings.length)
 
 
 def report_table(report: dict[str, Any]) -> str:

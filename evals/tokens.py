@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
+from tokenization.shards import import_indexed_dataset
 
 _BLOCK = 1 << 20  # characters, or tokens, looked at at a time
 
@@ -201,13 +201,10 @@ def _open(prefix: Path) -> Any:
                 f"--data {prefix.parent}: {prefix.name}{suffix} is missing; write shards with "
                 "`python -m tokenization.encode`"
             )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
     # Readers that could not be made complain on stderr when they are dropped, after the error has said it all.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        dataset = IndexedDataset(str(prefix))
+        dataset = import_indexed_dataset().IndexedDataset(str(prefix))
         expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
     except Exception as error:  # a damaged index fails in whatever way its bytes lead to
         fault = " ".join(str(error).split()) or type(error).__name__

@@ -36,8 +36,6 @@ class ReplaySettings:
 
     folder: tyro.conf.Positional[Path]
     """Folder of an autopsy, RUN/autopsy/step-N, or a checkpoint, RUN/checkpoints/step-N, whose next step is done."""
-    samples: int = 0
-    """Only the first so many samples of the batch; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,6 @@ def replay(settings: ReplaySettings) -> list[SampleResult]:
     config = replace(config, train=replace(config.train, recompute="none"))
     model, samples = _open(config, run_dir, checkpoint)
     first, count, row_length = portion_of(read_record(checkpoint)["step"] + 1, config.train)
-    count = min(count, settings.samples or count)
     samples.prepare(first, first + count - 1)
     return [_one(model, i, samples.micro_batch([i]).cut(row_length)) for i in range(first, first + count)]
 

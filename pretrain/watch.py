@@ -71,19 +71,15 @@ def lines_of(history: History, now: float | None = None) -> Iterator[str]:
         yield step_line(last["step"], steps, numbers, statistics.median(seconds) * (steps - last["step"]))
     for record in history.of("heldout")[-1:]:
         yield f"held-out loss {record['loss']:.4f} at step {record['step']:,}"
-    for kind, places, name, form in (
-        ("position_loss", "tokens", "loss", "{:.3f}"),
-        ("probe", "lengths", "accuracy", "{:.0%}"),
-    ):
+    curves = ("position_loss", "tokens", "loss", "{:.3f}"), ("probe", "lengths", "accuracy", "{:.0%}")
+    for kind, places, name, form in curves:
         for record in {record.get("name", kind): record for record in history.of(kind)}.values():
             pairs = zip(record[places], record[name], strict=False)
             found = "  ".join(f"{place:,}: {form.format(value)}" for place, value in pairs if value is not None)
             yield f"{record.get('name', '')} {name} by {places} at step {record['step']:,}   {found}"
     for record in history.of("memory")[-1:]:
         yield from memory_warnings(record)
-    told = [
-        event for event in history.of("event") if "message" in event
-    ]  # a checkpoint that was saved as ever has none
+    told = [event for event in history.of("event") if "message" in event]  # what is as ever, like a save, has none
     yield from (f"step {event['step']:,}: {event['message']}" for event in told[-_EVENTS:])
 
 

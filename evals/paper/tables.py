@@ -119,18 +119,12 @@ class Table:
         return f"{cell:,.{self.digits}f}" + ("" if error is None else f" ± {error:,.{self.digits}f}")
 
 
-def paper_rows(numbers: Mapping[str, tuple[float, ...]]) -> list[Row]:
-    """The paper's own lines."""
-    return [Row(label, PAPER, cells) for label, cells in numbers.items()]
-
-
-def interleave(published: Sequence[Row], ours: Sequence[tuple[str, Row]]) -> tuple[Row, ...]:
+def interleave(papers: published.Rows, ours: Sequence[tuple[str, Row]]) -> tuple[Row, ...]:
     """Our lines, each with the paper's name of what it is, below the paper's line of that name; the rest at the end."""
     rows: list[Row] = []
-    for row in published:
-        rows += [row, *(own for name, own in ours if name == row.label)]
-    labels = {row.label for row in published}
-    return (*rows, *(own for name, own in ours if name not in labels))
+    for label, cells in papers.items():
+        rows += [Row(label, PAPER, cells), *(own for name, own in ours if name == label)]
+    return (*rows, *(own for name, own in ours if name not in papers))
 
 
 Models = Sequence[ModelResults]
@@ -163,7 +157,7 @@ def language(size: str, models: Models) -> Table:
         f"language_{size.lower()}",
         f"Language modelling and common sense, {size}",
         (*(column.title for column in COLUMNS), "avg"),
-        interleave(paper_rows(block.rows), rows),
+        interleave(block.rows, rows),
         tuple(notes),
     )
 
@@ -188,7 +182,7 @@ def niah(key: str, models: Models) -> Table:
         key,
         f"S-NIAH, to {max(length for _, length in block.columns) // 1024}K",
         tuple(f"{published.NIAH_TASKS[task]} {length // 1024}K" for task, length in block.columns),
-        interleave(paper_rows(block.rows), rows),
+        interleave(block.rows, rows),
         (f"RULER's substring score, percent. The papers' models: {block.at}, {block.source}.", *notes),
         digits=1,
     )
@@ -225,7 +219,7 @@ def ablation(models: Models) -> Table:
         "ablation",
         "Ablation of the neural memory",
         ("ppl", "long context"),
-        interleave(paper_rows(published.ABLATION), rows),
+        interleave(published.ABLATION, rows),
         (
             f"The paper's models: {published.ABLATION_AT}. ppl: mean of wikitext and LAMBADA; long context: mean of "
             "the twelve S-NIAH cells.",

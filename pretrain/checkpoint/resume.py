@@ -232,15 +232,9 @@ def _branching_point(path: Path) -> Path:
 
 def _check_fits(point: ResumePoint, config: RunConfig, fingerprint: str) -> None:
     folder, record = point
-    if BEGINS in record:  # weights without a run: any run of their model may begin with them
-        check_same_model(load_config(folder), config.model, folder)
-        return
-    if not any(name.startswith(f"{OPTIMIZER_FOLDER}/") for name in record["files"]):
-        raise ValueError(
-            f"cannot go on from {folder}: its optimizer state is in DeepSpeed's format of an earlier version; "
-            "its weights can still be evaluated and exported, and a new run needs another --run-dir"
-        )
     check_same_model(load_config(folder), config.model, folder)
+    if BEGINS in record:  # weights without a run: any run of their model may begin with them
+        return
     wanted = identity_of(config, fingerprint)
     # A setting that an earlier version did not have was off.
     then = {name: record.get(name, False) for name in wanted}

@@ -94,7 +94,8 @@ def plan_of(request: Request) -> dict[str, Any]:
     flops = step_flops(config, parameters)
     time = step_time(config, layout, parameters, _known_gpu(request.gpu), request.utilisation)
     checkpoint = checkpoint_bytes(layout, parameters)
-    kept = min(config.checkpoint.keep, _checkpoints(config))
+    every = config.checkpoint.every_steps
+    kept = min(config.checkpoint.keep, -(-config.train.steps // every) if every else 1)
     return {
         "model": asdict(config.model),
         "layout": asdict(layout),
@@ -157,12 +158,6 @@ def _notes(request: Request, bytes_on_rank: int) -> list[str]:
         notes.append("the peak is that of bf16, and the run is in fp32: it will not come near")
     notes.append("activations are an estimate, and the time is what the utilisation makes of it: neither is measured")
     return notes
-
-
-def _checkpoints(config: RunConfig) -> int:
-    """Checkpoints that the run writes."""
-    every = config.checkpoint.every_steps
-    return -(-config.train.steps // every) if every else 1
 
 
 def _lacks_vocabulary(words: Sequence[str]) -> bool:

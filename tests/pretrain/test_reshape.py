@@ -173,13 +173,3 @@ def test_a_missing_or_truncated_optimizer_file_is_named_before_anything_is_loade
         ask()
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"step-00000010 is damaged: optimizer/tp-00-data-001.safetensors {words}", line)
-
-
-def test_a_checkpoint_with_deepspeeds_optimizer_files_is_refused(asked):
-    run, ask = asked
-    marker = run / "checkpoints" / "step-00000010" / "checkpoint.json"
-    record = json.loads(marker.read_text())
-    record["files"] = {name: file for name, file in record["files"].items() if not name.startswith("optimizer/")}
-    marker.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"cannot go on from .*step-00000010: its optimizer state is in DeepSpeed's"):
-        ask()

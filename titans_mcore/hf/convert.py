@@ -71,15 +71,17 @@ def export(checkpoint: Path | str, output: Path | str, **options: Any) -> Export
         ProofFailed: The exported model computes something else than the trained one; nothing was written then.
     """
     settings = ExportSettings(Path(checkpoint), output := Path(output), **options)
-    folder = _find_checkpoint(settings.checkpoint)
-    tokenizer_file = settings.tokenizer or _tokenizer_of_run(folder)
+    try:
+        folder = find_checkpoint(settings.checkpoint)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    tokenizer_file = Path(settings.tokenizer or _tokenizer_of_run(folder))
     check_output(output, overwrite=settings.overwrite, inputs=[folder, tokenizer_file])
     if not re.fullmatch(r"\d+ ?[KMGT]B", settings.max_shard_size):
         raise ExportError(f"--max-shard-size is {settings.max_shard_size!r}; give a size such as 5GB or 300MB")
     pieces = read_tokenizer(tokenizer_file)
-    config, native = _load(folder, verify=not settings.no_verify)
+    config, native, exported = _load(folder, verify=not settings.no_verify)
     _check_vocabulary(pieces, config)
-    exported = to_exported(config, native)
     from transformers.utils import logging
 
     from titans_mcore.hf.save import write_model, write_proof
@@ -99,21 +101,14 @@ def export(checkpoint: Path | str, output: Path | str, **options: Any) -> Export
     return ExportReport(output, folder, parameters, error, pieces.caveat)
 
 
-def _find_checkpoint(path: Path) -> Path:
-    try:
-        return find_checkpoint(path)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
-
-
-def _load(folder: Path, *, verify: bool) -> tuple[TitansConfig, dict[str, Tensor]]:
-    """Settings and whole weights; how a run computed its memory and attention is no part of an export."""
+def _load(folder: Path, *, verify: bool) -> tuple[TitansConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """Settings and whole weights, by both names; how memory and attention were computed is no part of an export."""
     try:
         config, native = load_full(folder, verify=verify)
-        to_exported(config, native)  # names only: views of the same tensors
+        config = replace(config, memory_backend="auto", attention_backend="auto", linear_backend="torch")
+        return config, native, to_exported(config, native)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    return replace(config, memory_backend="auto", attention_backend="auto", linear_backend="torch"), native
 
 
 def _tokenizer_of_run(checkpoint: Path) -> Path:
