@@ -5,6 +5,7 @@ The other rooms write, lock and hash with these, too.
 
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import tempfile
@@ -15,9 +16,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from tokenization.command_line import TokenizationError
+
+Marker = TypeVar("Marker")
 
 
 def bytes_text(size: float) -> str:
@@ -236,6 +239,14 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
     if origin is None and type(value) is kind:
         return value
     raise TypeError(f"{where} is {value!r:.60}, not of the type {getattr(kind, '__name__', kind)}")
+
+
+def read_marker(path: Path, kind: type[Marker]) -> Marker | None:
+    """What a marker says, a dataclass in JSON; None while it is not there."""
+    try:
+        return cast(Marker, from_json(kind, json.loads(path.read_bytes()), path.name))
+    except FileNotFoundError:
+        return None
 
 
 @lru_cache

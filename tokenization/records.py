@@ -67,17 +67,8 @@ class SourceRow:
     """False for a blank line, which counts as a row alone."""
 
 
-_ASKED_FOR = frozenset(
-    {
-        "filtered_score",
-        "filtered_language",
-        "filtered_short",
-        "filtered_long",
-        "duplicate",
-        "repeated_file",
-        "shard_folder",
-    }
-)
+_FILTERED = {f"filtered_{by}" for by in ("score", "language", "short", "long")}
+_ASKED_FOR = _FILTERED | {"duplicate", "repeated_file", "shard_folder"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from tokenization.io import commit_file, from_json, sha256_of, write_file_atomically
+from tokenization.io import commit_file, read_marker, sha256_of, write_file_atomically
 from tokenization.manifest import HELDOUT, ORIGIN, FileInfo, Shard
 from tokenization.plan import Plan
 from tokenization.units import DOCUMENT, part_path
@@ -105,12 +105,7 @@ def marker_path(output: Path, prefix: str) -> Path:
 
 def load_shard(output: Path, prefix: str) -> ShardResult | None:
     """Returns the marker of a shard, None while it is not done."""
-    try:
-        record = json.loads(marker_path(output, prefix).read_bytes())
-    except FileNotFoundError:
-        return None
-    result: ShardResult = from_json(ShardResult, record, prefix)
-    return result
+    return read_marker(marker_path(output, prefix), ShardResult)
 
 
 def load_counts(output: Path, prefix: str) -> "numpy.ndarray":

@@ -20,7 +20,7 @@ import numpy
 from tokenization.command_line import TokenizationError
 from tokenization.cutting import CUT_ABOVE_CHARACTERS, Cutter, TextWithoutCut, load_cutter
 from tokenization.documents import Document, Reader
-from tokenization.io import PartialFile, from_json, sha256_of, write_file_atomically
+from tokenization.io import PartialFile, read_marker, sha256_of, write_file_atomically
 from tokenization.plan import Plan, PlannedSpan
 from tokenization.records import Rejected, Skipped
 from tokenization.remote import is_remote
@@ -76,12 +76,7 @@ def part_path(output: Path, number: int, part: str) -> Path:
 
 def load_result(output: Path, number: int) -> UnitResult | None:
     """Returns the marker of a unit, None while it is not done."""
-    try:
-        record = json.loads(part_path(output, number, "json").read_bytes())
-    except FileNotFoundError:
-        return None
-    result: UnitResult = from_json(UnitResult, record, f"unit {number}")
-    return result
+    return read_marker(part_path(output, number, "json"), UnitResult)
 
 
 class UnitEncoder:

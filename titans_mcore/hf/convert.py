@@ -73,8 +73,8 @@ def export(checkpoint: Path | str, output: Path | str, **options: Any) -> Export
     settings = ExportSettings(Path(checkpoint), output := Path(output), **options)
     try:
         folder = find_checkpoint(settings.checkpoint)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
+    except ValueError as fault:
+        raise ExportError(str(fault)) from fault
     tokenizer_file = Path(settings.tokenizer or _tokenizer_of_run(folder))
     check_output(output, overwrite=settings.overwrite, inputs=[folder, tokenizer_file])
     if not re.fullmatch(r"\d+ ?[KMGT]B", settings.max_shard_size):
