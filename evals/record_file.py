@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from evals.command_line import EvaluationError
@@ -46,9 +45,7 @@ class RecordFile(Generic[SampleResult]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def fileno(self) -> int:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 from typing import Any
 
 from tokenization.io import bytes_text, seconds_text
@@ -40,9 +39,7 @@ class Progress:
             self._bar.add_task(self._verb, total=self._total, completed=self._done, rate="")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

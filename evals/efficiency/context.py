@@ -3,8 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ def measure(settings: ContextSettings) -> str:
     torch.set_num_threads(settings.threads)
     return_large_blocks()
     report: dict[str, Any] = {"rows": [], "compared": {}}
-    for path, name in zip(settings.checkpoint, names_of(settings.checkpoint), strict=True):
-        model = load_model(path)
+    for path in settings.checkpoint:
+        model, name = load_model(path), str(path)
         report = {**circumstances(settings, model.device.type), **report}
         read_row(model, name, min(settings.lengths), settings)  # warms up
         rows: list[dict[str, Any]] = []
@@ -135,13 +134,3 @@ def shown(report: dict[str, Any]) -> str:
                 + (f"; memory over 64K tokens {memory:.2f}x" if memory else "")
             )
     return "\n".join(lines)
-
-
-def names_of(paths: Sequence[Path]) -> list[str]:
-    """Of run folders, by as many of their last folders as it takes to tell them apart."""
-    folders = [path.parents[1] if path.parent.name == "checkpoints" else path for path in map(Path.resolve, paths)]
-    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(set(folders)):
-            break
-    return names

@@ -246,22 +246,23 @@ def difference(first: Facts, other: Facts) -> str:
     """A sentence on what a host has otherwise than the first one; empty when nothing is."""
     if other["problem"]:
         return f"{_name(other)}: {other['problem']}"
-    for package, found in other["versions"].items():
-        if found != (wanted := first["versions"][package]):
-            return _sentence(first, other, f"{package} {found}", wanted, "install the same on both")
     if other["code"] != first["code"]:
         code = f"other code of {', '.join(_PACKAGES)}"
         return f"{_name(other)} has {code} than {_name(first)}; check out the same commit on both"
-    for name, value in other["settings"].items():
-        if value != (wanted := first["settings"][name]):
-            return _sentence(first, other, f"{name} {value}", wanted, "start the same command on every host")
-    if other["data"] != first["data"]:
-        found, wanted = (f"data {facts['data'][:12]}" for facts in (other, first))
-        return _sentence(first, other, found, wanted, "give both the same shards")
-    if other["processes"] != first["processes"]:
-        found, wanted = f"{other['processes']} processes", str(first["processes"])
-        return _sentence(first, other, found, wanted, "give the same --nproc on every host")
+    for (found, remedy), (wanted, _) in zip(_compared(other), _compared(first), strict=True):
+        if found != wanted:
+            return f"{_name(other)} has {found} where {_name(first)} has {wanted}; {remedy}"
     return ""
+
+
+def _compared(facts: Facts) -> list[tuple[str, str]]:
+    """What a host has, in words, and what to do where another has something else."""
+    return [
+        *((f"{package} {found}", "install the same on both") for package, found in facts["versions"].items()),
+        *((f"{name} {value}", "start the same command on every host") for name, value in facts["settings"].items()),
+        (f"data {facts['data'][:12]}", "give both the same shards"),
+        (f"{facts['processes']} processes", "give the same --nproc on every host"),
+    ]
 
 
 def code_hash() -> str:
@@ -282,7 +283,3 @@ def _mark(run_dir: Path) -> str:
 
 def _name(facts: Facts) -> str:
     return f"host {facts['number']} ({facts['host']})"
-
-
-def _sentence(first: Facts, other: Facts, found: str, wanted: str, remedy: str) -> str:
-    return f"{_name(other)} has {found} where {_name(first)} has {wanted}; {remedy}"

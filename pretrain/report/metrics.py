@@ -13,7 +13,7 @@ from evals.measure import source_commit
 from pretrain.config.run_config import RunConfig
 from pretrain.report.records import count_attempts, make_record
 from pretrain.report.sinks import Sink, open_sinks
-from pretrain.report.step_line import Eta, step_line
+from pretrain.report.step_line import seconds_left, step_line
 from tokenization.io import write_file_atomically
 
 
@@ -39,7 +39,6 @@ class Metrics:
         self._config, self._active = config, rank == 0
         self._sinks: list[Sink] = []
         self._failed: set[str] = set()
-        self._eta = Eta(config.train)
         self._run, self.attempt = "", 0
         if not self._active:
             return
@@ -63,8 +62,6 @@ class Metrics:
         """
         if not self._active or not values:
             return
-        if kind == "event" and "resumed_step" in values:
-            self._eta.rewound()
         record = make_record(kind, self._run, self.attempt, step, values)
         for sink in self._sinks:
             try:
@@ -86,8 +83,7 @@ class Metrics:
         of_step = {name: value for name, value in values.items() if name != "heldout_loss"}
         self.record("step", step, of_step)
         steps, heldout = self._config.train.steps, values.get("heldout_loss")
-        eta_seconds = self._eta.after(step, values["seconds"])
-        line = step_line(step, steps, of_step, eta_seconds)
+        line = step_line(step, steps, of_step, seconds_left(step, values["seconds"], self._config.train))
         if heldout is not None:
             self.record("heldout", step, {"loss": heldout})
             line += f" | held-out loss {heldout:.4f}"

@@ -1,13 +1,12 @@
 """What a longer past costs: constant for a constant state, growing for one that keeps all keys."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from evals.command_line import EvaluationError
 from evals.efficiency import ContextSettings
-from evals.efficiency.context import compare, measure, names_of
+from evals.efficiency.context import compare, measure
 
 from ..matrices import ONE_OF_A_KIND
 
@@ -26,7 +25,7 @@ def test_the_state_of_a_model_does_not_grow_with_what_it_has_read(make_run, tmp_
     shown = measure(asked(tmp_path, run))
     rows = json.loads((tmp_path / "context.json").read_text())["rows"]
     assert [row["length"] for row in rows] == list(LENGTHS)
-    assert {row["model"] for row in rows} == {run.name}
+    assert {row["model"] for row in rows} == {str(run)}
     assert len({row["state_bytes"] for row in rows}) == 1
     assert all(row["decode_ms"] > 0 and row["prefill_tokens_per_second"] > 0 and row["peak_bytes"] > 0 for row in rows)
     assert "2,048 tokens over 128: decoding" in shown
@@ -65,10 +64,3 @@ def test_memory_is_compared_from_64k_tokens_on():
 def test_what_cannot_be_measured_is_refused(tmp_path, setting, sentence):
     with pytest.raises(EvaluationError, match=sentence):
         ContextSettings(**{"checkpoint": (tmp_path,), "json": tmp_path / "x.json", **setting})
-
-
-def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
-    a, b, c = tmp_path / "mag" / "last", tmp_path / "mac" / "last", tmp_path / "other"
-    assert names_of([a, c]) == ["last", "other"]
-    assert names_of([a, b / "checkpoints" / "step-1"]) == ["mag/last", "mac/last"]
-    assert names_of([a, a]) == ["last", "last"]

@@ -101,7 +101,9 @@ def test_an_elastic_run_refuses_a_late_host_that_differs(shards: Path, tmp_path:
     Meeting(late).join(facts)
     assert json.loads((tmp_path / "status" / "facts.json").read_text())["facts"] == facts
     meeting._store.set("compared", json.dumps(facts | {"number": 0, "processes": 3}))
-    with pytest.raises(ValueError, match=r"^host 1 \(.*\) has 1 processes where host 0 .* has 3; give the same"):
+    with pytest.raises(
+        ValueError, match=r"^host 1 \(.*\) has 1 processes where host 0 .* has 3 processes; give the same"
+    ):
         Meeting(late).join(facts)
 
 
@@ -130,9 +132,12 @@ def test_a_host_that_ends_the_run_is_heard_by_the_others() -> None:
     [
         (
             {"versions": {"python": "3.11.2", "torch": "2.12.0"}},
-            "torch 2.12.0 where host 0 (a) has 2.13.0; install",
+            "torch 2.12.0 where host 0 (a) has torch 2.13.0; install",
         ),
-        ({"settings": {"train.steps": "30"}}, "has train.steps 30 where host 0 (a) has 20; start the same command"),
+        (
+            {"settings": {"train.steps": "30"}},
+            "has train.steps 30 where host 0 (a) has train.steps 20; start the same command",
+        ),
         ({"data": "3" * 64}, "has data 333333333333 where host 0 (a) has data 222222222222; give both the"),
         ({"problem": "no shards"}, "host 1 (b): no shards"),
     ],

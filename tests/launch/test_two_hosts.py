@@ -156,7 +156,10 @@ def other_settings(tmp_path: Path) -> dict:
         (other_code, "has other code of titans_mcore, pretrain, tokenization than host 0 (host-a); check out the same"),
         (other_version, "has deepspeed 0.1.0 where host 0 (host-a) has "),
         (other_data, "has data "),
-        (other_settings, "has optimizer.lr 0.01 where host 0 (host-a) has 0.003; start the same command on every host"),
+        (
+            other_settings,
+            "has optimizer.lr 0.01 where host 0 (host-a) has optimizer.lr 0.003; start the same command on every host",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -12,7 +12,7 @@ from pretrain.config.settings import LoggingConfig, TrainConfig
 from pretrain.report.metrics import Metrics
 from pretrain.report.records import read_records
 from pretrain.report.sinks import check_sinks
-from pretrain.report.step_line import Eta, clock
+from pretrain.report.step_line import clock, seconds_left
 from tests.pretrain.jobs import read_metrics
 
 from .jobs import ROOT, Job
@@ -160,24 +160,13 @@ def test_lines_can_be_rarer_than_steps(tmp_path, capsys):
     assert len(read_metrics(tmp_path)) == 10
 
 
-def test_the_time_that_is_left_counts_evaluations_and_not_the_first_step():
-    now = [0.0]
-    eta = Eta(TrainConfig(steps=10), clock=lambda: now[0])
-    now[0] = 100.0
-    assert eta.after(1, 100.0) == pytest.approx(900)
-    now[0] = 110.0  # two seconds of computing, eight of an evaluation
-    assert eta.after(2, 2.0) == pytest.approx(80)
-    eta.rewound()
-    now[0] = 114.0
-    assert eta.after(2, 4.0) == pytest.approx(32)
-
-
 def test_steps_that_will_grow_take_longer_in_the_time_that_is_left():
     train = TrainConfig(
         steps=4, sequence_length=8, global_batch=4, micro_batch=1, batch_warmup_from=1, batch_warmup_tokens=8
     )
     # A step of one sample and three of four: twelve times the tokens of the first are left.
-    assert Eta(train, clock=lambda: 1.0).after(1, 1.0) == pytest.approx(12)
+    assert seconds_left(1, 1.0, train) == pytest.approx(12)
+    assert seconds_left(4, 1.0, train) == 0.0
 
 
 @pytest.mark.parametrize(
