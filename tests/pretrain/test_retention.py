@@ -87,8 +87,9 @@ def test_a_checkpoint_is_marked_once_its_steps_were_good_and_a_restart_goes_on_w
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path):
-    check_room(RunConfig(), tmp_path, 1_000)
+    config = RunConfig(checkpoint=CheckpointConfig(every_steps=100))
+    check_room(config, tmp_path, 1_000)
     with pytest.raises(
         ValueError, match=r"GB free, and 6 more checkpoints of 12000000.0 GB are to be written there; make"
     ):
-        check_room(RunConfig(), tmp_path, 10**15)
+        check_room(config, tmp_path, 10**15)
