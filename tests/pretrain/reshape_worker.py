@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from pretrain import train
-from pretrain.checkpoint import reshape
+from titans_mcore import tensor_files
 from titans_mcore.parallel import start, stop
 
 
@@ -33,13 +33,13 @@ def main():
     config, runs, *jobs = sys.argv[1:]
     train.start = start_once
     rank, opened = int(os.environ["RANK"]), []
-    read_tensors = reshape.read_tensors
+    read_tensors = tensor_files.read_tensors
 
     def recorded(file, holding):
         opened.append(f"{file.parent.name}/{file.name}")
         return read_tensors(file, holding)
 
-    reshape.read_tensors = recorded
+    tensor_files.read_tensors = recorded
     for job in jobs:
         name, source, *settings = job.split()
         if source != "-" and rank == 0:
