@@ -58,11 +58,9 @@ def fault(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return lines[0]
 
 
-def test_each_fault_is_one_sentence(
-    mac_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_fault_is_one_sentence(mac_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def says(*words: object, run: Path = mac_run, output: Path = tmp_path / "out") -> str:
-        return fault(monkeypatch, capsys, "--checkpoint", run, "--output", output, *words)
+        return fault(capsys, "--checkpoint", run, "--output", output, *words)
 
     assert "no checkpoint at /nowhere" in says(run=Path("/nowhere"))
     assert "no whole checkpoint" in says(run=tmp_path)

@@ -107,7 +107,7 @@ def test_an_elastic_run_refuses_a_late_host_that_differs(shards: Path, tmp_path:
         Meeting(late).join(facts)
 
 
-def test_hosts_that_do_not_come_are_named(tmp_path: Path) -> None:
+def test_hosts_that_do_not_come_are_named() -> None:
     meeting = Meeting(options([]))
     meeting._own = options(["--nnodes", "4", "--rdzv-endpoint", "127.0.0.1:29400", "--join-timeout", "2"])
     meeting.join(FACTS)

@@ -63,7 +63,7 @@ def test_every_kind_is_counted_and_listed_with_its_place(tmp_path, bad_corpus, t
     assert trace(output / "train", 0).text in make_texts(60)
 
 
-def test_too_much_bad_data_fails_at_the_end_and_the_work_is_kept(tmp_path, fails, texts, tokenizer, run, monkeypatch):
+def test_too_much_bad_data_fails_at_the_end_and_the_work_is_kept(tmp_path, fails, texts, tokenizer, run):
     corpus = write_jsonl(tmp_path / "a.jsonl", texts)
     with corpus.open("a") as file:
         file.write("not json\nnot json\n")
