@@ -29,14 +29,7 @@ _AUTO_CLASSES: dict[type, dict[str, type]] = {
 """What loads a model: the first class as it is, others without its end."""
 
 
-def save_alone(
-    model: Any,
-    output: Path | str,
-    example: Mapping[str, Tensor],
-    tokenizer: Any = None,
-    *,
-    overwrite: bool = False,
-) -> float:
+def save_alone(model: Any, output: Path | str, example: Mapping[str, Tensor], tokenizer: Any = None) -> float:
     """Writes a folder that appears whole, once what it computes in a process without this package was compared.
 
     Args:
@@ -45,7 +38,6 @@ def save_alone(
         output: The folder; an earlier one is replaced.
         example: What the model's forward takes, small: proof.json holds it, and what the model answered.
         tokenizer: Saved beside it.
-        overwrite: Replace whatever folder is there.
 
     Returns:
         The largest difference between both sides.
@@ -58,7 +50,7 @@ def save_alone(
     if kind not in _AUTO_CLASSES:
         known = ", ".join(one.__name__ for one in _AUTO_CLASSES)
         raise ExportError(f"{kind.__name__} is none of {known}; export a trained run with titans_mcore.hf.convert")
-    check_output(output, overwrite=overwrite, inputs=[])
+    check_output(output, overwrite=False, inputs=[])
     with torch.inference_mode():
         answer = {name: value for name, value in model.eval()(**example).items() if isinstance(value, Tensor)}
     with staged_folder(output) as staging:
