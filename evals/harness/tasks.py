@@ -51,7 +51,7 @@ def check_local_data(data: Path, tasks: tuple[str, ...]) -> None:
     """Looks whether every task has its file.
 
     Raises:
-        EvaluationError: A file is missing.
+        EvaluationError: A file is missing, or its first line is not a JSON object.
     """
     for task in tasks:
         file = data / f"{task}.jsonl"
@@ -60,6 +60,14 @@ def check_local_data(data: Path, tasks: tuple[str, ...]) -> None:
                 f"--data {data}: {file.name} is missing; write the {TASKS[task][0]} split of {task} there, a JSON "
                 "object a line, or leave the task out with --tasks"
             )
+        with file.open(encoding="utf-8") as lines:
+            first = lines.readline()
+        try:
+            whole = isinstance(json.loads(first), dict)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise EvaluationError(f"{file}: its first line is not a JSON object; give one row of the data set a line")
 
 
 def write_task_files(folder: Path, data: Path, tasks: tuple[str, ...], official: Path) -> None:

@@ -151,8 +151,8 @@ def test_faults_are_one_sentence(mac_run: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"cannot evaluate piqa .*; compare its rows with the hub's"):
         run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data, tasks=("piqa",)))
     (data / "piqa.jsonl").write_text("goal\n")
-    with pytest.raises(EvaluationError, match="cannot evaluate piqa "):
-        run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data, tasks=("piqa",)))
+    with pytest.raises(EvaluationError, match="its first line is not a JSON object"):
+        run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data))
     (data / "boolq.jsonl").unlink()
     with pytest.raises(EvaluationError, match=r"boolq.jsonl is missing; write the validation split of boolq"):
         run.evaluate(HarnessSettings(mac_run, tmp_path / "out", data=data, tasks=("boolq",)))

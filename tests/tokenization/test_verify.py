@@ -112,7 +112,8 @@ def test_a_manifest_comes_back_from_its_json(encoded, tmp_path):
 
 def test_a_manifest_without_what_later_versions_added_is_read(shards):
     record = json.loads((shards / "manifest.json").read_text())
-    del record["units"], record["records"]
+    del record["records"]
+    record["units"] = []  # which earlier versions had
     for split in record["splits"].values():
         del split["shards"]
     record["settings"] = {"seed": 0, "heldout_fraction": 0.2}
