@@ -119,6 +119,7 @@ def megatron_config(config: RunConfig) -> TransformerConfig:
         sequence_parallel=config.parallel.sequence,
         memory_parallel=config.parallel.memory_parallel,
         dtype=resolve_precision(config),
+        draw_on=device() if torch.cuda.is_available() else None,
     )
 
 

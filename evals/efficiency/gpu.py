@@ -150,7 +150,7 @@ def _fast(output: Path, tiny: bool) -> list[list[Step]]:
     size = ("--batch", "1", "--heads", "16", "--lengths", "4096", "--repeats", "5", "--limit-seconds", "45")
     only = ("--only", _OURS, _THEIRS)
     beside = (*_PYTHON, "evals.efficiency", "memory", "--output", str(output / "beside"), *size, *kind, *only)
-    kernels = ("--kernel-name", "regex:scan_kernel|chain_backward_kernel", "--launch-count", "3")
+    kernels = ("--kernel-name", "regex:walk_kernel|chain_backward_kernel", "--launch-count", "3")
     return [
         [Step("training", training, 200, trained)],
         [Step("memory beside titans-pytorch", beside, 90)],

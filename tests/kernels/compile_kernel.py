@@ -7,8 +7,11 @@ each variant that was compiled says what it is and what ptxas found.
 import contextlib
 import io
 import json
+import math
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +30,8 @@ from titans_mcore.mixers.parts import PlainParts
 
 from .problems import Problem, Sizes, by_kernels, make_problem, with_gradients
 
+CHAINED = ("walk", "chain_backward", "anchors_backward")
+_LABEL = re.compile(r"\.L_x_\d+")
 _PTXAS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s.*?Used (\d+) registers", re.S)
 
 
@@ -92,17 +97,11 @@ def compiling(function: Any, grid: object) -> Callable[..., None]:
         with contextlib.redirect_stdout(io.StringIO()) as log:
             compiled = function.run(*arguments, grid=grid, warmup=True, **named)
         if len(function.device_caches[0][0]) > known:
-            given = dict(zip(function.arg_names, arguments, strict=False))
-            print(json.dumps({"kernel": name_of(function, given), **properties(compiled, log.getvalue())}), flush=True)
+            name = function.__name__.removesuffix("_kernel")
+            found = properties(compiled, log.getvalue()) | of_a_chunk(compiled, named, chained=name in CHAINED)
+            print(json.dumps({"kernel": name, **found}), flush=True)
 
     return compile_only
-
-
-def name_of(function: Any, given: dict[str, Any]) -> str:
-    name = function.__name__.removesuffix("_kernel").removesuffix("_backward")
-    if name == "scan":
-        return "walk" if given["reads"] is None else "scan, kept" if given["kept"] is not None else "scan"
-    return name
 
 
 def properties(compiled: Any, log: str) -> dict[str, int]:
@@ -119,6 +118,41 @@ def properties(compiled: Any, log: str) -> dict[str, int]:
         "barriers": ptx.count("bar.sync"),
         "wgmma": ptx.count("wgmma.mma_async"),
     }
+
+
+def of_a_chunk(compiled: Any, named: dict[str, Any], *, chained: bool) -> dict[str, int]:
+    """Barriers that a chunk waits at, and bytes that all its threads spill, store and load, from the machine code.
+
+    What stands in a loop counts as often as the loop turns: one with matrix products goes over tiles, another one with
+    barriers over tokens, and what has neither is the state shell, which seldom acts. Where a kernel is `chained` its
+    widest loop goes over chunks.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    jumps = [(labels[to[0]], at) for at, one in enumerate(code) if "BRA" in one and (to := _LABEL.findall(one))]
+    ends = {begin: max(at for to, at in jumps if to == begin) for begin, end in jumps if begin < end}
+    loops = sorted(ends.items(), key=lambda loop: loop[1] - loop[0])[: -1 if chained else None]
+    begin, end = max(ends.items(), key=lambda loop: loop[1] - loop[0]) if chained else (0, len(code))
+    turns = []
+    for first, behind in loops:
+        body = " ".join(code[first:behind])
+        turns.append(named["tiles"] if "MMA" in body else named["BLOCK"] - 1 if "BAR.SYNC" in body else 0)
+    barriers = spilled = 0
+    for at in range(begin, end):
+        times = math.prod(n for n, (first, behind) in zip(turns, loops, strict=True) if first <= at <= behind)
+        barriers += times * ("BAR.SYNC" in code[at])
+        if spill := re.search(r"\b(?:STL|LDL)(\.\d+)?", code[at]):
+            spilled += times * int((spill[1] or ".32")[1:]) // 8
+    return {"waits": barriers, "spilled": spilled * 32 * compiled.metadata.num_warps}
 
 
 if __name__ == "__main__":

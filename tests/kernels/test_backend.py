@@ -126,3 +126,22 @@ def test_a_probe_on_the_way_of_the_kernels_sees_what_it_sees_on_that_of_the_chun
     for fused, chunked in zip(seen["fused"], seen["chunked"], strict=True):
         torch.testing.assert_close(fused.surprise[fused.real], chunked.surprise[chunked.real], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(fused.drift, chunked.drift, rtol=1e-4, atol=1e-4)
+
+
+def test_gates_keep_their_coefficients_alone(device: str) -> None:
+    stream = make_stream(4 * 16, 2, width=16, heads=1)
+    leaves = [x.detach().float().to(device).requires_grad_() for x in stream.leaves()]
+    norm = dict(zip(stream.norm, leaves[8:], strict=True))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        memory_scan(*leaves[:6], leaves[6:8], network="residual_norm", **norm, backend="fused")
+    given = {x.untyped_storage().data_ptr() for x in leaves}
+    state = 4 * 2 * 2 * 16 * 32  # of the start and of two groups, in two rows each; and M_0, which is half as large
+    of_gates = sum(size for place, size in kept.items() if place not in given) - 6.5 * state
+    numbers = 2 * (16 + 2 + 2 + 4 / 16) + 1  # of a token and head: G, reads, writes and the chunk's end; a step's mass
+    assert of_gates <= 1.01 * 4 * numbers * 2 * 4 * 16

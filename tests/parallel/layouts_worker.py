@@ -99,6 +99,7 @@ def run(config: TitansConfig, layout: Layout, documents: bool) -> dict[str, Tens
         sequence_parallel=layout.sequence,
         memory_parallel=layout.memory,
         dtype=torch.float64,
+        draw_on=torch.device("cpu") if documents else None,  # both ways of drawing are the same at every layout
     )
     model = TitansModel(config, megatron, groups, memory_parallel=layout.memory, recompute=layout.recompute)
     if layout.sequence:

@@ -49,6 +49,17 @@ def test_matrices_that_write_to_the_residual_stream_start_smaller():
     assert outer.std().item() == pytest.approx(0.05 / (2 * 8) ** 0.5, rel=0.02)
 
 
+def test_numbers_drawn_on_a_device_are_a_function_of_the_seed():
+    config = transformer_config(SMALL, draw_on=torch.device("cpu"))
+    torch.manual_seed(0)
+    drawn = [config.init_method(torch.empty(400, 400, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    torch.manual_seed(0)
+    again = config.init_method(torch.empty(400, 400))
+    assert torch.equal(drawn[0], again)
+    assert not torch.equal(drawn[0].bfloat16(), drawn[1])  # every matrix has a seed of its own
+    assert again.std().item() == pytest.approx(0.05, rel=0.02)
+
+
 def test_megatron_sees_the_model_without_biases_or_fusions():
     config = transformer_config(SMALL, tensor_parallel=2, dtype=torch.bfloat16)
     assert (config.hidden_size, config.num_attention_heads, config.ffn_hidden_size) == (64, 4, 96)

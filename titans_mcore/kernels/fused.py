@@ -25,8 +25,7 @@ SMALLEST_BLOCK = 16  # of a matrix product in Triton
 LARGEST_CHUNK = 128
 LARGEST_WIDTH = 128
 LARGEST_HIDDEN = 256
-LARGEST_ON_CHIP = 64  # width and hidden width of two matrices whose state a program holds in registers
-STREAMED_TILE = 32  # with 64 the compiler spills several times as many registers
+STREAMED_NUMBERS = 2048  # in a tile of a matrix; with more the compiler spills registers where much is done at once
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,17 @@ class Shape:
         return 2 * self.depth * self.width * self.hidden
 
     @property
-    def on_chip(self) -> bool:
-        """Whether the forward kernel holds the state in registers."""
-        return self.depth == 1 or (self.hidden <= LARGEST_ON_CHIP and self.width * self.hidden <= LARGEST_ON_CHIP**2)
+    def tile(self) -> int:
+        """Columns of the hidden layer that are worked on at once where chunks are apart."""
+        return self._columns(STREAMED_NUMBERS)
 
     @property
-    def gradient_on_chip(self) -> bool:
-        """Whether the backward kernel holds the gradient at the state in registers; it needs more besides."""
-        return self.depth == 1 and self.width <= LARGEST_ON_CHIP
+    def chain_tile(self) -> int:
+        """Likewise where chunk follows upon chunk, and every tile is waited for."""
+        return self._columns(4 * STREAMED_NUMBERS)
 
-    def tile(self, on_chip: bool) -> int:
-        """Columns of the hidden layer that are worked on at once: all in registers, or as many as fit in streaming."""
-        return self.hidden if on_chip or self.depth == 1 else min(self.hidden, STREAMED_TILE)
+    def _columns(self, numbers: int) -> int:
+        return min(self.hidden, max(numbers // self.width, 32)) if self.depth == 2 else self.hidden
 
 
 def fused_scan(

@@ -6,10 +6,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..memory.layout import group_size
 from ..memory.rule import LAYER_NORM_EPS
 from .backward_chain import chain_backward_kernel
 from .backward_reads import reads_backward_kernel
-from .forward import scan_kernel
+from .backward_rest import anchors_backward_kernel, rest_backward_kernel
+from .forward import reads_kernel, walk_kernel
 from .fused import Shape
 from .network import INTERPRETED
 
@@ -37,12 +39,18 @@ class Arguments(NamedTuple):
 def scan(shape: Shape, tensors: Arguments, keep_every: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Reads (B, T, H, D), the last states (N, size) and those of every keep_every-th chunk; 0 keeps none."""
     reads = torch.empty(tensors.queries.shape, dtype=tensors.queries.dtype, device=tensors.queries.device)
-    end = torch.empty_like(tensors.start)
-    kept = None
+    every, state = keep_every or group_size(shape.chunks), tensors.start
+    walk, kept = _Walk(shape, tensors, every), None
     if keep_every:
-        kept = tensors.start.new_empty(-(-shape.chunks // keep_every), *tensors.start.shape)
-    _launch_scan(shape, tensors, slice(0, shape.chunks), tensors.start, end, reads, kept, None, keep_every)
-    return reads, end, kept
+        kept = state.new_empty(-(-shape.chunks // every), *state.shape)
+    for begin in range(0, shape.chunks, every):
+        if kept is not None:
+            kept[begin // every] = state
+        span = slice(begin, min(begin + every, shape.chunks))
+        walk.launch(span, state)
+        _launch_reads(shape, tensors, span, walk, reads)
+        state = walk.states[span.stop - span.start]
+    return reads, state.clone(), kept
 
 
 def scan_gradient(
@@ -58,7 +66,7 @@ def scan_gradient(
         of_end: Gradient at the last states, (N, size).
     """
     found = _Gradients(shape, tensors, of_end)
-    scratch = _Scratch(shape, tensors.start, min(every, shape.chunks), holds=tensors.mass is not None)
+    scratch = _Scratch(shape, tensors, min(every, shape.chunks))
     of_reads = of_reads.contiguous()
     for begin in reversed(range(0, shape.chunks, every)):
         span = slice(begin, min(begin + every, shape.chunks))
@@ -97,23 +105,62 @@ class _Gradients:
         return [self.queries, self.keys, self.values, *gates, *norm, self.state, fresh, anchors]
 
 
-class _Scratch:
-    """What the kernels of one group hand on; (g, N) first. Shapes in backward_reads.py."""
+class _Walk:
+    """What a group of chunks comes to; (g, N) first.
 
-    def __init__(self, shape: Shape, like: Tensor, group: int, *, holds: bool) -> None:
-        first = (group, shape.memories)
-        self.states = like.new_empty(group + 1, shape.memories, shape.size)
-        self.factors = None if shape.rms_limit is None else like.new_empty(*first, 4)
-        self.wide = like.new_empty(*first, 4, shape.block, shape.hidden)
-        self.narrow = like.new_empty(*first, 5, shape.block, shape.width)
-        self.known = like.new_empty(*first, 4, shape.block) if shape.residual_norm else None
-        self.held = like.new_empty(*first, 2, shape.block) if holds else None
-        self.alike = _products(shape, like, group)
+    Attributes:
+        states: With which the chunks begin, and the one after the group, (g + 1, N, size).
+        factors: By what the state shell has scaled the matrices, (g, N, 4).
+        alike: Products of the keys' inputs of the last matrix, (g, N, b, b).
+        hidden: The keys' z, and what arrives there of the last delta, (g, N, 2, b, HIDDEN).
+        deltas: The last delta and LayerNorm's value, (g, N, 2, b, D).
+        known: What else errors.deltas_of gives, (g, N, 4, b).
+        held: Of (b,) each: the share of the first matrix' steps, and |delta|^2 there; in the backward pass also what
+            that has of a gradient of 1 at the share, and the gradient at the share.
+    """
+
+    def __init__(self, shape: Shape, tensors: Arguments, group: int) -> None:
+        self.shape, self.tensors = shape, tensors
+        new, first, block = tensors.start.new_empty, (group, shape.memories), shape.block
+        self.states = new(group + 1, shape.memories, shape.size)
+        self.factors = None if shape.rms_limit is None else new(*first, 4)
+        self.alike = new(*first, block, block) if shape.exact else None
+        self.hidden = new(*first, 2, block, shape.hidden)
+        self.deltas = new(*first, 2, block, shape.width)
+        self.known = new(*first, 4, block) if shape.residual_norm else None
+        self.held = None if tensors.mass is None else new(*first, 4, block)
+        self._aims = new(shape.memories, block, shape.width) if shape.exact else None
+
+    def launch(self, span: slice, start: Tensor) -> None:
+        """Take all memories through the chunks, from states (N, size)."""
+        t, shape = self.tensors, self.shape
+        walk_kernel[(shape.memories,)](
+            t.keys, t.values, t.read, t.end, t.writes, t.write, t.mass, t.scale, t.shift,
+            start, self.states, self.factors, self._aims, self.alike, self.hidden, self.deltas, self.known, self.held,
+            t.fresh, t.anchors, t.restarts, t.closed, *_where(shape, t, span),
+            _count(span.stop - span.start), 1 if t.fresh is None else len(t.fresh),
+            LIMIT=shape.rms_limit, EXACT=shape.exact, **_settings(shape, t, shape.chain_tile),
+        )  # fmt: skip
 
 
-def _products(shape: Shape, like: Tensor, chunks: int) -> Tensor | None:
-    """Room for the products of the keys' inputs of the last matrix, (chunks, N, b, b)."""
-    return like.new_empty(chunks, shape.memories, shape.block, shape.block) if shape.exact else None
+class _Scratch(_Walk):
+    """What a group's chunks hand on in the backward pass.
+
+    Attributes:
+        of_states: Gradients at the states.
+        wide: Of (b, HIDDEN) each: gradients at the keys' h, at last at z, and first delta; the queries' x and gradient
+            at z, (g, N, 4, b, HIDDEN).
+        narrow: Of (b, D) each: gradients at keys, last delta and queries' raw answer; half the gradient of
+            |first delta|^2 at the last one, at last the one at the keys' output; what that has of a gradient of 1 at
+            the share, (g, N, 5, b, D).
+    """
+
+    def __init__(self, shape: Shape, tensors: Arguments, group: int) -> None:
+        super().__init__(shape, tensors, group)
+        new, first = tensors.start.new_empty, (group, shape.memories)
+        self.of_states = torch.empty_like(self.states)
+        self.wide = new(*first, 4, shape.block, shape.hidden)
+        self.narrow = new(*first, 5, shape.block, shape.width)
 
 
 def _as_given(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None:
@@ -123,29 +170,12 @@ def _as_given(gradient: Tensor | None, argument: Tensor | None) -> Tensor | None
     return gradient.unflatten(0, (-1, len(argument))).sum(0)
 
 
-def _launch_scan(
-    shape: Shape,
-    tensors: Arguments,
-    span: slice,
-    start: Tensor,
-    after: Tensor,
-    reads: Tensor | None,
-    kept: Tensor | None,
-    walk: _Scratch | None,
-    keep_every: int,
-) -> None:
+def _launch_reads(shape: Shape, tensors: Arguments, span: slice, walk: _Walk, reads: Tensor) -> None:
     t = tensors
-    factors, narrow, known, held, alike = None, None, None, None, _products(shape, start, 1)
-    if walk is not None:
-        factors, narrow, known, held, alike = walk.factors, walk.narrow, walk.known, walk.held, walk.alike
-    aims = start.new_empty(shape.memories, shape.block, shape.width) if shape.exact else None
-    scan_kernel[(shape.memories,)](
-        t.queries, t.keys, t.values, reads,
-        t.read, t.end, t.writes, t.write, t.mass, t.scale, t.shift,
-        start, after, kept, factors, aims, alike, narrow, known, held, t.fresh, t.anchors, t.restarts, t.closed,
-        *t.queries.stride()[:3], shape.memories, shape.heads, shape.chunks,
-        _count(span.start), _count(span.stop), keep_every, 1 if t.fresh is None else len(t.fresh),
-        LIMIT=shape.rms_limit, EXACT=shape.exact, ON_CHIP=shape.on_chip, **_settings(shape, t, shape.on_chip),
+    reads_kernel[(shape.memories, span.stop - span.start)](
+        t.queries, t.keys, reads, t.read, t.writes, t.scale, t.shift, t.anchors,
+        walk.states, walk.hidden, walk.deltas, walk.held,
+        *_where(shape, t, span), **_settings(shape, t, shape.tile),
     )  # fmt: skip
 
 
@@ -158,27 +188,38 @@ def _launch_gradient(
     found: _Gradients,
     scratch: _Scratch,
 ) -> None:
-    t, group = tensors, span.stop - span.start
-    strides = t.queries.stride()[:3]
-    states = scratch.states
-    _launch_scan(shape, t, span, start, states[group], None, states, scratch, 1)
-    reads_backward_kernel[(shape.memories, group)](
-        t.queries, t.keys, of_reads, found.queries,
-        t.read, t.writes, found.read, found.writes, t.scale, t.anchors,
-        states, scratch.wide, scratch.held, scratch.narrow, found.norm,
-        *strides, shape.memories, shape.heads, shape.chunks, span.start,
-        **_settings(shape, t, shape.gradient_on_chip),
+    t, s, group = tensors, scratch, span.stop - span.start
+    every, where, settings = (shape.memories, group), _where(shape, t, span), _settings(shape, t, shape.tile)
+    s.launch(span, start)
+    reads_backward_kernel[every](
+        t.queries, t.keys, t.values, of_reads, found.queries,
+        t.read, t.writes, t.mass, found.read, found.writes, t.scale, t.shift, t.anchors,
+        s.states, s.hidden, s.deltas, s.known, s.held, s.wide, s.narrow, found.norm, *where, **settings,
     )  # fmt: skip
+    s.of_states[group].copy_(found.state)
     chain_backward_kernel[(shape.memories,)](
-        t.queries, t.keys, t.values, found.keys, found.values,
-        t.read, t.end, t.writes, t.write, t.mass, found.read, found.writes, found.end, found.write, found.mass,
-        t.scale, t.shift, t.anchors,
-        states, found.state, scratch.factors, scratch.alike, found.fresh, found.anchors, t.restarts,
-        scratch.wide, scratch.narrow, scratch.known, scratch.held, found.norm,
-        *strides, shape.memories, shape.heads, shape.chunks, span.start, _count(group),
-        LIMIT=shape.rms_limit, EXACT=shape.exact, ON_CHIP=shape.gradient_on_chip,
-        **_settings(shape, t, shape.gradient_on_chip),
+        t.queries, t.keys, t.read, t.end, t.writes, t.write, t.scale, t.anchors,
+        s.states, s.of_states, s.factors, s.alike, found.fresh, t.restarts,
+        s.hidden, s.deltas, s.known, s.held, s.wide, s.narrow, *where, _count(group),
+        LIMIT=shape.rms_limit, EXACT=shape.exact, **_settings(shape, t, shape.chain_tile),
     )  # fmt: skip
+    found.state.copy_(s.of_states[0])
+    rest_backward_kernel[every](
+        t.keys, t.values, found.keys, found.values,
+        t.read, t.writes, t.write, t.mass, found.read, found.writes, found.end, found.write, found.mass,
+        t.scale, t.shift, t.anchors, s.states, s.of_states, s.alike,
+        s.hidden, s.deltas, s.known, s.held, s.wide, s.narrow, found.norm, *where, EXACT=shape.exact, **settings,
+    )  # fmt: skip
+    if t.anchors is not None:
+        anchors_backward_kernel[(shape.memories, shape.hidden // shape.tile)](
+            t.queries, t.keys, t.read, t.end, found.anchors, s.of_states, s.hidden, s.wide, s.narrow,
+            *where, _count(group), EXACT=shape.exact, **settings,
+        )  # fmt: skip
+
+
+def _where(shape: Shape, tensors: Arguments, span: slice) -> tuple[int, ...]:
+    """Strides of the tokens, and which chunks of how many."""
+    return (*tensors.queries.stride()[:3], shape.memories, shape.heads, shape.chunks, span.start)
 
 
 def _count(number: int) -> Any:
@@ -186,13 +227,11 @@ def _count(number: int) -> Any:
     return tl.constexpr(number) if INTERPRETED.value else number
 
 
-def _settings(shape: Shape, tensors: Arguments, on_chip: bool) -> dict[str, Any]:
-    return constants(shape, tensors.queries.dtype, on_chip) | options(shape, on_chip)
+def _settings(shape: Shape, tensors: Arguments, tile: int) -> dict[str, Any]:
+    """Compile-time arguments that all kernels have, and `tiles`.
 
-
-def constants(shape: Shape, tokens: torch.dtype, on_chip: bool) -> dict[str, Any]:
-    """Compile-time arguments that all kernels have, and `tiles`."""
-    tile = shape.tile(on_chip)
+    Eight warps where long chunks, or a tile of weights and momentum of each matrix, leave four too few registers.
+    """
     return {
         "tiles": _count(shape.hidden // tile),
         "BLOCK": shape.block,
@@ -202,11 +241,7 @@ def constants(shape: Shape, tokens: torch.dtype, on_chip: bool) -> dict[str, Any
         "DEPTH": shape.depth,
         "NORM": shape.residual_norm,
         "EPS": LAYER_NORM_EPS,
-        "OPERAND": tl.bfloat16 if tokens == torch.bfloat16 else tl.float32,
+        "OPERAND": tl.bfloat16 if tensors.queries.dtype == torch.bfloat16 else tl.float32,
+        "num_warps": 8 if 2 * shape.depth * shape.width * tile >= 16_384 or shape.block >= 64 else 4,
+        "num_stages": 1,
     }
-
-
-def options(shape: Shape, on_chip: bool) -> dict[str, int]:
-    """Eight warps where long chunks, or a tile of weights and momentum of each matrix, leave four too few registers."""
-    tiles = 2 * shape.depth * shape.width * shape.tile(on_chip)
-    return {"num_warps": 8 if tiles >= 16_384 or shape.block >= 64 else 4, "num_stages": 1}

@@ -15,7 +15,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Arguments that change from call to call. Triton would compile a kernel again for those that are 1 or divisible by 16.
-COUNTS = ("memories", "heads", "chunks", "chunk_begin", "chunk_end", "keep_every", "fresh_rows", "group")
+COUNTS = ("memories", "heads", "chunks", "chunk_begin", "fresh_rows", "group")
 
 
 @triton.jit
@@ -68,51 +68,13 @@ def contiguous_tokens(pointer, batch, head, chunk, chunks, heads, BLOCK: tl.cons
 @triton.jit
 def first(pointer, tile, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr):
     """Pointers (D, TILE) to a tile of a first matrix."""
-    columns = tile * TILE + tl.arange(0, TILE)
-    return pointer + tl.arange(0, D)[:, None] * HIDDEN + columns[None, :]
+    return pointer + tile * TILE + (tl.arange(0, D)[:, None] * HIDDEN + tl.arange(0, TILE)[None, :])
 
 
 @triton.jit
 def last(pointer, tile, D: tl.constexpr, TILE: tl.constexpr):
     """Pointers (TILE, D) to a tile of a last matrix."""
-    rows = tile * TILE + tl.arange(0, TILE)
-    return pointer + rows[:, None] * D + tl.arange(0, D)[None, :]
-
-
-@triton.jit
-def matrix(registers, pointers, ON_CHIP: tl.constexpr):
-    """A tile that is kept in registers or, if not, lies behind pointers."""
-    if ON_CHIP:
-        return registers
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def load_state(state, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """Weights and momentum of the first matrix, then of the last, each in one tile; stand-ins for a first not there."""
-    pointers = last(state + (DEPTH - 1) * 2 * D * HIDDEN, 0, D, TILE)
-    w2, s2 = tl.load(pointers), tl.load(pointers + D * HIDDEN)
-    if DEPTH == 2:
-        pointers = first(state, 0, D, HIDDEN, TILE)
-        return tl.load(pointers), tl.load(pointers + D * HIDDEN), w2, s2
-    else:
-        return tl.full((1, 1), 0.0, tl.float32), tl.full((1, 1), 0.0, tl.float32), w2, s2
-
-
-@triton.jit
-def save_state(state, w1, s1, w2, s2, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """What load_state has loaded, back to memory."""
-    save(last(state + (DEPTH - 1) * 2 * D * HIDDEN, 0, D, TILE), w2, s2, D * HIDDEN)
-    if DEPTH == 2:
-        save(first(state, 0, D, HIDDEN, TILE), w1, s1, D * HIDDEN)
-
-
-@triton.jit
-def replace(pointers, weights, momentum, MATRIX: tl.constexpr):
-    """save over tiles that all threads have loaded before any stores."""
-    tl.debug_barrier()
-    save(pointers, weights, momentum, MATRIX)
+    return pointer + tile * TILE * D + (tl.arange(0, TILE)[:, None] * D + tl.arange(0, D)[None, :])
 
 
 @triton.jit
@@ -181,83 +143,74 @@ def meet(x, weights, momentum, anchor, keep, carried, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def meet_keys(
-    keys,
-    first_weights,
-    last_weights,
-    last_momentum,
-    state,
-    anchor,
-    keep,
-    carried,
-    tiles,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EXACT: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """What the keys (b, D) meet in the last matrix, (b, D), and the products h_t . h_j of its inputs for them, (b, b).
-
-    Without EXACT it is the matrix at the chunk's start that they meet, and there are no products.
+def query_input(
+    q, state, anchor, hidden, share, attended, keep, carried, tile,
+    BLOCK: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of the first of two matrices: the queries' z, the keys' z and first delta, (b, TILE) each.
 
     Args:
-        keys: The keys.
-        first_weights: The state where it is in registers, like the other two.
-        last_weights: W.
-        last_momentum: S.
-        state: The state where it is not.
-        anchor: M_0, both matrices; None where forgetting leads to zero.
-        keep: As for `meet`, but those of the token before each, like `carried`.
-        carried: f_{t-1}, (b,).
-        tiles: HIDDEN / TILE.
+        hidden: Pointer to the keys' z and what arrives there of the last delta, (2, b, HIDDEN).
+        share: Factor on the first delta, (b,); None for none.
+        attended: How much of it each query finds, (b, b).
+        keep: As for `meet`, like carried.
     """
-    LAST: tl.constexpr = (DEPTH - 1) * 2 * D * HIDDEN
-    met = tl.full((BLOCK, D), 0.0, tl.float32)
-    alike = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
-    for tile in range(tiles):
-        if DEPTH == 2:
-            h = gelu(product(keys, matrix(first_weights, first(state, tile, D, HIDDEN, TILE), ON_CHIP), OPERAND))
-        else:
-            h = keys
-        at = last(state + LAST, tile, D, TILE)
-        weights = matrix(last_weights, at, ON_CHIP)
-        if EXACT:
-            momentum = matrix(last_momentum, at + D * HIDDEN, ON_CHIP)
-            led = None if anchor is None else tl.load(last(anchor + LAST // 2, tile, D, TILE))
-            met += meet(h, weights, momentum, led, keep, carried, OPERAND)
-            alike += product(h, tl.trans(h), OPERAND)
-        else:
-            met += product(h, weights, OPERAND)
-    return met, alike
+    at = hidden + tl.arange(0, BLOCK)[:, None] * HIDDEN + tile * TILE + tl.arange(0, TILE)[None, :]
+    z = tl.load(at)
+    delta1 = tl.load(at + BLOCK * HIDDEN) * gelu_slope(z)
+    if share is not None:
+        delta1 *= share[:, None]
+    at1 = first(state, tile, D, HIDDEN, TILE)
+    m1 = None if anchor is None else tl.load(first(anchor, tile, D, HIDDEN, TILE))
+    met = meet(q, tl.load(at1), tl.load(at1 + D * HIDDEN), m1, keep, carried, OPERAND)
+    return met - product(attended, delta1, OPERAND), z, delta1
 
 
 @triton.jit
-def first_delta_square(
-    keys,
-    delta,
-    first_weights,
-    last_weights,
-    state,
-    tiles,
-    BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    TILE: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """|delta|^2 at the first of two matrices, (b,), for the deltas (b, D) of the last; arguments as for meet_keys."""
-    square = tl.full((BLOCK,), 0.0, tl.float32)
+def answer_queries(
+    q, k, delta, state, anchor, hidden, share, read1, read2, writes1, writes2, tiles,
+    BLOCK: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr,
+    DEPTH: tl.constexpr, OPERAND: tl.constexpr,
+):  # fmt: skip
+    """What a chunk's queries make of its memory before LayerNorm, (b, D).
+
+    Args:
+        q: Queries, (b, D), like k and the last delta.
+        state: Pointer to the state before the chunk.
+        anchor: Pointer to M_0; None where forgetting leads to zero.
+        hidden: As for query_input.
+        share: As for query_input.
+        read1: Pointer to a and f of the first matrix, (b, 2), as read2 of the last.
+        writes1: Pointer to G of the first matrix, (b, b), as writes2 of the last.
+        tiles: HIDDEN / TILE.
+
+    Returns:
+        The answers; products of the queries' inputs with the keys', (b, b), at the first and at the last matrix.
+    """
+    LAST: tl.constexpr = (DEPTH - 1) * 2 * D * HIDDEN
+    rows = tl.arange(0, BLOCK)
+    square_at = rows[:, None] * BLOCK + rows[None, :]
+    keep2, carried2 = tl.load(read2 + rows * 2), tl.load(read2 + rows * 2 + 1)
+    similar1 = product(q, tl.trans(k), OPERAND)
+    if DEPTH == 2:
+        keep1, carried1 = tl.load(read1 + rows * 2), tl.load(read1 + rows * 2 + 1)
+        attended1 = similar1 * tl.load(writes1 + square_at)
+    answer = tl.full((BLOCK, D), 0.0, tl.float32)
+    similar2 = tl.full((BLOCK, BLOCK), 0.0, tl.float32)
     for tile in range(tiles):
-        z = product(keys, matrix(first_weights, first(state, tile, D, HIDDEN, TILE), ON_CHIP), OPERAND)
-        weights = matrix(last_weights, last(state + 2 * D * HIDDEN, tile, D, TILE), ON_CHIP)
-        delta1 = product(delta, tl.trans(weights), OPERAND) * gelu_slope(z)
-        square += tl.sum(delta1 * delta1, 1)
-    return square
+        if DEPTH == 2:
+            query_z, z, _ = query_input(
+                q, state, anchor, hidden, share, attended1, keep1, carried1, tile, BLOCK, D, HIDDEN, TILE, OPERAND
+            )
+            x, h = gelu(query_z), gelu(z)
+        else:
+            x, h = q, k
+        at2 = last(state + LAST, tile, D, TILE)
+        m2 = None if anchor is None else tl.load(last(anchor + LAST // 2, tile, D, TILE))
+        answer += meet(x, tl.load(at2), tl.load(at2 + D * HIDDEN), m2, keep2, carried2, OPERAND)
+        similar2 += product(x, tl.trans(h), OPERAND)
+    answer -= product(similar2 * tl.load(writes2 + square_at), delta, OPERAND)
+    return answer, similar1, similar2
 
 
 @triton.jit

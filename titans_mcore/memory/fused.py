@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checkpoint import Recomputed
 from .chunk import coefficients
 from .inputs import Matrices, Tokens
 from .layout import Chunks
@@ -97,7 +98,15 @@ def fused_scan(
         counts = torch.full((length // size, batch), size) if chunks.counts is None else chunks.counts
         chunks = Chunks(block, chunks.closed, counts, chunks.restarts)
     assert isinstance(tokens.alpha, Tensor)
-    theta, eta, alpha = map(chunks.split_gate, (held_theta(rule, tokens), tokens.eta, tokens.alpha))
+
+    def coefficients_of(theta: Tensor, eta: Tensor, alpha: Tensor, real: Tensor | None) -> tuple[Tensor, ...]:
+        gates, mass = gates_of(theta, eta, alpha, real), chunk_mass(rule, theta, eta)
+        return gates if mass is None else (*gates, mass)
+
+    # What leads from gates to coefficients is several times what either are: the backward pass makes it again.
+    gates = [chunks.split_gate(x) for x in (held_theta(rule, tokens), tokens.eta, tokens.alpha)]
+    every: list[Any] = [*gates, chunks.real(heads, device)]
+    found = Recomputed.apply(coefficients_of, *every) if torch.is_grad_enabled() else coefficients_of(*every)
     closed: bool | Tensor = chunks.closed
     if chunks.closed and chunks.counts is not None:
         closed = (chunks.counts == size).to(device)
@@ -117,12 +126,12 @@ def fused_scan(
         tokens.queries,
         tokens.keys,
         tokens.values,
-        gates_of(theta, eta, alpha, chunks.real(heads, device)),
+        Gates(*found[:4]),
         start.weights,
         start.momentum,
         residual_norm=network.residual_norm,
         exact=rule.exact,
-        mass=chunk_mass(rule, theta, eta),
+        mass=found[4] if len(found) > 4 else None,
         norm_weight=network.norm_weight,
         norm_bias=network.norm_bias,
         borders=borders,
