@@ -103,8 +103,7 @@ class TitansConfig:
     """Where queries, keys and values begin. next_token: one map makes queries and keys, the key of a token is that of
     the token before it and its value its own, so that an untrained memory already answers a token with what followed
     it before; mac's attention begins at each token itself, so that this is what its memory is written with. So begin
-    mixers of the delta rule, too. random:
-    nothing matches, and recall has to arise by chance."""
+    mixers of the delta rule, too. random: nothing matches, and recall has to arise by chance."""
     persistent_tokens: int = 128
     """Learned, input-independent tokens N in front of the sequence (mac: of every segment), per block."""
 

@@ -18,7 +18,7 @@ from ..linear.handover import Handover
 from ..linear.scan import CHUNK, SPAN, linear_scan
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Workload
-from .parts import FromParts, Parts, causal_conv, next_token_kernels, written
+from .parts import FromParts, Parts, causal_conv, copy_rows, next_token_kernels, written
 from .spec import Heads, MixerSpec
 
 
@@ -154,19 +154,18 @@ class DeltaMixer(FromParts):
         self.projection = self.parts.column(config.dim, keys, keys, values, *others)
         self.begin_recalling()
         taps = config.conv_kernel
-        kernel = initial_taps(heads, 2 * keys + values, taps)
         if self.recalls:
             kernel = next_token_kernels(heads, keys, values, taps)
+        else:
+            kernel = initial_taps(heads, 2 * keys + values, taps)
         self.kernel = self.parts.per_head(kernel)
         self.output_norm = self.parts.per_head(torch.ones(heads, values))
         self.output = self.parts.last_row(heads * values, config.dim)
 
-    @torch.no_grad()
     def begin_recalling(self) -> None:
         """Keys get the map of queries where config.memory_init says so."""
         if self.recalls:
-            rows = self.projection.get_parameter("weight").unflatten(0, (self.parts.heads, -1))
-            rows[:, self.shape.keys : 2 * self.shape.keys] = rows[:, : self.shape.keys]
+            copy_rows(self.projection, self.projection, self.parts.heads, self.shape.keys, at=self.shape.keys)
 
 
 def delta_scan(

@@ -224,10 +224,10 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def copy_rows(source: nn.Module, target: nn.Module, heads: int, rows: int) -> None:
-    """Gives the first rows of every head in one column map the weights that another one has there."""
+def copy_rows(source: nn.Module, target: nn.Module, heads: int, rows: int, at: int = 0) -> None:
+    """Gives rows of every head in one column map, from `at` on, the weights of the first ones of one."""
     of_source, of_target = (module.get_parameter("weight").unflatten(0, (heads, -1)) for module in (source, target))
-    of_target[:, :rows] = of_source[:, :rows]
+    of_target[:, at : at + rows] = of_source[:, :rows]
 
 
 def next_token_kernels(heads: int, keys: int, values: int, taps: int) -> Tensor:
