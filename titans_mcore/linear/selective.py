@@ -128,17 +128,19 @@ def _span(
     if marks.starts is not None:
         keep = keep.masked_fill(chunked(marks.starts)[..., None, None], 0.0)
     write = (step * chunked(values.to(wide))).unsqueeze(-1) * chunked(inputs.to(wide)).unsqueeze(-2)
-    alone, through = write[:, :, 0], keep[:, :, 0]
-    for position in range(1, size):
-        alone = keep[:, :, position] * alone + write[:, :, position]
-        through = keep[:, :, position] * through
+    # A slice at a time, backward would fill a tensor of the whole span for each of them.
+    keeps, writes, to_read = keep.unbind(2), write.unbind(2), chunked(outputs.to(wide)).unbind(2)
+    alone, through = writes[0], keeps[0]
+    for kept, written in zip(keeps[1:], writes[1:], strict=True):
+        alone = kept * alone + written
+        through = kept * through
     begins = []
-    for chunk in range(keep.shape[1]):
+    for kept, written in zip(through.unbind(1), alone.unbind(1), strict=True):
         begins.append(state)
-        state = through[:, chunk] * state + alone[:, chunk]
-    held, to_read, reads = torch.stack(begins, 1), chunked(outputs.to(wide)), []
-    for position in range(size):
-        held = keep[:, :, position] * held + write[:, :, position]
-        reads.append((held @ to_read[:, :, position].unsqueeze(-1)).squeeze(-1))
+        state = kept * state + written
+    held, reads = torch.stack(begins, 1), []
+    for kept, written, query in zip(keeps, writes, to_read, strict=True):
+        held = kept * held + written
+        reads.append((held @ query.unsqueeze(-1)).squeeze(-1))
     read = torch.stack(reads, 2).flatten(1, 2)[:, :length]
     return read.to(values.dtype), state
