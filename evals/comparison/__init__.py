@@ -30,14 +30,14 @@ class ComparisonSettings:
     """Each decides initial weights and the order of the data, for all systems alike."""
     parts: tuple[Literal["text", "lists", "needles"], ...] = ("text", "lists")
     """text: held-out loss, also by position, speed and size of the state. lists: held-out loss on lists that are said
-    again and again, with windows too short to copy from. needles: after lists, documents with needles, then S-NIAH at 1
-    to 64 times their length."""
+    again and again, by the preset recall in two blocks, with windows too short to copy from. needles: after lists, the
+    answers of documents with needles, then S-NIAH at 1 to 64 times their length."""
     config: str = "comparison"
     """Preset or TOML file that all share; ffn_dim is Transformer++'s."""
     steps: int | None = None
     """Training steps of text; by default the configuration's, minutes on a CPU core."""
     recall_steps: int = 300
-    """Training steps of lists, and of needles; 8 rows of 256 and of 320 tokens."""
+    """Training steps of lists, 8 rows of 256 tokens; of needles, 8 rows of 320, there are twice as many."""
     samples: int = 2
     """S-NIAH samples of each length and of 5 depths."""
 

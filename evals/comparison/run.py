@@ -8,14 +8,16 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from evals.command_line import EvaluationError, run_module, say
 from evals.comparison import ComparisonSettings
 from evals.comparison.summary import Result, write_report
+from evals.niah.haystacks import sentences
 from evals.record_file import RecordFile
-from evals.report import write_json
+from evals.report import write_bytes, write_json
 from pretrain.config.files import build, read_config, systems
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.status import LAUNCHER, STATUS_DIR
@@ -28,16 +30,18 @@ from tokenization.manifest import HELDOUT, Manifest
 
 _ROOT = Path(__file__).resolve().parents[2]
 _TOKENIZER = _ROOT / "evals" / "results" / "recall" / "tokenizer.model"  # few pieces: few words to learn first
-_RECALL = {
-    "model.window": 32,  # with the segment shorter than any list, which cannot be copied out of them
-    "model.segment_length": 32,
-    "train.global_batch": 8,
-    "train.micro_batch": 8,
-    "data.reset_documents": "false",  # every row is one document
-    "evaluate.heldout_sequences": 48,
+_RECALL = "recall"
+RECALL_MODEL: dict[str, Any] = {
+    "ffn_dim": 512,  # Transformer++'s, which leaves room for three mixers that take turns
+    "num_layers": 2,  # attention alone takes two blocks to find what followed a word
+    "conv_kernel": 20,  # a key is in sight of every digit of its value
 }
-_NEEDLES = ("--repeats", 6, "--questions", 3, "--other-words", 0.5)
+"""Where the parts lists and needles differ from the preset recall."""
 _LIST_TOKENS, _NEEDLE_TOKENS = 256, 320  # of a document; less than 320 cannot hold a haystack with a uuid
+_NEEDLES = ("--repeats", 2, "--questions", 3, "--other-words", 0.25, "--tasks", "pk", "n", "w")
+_TUNE = ("--batch", 8, "--write-cost", 10, "--text-weight", 0.02)  # as launch/recall.sh does it in prose
+_DOCUMENTS = 4_900
+_PROSE_SENTENCES = 20_000
 _ANSWER = 48  # tokens; a uuid has 39
 _LONG_TOKENS = 32_768  # of held-out text, streamed
 _WARM_UP_STEPS = 20
@@ -65,7 +69,7 @@ class System:
     name: str
     """As in the presets."""
     model: dict[str, Any]
-    """Settings that it does not share with the others, ffn_dim among them."""
+    """Settings that it does not share with the others, ffn_dim among them, and blocks: one of each mixer at least."""
     parameters: int
     """Beside the embedding, which is everyone's."""
 
@@ -89,6 +93,7 @@ def choose(names: Sequence[str], shared: TitansConfig) -> list[System]:
 
 
 def _matched(name: str, model: dict[str, Any], shared: TitansConfig, target: int) -> System:
+    model = model | {"num_layers": max(shared.num_layers, model["variant"].count("+") + 1)}
     try:
         feed_forward, rest = _count(replace(shared, **model))
     except ValueError as error:
@@ -124,12 +129,14 @@ def compare(settings: ComparisonSettings) -> str:
     if settings.steps is not None:
         config = replace(config, train=replace(config.train, steps=settings.steps))
     systems = choose(settings.systems, config.model)
+    recall = choose(settings.systems, replace(build(*read_config(_RECALL)).model, **RECALL_MODEL))
     with RecordFile(settings.output / "comparison.jsonl", Result) as results:
         _hold_to_budget(settings, config, shards)
         for system in systems:
             width = system.model["ffn_dim"]
             say(f"{system.name}: {system.parameters:,} parameters beside the embedding, ffn_dim {width}")
-        failed = _run_missing(_Parts(settings, config, shards, results.fileno()), systems, results)
+        parts = _Parts(settings, config, shards, results.fileno())
+        failed = _run_missing(parts, {"text": systems, "lists": recall, "needles": recall}, results)
         table = write_report(settings.output, results.records)
     if failed:
         print(table)
@@ -137,12 +144,14 @@ def compare(settings: ComparisonSettings) -> str:
     return table
 
 
-def _run_missing(parts: "_Parts", systems: list[System], results: RecordFile[Result]) -> list[str]:
+def _run_missing(parts: "_Parts", systems: dict[str, list[System]], results: RecordFile[Result]) -> list[str]:
     """Runs the parts that have no result, one seed of all systems after the other, and returns what failed."""
     settings, failed = parts.settings, list[str]()
     every = {"text": parts.text, "lists": parts.lists, "needles": parts.needles}
     needed = {*settings.parts, *(["lists"] if "needles" in settings.parts else [])}
-    wanted = [(seed, part, system) for seed in settings.seeds for part in every if part in needed for system in systems]
+    wanted = [
+        (seed, part, system) for seed in settings.seeds for part in every if part in needed for system in systems[part]
+    ]
     done = {(result.seed, result.part, result.system) for result in results.records}
     for number, (seed, part, system) in enumerate(wanted, 1):
         if (seed, part, system.name) in done:
@@ -175,7 +184,7 @@ class _Parts:
         assert self.shards is not None
         assert self.settings.data is not None
         data, length = self.settings.data.resolve(), self.config.train.sequence_length
-        run, trained = self._train("text", system, seed, data, self.config.train.steps, {})
+        run, trained = self._train("text", self.settings.config, system, seed, data, self.config.train.steps)
         long = min(4 * length, self.shards.splits[HELDOUT].tokens - 1)
         of, to = ("--checkpoint", run), run / "eval"
         rows = ("--data", data, "--length", long, "--tokens", _LONG_TOKENS)
@@ -192,21 +201,38 @@ class _Parts:
 
     def lists(self, system: System, seed: int) -> dict[str, Any]:
         """Held-out loss on lists that are said again and again."""
-        data = recall_shards(self._output, "lists", _LIST_TOKENS, "--lists", lock=self.lock)
-        more = _RECALL | {"train.sequence_length": _LIST_TOKENS}
-        return self._train("lists", system, seed, data, self.settings.recall_steps, more)[1]
+        shards, text = self._output / "lists", self._documents("lists", _LIST_TOKENS, "--lists")
+        if not (shards / "manifest.json").is_file():
+            words = ("--input", text, "--tokenizer", _TOKENIZER, "--output", shards, "--workers", 1)
+            child("tokenization.encode", *words, lock=self.lock)
+        own = {f"model.{name}": value for name, value in RECALL_MODEL.items()}
+        return self._train("lists", _RECALL, system, seed, shards, self.settings.recall_steps, own)[1]
 
     def needles(self, system: System, seed: int) -> dict[str, Any]:
-        """S-NIAH of a model that learns from lists first, from documents with needles then."""
-        data = recall_shards(self._output, "needles", _NEEDLE_TOKENS, *_NEEDLES, lock=self.lock)
-        more = _RECALL | {"train.sequence_length": _NEEDLE_TOKENS}
-        more |= {"train.weights_from": self._run_dir("lists", system, seed)}
-        run, trained = self._train("needles", system, seed, data, self.settings.recall_steps, more)
+        """S-NIAH of a model that learned from lists first, then from the answers of documents with needles."""
+        prose = self._output / "prose.txt"
+        if not prose.is_file():
+            text = " ".join(islice(sentences("to learn from"), _PROSE_SENTENCES))
+            write_bytes(prose, text.encode())
+        documents = self._documents("needles", _NEEDLE_TOKENS, *_NEEDLES, "--text", prose)
+        tuned = self._run_dir("needles", system, seed)
+        if not (tuned / "config.json").is_file():
+            words = ("--checkpoint", self._run_dir("lists", system, seed), "--documents", documents, "--output", tuned)
+            steps = ("--steps", 2 * self.settings.recall_steps, "--seed", seed)
+            child("evals.finetune", *words, *steps, *_TUNE, lock=self.lock)
         lengths = [_NEEDLE_TOKENS * times for times in (1, 4, 16, 64)]
         grid = ("--lengths", *lengths, "--depths", 5, "--samples", self.settings.samples, "--max-new-tokens", _ANSWER)
-        words = ("--checkpoint", run, "--output", run / "eval", "--tasks", "pk", "n", "w", *grid)
-        child("evals.niah", *words, lock=self.lock)
-        return trained | {"accuracy": _read(run / "eval" / "niah.json")["accuracy_by_length"]}
+        found = tuned.with_name(f"{tuned.name}-eval")
+        child("evals.niah", "--checkpoint", tuned, "--output", found, "--tasks", "pk", "n", "w", *grid, lock=self.lock)
+        return {"accuracy": _read(found / "niah.json")["accuracy_by_length"]}
+
+    def _documents(self, name: str, tokens: int, *more: Any) -> Path:
+        """Documents to recall from, made where they are missing; `more` are flags of evals.niah.training_data."""
+        file = self._output / f"{name}.jsonl"
+        if not file.is_file():
+            size = ("--tokens", tokens, "--documents", _DOCUMENTS, "--tokenizer", _TOKENIZER)
+            child("evals.niah.training_data", "--output", file, *size, *more, lock=self.lock)
+        return file
 
     @property
     def _output(self) -> Path:
@@ -216,12 +242,19 @@ class _Parts:
         return self._output / "runs" / part / f"{system.name}-{seed}"
 
     def _train(
-        self, part: str, system: System, seed: int, data: Path, steps: int, more: dict[str, Any]
+        self,
+        part: str,
+        config: str,
+        system: System,
+        seed: int,
+        data: Path,
+        steps: int,
+        more: dict[str, Any] | None = None,
     ) -> tuple[Path, dict[str, Any]]:
         """Trains a system, from its checkpoint where there is one; its run folder and what it came to."""
-        run, config = self._run_dir(part, system, seed), self.settings.config
-        own = {f"model.{name}": value for name, value in system.model.items()}
-        settings = {**more, **own, "train.seed": seed, "train.steps": steps, "parallel.tensor": 1}  # one process
+        run = self._run_dir(part, system, seed)
+        own = (more or {}) | {f"model.{name}": value for name, value in system.model.items()}
+        settings = {**own, "train.seed": seed, "train.steps": steps, "parallel.tensor": 1}  # one process
         flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", _flag(value))]
         named = ["--config", Path(config).resolve() if Path(config).exists() else config, "--run-dir", run]
         child("pretrain.train", *named, "--data.path", data, *flags, lock=self.lock, run=run)
@@ -246,24 +279,6 @@ def outcome(run: Path, steps: int) -> dict[str, Any]:
         "largest_norm": max(norms[_WARM_UP_STEPS:] or norms),
         "tokens_per_second": statistics.median(speeds[1:] or speeds),
     }
-
-
-def recall_shards(output: Path, name: str, tokens: int, *more: Any, lock: int | None = None) -> Path:
-    """Shards of documents to recall from, made where they are missing.
-
-    Args:
-        output: Folder that holds them under their name.
-        name: What they are called.
-        tokens: Of a document.
-        more: Flags of evals.niah.training_data.
-        lock: As `child` takes it.
-    """
-    shards, text, tokenizer = output / name, output / f"{name}.jsonl", ("--tokenizer", _TOKENIZER)
-    if not (shards / "manifest.json").is_file():
-        size = ("--tokens", tokens, "--documents", 4_500)
-        child("evals.niah.training_data", "--output", text, *size, *tokenizer, *more, lock=lock)
-        child("tokenization.encode", "--input", text, *tokenizer, "--output", shards, "--workers", 1, lock=lock)
-    return shards
 
 
 def child(module: str, *words: Any, lock: int | None = None, run: Path | None = None) -> None:

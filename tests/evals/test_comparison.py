@@ -14,7 +14,7 @@ import pytest
 
 from evals.command_line import EvaluationError
 from evals.comparison import ComparisonSettings
-from evals.comparison.run import ABLATIONS, choose, compare
+from evals.comparison.run import ABLATIONS, RECALL_MODEL, choose, compare
 from evals.comparison.summary import Result, columns, markdown, means, write_report
 from evals.paper import published
 from evals.paper.tables import ablated
@@ -75,6 +75,17 @@ def test_every_system_has_the_parameters_of_transformer_within_3_percent() -> No
         assert (config.num_layers, config.dim) == (shared.num_layers, shared.dim)
 
 
+def test_recall_is_compared_at_one_size_with_a_block_of_each_mixer() -> None:
+    shared = replace(build(*read_config("recall")).model, **RECALL_MODEL)
+    chosen = {system.name: system for system in choose((), shared)}
+    assert chosen.keys() == systems().keys()
+    for system in chosen.values():
+        assert system.parameters == pytest.approx(chosen["transformer"].parameters, rel=0.03), system.name
+    blocks = {name: system.model["num_layers"] for name, system in chosen.items()}
+    assert blocks.pop("gated_deltanet_h2") == 3
+    assert set(blocks.values()) == {2}
+
+
 def test_the_ablations_are_those_of_the_papers_table_and_differ_in_nothing_else() -> None:
     shared = build(*read_config("comparison")).model
     lmm, *others = choose(("lmm", *ABLATIONS), shared)
@@ -102,7 +113,7 @@ def test_intervals_are_students() -> None:
 
 
 def test_the_table_has_a_line_for_each_system_and_means_over_its_seeds(tmp_path: Path) -> None:
-    needle = {"accuracy": {"niah_single_1": {"320": 0.5, "1280": 0.25}}, "loss": 2.0, "parameters": 1000, "ffn_dim": 8}
+    needle = {"accuracy": {"niah_single_1": {"320": 0.5, "1280": 0.25}}, "parameters": 1000, "ffn_dim": 8}
     results = [text("a", 0, 1.0), text("a", 1, 2.0), text("b", 0, 4.0), Result("b", 0, "needles", needle)]
     assert means(results, columns)["a"]["held-out"] == mean_interval([1.0, 2.0])
     lines = markdown(results).splitlines()
@@ -178,6 +189,24 @@ def test_two_systems_are_trained_once_and_a_failed_part_leaves_the_others(
     sizes = {system: measures["state_bytes"] for system, measures in found.items()}
     assert sizes["mal"]["32"] == sizes["mal"]["512"], "a memory's state has grown"
     assert sizes["transformer"]["512"] > 8 * sizes["transformer"]["32"], "full attention kept too few keys"
+
+
+@pytest.mark.slow
+def test_needles_are_looked_for_in_a_model_of_the_lists_size(tmp_path: Path) -> None:
+    asked = ComparisonSettings(
+        tmp_path, systems=("gated_deltanet",), seeds=(0,), parts=("needles",), recall_steps=2, samples=1
+    )
+    table = compare(asked)
+    found = {r["part"]: r["measures"] for r in json.loads((tmp_path / "comparison.json").read_text())["results"]}
+    assert found.keys() == {"lists", "needles"}
+    lengths = ["320", "1280", "5120", "20480"]
+    assert {tuple(own) for own in found["needles"]["accuracy"].values()} == {tuple(lengths)}
+    assert all(round(5 * share, 6).is_integer() for own in found["needles"]["accuracy"].values() for share in own.values())
+    assert "S-NIAH-PK 320 | S-NIAH-PK 1,280" in table
+    assert "S-NIAH-W 20,480" in table
+    config = json.loads((tmp_path / "runs/needles/gated_deltanet-0/config.json").read_text())
+    assert (config["num_layers"], config["conv_kernel"]) == (2, 20)
+    assert config["ffn_dim"] == found["lists"]["ffn_dim"]
 
 
 @pytest.mark.slow
