@@ -248,9 +248,9 @@ def in_chunks(
     if beta is None:
         # What a chunk writes does not depend on the state: only a sum of K x V numbers is left to the loop.
         added = torch.einsum("bngsk,bngrsv->bngrkv", k, v * to_end)
-        for chunk in range(v.shape[1]):
+        for stay, add in zip(stays.unbind(1), added.unbind(1), strict=True):
             states.append(matrix)
-            matrix = stays[:, chunk] * matrix + added[:, chunk]
+            matrix = stay * matrix + add
         written = v
     else:
         rate = by_head(beta).unsqueeze(-1)
@@ -260,10 +260,11 @@ def in_chunks(
         solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
         alone, through = solved.split([width, k.shape[-1]], -1)
         alone = F.pad(alone, (0, state.shape[-1] - width))
-        for chunk in range(v.shape[1]):
+        by_chunk = (x.unbind(1) for x in (alone, through, own_keys, to_end, stays))
+        for own, asked, key, end, stay in zip(*by_chunk, strict=True):
             states.append(matrix)
-            writes.append(alone[:, chunk] - through[:, chunk] @ matrix)
-            matrix = stays[:, chunk] * matrix + own_keys[:, chunk].mT @ (to_end[:, chunk] * writes[-1])
+            writes.append(own - asked @ matrix)
+            matrix = stay * matrix + key.mT @ (end * writes[-1])
         written = torch.stack(writes, 1)
     read = (q @ k.mT).unsqueeze(3) * decay @ written
     read = read + from_before * torch.einsum("bngtk,bngrkv->bngrtv", q, torch.stack(states, 1))
