@@ -8,7 +8,7 @@ import torch
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import TensorTree
 from titans_mcore.mixers import MIXERS
-from titans_mcore.mixers.parts import PlainParts
+from titans_mcore.mixers.parts import PlainParts, causal_conv
 
 from ..matrices import by_kind
 
@@ -163,6 +163,24 @@ def test_ablations_run_and_stay_causal_in_pieces(variant: str, settings: dict[st
         first, state = mixer(x[:, :21], None)
         second, _ = mixer(x[:, 21:], state)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 2), (3, 300)])
+def test_convolution_in_float32_is_that_in_float64(batch: int, length: int) -> None:
+    """The former is oneDNN's on a CPU, the latter a sum over taps; with first and second gradients."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = (batch, length, 3, 70), (batch, 3, 3, 64), (3, 64, 4)
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        x, tail, kernel = leaves = [tensor.to(dtype).requires_grad_() for tensor in drawn]
+        out, after = causal_conv(x[..., :64], tail, kernel)
+        first = torch.autograd.grad(out.sin().sum() + after.cos().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.sin().sum() for gradient in first), leaves)
+        return [out, after, *first, *second]
+
+    for ours, wide in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert (ours.double() - wide).detach().abs().max() < 2e-5 * wide.detach().abs().max()
 
 
 def test_persistent_tokens_keep_their_weight_however_far_a_query_stands() -> None:

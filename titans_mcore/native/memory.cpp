@@ -16,45 +16,40 @@
 //   (5) W <- a W + f S + (1 - a) M_0 - sum_j G[n, j] theta_j h_j^T delta_j, and with E likewise S
 //       Behind the last token n, each into its shell.
 //
-// Letters: token t reads, token j writes; n tokens of a chunk, b slots; d[l] and d[l + 1] are d_in and d_out of matrix l.
-// Channels are padded with zeros to whole lines of the cache, tokens to whole vectors. The file includes itself for
+// Letters: token t reads, token j writes; n tokens of a chunk, b slots; d[l] and d[l + 1] are d_in and d_out of matrix
+// l. Channels are padded with zeros to whole lines of the cache, tokens to whole vectors. The file includes itself for
 // every instruction set, with BYTES as the size of a vector.
 
 #ifndef BYTES
 #include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <numeric>
 #include <vector>
 
 // What operation.py passes; tensors are contiguous, N = rows * heads memories, widths in shapes padded ones.
+template <typename T>
 struct Problem {
-  int64_t rows, heads, chunks, size, group, depth, width[5];  // width: d_in of each matrix, then D, not padded
-  int64_t norm, anchored, exact, holds_last, closed;
-  int64_t old;  // tokens of an open chunk that are worked out already
+  int64_t rows, heads, chunks, size, group, depth, width[5], padded[5];  // widths: d_in of each matrix, then D
+  int64_t norm, anchored, exact, holds_last, closed, old;  // old: tokens of an open chunk that are worked out already
   double rms_limit, whole, smallest_decay, epsilon;
-  const void *queries, *keys, *values, *theta, *eta, *alpha;  // (B, C b, H, D) and (B, C b, H, L)
-  const void *scale, *shift;                                  // (H, D) or null
-  const void* anchors[4];                                     // (H, d_in, d_out)
-  const void *state[2][4], *fresh[2][4];                      // W and S, (N, d_in, d_out); the latter or null
-  const int64_t* counts;                                      // (C, B) or null
-  const bool* restarts;                                       // (C, B) or null
-  const void *old_inputs[4], *old_deltas[4], *old_steps;      // (N, old, d) and (B, old, H, L)
-  void *reads, *after[2][4];                                  // the latter null where a chunk stays open
-  void* kept;                                                 // states before groups 1, 2, ...; or null
-  void *inputs[4], *deltas[4], *steps;                        // of an open chunk, (N, n, d) and (B, n, H, L); or null
-  const void* of_reads;
-  void *of_queries, *of_keys, *of_values, *of_theta, *of_eta, *of_alpha;
-  void *of_scale, *of_shift, *of_anchors[4];  // by memory, (N, D) and (N, d_in, d_out)
-  void *of_state[2][4], *of_fresh[2][4];      // at the state behind the last chunk, then before the first
+  T *queries, *keys, *values, *theta, *eta, *alpha;   // (B, C b, H, D) and (B, C b, H, L)
+  T *scale, *shift;                                   // (H, D) or null
+  T *anchors[4], *state[2][4], *fresh[2][4];          // M_0 (H, d_in, d_out); W and S (N, d_in, d_out); may be null
+  int64_t* counts;                                    // (C, B) or null
+  bool* restarts;                                     // (C, B) or null
+  T *old_inputs[4], *old_deltas[4], *old_steps;       // (N, old, d) and (B, old, H, L)
+  T *reads, *after[2][4], *kept;                      // kept: states before groups 1, 2, ...; both may be null
+  T *inputs[4], *deltas[4], *steps;                   // of an open chunk, (N, n, d) and (B, n, H, L); or null
+  T *of_reads, *of_queries, *of_keys, *of_values, *of_theta, *of_eta, *of_alpha;
+  T *of_scale, *of_shift, *of_anchors[4];             // (N, D) and (N, d_in, d_out); zeros, like of_fresh
+  T *of_state[2][4], *of_fresh[2][4];                 // at the state behind the last chunk, then before the first
 };
 constexpr int LINE = 64;  // bytes
 #define INLINE inline __attribute__((always_inline))
-#define NOINLINE __attribute__((noinline))
 #endif
 
 #ifdef BYTES
@@ -66,289 +61,225 @@ template <typename T>
 struct Walk {
   static constexpr int LANES = BYTES / sizeof(T);
   typedef T V __attribute__((vector_size(BYTES)));
-  INLINE static V load(const T* p) {
-    V x;
-    memcpy(&x, p, BYTES);
-    return x;
-  }
-  INLINE static void store(T* p, V x) { memcpy(p, &x, BYTES); }
+  typedef V Unaligned __attribute__((aligned(sizeof(T)), may_alias));
+  INLINE static V load(const T* p) { return *(const Unaligned*)p; }
+  INLINE static void store(T* p, V x) { *(Unaligned*)p = x; }
   INLINE static int padded(int64_t n, int to = LANES) { return (n + to - 1) / to * to; }
 
   // -------------------------------------------------------------------------------------------- small products
+  struct Factors {  // A with any strides, B and C in rows
+    const T *A, *B;
+    T* C;
+    int64_t row, column, ldb, ldc;
+  };
+  // Of some vectors in a row all M, in tiles of m; what is left of them in tiles half as high.
   template <int m, int v>
-  INLINE static void tile(Mode mode, int K, const T* A, int row, int column, const T* B, int ldb, T* C, int ldc) {
-    V sum[m][v] = {}, b[v];
-    for (int k = 0; k < K; k++, A += column, B += ldb) {
-#pragma GCC unroll 8
-      for (int j = 0; j < v; j++) b[j] = load(B + j * LANES);
-#pragma GCC unroll 8
+  INLINE static void tiles(Mode mode, int M, int K, Factors f) {
+    for (; M >= m; M -= m, f.A += m * f.row, f.C += m * f.ldc) {
+      V sum[m][v] = {}, b[v];
+      for (int k = 0; k < K; k++) {
+        for (int j = 0; j < v; j++) b[j] = load(f.B + k * f.ldb + j * LANES);
+        for (int i = 0; i < m; i++)
+          for (int j = 0; j < v; j++) sum[i][j] += f.A[i * f.row + k * f.column] * b[j];
+      }
       for (int i = 0; i < m; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < v; j++) sum[i][j] += A[(int64_t)i * row] * b[j];
+        for (int j = 0; j < v; j++) {
+          T* C = f.C + i * f.ldc + j * LANES;
+          const V x = sum[i][j], c = mode == SET ? V{} : load(C);
+          store(C, mode == SUB ? c - x : c + x);
+        }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < m; i++, C += ldc)
-#pragma GCC unroll 8
-      for (int j = 0; j < v; j++) {
-        const V x = sum[i][j], c = mode == SET ? V{} : load(C + j * LANES);
-        store(C + j * LANES, mode == SUB ? c - x : c + x);
-      }
+    if constexpr (m > 1) tiles<m / 2, v>(mode, M, K, f);
   }
-  template <int m, int v, typename... Rest>
-  INLINE static void tile_of(int rows, Rest... rest) {
-    if (rows == m) return tile<m, v>(rest...);
-    if constexpr (m > 1) tile_of<m - 1, v>(rows, rest...);
+  // C (M, N) {=, +=, -=} A (M, K) B (K, N): N whole vectors.
+  static void product(Mode mode, int M, int N, int K, Factors f) {
+    constexpr int most = BYTES == 64 ? 8 : 4;  // rows, two vectors wide: as many as a processor has registers for
+    for (; N >= 2 * LANES; N -= 2 * LANES, f.B += 2 * LANES, f.C += 2 * LANES) tiles<most, 2>(mode, M, K, f);
+    if (N) tiles<most, 1>(mode, M, K, f);
   }
-  // C (M, N) {=, +=, -=} A (M, K) B (K, N): A with any strides, N whole vectors; in tiles of about equal height.
-  NOINLINE static void product(Mode mode, int M, int N, int K, const T* A, int row, int column, const T* B, int ldb,
-                               T* C, int ldc) {
-    constexpr int most = BYTES == 64 ? 8 : 6;  // rows, two vectors wide: as many as a processor has registers for
-    const int tiles = (M + most - 1) / most;
-    for (int n = 0, v; n < N; n += v * LANES) {
-      v = M == 1 && n + 4 * LANES <= N ? 4 : n + 2 * LANES <= N ? 2 : 1;
-      for (int i = 0, m = 0, rows; i < tiles; i++, m += rows) {
-        rows = M / tiles + (i < M % tiles);
-        const T* a = A + (int64_t)m * row;
-        T* c = C + (int64_t)m * ldc + n;
-        if (v == 4) tile<1, 4>(mode, K, a, row, column, B + n, ldb, c, ldc);
-        if (v == 2) tile_of<most, 2>(rows, mode, K, a, row, column, B + n, ldb, c, ldc);
-        if (v == 1) tile_of<most, 1>(rows, mode, K, a, row, column, B + n, ldb, c, ldc);
-      }
-    }
-  }
-
-  INLINE static T sum(V x) {
+  INLINE static T dot(int n, const T* a, const T* b) {  // n whole vectors, like the next
+    V s[4] = {};
+    for (; n >= 4 * LANES; n -= 4 * LANES, a += 4 * LANES, b += 4 * LANES)
+      for (int j = 0; j < 4; j++) s[j] += load(a + j * LANES) * load(b + j * LANES);
+    for (int i = 0; i < n; i += LANES) s[0] += load(a + i) * load(b + i);
     T part[LANES];
-    store(part, x);
+    store(part, s[0] + s[1] + (s[2] + s[3]));
     for (int half = LANES / 2; half; half /= 2)
       for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
   }
-  INLINE static T dot(int n, const T* a, const T* b) {  // n whole vectors, like the next
-    V s = {};
-    for (int i = 0; i < n; i += LANES) s += load(a + i) * load(b + i);
-    return sum(s);
-  }
-  INLINE static void add(int n, T factor, const T* x, T* y) {
-    for (int i = 0; i < n; i += LANES) store(y + i, load(y + i) + factor * load(x + i));
-  }
   INLINE static void times(int n, T factor, const T* x, T* y) {
     for (int i = 0; i < n; i += LANES) store(y + i, factor * load(x + i));
   }
-  static void copy(int64_t n, const T* from, T* to) {
-    if (n) memcpy(to, from, n * sizeof(T));
+  INLINE static void mix(int n, T a, const T* x, T b, const T* y, T* z) {
+    for (int i = 0; i < n; i += LANES) store(z + i, a * load(x + i) + b * load(y + i));
   }
-
-  // Elements of two vectors in turn, from one on; a compiler makes one instruction of it.
-  template <int... i>
-  INLINE static V in_turn(V x, V y, int from, std::integer_sequence<int, i...>) {
-    return V{(i % 2 ? y : x)[from + i / 2]...};
-  }
-  // to (C, R) = from (R, C)^T; rows beyond R come as zeros, and `keep` rows of the result are written.
-  NOINLINE static void transpose(int R, int C, const T* from, int ldf, T* to, int ldt, int keep) {
-    const std::make_integer_sequence<int, LANES> lanes{};
-    for (int r = 0; r < R; r += LANES)
-      for (int c = 0; c < C; c += LANES) {
-        V x[LANES], y[LANES];
-        for (int i = 0; i < LANES; i++) x[i] = r + i < R ? load(from + (int64_t)(r + i) * ldf + c) : V{};
-#pragma GCC unroll 4
-        for (int step = 1; step < LANES; step *= 2) {  // log2(LANES) of them turn a square of vectors
-#pragma GCC unroll 16
-          for (int i = 0; i < LANES; i++) y[i] = in_turn(x[i / 2], x[i / 2 + LANES / 2], i % 2 * LANES / 2, lanes);
-          memcpy(x, y, sizeof x);
-        }
-        for (int i = 0; i < LANES && c + i < keep; i++) store(to + (int64_t)(c + i) * ldt + r, x[i]);
-      }
+  INLINE static void add(int n, T factor, const T* x, T* y) { mix(n, factor, x, 1, y, y); }
+  // n rows of d, one so far behind the other.
+  static void copy(int64_t n, int d, const T* from, int64_t ldf, T* to, int64_t ldt) {
+    for (int64_t i = 0; i < n; i++) memcpy(to + i * ldt, from + i * ldf, d * sizeof(T));
   }
 
   // -------------------------------------------------------------------------------------------- GELU, exact
-  template <int terms>
-  INLINE static V polynomial(V x, const T (&c)[terms]) {  // the highest power first
-    V y = V{} + c[0];
-    for (int i = 1; i < terms; i++) y = y * x + c[i];
-    return y;
-  }
-  // Phi(z) and the density phi(z). In float32 exp is a power of two times a polynomial (Cephes), and what Phi lacks to
-  // 0 or 1 a rational function times the density (Abramowitz and Stegun 7.1.26, within 2e-7).
-  INLINE static void normal(V z, V& cdf, V& density) {
-    if constexpr (sizeof(T) == 8) {
-      for (int i = 0; i < LANES; i++) {
-        cdf[i] = 0.5 * __builtin_erfc(-z[i] * 0.70710678118654752440);
-        density[i] = 0.39894228040143267794 * __builtin_exp(-0.5 * z[i] * z[i]);
-      }
-    } else {
-      typedef int32_t I __attribute__((vector_size(BYTES)));
-      V e = T(-0.5) * z * z;
-      e = e < T(-87) ? V{} - T(87) : e;
-      const I n = __builtin_convertvector(e * T(1.44269504088896341) - T(0.5), I);
-      const V whole = __builtin_convertvector(n, V), r = e - whole * T(0.693359375) - whole * T(-2.12194440e-4);
-      const V y = polynomial(r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
-                                 1.6666665459e-1f, 5.0000001201e-1f});
-      const V power = (y * r * r + r + T(1)) * (V)((n + 127) << 23), x = z < T(0) ? -z : z;
-      const V t = T(1) / (T(1) + T(0.3275911 * 0.70710678118654752) * x);
-      const V tail = T(0.5) * power * t * polynomial(t, {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
-                                                         0.254829592f});
-      cdf = z < T(0) ? tail : T(1) - tail;
-      density = T(0.3989422804014327) * power;
-    }
-  }
-  // gelu(z), its slope and its bend (second derivative), n whole vectors.
-  NOINLINE static void gelu(int n, const T* z, T* value, T* slope, T* bend) {
+  // gelu(z) = z Phi(z), its slope and its bend (second derivative), n whole vectors. In float32 exp is a power of two
+  // times a polynomial (Cephes), and what Phi lacks to 0 or 1 a rational function times the density (Abramowitz and
+  // Stegun 7.1.26, within 2e-7).
+  static void gelu(int n, const T* from, T* value, T* slope, T* bend) {
     for (int i = 0; i < n; i += LANES) {
-      V x = load(z + i), cdf, density;
-      normal(x, cdf, density);
-      store(value + i, x * cdf);
-      store(slope + i, cdf + x * density);
-      store(bend + i, (T(2) - x * x) * density);
+      V z = load(from + i), cdf, density;
+      if constexpr (sizeof(T) == 8) {
+        for (int j = 0; j < LANES; j++) {
+          cdf[j] = 0.5 * __builtin_erfc(-z[j] * 0.70710678118654752440);
+          density[j] = 0.39894228040143267794 * __builtin_exp(-0.5 * z[j] * z[j]);
+        }
+      } else {
+        typedef int32_t I __attribute__((vector_size(BYTES)));
+        V e = T(-0.5) * z * z;
+        e = e < T(-87) ? V{} - T(87) : e;
+        const I n = __builtin_convertvector(e * T(1.44269504088896341) - T(0.5), I);
+        const V whole = __builtin_convertvector(n, V), r = e - whole * T(0.693359375) - whole * T(-2.12194440e-4);
+        V y = (T(1.9875691500e-4) * r + T(1.3981999507e-3)) * r + T(8.3334519073e-3);
+        y = ((y * r + T(4.1665795894e-2)) * r + T(1.6666665459e-1)) * r + T(5.0000001201e-1);
+        const V power = (y * r * r + r + T(1)) * (V)((n + 127) << 23);
+        const V t = T(1) / (T(1) + T(0.3275911 * 0.70710678118654752) * (z < T(0) ? -z : z));
+        V tail = ((T(1.061405429) * t - T(1.453152027)) * t + T(1.421413741)) * t - T(0.284496736);
+        tail = T(0.5) * power * t * (tail * t + T(0.254829592));
+        cdf = z < T(0) ? tail : T(1) - tail;
+        density = T(0.3989422804014327) * power;
+      }
+      store(value + i, z * cdf);
+      store(slope + i, cdf + z * density);
+      store(bend + i, (T(2) - z * z) * density);
     }
   }
 
   // -------------------------------------------------------------------------------------------- one memory's way
-  typedef std::array<T*, 4> List;  // by matrix
-  struct Pass {  // Tokens on their way through the matrices: rows of their inputs, of GELU's slope and bend behind them,
-    bool keys;   // of how far what the chunk writes reaches them (see attend), of gradients.
-    List x, slope, bend, similar, reach, of_x;
-    Pass(Walk& w, bool keys, const List& of_x)
-        : keys(keys), x(w.rows()), slope(w.rows()), bend(w.rows()), similar(w.each(w.b * w.bt)),
-          reach(w.each(w.b * w.bt)), of_x(of_x) {}
+  typedef std::array<T*, 4> List;     // by matrix
+  typedef std::array<List, 3> State;  // where W, S and M_0 lie
+  struct Pass {  // Tokens on their way through the matrices: rows of inputs, of GELU's slope and bend behind them, how
+    bool keys;   // far what the chunk writes reaches them (see attend), gradients.
+    List x, slope, bend, similar, reach, of_x, of_z;
+    T *normed, *inverse;  // behind LayerNorm, and what it divides by
   };
-  struct Found : Pass {  // What is worked out of a chunk's keys and gates.
-    int n;
-    List mass, steps, writes, decay;  // the latter G and E; row -1 is before the first token
+  struct Chunk : Pass {  // What is worked out of a chunk's keys and gates.
+    List mass, steps, gates[2];  // the latter G and E; row -1 is before the first token
     List arriving, delta;
-    T *error, *normed, *inverse, *shell;  // the latter what the shell has scaled the matrices by
-    Found(Walk& w)
-        : Pass(w, true, w.of_input), mass(w.each(w.b)), steps(w.each(w.b)), writes(w.gates()), decay(w.gates()),
-          arriving(w.rows()), delta(w.rows()), error(w.take(w.b * w.D)), normed(w.take(w.b * w.D)),
-          inverse(w.take(w.b)), shell(w.take(8)) {}
+    T *error, *shell;                     // the latter what the shell has scaled the matrices by
+    int index = 0, n = 0, restarts = 0;  // the latter where a document begins with it, in the first state
   };
-  const Problem& p;
+  const Problem<T>& p;
   char* const base;
-  const int backward, L = p.depth, last = L - 1, b = p.size, old = p.old, parts = 2 + p.anchored;
-  const std::array<int, 5> d = padded_widths();
-  const int D = d[L], widest = *std::max_element(d.begin(), d.end());
+  const int L = p.depth, last = L - 1, b = p.size, old = p.old, parts = 2 + p.anchored;
+  const int64_t* const d = p.padded;
+  const int D = d[L], widest = *std::max_element(d, d + L + 1);
   const T width = p.width[L];                    // D without padding
   const int bt = padded(b), bc = padded(b + 2);  // padded b, and b with the columns of W and S
-  const int64_t state_size = place(L, W);
+  const int64_t state_size = 2 * std::inner_product(d, d + L, d + 1, int64_t{0});
   int64_t used = 0, memory = 0, row = 0, head = 0;
+  State state{}, gradient{};  // what a chunk begins with, and the gradient there
   // Working memory; with a base of null it is only counted.
-  const T *state, *scale, *shift;  // what a chunk begins with
-  T *unit = take(D), *none = take(D), *aim = take(D), *chord = take(D), *inverse = take(b), *normed = take(b * D);
+  T *identity = take(LANES * LANES), *unit = take(D), *none = take(D), *aim = take(D), *chord = take(D);
   T *output = take(b * D), *values = take(b * D), *turned = take(widest * bt), *swapped = take(widest * bt);
-  T* one = take(3 * b * widest);
-  const std::array<List, 3> left = {rows(3), rows(3), rows(3)};  // rows that have met W, S and M_0
-  // Gradients; they begin with zeros in every memory, from of_chunk on in every chunk.
-  const int64_t of_memory = used;
-  T *of_scale = of(D), *of_shift = of(D), *of_fresh = of(state_size), *of_anchor = of(state_size);
+  T* const left[3] = {take(b * widest), take(b * widest), take(b * widest)};  // rows on their way to W, S and M_0
+  T *scratch = take(3 * b * widest), *scale = nullptr, *shift = nullptr, *of_scale = nullptr, *of_shift = nullptr;
+  // Gradients; they begin with zeros in every chunk.
   const int64_t of_chunk = used;
-  const List of_input = rows(backward), of_delta = rows(backward);
-  const List right = rows(3 * backward);  // at what came out of left: of reads, of keys, of errors on their way down
-  const List of_writes = gates(), of_decay = gates(), of_steps = each(b), of_mass = each(b);
-  T *of_error = of(b * D), *of_normed = of(b * D);
-  const Pass reads{*this, false, rows(backward)};
+  const List of_input = rows(), of_delta = rows(), of_steps = each(b), of_mass = each(b);
+  const List of_gates[2] = {gates(), gates()}, of_queries = rows(), of_z[2] = {rows(), rows()};
+  T *of_error = take(b * D), *of_normed = take(b * D);
   const int64_t of_end = used;
+  const Pass reads = new_pass(false, of_queries);
 
-  Walk(const Problem& p, void* base, bool backward) : p(p), base((char*)base), backward(backward) {}
+  Walk(const Problem<T>& p, void* base) : p(p), base((char*)base) {}
   T* take(int64_t n) {
     T* found = (T*)((uintptr_t)base + used);
     used += (n * sizeof(T) + LINE - 1) / LINE * LINE;
     return found;
   }
-  T* of(int64_t n) { return take(backward * n); }
   List each(int64_t n, int64_t first = 0) {
     List list{};
     for (int l = 0; l < L; l++) list[l] = take(n) + first;
     return list;
   }
-  List rows(int blocks = 1) { return each((int64_t)blocks * b * widest); }
+  List rows() { return each(b * widest); }
   List gates() { return each((b + 1) * bc, bc); }
-  std::array<int, 5> padded_widths() const {
-    std::array<int, 5> widths{};
-    for (int l = 0; l <= L; l++) widths[l] = padded(p.width[l], LINE / sizeof(T));
-    return widths;
+  Pass new_pass(bool keys, const List& of_x) {
+    return {keys, rows(), rows(), rows(), each(b * bt), each(b * bt), of_x, of_z[keys], take(b * D), take(b)};
   }
-  int64_t size(int l) const { return (int64_t)d[l] * d[l + 1]; }
+  Chunk new_chunk() {
+    return {new_pass(true, of_input), each(b), each(b), {gates(), gates()}, rows(), rows(), take(b * D), take(8)};
+  }
+  int64_t size(int l) const { return d[l] * d[l + 1]; }
   T entries(int l) const { return T(p.width[l]) * p.width[l + 1]; }
-  int64_t place(int l, int part) const {  // of W or S in a state
-    int64_t at = part * size(l);
-    while (l--) at += 2 * size(l);
-    return at;
-  }
-  const T* matrix(int l, int part, const T* state) const {  // of the state that the tensors hold if it is null
-    if (part == M0) return (const T*)p.anchors[l] + head * size(l);
-    return state ? state + place(l, part) : (const T*)p.state[part][l] + memory * size(l);
-  }
 
-  // Where tensors hold what is of this memory.
-  int64_t token(int chunk, int t) const { return (row * p.chunks * b + (int64_t)chunk * b + t) * p.heads + head; }
-  T gate(const void* gates, int chunk, int t, int l) const { return ((const T*)gates)[token(chunk, t) * L + l]; }
-  T* kept(int group) const { return (T*)p.kept + ((group - 1) * p.rows * p.heads + memory) * state_size; }
-  void tokens_in(int n, const void* from, int64_t first, T* to) {
-    for (int t = 0; t < n; t++) copy(D, (const T*)from + (first + t * p.heads) * D, to + t * D);
+  // A state that lies in one block of memory, or of this memory in tensors.
+  State in_block(T* block) const {
+    State s{};
+    for (int l = 0; l < L; block += 2 * size(l), l++)
+      s[W][l] = block, s[S][l] = block + size(l), s[M0][l] = p.anchors[l] + head * size(l);
+    return s;
   }
-  void tokens_out(int n, const T* from, void* to, int64_t first) {
-    for (int t = 0; t < n; t++) copy(D, from + t * D, (T*)to + (first + t * p.heads) * D);
-  }
-  void state_in(const void* const (&from)[2][4], T* to) {
+  State in_tensors(T* const (&tensors)[2][4]) const {
+    State s = in_block(nullptr);
     for (int l = 0; l < L; l++)
-      for (int part : {W, S}) copy(size(l), (const T*)from[part][l] + memory * size(l), to + place(l, part));
+      for (int part : {W, S}) s[part][l] = tensors[part][l] + memory * size(l);
+    return s;
   }
-  void state_out(const T* from, void* const (&to)[2][4]) {
+  void copy_state(const State& from, const State& to) const {
     for (int l = 0; l < L; l++)
-      for (int part : {W, S}) copy(size(l), matrix(l, part, from), (T*)to[part][l] + memory * size(l));
+      for (int part : {W, S}) copy(1, size(l), from[part][l], 0, to[part][l], 0);
   }
-  void save(T* to) {
-    for (int l = 0; l < L; l++)
-      for (int part : {W, S}) copy(size(l), matrix(l, part, state), to + place(l, part));
+  State kept(int group) const { return in_block(p.kept + ((group - 1) * p.rows * p.heads + memory) * state_size); }
+  // Where tensors hold what is of this memory's tokens.
+  int64_t token(const Chunk& c, int t) const { return ((row * p.chunks + c.index) * b + t) * p.heads + head; }
+  void tokens_in(const Chunk& c, int from, const T* tokens, T* to) const {
+    copy(c.n - from, D, tokens + token(c, from) * D, p.heads * D, to + from * D, D);
   }
   void begin(int64_t which) {
     memory = which, row = which / p.heads, head = which % p.heads;
     for (int i = 0; i < D; i++) unit[i] = i < width, none[i] = 0;
-    scale = p.scale ? (const T*)p.scale + head * D : unit;
-    shift = p.shift ? (const T*)p.shift + head * D : none;
-  }
-  // An open chunk: what all its tokens come to goes to tensors, and what the first of them have come to is there.
-  void open(Found& f) {
-    for (int l = 0; l < L; l++) {
-      f.x[l] = (T*)p.inputs[l] + memory * b * d[l], f.delta[l] = (T*)p.deltas[l] + memory * b * d[l + 1];
-      copy(old * d[l], (const T*)p.old_inputs[l] + memory * old * d[l], f.x[l]);
-      copy(old * d[l + 1], (const T*)p.old_deltas[l] + memory * old * d[l + 1], f.delta[l]);
-    }
+    for (int i = 0; i < LANES * LANES; i++) identity[i] = i % (LANES + 1) == 0;
+    scale = p.scale ? p.scale + head * D : unit, shift = p.shift ? p.shift + head * D : none;
   }
 
+  // to (C, R) = from (R, C)^T, as products with the identity.
+  void transpose(int R, int C, const T* from, int ldf, T* to, int ldt) {
+    for (int r = 0; r < R; r += LANES)
+      product(SET, C, LANES, std::min(LANES, R - r), {from + r * ldf, identity, to + r, 1, ldf, LANES, ldt});
+  }
   // Products of a matrix: z (n, d_out) of x (n, d_in), and the matrix of x^T z.
   void through(Mode mode, int l, int n, const T* x, const T* matrix, T* z) {
-    product(mode, n, d[l + 1], d[l], x, d[l], 1, matrix, d[l + 1], z, d[l + 1]);
+    product(mode, n, d[l + 1], d[l], {x, matrix, z, d[l], 1, d[l + 1], d[l + 1]});
   }
   void outer(Mode mode, int l, int n, const T* x, const T* z, T* matrix) {
-    product(mode, d[l], d[l + 1], n, x, 1, d[l], z, d[l + 1], matrix, d[l + 1]);
+    product(mode, d[l], d[l + 1], n, {x, z, matrix, 1, d[l], d[l + 1], d[l + 1]});
   }
   // to (n, d_in), for W or W, S and M_0 one after the other, = z (n, d_out) times the matrix transposed.
-  void down(int l, int n, const T* z, const T* state, int count, T* to) {
-    transpose(n, d[l + 1], z, d[l + 1], turned, bt, d[l + 1]);
+  void down(int l, int n, const T* z, const State& state, int count, T* to) {
+    transpose(n, d[l + 1], z, d[l + 1], turned, bt);
     for (int part = 0; part < count; part++, to += n * d[l]) {
-      product(SET, d[l], padded(n), d[l + 1], matrix(l, part, state), d[l + 1], 1, turned, bt, swapped, bt);
-      transpose(d[l], padded(n), swapped, bt, to, d[l], n);
+      product(SET, d[l], padded(n), d[l + 1], {state[part][l], turned, swapped, d[l + 1], 1, bt, bt});
+      transpose(d[l], n, swapped, bt, to, d[l]);
     }
   }
   // to (n, m) = x y^T for rows of tokens.
   void pairs(int n, int m, int d, const T* x, const T* y, T* to) {
-    transpose(m, d, y, d, turned, bt, d);
-    product(SET, n, padded(m), d, x, d, 1, turned, bt, to, bt);
+    transpose(m, d, y, d, turned, bt);
+    product(SET, n, padded(m), d, {x, turned, to, d, 1, bt, bt});
   }
 
   // -------------------------------------------------------------------------------------------- (1) coefficients
-  void coefficients(int chunk, Found& f) {
+  void coefficients(const Chunk& c) {
     for (int l = 0; l < L; l++) {
-      memset(f.decay[l] - bc, 0, bc * sizeof(T)), memset(f.writes[l] - bc, 0, bc * sizeof(T));
-      f.writes[l][b + W - bc] = f.decay[l][b + S - bc] = 1;
-      for (int t = 0; t < f.n; t++) {
-        const T eta = gate(p.eta, chunk, t, l), theta = gate(p.theta, chunk, t, l), smallest = p.smallest_decay;
-        T *e = f.decay[l] + t * bc, *g = f.writes[l] + t * bc;
-        times(bc, eta, e - bc, e), times(bc, 1 - gate(p.alpha, chunk, t, l), g - bc, g), add(bc, 1, e, g);
-        e[t] = g[t] = 1;
-        f.mass[l][t] = theta / (1 - eta > smallest ? 1 - eta : smallest);
-        f.steps[l][t] = t < old ? ((const T*)p.old_steps)[((row * old + t) * p.heads + head) * L + l] : theta;
+      T *g = c.gates[W][l] - bc, *e = c.gates[S][l] - bc;
+      memset(g, 0, bc * sizeof(T)), memset(e, 0, bc * sizeof(T));
+      g[b + W] = e[b + S] = 1;
+      for (int t = 0; t < c.n; t++, g += bc, e += bc) {
+        const int64_t gate = token(c, t) * L + l, gate_of_old = ((row * old + t) * p.heads + head) * L + l;
+        times(bc, p.eta[gate], e, e + bc), times(bc, 1 - p.alpha[gate], g, g + bc), add(bc, 1, e + bc, g + bc);
+        e[bc + t] = g[bc + t] = 1;
+        c.mass[l][t] = p.theta[gate] / std::max(1 - p.eta[gate], T(p.smallest_decay));
+        c.steps[l][t] = t < old ? p.old_steps[gate_of_old] : p.theta[gate];
       }
     }
   }
@@ -356,92 +287,83 @@ struct Walk {
   // -------------------------------------------------------------------------------------------- (2), (3) outputs
   // Keys meet W alone but in the last matrix of an exact rule, where they meet what the tokens before them have left.
   int met(const Pass& s, int l) const { return s.keys && (l < last || !p.exact) ? 1 : parts; }
-  // Of such a row the coefficients G, and a, f and 1 - a in factors, each of which takes it to its block of left.
-  const T* spread(const Found& f, const Pass& s, int l, int t, int block, T* factors) {
-    const T* g = f.writes[l] + (t - s.keys) * bc;
+  // Of such a row the coefficients G, and a, f and 1 - a in factors, which take it to W, S and M_0.
+  const T* spread(const Chunk& c, const Pass& s, int l, int t, T* factors) {
+    const T* g = c.gates[W][l] + (t - s.keys) * bc;
     factors[W] = met(s, l) == 1 ? 1 : g[b + W], factors[S] = g[b + S], factors[M0] = 1 - g[b + W];
     for (int part = 0; part < met(s, l); part++)
-      times(d[l], factors[part], s.x[l] + t * d[l], left[part][l] + (block * f.n + t) * d[l]);
+      times(d[l], factors[part], s.x[l] + t * d[l], left[part] + t * d[l]);
     return g;
   }
   // How far the deltas of all the chunk's tokens reach rows: G[t, j] theta_j (x_t . h_j), and the products alone.
-  void attend(const Found& f, const Pass& s, int l) {
+  void attend(const Chunk& c, const Pass& s, int l) {
     T *similar = s.similar[l] + old * bt, *reach = s.reach[l] + old * bt;
-    pairs(f.n - old, f.n, d[l], s.x[l] + old * d[l], f.x[l], similar);
-    for (int t = old; t < f.n; t++, similar += bt, reach += bt) {
-      const T* g = f.writes[l] + (t - s.keys) * bc;
-      for (int j = 0; j < f.n; j++) reach[j] = similar[j] * g[j] * f.steps[l][j];
+    pairs(c.n - old, c.n, d[l], s.x[l] + old * d[l], c.x[l], similar);
+    for (int t = old; t < c.n; t++, similar += bt, reach += bt) {
+      const T* g = c.gates[W][l] + (t - s.keys) * bc;
+      for (int j = 0; j < c.n; j++) reach[j] = similar[j] * g[j] * c.steps[l][j];
     }
   }
-  // New tokens through all matrices; z (b, D) of the last one is without what keys meet of the chunk's own writes.
-  void pass(int chunk, const Found& f, const Pass& s, T* z) {
-    const int n = f.n - old;
+  // New tokens through all matrices; output of the last one is without what keys meet of the chunk's own writes.
+  void pass(const Chunk& c, const Pass& s) {
+    const int n = c.n - old;
     T factors[3];
     for (int l = 0; l < L; l++) {
-      T* out = (l < last ? one : z) + old * d[l + 1];
-      for (int t = old; t < f.n; t++) spread(f, s, l, t, 0, factors);
-      for (int part = 0; part < met(s, l); part++)
-        through(part ? ADD : SET, l, n, left[part][l] + old * d[l], matrix(l, part, state), out);
-      if (s.keys && l == last && p.holds_last) hold(chunk, f, last, L);
-      if (met(s, l) == parts) attend(f, s, l);
-      if (!s.keys) product(SUB, n, d[l + 1], f.n, s.reach[l] + old * bt, bt, 1, f.delta[l], d[l + 1], out, d[l + 1]);
-      if (l == last) break;
       const int64_t first = old * d[l + 1];
-      gelu(n * d[l + 1], out, s.x[l + 1] + first, s.slope[l] + first, s.bend[l] + first);
+      T* z = (l < last ? scratch : output) + first;
+      for (int t = old; t < c.n; t++) spread(c, s, l, t, factors);
+      for (int part = 0; part < met(s, l); part++)
+        through(part ? ADD : SET, l, n, left[part] + old * d[l], state[part][l], z);
+      if (s.keys && l == last && p.holds_last) hold(c, last, L);
+      if (met(s, l) == parts) attend(c, s, l);
+      if (!s.keys) product(SUB, n, d[l + 1], c.n, {s.reach[l] + old * bt, c.delta[l], z, bt, 1, d[l + 1], d[l + 1]});
+      if (l < last) gelu(n * d[l + 1], z, s.x[l + 1] + first, s.slope[l] + first, s.bend[l] + first);
     }
   }
-
-  // -------------------------------------------------------------------------------------------- (4) the keys' errors
-  void layer_norm(int n, const T* raw, T* normed, T* inverse) {
+  // The network's answer to a token in place of the last matrix' output, which is it already without LayerNorm.
+  void answer(const Pass& s, int t) {
+    if (!p.norm) return;
+    T *x = s.x[0] + t * D, *z = output + t * D, *normed = s.normed + t * D;
     const T smaller = T(1) / ((int64_t)1 << 48);  // as network.layer_norm: its square stays finite
-    for (int t = 0; t < n; t++, raw += D, normed += D) {
-      const T mean = dot(D, raw, unit) / width;
-      for (int i = 0; i < D; i++) normed[i] = (raw[i] - mean) * smaller * unit[i];
-      const T r = 1 / std::sqrt(dot(D, normed, normed) / width + T(p.epsilon) * smaller * smaller);
-      times(D, r, normed, normed);
-      inverse[t] = r * smaller;
-    }
+    const T mean = dot(D, z, unit) / width;
+    for (int i = 0; i < D; i++) normed[i] = (z[i] - mean) * smaller * unit[i];
+    const T r = 1 / std::sqrt(dot(D, normed, normed) / width + T(p.epsilon) * smaller * smaller);
+    times(D, r, normed, normed);
+    s.inverse[t] = r * smaller;
+    for (int i = 0; i < D; i++) z[i] = x[i] + normed[i] * scale[i] + shift[i];
   }
-  // Of one token, its own transpose as a map: r (g - mean g - n mean(g n)).
+  // Each query through the state that its own token has left, into output.
+  void queries(const Chunk& c) {
+    tokens_in(c, old, p.queries, reads.x[0]);
+    pass(c, reads);
+    for (int t = old; t < c.n; t++) answer(reads, t);
+  }
+  // LayerNorm's derivative, its own transpose as a map: r (g - mean g - n mean(g n)).
   void norm_gradient(const T* g, const T* normed, T inverse, T* to) {
     const T mean = dot(D, g, unit) / width, along = dot(D, g, normed) / width;
     for (int i = 0; i < D; i++) to[i] = inverse * unit[i] * (g[i] - mean - along * normed[i]);
   }
-  void keys(int chunk, Found& f) {
-    tokens_in(f.n - old, p.keys, token(chunk, old), f.x[0] + old * D);
-    tokens_in(f.n - old, p.values, token(chunk, old), values + old * D);
-    pass(chunk, f, f, output);
-    for (int t = old; t < f.n; t++) {
-      product(SUB, 1, D, p.exact ? t : 0, f.reach[last] + t * bt, bt, 1, f.delta[last], D, output + t * D, D);
-      error(f, t, output + t * D, values + t * D);
+
+  // -------------------------------------------------------------------------------------------- (4) the keys' errors
+  void keys(const Chunk& c) {
+    tokens_in(c, old, p.keys, c.x[0]), tokens_in(c, old, p.values, values);
+    pass(c, c);
+    for (int t = old; t < c.n; t++) {
+      T *z = output + t * D, *e = c.error + t * D, *value = values + t * D;
+      product(SUB, 1, D, p.exact ? t : 0, {c.reach[last] + t * bt, c.delta[last], z, bt, 1, D, D});
+      answer(c, t);
+      for (int i = 0; i < D; i++) e[i] = 2 * (z[i] - value[i]), z[i] = e[i] * scale[i];
+      if (p.norm) norm_gradient(z, c.normed + t * D, c.inverse[t], c.delta[last] + t * D);
     }
     for (int l = last; l > 0; l--) {
-      down(l, f.n - old, f.delta[l] + old * d[l + 1], state, 1, f.arriving[l - 1] + old * d[l]);
-      for (int i = old * d[l]; i < f.n * d[l]; i++) f.delta[l - 1][i] = f.arriving[l - 1][i] * f.slope[l - 1][i];
+      down(l, c.n - old, c.delta[l] + old * d[l + 1], state, 1, c.arriving[l - 1] + old * d[l]);
+      for (int i = old * d[l]; i < c.n * d[l]; i++) c.delta[l - 1][i] = c.arriving[l - 1][i] * c.slope[l - 1][i];
     }
-    if (p.exact) hold(chunk, f, 0, last);
-    for (int l = 0; l < L && p.steps; l++)
-      for (int t = 0; t < f.n; t++) ((T*)p.steps)[token(chunk, t) * L + l] = f.steps[l][t];
-  }
-  T* error_of(const Found& f, int t) const {  // without LayerNorm the last matrix' output is the answer
-    return (p.norm ? f.error : f.delta[last]) + t * D;
-  }
-  // Of one token's answer and, through LayerNorm, of the last matrix' output z, which is lost.
-  void error(const Found& f, int t, T* z, const T* value) {
-    const T* key = f.x[0] + t * D;
-    T *e = error_of(f, t), *y = f.normed + t * D;
-    if (!p.norm) {
-      for (int i = 0; i < D; i++) e[i] = 2 * (z[i] - value[i]);
-      return;
-    }
-    layer_norm(1, z, y, f.inverse + t);
-    for (int i = 0; i < D; i++) e[i] = 2 * (key[i] + y[i] * scale[i] + shift[i] - value[i]), z[i] = e[i] * scale[i];
-    norm_gradient(z, y, f.inverse[t], f.delta[last] + t * D);
+    if (p.exact) hold(c, 0, last);
   }
   // For the matrices below the last 4 times what can be removed of a loss, through LayerNorm rule.removable_loss.
-  T allowed(const Found& f, int end, int t) {
-    const T *e = error_of(f, t), *y = f.normed + t * D, root = std::sqrt(width);
-    if (end == L) return 1;
+  T allowed(const Chunk& c, int t) {
+    const T *e = c.error + t * D, *y = c.normed + t * D, root = std::sqrt(width);
     if (!p.norm) return dot(D, e, e);
     for (int i = 0; i < D; i++) aim[i] = scale[i] * (e[i] - 2 * scale[i] * y[i]);
     add(D, -dot(D, aim, unit) / width, unit, aim);
@@ -451,128 +373,111 @@ struct Walk {
   }
   // Steps held to what they remove of an error, rule.last_step_share and lower_step_share, or its gradient: of some
   // matrices together, the last one or all below it. A matrix asks for slope mass |h|^2.
-  void hold(int chunk, const Found& f, int first, int end, bool back = false) {
-    for (int t = old; t < f.n; t++) {
+  void hold(const Chunk& c, int first, int end, bool back = false) {
+    for (int t = old; t < c.n; t++) {
       T asked = 0, of_share = 0, slope[4], square[4];
       for (int l = first; l < end; l++) {
-        const T *h = f.x[l] + t * d[l], *delta = f.delta[l] + t * d[l + 1];
+        const T *h = c.x[l] + t * d[l], *delta = c.delta[l] + t * d[l + 1];
         slope[l] = l == last ? 2 : T(p.whole) * dot(d[l + 1], delta, delta), square[l] = dot(d[l], h, h);
-        asked += slope[l] * f.mass[l][t] * square[l];
+        asked += slope[l] * c.mass[l][t] * square[l];
       }
-      const T share = allowed(f, end, t) / asked;
+      const T share = (end < L ? allowed(c, t) : 1) / asked;
       for (int l = first; l < end && share < 1; l++) {
-        if (back) of_share += of_steps[l][t] * gate(p.theta, chunk, t, l);
-        (back ? of_steps : f.steps)[l][t] *= share;  // on the way back the gradient at theta
+        if (back) of_share += of_steps[l][t] * p.theta[token(c, t) * L + l];
+        (back ? of_steps : c.steps)[l][t] *= share;  // on the way back the gradient at theta
       }
       if (!back || !(share < 1)) continue;
-      if (end < L && share > 0) allowed_back(f, t, of_share / asked);
+      if (end < L && share > 0) allowed_back(c, t, of_share / asked);
       for (int l = first; l < end; l++) {
         const T of_asked = -of_share * share / asked;
         of_mass[l][t] += of_asked * slope[l] * square[l];
-        add(d[l], 2 * of_asked * slope[l] * f.mass[l][t], f.x[l] + t * d[l], of_input[l] + t * d[l]);
-        const T of_slope = l == last ? 0 : of_asked * T(p.whole) * f.mass[l][t] * square[l];
-        add(d[l + 1], 2 * of_slope, f.delta[l] + t * d[l + 1], of_delta[l] + t * d[l + 1]);
+        add(d[l], 2 * of_asked * slope[l] * c.mass[l][t], c.x[l] + t * d[l], of_input[l] + t * d[l]);
+        const T of_slope = l == last ? 0 : of_asked * T(p.whole) * c.mass[l][t] * square[l];
+        add(d[l + 1], 2 * of_slope, c.delta[l] + t * d[l + 1], of_delta[l] + t * d[l + 1]);
       }
     }
   }
-  // Behind allowed(), whose aim and chord it uses: into of_normed what goes to n, into of_error what goes by the aim to
-  // k + shift - v.
-  void allowed_back(const Found& f, int t, T of) {
-    const T *e = error_of(f, t), *y = f.normed + t * D, root = std::sqrt(width);
+  // Behind allowed(), whose aim and chord it uses: to n into of_normed, to the answer into of_error.
+  void allowed_back(const Chunk& c, int t, T of) {
+    const T *e = c.error + t * D, *y = c.normed + t * D, root = std::sqrt(width);
     if (!p.norm) return add(D, 2 * of, e, of_delta[last] + t * D);
     const T size = std::sqrt(dot(D, aim, aim)), along = root / 2 * (1 + dot(D, y, y) / width);
-    times(D, 4 * of * size, chord, of_normed + t * D);
     for (int i = 0; i < D; i++) aim[i] = 4 * of * (along / size * aim[i] + y[i]);  // now its gradient
     add(D, -dot(D, aim, unit) / width, unit, aim);
-    for (int i = 0; i < D; i++)
-      of_error[t * D + i] = 2 * scale[i] * aim[i], of_scale[i] += (e[i] - 2 * scale[i] * y[i]) * aim[i];
-  }
-
-  // -------------------------------------------------------------------------------------------- reads
-  // Each query through the state that its own token has left.
-  void queries(int chunk, const Found& f) {
-    tokens_in(f.n - old, p.queries, token(chunk, old), reads.x[0] + old * D);
-    pass(chunk, f, reads, output);
-    if (p.norm) layer_norm(f.n - old, output + old * D, normed + old * D, inverse + old);
-    for (int t = old; t < f.n && p.norm; t++)
-      for (int i = 0, at = t * D; i < D; i++, at++) output[at] = reads.x[0][at] + normed[at] * scale[i] + shift[i];
-    const int64_t first = token(chunk, old) - (row + 1) * old * p.heads;  // the tensor has reads of new tokens only
-    if (p.reads) tokens_out(f.n - old, output + old * D, p.reads, first);
+    for (int i = 0, at = t * D; i < D; i++, at++) {
+      of_normed[at] = 4 * of * size * chord[i] - 2 * scale[i] * scale[i] * aim[i];
+      of_error[at] = 2 * scale[i] * aim[i], of_scale[i] += (e[i] - 4 * scale[i] * y[i]) * aim[i];
+    }
   }
 
   // -------------------------------------------------------------------------------------------- (5) the chunk's end
-  // h times how much of each step is in weights or momentum after the chunk.
-  void stepped(const Found& f, int l, const T* reach, T* to) {
-    for (int j = 0; j < f.n; j++) times(d[l], reach[j] * f.steps[l][j], f.x[l] + j * d[l], to + j * d[l]);
-  }
-  void end(const Found& f, T* after) {
+  void end(const Chunk& c, const State& after) {
     for (int l = 0; l < L; l++) {
-      const T *g = f.writes[l] + (f.n - 1) * bc, *e = f.decay[l] + (f.n - 1) * bc, *anchor = matrix(l, M0, state);
-      const T *weight = matrix(l, W, state), *momentum = matrix(l, S, state), limit = p.rms_limit;
-      T* to[] = {after + place(l, W), after + place(l, S)};
-      for (int64_t i = 0; i < size(l); i += LANES) {
-        const V s = load(momentum + i);
-        V w = g[b + W] * load(weight + i) + g[b + S] * s;
-        if (p.anchored) w += (1 - g[b + W]) * load(anchor + i);
-        store(to[W] + i, w), store(to[S] + i, e[b + S] * s);
-      }
+      const T *g = c.gates[W][l] + (c.n - 1) * bc, *e = c.gates[S][l] + (c.n - 1) * bc, limit = p.rms_limit;
+      mix(size(l), g[b + W], state[W][l], g[b + S], state[S][l], after[W][l]);
+      times(size(l), e[b + S], state[S][l], after[S][l]);
+      if (p.anchored) add(size(l), 1 - g[b + W], state[M0][l], after[W][l]);
       for (int part : {W, S}) {
-        stepped(f, l, part == W ? g : e, one);
-        outer(SUB, l, f.n, one, f.delta[l], to[part]);
-        T& shell = f.shell[2 * l + part] = 1;
-        if (!p.closed || f.n < b) continue;
-        const T rms = std::sqrt(dot(size(l), to[part], to[part]) / entries(l));
-        if (rms > limit) times(size(l), shell = limit / rms, to[part], to[part]);
+        T *to = after[part][l], &shell = c.shell[2 * l + part] = 1;
+        for (int j = 0; j < c.n; j++)
+          times(d[l], (part == W ? g : e)[j] * c.steps[l][j], c.x[l] + j * d[l], scratch + j * d[l]);
+        outer(SUB, l, c.n, scratch, c.delta[l], to);
+        if (!p.closed || c.n < b) continue;
+        const T rms = std::sqrt(dot(size(l), to, to) / entries(l));
+        if (rms > limit) times(size(l), shell = limit / rms, to, to);
       }
     }
     state = after;
   }
 
   // -------------------------------------------------------------------------------------------- the way back
-  // (5), the shell: W = s U with s = limit / rms(U) where it acted, so s (g - (g . W) W / (entries limit^2)).
-  void shell_back(const Found& f, const T* after, T* g) {
-    for (int l = 0; l < L; l++)
-      for (int part : {W, S}) {
-        const T shell = f.shell[2 * l + part], limit = p.rms_limit, *found = after + place(l, part);
-        T* of = g + place(l, part);
-        if (shell == 1) continue;
-        add(size(l), -dot(size(l), of, found) / (entries(l) * limit * limit), found, of);
-        times(size(l), shell, of, of);
-      }
-  }
-  // (5), the steps.
-  void end_back(const Found& f, const T* g) {
+  // (5), from the gradient behind the chunk to what of it goes to the state before, in place, and into the steps.
+  void end_back(const Chunk& c, const State& after) {
     for (int l = 0; l < L; l++) {
-      down(l, f.n, f.delta[l], g, 2, one);
+      T *of_weight = gradient[W][l], *of_momentum = gradient[S][l];
+      const int64_t size = this->size(l), end = (c.n - 1) * bc;
+      for (int part : {W, S}) {  // the shell: W = s U with s = limit / rms(U) where it acted
+        const T shell = c.shell[2 * l + part], limit = p.rms_limit, *found = after[part][l];
+        T* of = gradient[part][l];
+        if (shell == 1) continue;
+        add(size, -dot(size, of, found) / (entries(l) * limit * limit), found, of), times(size, shell, of, of);
+      }
+      down(l, c.n, c.delta[l], gradient, 2, scratch);
       for (int part : {W, S}) {
-        const T *reach = (part == W ? f.writes : f.decay)[l] + (f.n - 1) * bc, *arriving = one + part * f.n * d[l];
-        T* of_reach = (part == W ? of_writes : of_decay)[l] + (f.n - 1) * bc;
-        for (int j = 0; j < f.n; j++, arriving += d[l]) {
-          const T of = -dot(d[l], f.x[l] + j * d[l], arriving);
-          of_reach[j] += of * f.steps[l][j], of_steps[l][j] += of * reach[j];
-          add(d[l], -reach[j] * f.steps[l][j], arriving, of_input[l] + j * d[l]);
+        T *of_reach = of_gates[part][l] + end, *met = scratch + 2 * b * widest;
+        through(SET, l, c.n, c.x[l], gradient[part][l], met);
+        for (int j = 0; j < c.n; j++) {
+          const T reach = c.gates[part][l][end + j], step = c.steps[l][j];
+          const T of = -dot(d[l + 1], c.delta[l] + j * d[l + 1], met + j * d[l + 1]);
+          of_reach[j] += of * step, of_steps[l][j] += of * reach;
+          add(d[l + 1], -reach * step, met + j * d[l + 1], of_delta[l] + j * d[l + 1]);
+          add(d[l], -reach * step, scratch + (part * c.n + j) * d[l], of_input[l] + j * d[l]);
         }
       }
-      for (int part : {W, S}) {
-        stepped(f, l, (part == W ? f.writes : f.decay)[l] + (f.n - 1) * bc, one);
-        through(SUB, l, f.n, one, g + place(l, part), of_delta[l]);
-      }
+      const T *g = c.gates[W][l] + end, *e = c.gates[S][l] + end;
+      of_gates[W][l][end + b + W] += dot(size, of_weight, state[W][l]);
+      of_gates[W][l][end + b + S] += dot(size, of_weight, state[S][l]);
+      of_gates[S][l][end + b + S] += dot(size, of_momentum, state[S][l]);
+      if (p.anchored) of_gates[W][l][end + b + W] -= dot(size, of_weight, state[M0][l]);
+      if (p.anchored) add(size, 1 - g[b + W], of_weight, gradient[M0][l]);
+      mix(size, e[b + S], of_momentum, g[b + S], of_weight, of_momentum);
+      times(size, g[b + W], of_weight, of_weight);
     }
   }
   // (2) and (3) of a pass, the errors aside; reach is lost. Where G is zero its gradient is no more than finite.
-  void pass_back(int chunk, const Found& f, const Pass& s) {
-    const int n = f.n;
+  void pass_back(const Chunk& c, const Pass& s) {
+    const int n = c.n;
     for (int l = last; l >= 0; l--) {
-      T *of_z = right[l] + s.keys * n * d[l + 1], *of_x = s.of_x[l];
-      const int block = n * d[l], count = met(s, l);
-      if (!s.keys) product(SUB, n, d[l + 1], n, s.reach[l], 1, bt, of_z, d[l + 1], of_delta[l], d[l + 1]);
-      if (count == parts) pairs(n, n, d[l + 1], of_z, f.delta[l], s.reach[l]);
-      down(l, n, of_z, state, count, one);
+      T *of_z = s.of_z[l], *of_x = s.of_x[l], factors[3];
+      const int count = met(s, l);
+      if (!s.keys) product(SUB, n, d[l + 1], n, {s.reach[l], of_z, of_delta[l], 1, bt, d[l + 1], d[l + 1]});
+      if (count == parts) pairs(n, n, d[l + 1], of_z, c.delta[l], s.reach[l]);
+      down(l, n, of_z, state, count, scratch);
       for (int t = 0; t < n; t++) {
-        T *pair = s.reach[l] + t * bt, *of_g = of_writes[l] + (t - s.keys) * bc, factors[3], of[3] = {};
-        const T *g = spread(f, s, l, t, s.keys, factors), *same = s.similar[l] + t * bt;
+        T *pair = s.reach[l] + t * bt, *of_g = of_gates[W][l] + (t - s.keys) * bc, of[3] = {};
+        const T *g = spread(c, s, l, t, factors), *same = s.similar[l] + t * bt;
         for (int part = 0; part < count; part++) {
-          const T* arriving = one + part * block + t * d[l];
+          const T* arriving = scratch + (part * n + t) * d[l];
           add(d[l], factors[part], arriving, of_x + t * d[l]);
           of[part] = dot(d[l], s.x[l] + t * d[l], arriving);
         }
@@ -580,197 +485,174 @@ struct Walk {
         of_g[b + W] += of[W] - of[M0], of_g[b + S] += of[S];
         for (int j = 0; j < n; j++) {
           const T of_write = -pair[j] * same[j];
-          of_g[j] += of_write * f.steps[l][j], of_steps[l][j] += of_write * g[j];
-          pair[j] *= -g[j] * f.steps[l][j];
+          of_g[j] += of_write * c.steps[l][j], of_steps[l][j] += of_write * g[j];
+          pair[j] *= -g[j] * c.steps[l][j];
         }
       }
+      for (int part = 0; part < count; part++) outer(ADD, l, n, left[part], of_z, gradient[part][l]);
       if (count == parts) {
-        product(ADD, n, d[l], n, s.reach[l], bt, 1, f.x[l], d[l], of_x, d[l]);
-        product(ADD, n, d[l], n, s.reach[l], 1, bt, s.x[l], d[l], of_input[l], d[l]);
+        product(ADD, n, d[l], n, {s.reach[l], c.x[l], of_x, bt, 1, d[l], d[l]});
+        product(ADD, n, d[l], n, {s.reach[l], s.x[l], of_input[l], 1, bt, d[l], d[l]});
       }
-      if (s.keys && l == last && p.holds_last) hold(chunk, f, last, L, true);
-      for (int i = 0; i < block && l; i++) right[l - 1][s.keys * block + i] += of_x[i] * s.slope[l - 1][i];
+      if (s.keys && l == last && p.holds_last) hold(c, last, L, true);
+      for (int i = 0; i < n * d[l] && l; i++) s.of_z[l - 1][i] += of_x[i] * s.slope[l - 1][i];
     }
   }
-  void reads_back(int chunk, const Found& f) {
-    T *of_reads = values, *of_z = right[last];
-    tokens_in(f.n, p.of_reads, token(chunk, 0), of_reads);
-    copy(f.n * D, of_reads, of_z);
-    for (int t = 0; t < f.n && p.norm; t++) {
-      const T *g = of_reads + t * D, *y = normed + t * D;
-      for (int i = 0; i < D; i++) of_scale[i] += g[i] * y[i], of_shift[i] += g[i], one[i] = g[i] * scale[i];
-      norm_gradient(one, y, inverse[t], of_z + t * D);
-    }
-    pass_back(chunk, f, reads);
-    if (p.norm) add(f.n * D, 1, of_reads, reads.of_x[0]);
-    tokens_out(f.n, reads.of_x[0], p.of_queries, token(chunk, 0));
+  // From the gradient g at an answer to that at the last matrix' output; of_normed has what goes to n in other ways.
+  void answer_back(const Pass& s, int t, const T* g, T* of_normed) {
+    const T* normed = s.normed + t * D;
+    for (int i = 0; i < D; i++) of_scale[i] += g[i] * normed[i], of_shift[i] += g[i], of_normed[i] += g[i] * scale[i];
+    norm_gradient(of_normed, normed, s.inverse[t], s.of_z[last] + t * D);
+  }
+  void reads_back(const Chunk& c) {
+    tokens_in(c, 0, p.of_reads, values), copy(1, c.n * D, values, 0, reads.of_z[last], 0);
+    for (int t = 0; t < c.n && p.norm; t++)
+      memset(scratch, 0, D * sizeof(T)), answer_back(reads, t, values + t * D, scratch);
+    pass_back(c, reads);
+    if (p.norm) add(c.n * D, 1, values, of_queries[0]);
+    copy(c.n, D, of_queries[0], D, p.of_queries + token(c, 0) * D, p.heads * D);
   }
   // (4) of one token, from its delta and what allowed_back has left; of_error ends as the gradient at k, shift and -v.
   // LayerNorm's derivative at z depends on z through n and r as well: see chunk._NormErrors.
-  void error_back(const Found& f, int t, T* of_z) {
-    const T *e = f.error + t * D, *y = f.normed + t * D, *delta = f.delta[last] + t * D, r = f.inverse[t];
-    T *of = of_delta[last] + t * D, *at_answer = of_error + t * D;
-    T *of_scaled = one, *scaled = one + D, *of_y = of_normed + t * D;
-    if (!p.norm) {
-      for (int i = 0; i < D; i++) of_z[i] = at_answer[i] = 2 * of[i];
-      return;
-    }
+  void error_back(const Chunk& c, int t) {
+    const T *e = c.error + t * D, *y = c.normed + t * D, *delta = c.delta[last] + t * D, r = c.inverse[t];
+    T *of = of_delta[last] + t * D, *of_z = c.of_z[last] + t * D, *at_answer = of_error + t * D;
+    T *of_scaled = scratch, *scaled = scratch + D;
+    if (!p.norm) return times(D, 2, of, at_answer), times(D, 2, of, of_z);
     norm_gradient(of, y, r, of_scaled);
     for (int i = 0; i < D; i++) {
-      const T of_answer = 2 * of_scaled[i] * scale[i];
-      scaled[i] = e[i] * scale[i], of_y[i] += of_answer * scale[i], at_answer[i] += of_answer;
-      of_scale[i] += of_scaled[i] * e[i] + of_answer * y[i], of_shift[i] += at_answer[i];
+      at_answer[i] += 2 * of_scaled[i] * scale[i], of_scale[i] += of_scaled[i] * e[i];
+      scaled[i] = e[i] * scale[i];
     }
-    norm_gradient(of_y, y, r, of_z);
+    answer_back(c, t, at_answer, of_normed + t * D);
     add(D, -r / width * dot(D, scaled, y), of_scaled, of_z);
     add(D, -r / width * dot(D, of, y), delta, of_z);
     add(D, -r / width * dot(D, of, delta), y, of_z);
   }
-  void keys_back(int chunk, const Found& f) {
-    const int n = f.n;
+  void keys_back(const Chunk& c) {
+    const int n = c.n;
     for (int l = 0; l < last; l++) {  // upward, through the back-propagation
-      T *of_arriving = left[W][l + 1] + 2 * n * d[l + 1], *of_z = right[l] + n * d[l + 1];
       for (int i = 0; i < n * d[l + 1]; i++) {
-        of_arriving[i] = of_delta[l][i] * f.slope[l][i];
-        of_z[i] = of_delta[l][i] * f.arriving[l][i] * f.bend[l][i];
+        scratch[i] = of_delta[l][i] * c.slope[l][i];
+        c.of_z[l][i] = of_delta[l][i] * c.arriving[l][i] * c.bend[l][i];
       }
-      through(ADD, l + 1, n, of_arriving, matrix(l + 1, W, state), of_delta[l + 1]);
-      copy(n * d[l + 2], f.delta[l + 1], right[l + 1] + 2 * n * d[l + 2]);
+      through(ADD, l + 1, n, scratch, state[W][l + 1], of_delta[l + 1]);
+      outer(ADD, l + 1, n, scratch, c.delta[l + 1], gradient[W][l + 1]);
     }
-    T* of_z = right[last] + n * D;
     for (int t = n - 1; t >= 0; t--) {  // a delta has reached the outputs behind it
-      const T *reach = f.reach[last] + (t + 1) * bt + t, *behind = of_z + (t + 1) * D;
-      product(SUB, 1, D, p.exact ? n - 1 - t : 0, reach, 0, bt, behind, D, of_delta[last] + t * D, D);
-      error_back(f, t, of_z + t * D);
+      const T *reach = c.reach[last] + (t + 1) * bt + t, *behind = c.of_z[last] + (t + 1) * D;
+      product(SUB, 1, D, p.exact ? n - 1 - t : 0, {reach, behind, of_delta[last] + t * D, 0, bt, D, D});
+      error_back(c, t);
     }
-    pass_back(chunk, f, f);
+    pass_back(c, c);
     if (p.norm) add(n * D, 1, of_error, of_input[0]);
     times(n * D, -1, of_error, of_error);
-    tokens_out(n, of_input[0], p.of_keys, token(chunk, 0));
-    tokens_out(n, of_error, p.of_values, token(chunk, 0));
-  }
-  // (5), (2) and the keys' errors at what the chunk began with: from the gradient behind the chunk, in place.
-  void state_back(const Found& f, T* gradient) {
-    const int end = (f.n - 1) * bc;
-    for (int l = 0; l < L; l++) {
-      const T *g = f.writes[l] + end, *e = f.decay[l] + end, *anchor = matrix(l, M0, state);
-      const T *weight = state + place(l, W), *momentum = state + place(l, S);
-      T* of[] = {gradient + place(l, W), gradient + place(l, S), of_anchor + place(l, W)};
-      V of_keep = {}, of_carry = {}, of_stay = {};
-      for (int64_t i = 0; i < size(l); i += LANES) {
-        const V of_w = load(of[W] + i), of_s = load(of[S] + i), s = load(momentum + i);
-        of_keep += of_w * load(weight + i), of_carry += of_w * s, of_stay += of_s * s;
-        store(of[W] + i, g[b + W] * of_w), store(of[S] + i, g[b + S] * of_w + e[b + S] * of_s);
-        if (!p.anchored) continue;
-        of_keep -= of_w * load(anchor + i);
-        store(of[M0] + i, load(of[M0] + i) + (1 - g[b + W]) * of_w);
-      }
-      of_writes[l][end + b + W] += sum(of_keep), of_writes[l][end + b + S] += sum(of_carry);
-      of_decay[l][end + b + S] += sum(of_stay);
-      for (int part = 0; part < parts; part++) {
-        const int blocks = part == W && l ? 3 : part < met(f, l) ? 2 : 1;  // of rows that have met it
-        outer(ADD, l, blocks * f.n, left[part][l], right[l], of[part]);
-      }
-    }
+    copy(n, D, of_input[0], D, p.of_keys + token(c, 0) * D, p.heads * D);
+    copy(n, D, of_error, D, p.of_values + token(c, 0) * D, p.heads * D);
   }
   // (1), and theta's way into steps and masses.
-  void gates_back(int chunk, const Found& f) {
+  void gates_back(const Chunk& c) {
     for (int l = 0; l < L; l++)
-      for (int t = f.n - 1; t >= 0; t--) {
-        const T eta = gate(p.eta, chunk, t, l), left = 1 - eta, smallest = p.smallest_decay;
-        T *of_g = of_writes[l] + t * bc, *of_e = of_decay[l] + t * bc;
+      for (int t = c.n - 1; t >= 0; t--) {
+        T *of_g = of_gates[W][l] + t * bc, *of_e = of_gates[S][l] + t * bc;
+        const int64_t gate = token(c, t) * L + l;
+        const T eta = p.eta[gate], left = 1 - eta;
         add(bc, 1, of_g, of_e);
-        const int64_t place = token(chunk, t) * L + l;
-        ((T*)p.of_theta)[place] = of_steps[l][t] + of_mass[l][t] / (left > smallest ? left : smallest);
-        ((T*)p.of_eta)[place] = dot(bc, of_e, f.decay[l] + (t - 1) * bc);
-        if (left >= smallest) ((T*)p.of_eta)[place] += of_mass[l][t] * f.mass[l][t] / left;
-        ((T*)p.of_alpha)[place] = -dot(bc, of_g, f.writes[l] + (t - 1) * bc);
-        add(bc, 1 - gate(p.alpha, chunk, t, l), of_g, of_g - bc), add(bc, eta, of_e, of_e - bc);
+        p.of_theta[gate] = of_steps[l][t] + of_mass[l][t] / std::max(left, T(p.smallest_decay));
+        p.of_eta[gate] = dot(bc, of_e, c.gates[S][l] + (t - 1) * bc);
+        if (left >= T(p.smallest_decay)) p.of_eta[gate] += of_mass[l][t] * c.mass[l][t] / left;
+        p.of_alpha[gate] = -dot(bc, of_g, c.gates[W][l] + (t - 1) * bc);
+        add(bc, 1 - p.alpha[gate], of_g, of_g - bc), add(bc, eta, of_e, of_e - bc);
       }
   }
-  // A chunk from the gradient g at the state behind it to that at the one before, in place.
-  void back(int chunk, const Found& f, const T* before, T* g) {
-    if (f.n) {
-      state = before;
-      memset(base + of_chunk, 0, of_end - of_chunk);
-      shell_back(f, before + state_size, g);
-      queries(chunk, f);
-      reads_back(chunk, f);
-      end_back(f, g);
-      if (p.exact) hold(chunk, f, 0, last, true);
-      keys_back(chunk, f);
-      state_back(f, g);
-      gates_back(chunk, f);
-    }
-    if (!p.restarts || !p.restarts[chunk * p.rows + row]) return;
-    add(state_size, 1, g, of_fresh);  // a document has begun in its first state, not in what the chunk before has left
-    memset(g, 0, state_size * sizeof(T));
-  }
-  void gradients_out(const T* g) {
-    state_out(g, p.of_state);
-    if (p.of_fresh[W][0]) state_out(of_fresh, p.of_fresh);
-    copy(D, of_scale, (T*)p.of_scale + memory * D);
-    copy(D, of_shift, (T*)p.of_shift + memory * D);
-    for (int l = 0; l < L && p.anchored; l++)
-      copy(size(l), of_anchor + place(l, W), (T*)p.of_anchors[l] + memory * size(l));
+  // A chunk's way back from the gradient behind it; `state` is what it began with.
+  void back(const Chunk& c, const State& after) {
+    memset(base + of_chunk, 0, of_end - of_chunk);
+    end_back(c, after);
+    queries(c);
+    reads_back(c);
+    if (p.exact) hold(c, 0, last, true);
+    keys_back(c);
+    gates_back(c);
   }
 
   // -------------------------------------------------------------------------------------------- memories in turn
   // A chunk up to its keys' errors, from its own first state if a document begins; whether there are tokens in it.
-  bool enter(int chunk, Found& f, T* own) {
-    if (p.restarts && p.restarts[chunk * p.rows + row]) state_in(p.fresh, own), state = own;
-    f.n = p.counts ? p.counts[chunk * p.rows + row] : b;
-    if (!f.n) return false;
-    coefficients(chunk, f);
-    keys(chunk, f);
+  bool enter(int index, Chunk& c, const State& own) {
+    c.index = index, c.restarts = p.restarts && p.restarts[index * p.rows + row];
+    if (c.restarts) copy_state(in_tensors(p.fresh), own), state = own;
+    c.n = p.counts ? p.counts[index * p.rows + row] : b;
+    if (!p.norm) c.error = c.delta[last];  // the last matrix' output is the answer
+    if (!c.n) return false;
+    coefficients(c);
+    keys(c);
     return true;
   }
-  // In an open chunk the first tokens are worked out already; what is worked out of all of them goes on, or ends.
+  // What all tokens of an open chunk come to goes to tensors, and what the first of them have come to is there.
+  void open(Chunk& c) const {
+    for (int l = 0; l < L; l++) {
+      c.x[l] = p.inputs[l] + memory * b * d[l], c.delta[l] = p.deltas[l] + memory * b * d[l + 1];
+      copy(1, old * d[l], p.old_inputs[l] + memory * old * d[l], 0, c.x[l], 0);
+      copy(1, old * d[l + 1], p.old_deltas[l] + memory * old * d[l + 1], 0, c.delta[l], 0);
+    }
+  }
   void forward(int64_t from, int64_t to) {
-    Found f(*this);
-    T* own = take(state_size);
+    Chunk c = new_chunk();
+    T* const block = take(state_size);
     for (int64_t m = from; m < to && base; m++) {
       begin(m);
-      state = nullptr;
-      if (p.steps) open(f);
-      for (int c = 0; c < p.chunks; c++) {
-        if (p.kept && c && c % p.group == 0) save(kept(c / p.group));
-        if (!enter(c, f, own)) continue;
-        queries(c, f);
-        if (p.after[W][0]) end(f, own);
+      const State own = in_block(block);
+      state = in_tensors(p.state);
+      if (p.steps) open(c);
+      for (int index = 0; index < p.chunks; index++) {
+        if (p.kept && index && index % p.group == 0) copy_state(state, kept(index / p.group));
+        if (!enter(index, c, own)) continue;
+        queries(c);
+        const int64_t first = token(c, old) - (row + 1) * old * p.heads;  // reads are of new tokens only
+        if (p.reads) copy(c.n - old, D, output + old * D, D, p.reads + first * D, p.heads * D);
+        for (int t = 0; t < c.n && p.steps; t++)
+          for (int l = 0; l < L; l++) p.steps[token(c, t) * L + l] = c.steps[l][t];
+        if (p.after[W][0]) end(c, own);
       }
-      if (p.after[W][0]) state_out(state, p.after);
+      if (p.after[W][0]) copy_state(state, in_tensors(p.after));
     }
   }
   // Goes through a group once more from the state kept before it, then back through its chunks.
-  void backward_through(int64_t from, int64_t to) {
-    std::vector<Found> found;
-    for (int i = 0; i < p.group; i++) found.emplace_back(*this);
-    T *states = take((p.group + 1) * state_size), *g = take(state_size);
+  void backward(int64_t from, int64_t to) {
+    std::vector<Chunk> chunks;
+    for (int i = 0; i < p.group; i++) chunks.push_back(new_chunk());
+    T* const states = take((p.group + 1) * state_size);
     for (int64_t m = from; m < to && base; m++) {
       begin(m);
-      state_in(p.of_state, g);
-      memset(base + of_memory, 0, of_chunk - of_memory);
+      const State first = in_tensors(p.of_fresh);
+      gradient = in_tensors(p.of_state);
+      of_scale = p.of_scale + m * D, of_shift = p.of_shift + m * D;
+      for (int l = 0; l < L; l++) gradient[M0][l] = p.of_anchors[l] + m * size(l);
+      const auto at = [&](int place) { return in_block(states + place * state_size); };
       for (int group = (p.chunks - 1) / p.group; group >= 0; group--) {
-        const int first = group * p.group, end_of = std::min<int>(first + p.group, p.chunks);
-        group ? copy(state_size, kept(group), states) : state_in(p.state, states);
-        for (int c = first; c < end_of; c++) {
-          T *before = states + (c - first) * state_size, *after = before + state_size;
-          state = before;
-          enter(c, found[c - first], before) ? end(found[c - first], after) : copy(state_size, before, after);
+        const int begun = group * p.group, count = std::min<int>(p.group, p.chunks - begun);
+        copy_state(group ? kept(group) : in_tensors(p.state), at(0));
+        for (int i = 0; i < count; i++) {
+          state = at(i);
+          enter(begun + i, chunks[i], at(i)) ? end(chunks[i], at(i + 1)) : copy_state(at(i), at(i + 1));
         }
-        for (int c = end_of - 1; c >= first; c--) back(c, found[c - first], states + (c - first) * state_size, g);
+        for (int i = count - 1; i >= 0; i--) {
+          state = at(i);
+          if (chunks[i].n) back(chunks[i], at(i + 1));
+          for (int l = 0; l < L && chunks[i].restarts; l++)
+            for (int part : {W, S})
+              add(size(l), 1, gradient[part][l], first[part][l]), memset(gradient[part][l], 0, size(l) * sizeof(T));
+        }
       }
-      gradients_out(g);
     }
   }
 };
 
-// Bytes of working memory that a thread needs, without a base; else the work.
+// Bytes of working memory that a thread needs, without a base; else the work on some memories.
 template <typename T>
-int64_t run(const Problem& p, bool back, int64_t from, int64_t to, void* base) {
-  Walk<T> walk(p, base, back);
-  back ? walk.backward_through(from, to) : walk.forward(from, to);
+int64_t run(const void* problem, bool back, int64_t from, int64_t to, void* base) {
+  Walk<T> walk(*(const Problem<T>*)problem, base);
+  back ? walk.backward(from, to) : walk.forward(from, to);
   return walk.used;
 }
 }  // namespace NAME
@@ -778,58 +660,41 @@ int64_t run(const Problem& p, bool back, int64_t from, int64_t to, void* base) {
 #undef BYTES
 
 #else  // ---------------------------------------------------------------------------------------------- instances
-#if defined(__x86_64__) && defined(__clang__)
-#define FOR(features) _Pragma(TEXT(clang attribute push(__attribute__((target(features))), apply_to = function)))
-#define DONE _Pragma("clang attribute pop")
-#elif defined(__x86_64__)
-#define FOR(features) _Pragma("GCC push_options") _Pragma(TEXT(GCC target(features)))
-#define DONE _Pragma("GCC pop_options")
-#endif
-#define TEXT(x) #x
-
 #define NAME baseline
 #define BYTES 16
 #include "memory.cpp"
-#ifdef FOR
+#ifdef __x86_64__
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #define NAME avx2
 #define BYTES 32
-FOR("avx2,fma")
 #include "memory.cpp"
-DONE
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,prefer-vector-width=512")
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw"))), apply_to = function)
 #define NAME avx512
 #define BYTES 64
-FOR("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
 #include "memory.cpp"
-DONE
+#pragma clang attribute pop
+#pragma clang attribute pop
+#pragma GCC pop_options
 #endif
-
-static int64_t run(const Problem& p, bool back, int level, int bits, int64_t from, int64_t to, void* base) {
-#ifdef FOR
-  if (level == 2) return (bits == 32 ? avx512::run<float> : avx512::run<double>)(p, back, from, to, base);
-  if (level == 1) return (bits == 32 ? avx2::run<float> : avx2::run<double>)(p, back, from, to, base);
+static decltype(&baseline::run<float>) const RUN[][2] = {  // by operation.widest and precision
+    {baseline::run<float>, baseline::run<double>},
+#ifdef __x86_64__
+    {avx2::run<float>, avx2::run<double>},
+    {avx512::run<float>, avx512::run<double>},
 #endif
-  return (bits == 32 ? baseline::run<float> : baseline::run<double>)(p, back, from, to, base);
+};
+extern "C" int64_t memory_problem_bytes() { return sizeof(Problem<float>); }
+extern "C" int64_t memory_workspace(const void* problem, bool back, int level, int bits) {
+  return RUN[level][bits / 64](problem, back, 0, 0, nullptr);
 }
-extern "C" {
-// The widest instructions of this processor: 0 what every one has, 1 AVX2, 2 AVX-512.
-int memory_level() {
-#ifdef FOR
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw"))
-    return 2;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-  return 0;
-}
-int64_t memory_problem_bytes() { return sizeof(Problem); }
-int64_t memory_workspace(const Problem* p, bool back, int level, int bits) {
-  return run(*p, back, level, bits, 0, 0, nullptr);
-}
-// Forward or back; `bytes` of the workspace belong to each thread.
-void memory_run(const Problem* p, bool back, int level, int bits, char* workspace, int64_t bytes) {
-  at::parallel_for(0, p->rows * p->heads, 1, [&](int64_t from, int64_t to) {
-    run(*p, back, level, bits, from, to, workspace + at::get_thread_num() * bytes);
+// Forward or back of so many memories; `bytes` of the workspace belong to each thread.
+extern "C" void memory_run(const void* problem, bool back, int level, int bits, int64_t count, char* workspace,
+                           int64_t bytes) {
+  at::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+    RUN[level][bits / 64](problem, back, from, to, workspace + at::get_thread_num() * bytes);
   });
-}
 }
 #endif

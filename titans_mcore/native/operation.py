@@ -23,7 +23,7 @@ _LINE = 64  # bytes; working memory begins with a line of the cache
 # `Problem` in memory.cpp: its fields in their order and how many words of 8 bytes each has.
 _FIELDS = {
     **dict.fromkeys(("rows", "heads", "chunks", "size", "group", "depth"), 1),
-    "width": 5,
+    **dict.fromkeys(("width", "padded"), 5),
     **dict.fromkeys(("norm", "anchored", "exact", "holds_last", "closed", "old"), 1),
     **dict.fromkeys(("rms_limit", "whole", "smallest_decay", "epsilon"), 1),
     **dict.fromkeys(("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift"), 1),
@@ -100,7 +100,9 @@ class _Call:
         widths, size, group, closed, norm, exact, holds_last, *rest = setting
         # A list of words, not a ctypes.Structure, which takes longer to fill than a token to compute.
         self.memories, padding = batch * heads, [0] * (5 - len(widths))
-        self.words = [batch, heads, slots // size, size, group, len(widths) - 1, *widths, *padding]
+        line = _LINE // queries.element_size()
+        self.words = [batch, heads, slots // size, size, group, len(widths) - 1]
+        self.words += [*widths, *padding, *(-(-w // line) * line for w in widths), *padding]
         self.words += [int(norm), int(bool(tensors[8])), int(exact), int(holds_last), int(closed), old]
         self.words += struct.unpack("4q", struct.pack("4d", *rest))
         self.words += [0] * (_WORDS - len(self.words))
@@ -123,7 +125,7 @@ class _Call:
         threads = min(torch.get_num_threads(), self.memories)
         workspace = self.like.new_empty((threads * size + _LINE) // self.like.element_size())
         first = -(-workspace.data_ptr() // _LINE) * _LINE
-        code.memory_run(problem, back, level, bits, first, size)
+        code.memory_run(problem, back, level, bits, self.memories, first, size)
 
     def _pointer(self, x: Tensor) -> int:
         if x.dtype != self.like.dtype and x.is_floating_point():
@@ -139,7 +141,7 @@ class _Call:
 @cache
 def widest() -> int:
     """The widest instructions that this processor has: 0 those of any, 1 AVX2, 2 AVX-512."""
-    return _code().memory_level()
+    return {"AVX2": 1, "AVX512": 2}.get(torch.backends.cpu.get_cpu_capability(), 0)
 
 
 @cache
@@ -149,7 +151,7 @@ def _code() -> ctypes.CDLL:
     integer = ctypes.c_int
     code.memory_workspace.restype, code.memory_run.restype = c_int64, None
     code.memory_workspace.argtypes = [c_char_p, c_bool, integer, integer]
-    code.memory_run.argtypes = [c_char_p, c_bool, integer, integer, c_void_p, c_int64]
+    code.memory_run.argtypes = [c_char_p, c_bool, integer, integer, c_int64, c_void_p, c_int64]
     assert code.memory_problem_bytes() == 8 * _WORDS
     return code
 
@@ -187,10 +189,10 @@ def _scan_backward(of_reads: Tensor, *arguments: Any) -> list[Tensor]:
     call = _Call(tensors, Setting(*arguments[3 + _TENSORS :]))
     batch, _, heads, width = tensors[0].shape
     tokens = [_unwritten(x, tensors[13]) for x in tensors[:6]]
-    norm = [of_reads.new_empty(batch, heads, width) for _ in tensors[6:8]]
-    anchors = [x.new_empty(batch, *x.shape) for x in tensors[8]]
+    norm = [of_reads.new_zeros(batch, heads, width) for _ in tensors[6:8]]
+    anchors = [x.new_zeros(batch, *x.shape) for x in tensors[8]]
     states = [[x.clone(memory_format=torch.contiguous_format) for x in xs] for xs in (of_weights, of_momentum)]
-    fresh = [[x.new_empty(x.shape) for x in xs] for xs in tensors[11:13]]
+    fresh = [[x.new_zeros(x.shape) for x in xs] for xs in tensors[11:13]]
     for name, value in zip((*_NAMES, *_LISTS), (*tokens, *norm, anchors, *states, *fresh), strict=True):
         call.set(f"of_{name}", value)
     call.set("of_reads", of_reads)
