@@ -21,7 +21,11 @@ from .test_resume import numbers, tensor_files
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 WORKER = str(Path(__file__).with_name("reshape_worker.py"))
-TENSOR, BF16 = "--parallel.tensor 2", "--train.precision bf16"
+TENSOR = "--parallel.tensor 2"
+# Stages divide parameters otherwise, so the sums that make the gradient's norm differ in the last bit. Clipping would
+# pass that on to the fp32 masters, and where one lies between two bf16 numbers its weight would jump by a 256th: losses
+# then differ by 1e-5. Without clipping masters and losses are the same to the last bit.
+BF16 = "--train.precision bf16 --optimizer.clip-norm 0"
 HIDDEN, CONTEXT = f"{TENSOR} --parallel.memory-parallel hidden", "--parallel.context 2"
 ZERO = [f"--parallel.zero-stage {stage}" for stage in range(4)]
 
@@ -72,7 +76,7 @@ PAIRS = {  # run that goes on: uninterrupted run, relative difference, what is s
     "3-to-1": ("data-2-zero-3", SAME_TENSOR, "ZeRO 3 -> 1"),
     "2-to-0": ("data-2-zero-2", SAME_TENSOR, "ZeRO 2 -> 0"),
     "0-to-2": ("data-2-zero-0", SAME_TENSOR, "ZeRO 0 -> 2"),
-    "bf16-1-to-3": ("bf16-zero-1", OTHER_TENSOR, "ZeRO 1 -> 3"),
+    "bf16-1-to-3": ("bf16-zero-1", SAME_TENSOR, "ZeRO 1 -> 3"),
     "four-to-tensor": ("tensor-2-data-2", SAME_TENSOR, "data 2 -> 1"),
     "data-to-tensor": ("data-2-zero-1", OTHER_TENSOR, "tensor 1 -> 2, data 2 -> 1, ZeRO 1 -> 3"),
     "tensor-to-data": ("tensor-2", OTHER_TENSOR, "tensor 2 -> 1, data 1 -> 2, ZeRO 1 -> 2"),
