@@ -82,10 +82,9 @@ def plan_of(request: Request) -> dict[str, Any]:
     """
     # The model's and the engine's packages take seconds to import, which --help and a mistyped flag need not wait for.
     from pretrain.plan.bytes import checkpoint_bytes, rank_bytes
-    from pretrain.plan.collectives import collectives_of
     from pretrain.plan.layout import for_gpus, layout_of
     from pretrain.plan.parameters import count_by_part, parameters_of
-    from pretrain.plan.step_time import step_flops, step_time
+    from pretrain.plan.step_time import messages_of, step_flops, step_time
 
     config = for_gpus(request.config)
     layout = layout_of(config, request.gpus)
@@ -101,7 +100,7 @@ def plan_of(request: Request) -> dict[str, Any]:
         "layout": asdict(layout),
         "parameters": count_by_part(parameters),
         "rank": rank,
-        "collectives": [asdict(collective) for collective in collectives_of(config, layout, parameters)],
+        "messages": messages_of(config, layout),
         "step": {
             "tokens": config.train.tokens_per_step,
             "flops": flops,

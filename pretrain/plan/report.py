@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 _GIB = 2**30
-_WORDS = ("part", "group", "operation", "of", "what")  # columns of words; others are of numbers
+_WORDS = ("part", "what")  # columns of words; others are of numbers
 
 
 def print_report(plan: dict[str, Any], console: Console) -> None:
@@ -61,18 +61,15 @@ def _tables(plan: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], Sequen
     host = [(f"{_words(part)}, on the host", _gib(size)) for part, size in rank["host_parts"].items() if size]
     title = f"Memory of each of {layout['gpus']} rank{'s' if layout['gpus'] > 1 else ''}"
     yield title, ("part", "GiB"), [*held, ("total", _gib(rank["bytes"])), *host]
-    sent = [
-        (row["group"], _words(row["operation"]), row["purpose"], f"{row['calls']:,}", _gib(row["bytes"]))
-        for row in plan["collectives"]
-    ]
-    columns = ("group", "operation", "of", "calls", "GiB")
-    yield "Collectives of each rank in a step", columns, sent or [("none", "", "", "", "")]
     flops = [(f"TFLOP {kind}", f"{flops / 1e12:,.2f}") for kind, flops in step["flops"].items()]
     if step["recomputed_flops"]:
         flops.append(("TFLOP recomputed, beside", f"{step['recomputed_flops'] / 1e12:,.2f}"))
     first = [("tokens", f"{step['tokens']:,}"), ("micro-batches of a rank", f"{layout['micro_batches']:,}")]
-    last = ("FLOP a token", f"{step['flops']['total'] / step['tokens']:,.0f}")
-    yield "A step of all ranks", ("what", "value"), [*first, *flops, last]
+    last = [("FLOP a token", f"{step['flops']['total'] / step['tokens']:,.0f}")]
+    if (sent := plan["messages"])["states"]:
+        last.append(("messages from a rank to the next", f"{sent['states'] + sent['headers']:,}"))
+        last.append(("GiB of them, and as much of gradients back", _gib(sent["bytes"])))
+    yield "A step of all ranks", ("what", "value"), [*first, *flops, *last]
     time, checkpoint = plan["time"], plan["checkpoint"]
     wavefront = [("wavefront efficiency", f"{time['wavefront_efficiency']:.3f}")] if layout["context"] > 1 else []
     run = [

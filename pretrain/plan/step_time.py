@@ -7,7 +7,7 @@ recomputed; the head all of its own. Of C ranks that share a row the last one be
 in the forward and in the backward pass of all micro-batches in flight; the head of all others fits into that time. So
 equal layers have an efficiency of n L / (n L + C - 1). Where every layer's states compose, messages alone are waited
 for, once each way; among layers that do not, those that do change nothing. Messages go at the network's speed and are
-taken to be shorter than a layer; other collectives are part of the utilisation. Ranks whose layers' states compose do
+taken to be shorter than a layer; all collectives are part of the utilisation. Ranks whose layers' states compose do
 more than one rank would, evenly over the layers, which counts as waiting. tests/pretrain/wavefront.py says the same
 task by task.
 
@@ -110,6 +110,22 @@ def step_time(config: RunConfig, layout: Layout, parameters: list[Parameter], gp
         found = shared * (alone + layers * (1 + passes) * more) + (layout.context - 1) * waited
         efficiency = shared * alone / found
     return StepTime(layout.micro_batches * alone / efficiency, again, efficiency)
+
+
+def messages_of(config: RunConfig, layout: Layout) -> dict[str, int]:
+    """What a context-parallel rank sends to the next one in a step, rows of one document; nothing where it is alone.
+
+    Returns:
+        `states`, messages with the states of all layers, `headers` in front of those that do not compose, and `bytes`
+        of the states. Their gradients come back in as many messages of the same size. Bytes are the most, where the
+        window is wider than a rank's tokens; documents inside rows add masks and the chunk that one has opened.
+    """
+    n, work = layout.micro_batches if layout.context > 1 else 0, workload_of(config, layout)
+    return {
+        "states": n * sum(mixer.messages(config.model) for mixer in config.model.blocks),
+        "headers": n * sum(not mixer.composes for mixer in config.model.blocks),
+        "bytes": n * sum(mixer.message(work) for mixer in config.model.blocks),
+    }
 
 
 def step_flops(config: RunConfig, parameters: list[Parameter]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import PackedRows, TensorTree
-from titans_mcore.mixers.costs import FLOAT32, Sums, Workload
+from titans_mcore.mixers.costs import FLOAT32, Workload
 from titans_mcore.mixers.parts import FromParts, Parts, heads_of, linear
 from titans_mcore.mixers.spec import Heads, MixerSpec, register
 
@@ -71,7 +71,3 @@ class Ema(MixerSpec):
     def message(self, work: Workload) -> int:
         """The average."""
         return work.w * work.rows * work.config.dim // work.ranks
-
-    def reductions(self, work: Workload) -> Sums:
-        """The gradient of the rates, which all heads read."""
-        return 1, work.tokens * _WIDTH * work.w

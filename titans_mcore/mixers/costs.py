@@ -1,4 +1,4 @@
-"""What attention and the memory cost: operations, bytes kept for the backward pass, sums and messages over ranks.
+"""What attention and the memory cost: operations, bytes kept for the backward pass, messages to the next rank.
 
 Plain formulas for the planner and the meter of utilisation, counted as the modules' code does it; a mixer's spec puts
 them together (spec.py). Letters as in config.py, and for one rank: e its part of the width E, m the channels of the
@@ -34,17 +34,6 @@ The state that a context-parallel rank hands on, flat in the length of the rows,
       tails      3 w B (K - 1) H D              of queries, keys and values
     attention    2 w B P e                      keys and values in the window, P = min(W - 1, tokens so far)
       prefix     2 w B N e                      those of the persistent tokens
-
-Sums over ranks that hold parts of every memory's matrices, float32, for a scan of C chunks of b tokens by M = B H
-memories of width D and depth L, in groups of ceil(sqrt(C)) chunks; twice, since the way back goes through it again:
-
-    chunk      its prediction M b D, with the products of its keys M b b; squares for held steps M b (L - 1 + L // 2),
-               of a plain network's last matrix M b; mean squares for the state shell 2 L M
-    group      all its reads
-
-and the gradients at what every rank has whole, on the way back: of a chunk's keys, of its last errors twice, of its
-steps M b L, of its mean squares; of a group's queries and errors, of its steps and gates 3 M b L. Three or four
-matrices sum beside this at the hidden width.
 """
 
 import itertools
@@ -57,7 +46,6 @@ from .neural_memory import gate_widths
 
 FLOAT32 = 4
 _QUERY_BLOCK = 512  # of attention by SDPA: keys of a block's first query to its last one are masked together
-Sums = tuple[int, int]  # calls, bytes
 
 
 @dataclass(frozen=True)
@@ -98,16 +86,6 @@ class Workload:
     def m(self) -> float:
         """Channels of the memory heads that a rank computes."""
         return self.config.memory_shape.channels / (1 if self.hidden else self.ranks)
-
-    @property
-    def activation(self) -> int:
-        """Bytes of hidden states (T, B, E)."""
-        return self.tokens * self.config.dim * self.w
-
-    @property
-    def persistent(self) -> int:
-        """Bytes of the persistent tokens (N, E)."""
-        return self.config.persistent_tokens * self.config.dim * self.w
 
 
 def window_keys(config: TitansConfig, length: int) -> float:
@@ -195,38 +173,6 @@ def weights_message(work: Workload) -> int:
 def tail_message(work: Workload, channels: int) -> int:
     """Bytes of the tokens that a convolution of so many channels, all heads together, keeps for every row."""
     return work.rows * work.w * ((work.config.conv_kernel - 1) * channels // (1 if work.hidden else work.ranks))
-
-
-def scan_sums(config: TitansConfig, rows: int, length: int) -> Sums:
-    """Sums of a scan over rows of so many tokens by ranks that share the memory's matrices, forward and backward."""
-    (heads, width), depth = config.memory_shape, config.memory_depth
-    memories = rows * heads
-    size = min(config.chunk_size, length)
-    chunks = math.ceil(length / size)
-    groups = math.ceil(chunks / _group(chunks))
-    tokens, stable = memories * chunks * size, config.memory_rule == "stable"
-    hidden, last = tokens * width * config.memory_expansion, tokens * width
-    shells = stable and size == config.chunk_size  # an open chunk has no shell behind it
-    squares = (2 * depth * chunks, 2 * depth * chunks * memories) if shells else (0, 0)
-    forth: list[Sums] = [(chunks, last + stable * tokens * size), (groups, last), squares]
-    back: list[Sums] = [(2 * chunks, 2 * last), (2 * groups, 2 * last), squares]
-    back += [(depth * chunks, depth * tokens), ((depth + 2) * groups, 3 * depth * tokens)]
-    if stable:
-        held = depth - 1 + depth // 2 + (config.memory_network == "plain")
-        forth.append((held * chunks, held * tokens))
-    if depth > 1:
-        back.append((chunks, last))
-    if depth > 2:
-        forth += [(2 * chunks, 2 * hidden), (groups, hidden)]
-        back += [((depth - 1) * chunks, (depth - 1) * hidden), (2 * groups, 2 * hidden)]
-    calls, numbers = total_sums([*forth, *forth, *back])
-    return calls, FLOAT32 * numbers
-
-
-def total_sums(sums: Iterable[Sums]) -> Sums:
-    """Calls and bytes of all."""
-    calls, sizes = zip(*sums, strict=True)
-    return sum(calls), sum(sizes)
 
 
 def _group(chunks: int) -> int:

@@ -13,16 +13,12 @@ from ..config import TitansConfig
 from ..memory import PackedRows, TensorTree
 from ..memory.layout import take
 from .costs import (
-    FLOAT32,
-    Sums,
     Workload,
     memory_kept,
     memory_message,
     memory_numbers,
     memory_states,
-    scan_sums,
     tail_message,
-    total_sums,
     weights_message,
 )
 from .neural_memory import BEGINNINGS, NeuralMemory, NeuralMemoryState, PersistentTokens, Recall, combine
@@ -302,7 +298,6 @@ class Mac(MixerSpec):
     memory = persistent = True
     beginnings = BEGINNINGS
     uses = _USES
-    border = 1  # the block keeps its share of what every rank has
 
     def check(self, config: TitansConfig) -> None:
         """A segment is whole chunks."""
@@ -356,18 +351,3 @@ class Mac(MixerSpec):
     def message(self, work: Workload) -> int:
         """Memory and tails, and those of the recall; segments are whole, so no keys."""
         return memory_message(work) + weights_message(work) + tail_message(work, work.config.memory_shape.channels)
-
-    def reductions(self, work: Workload) -> Sums:
-        """By segment three forward and two backward of its hidden states; of persistent tokens one back."""
-        calls, size = super().reductions(work)
-        return 5 * len(self.pieces(work.config, work.length)) + calls, 5 * work.activation + size
-
-    def hidden_sums(self, work: Workload) -> Sums:
-        """A scan for every segment, and its recall's reads once forward and once backward."""
-        pieces, channels = self.pieces(work.config, work.length), work.config.memory_shape.channels
-        scans = [scan_sums(work.config, work.rows, piece) for piece in pieces]
-        return total_sums([*scans, (2 * len(pieces), 2 * FLOAT32 * work.tokens * channels)])
-
-    def hidden_answers(self, work: Workload) -> tuple[int, int]:
-        """Recalled and read, by segment."""
-        return 2 * len(self.pieces(work.config, work.length)), 2 * work.tokens

@@ -16,7 +16,7 @@ from .branches import (
     read_persistent,
     window_alone,
 )
-from .costs import Sums, Workload
+from .costs import Workload
 from .neural_memory import BEGINNINGS, NeuralMemory, PersistentTokens
 from .parts import FromParts, Parts, linear
 from .spec import MixerSpec, register
@@ -80,13 +80,3 @@ class Mal(MixerSpec):
     def kept(self, work: Workload) -> float:
         """Beside both parts y, what attention reads."""
         return super().kept(work) + work.w * work.config.dim
-
-    def reductions(self, work: Workload) -> Sums:
-        """y is summed on its way forward and its gradient on its way back; that of persistent tokens likewise."""
-        some = int(work.config.persistent_tokens > 0)
-        return 2 + 3 * some, 2 * work.activation + 3 * work.persistent
-
-    def hidden_answers(self, work: Workload) -> tuple[int, int]:
-        """Attention reads what the memory answers to persistent tokens, too."""
-        persistent = work.config.persistent_tokens
-        return (2 if persistent else 1), work.tokens + persistent

@@ -17,7 +17,7 @@ from ..config import TitansConfig
 from ..linear import selective_scan
 from ..linear.selective import SELECTIVE_SPAN
 from ..memory import PackedRows
-from .costs import FLOAT32, Sums, Workload
+from .costs import FLOAT32, Workload
 from .linear import Earlier, LinearShape, LinearSpec, LinearState, convolved, initial_dt_bias, initial_taps, widened
 from .parts import FromParts, Parts, heads_of, linear
 from .spec import Heads, register
@@ -133,7 +133,3 @@ class Mamba(LinearSpec):
         selected = time_step_rank(work.config) + 2 * _NUMBERS
         steps = (3 if work.before else 2) * FLOAT32 * channels
         return work.w * (8 * channels + selected) + steps + gathers
-
-    def reductions(self, work: Workload) -> Sums:
-        """What W_x makes of all channels, and its gradient."""
-        return 2, 2 * work.tokens * work.w * (time_step_rank(work.config) + 2 * _NUMBERS)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..config import TitansConfig
 from ..linear import linear_scan
 from ..memory import PackedRows
-from .costs import FLOAT32, Sums, Workload
+from .costs import FLOAT32, Workload
 from .linear import (
     Earlier,
     LinearShape,
@@ -112,7 +112,3 @@ class Mamba2(LinearSpec):
         """
         keys, values, gathers = self.on_rank(work)
         return work.w * (8 * values + 6 * keys) + FLOAT32 * 3 * values + gathers
-
-    def reductions(self, work: Workload) -> Sums:
-        """The gradient of B and C, which all heads read; the norm's sums, forth and back, in float32."""
-        return 3, work.tokens * (2 * self.width * work.w + 2 * FLOAT32)

@@ -13,7 +13,6 @@ from torch import nn
 from ..config import TitansConfig
 from ..memory import TensorTree
 from .costs import (
-    Sums,
     Workload,
     attention_flops,
     attention_kept,
@@ -25,8 +24,6 @@ from .costs import (
     memory_scan_kept,
     memory_state,
     memory_states,
-    scan_sums,
-    total_sums,
     window_keys,
 )
 
@@ -65,8 +62,6 @@ class MixerSpec:
         beginnings: Parts of the names of parameters that only the beginning of a sequence reads.
         uses: How often a linear map is applied to each token, and to each persistent token once a micro-batch, where it
             is not (1, 0).
-        border: All-reduces of hidden states where a block enters the mixer and leaves it, with tensor-parallel ranks;
-            under sequence parallelism reduce-scatters.
     """
 
     name: str
@@ -82,7 +77,6 @@ class MixerSpec:
     front = False
     beginnings: tuple[str, ...] = ()
     uses: dict[str, tuple[int, int]] = {}  # noqa: RUF012 - replaced, never changed
-    border = 2
 
     # Settings.
 
@@ -179,22 +173,6 @@ class MixerSpec:
     def composing_flops(self, config: TitansConfig, tokens: int) -> int:
         """Operations of a rank that reads its tokens before the state in front of them is there, forward, beside."""
         return 0
-
-    def reductions(self, work: Workload) -> Sums:
-        """All-reduces of tensor-parallel ranks inside the mixer, forward and backward, beside those at its border."""
-        return (1, work.persistent) if self._prefix(work.config) else (0, 0)
-
-    def hidden_sums(self, work: Workload) -> Sums:
-        """Sums of ranks that share the memory's matrices, forward and backward, on the first rank of a row."""
-        config = work.config
-        opened = config.persistent_tokens % config.chunk_size
-        persistent = [piece for piece in (config.persistent_tokens - opened, opened) if piece]
-        scans = [scan_sums(config, 1, piece) for piece in persistent]
-        return total_sums([scan_sums(config, work.rows, work.length), *scans])
-
-    def hidden_answers(self, work: Workload) -> tuple[int, int]:
-        """How often such ranks gather the gradient of what the memory answers, and of how many tokens in all."""
-        return 1, work.tokens
 
     def _prefix(self, config: TitansConfig) -> int:
         """Persistent tokens."""

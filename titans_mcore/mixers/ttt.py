@@ -20,7 +20,7 @@ from ..config import TitansConfig
 from ..linear import ttt_scan
 from ..linear.ttt import MINI_BATCH, TTT_EPS, TTT_SPAN, FastWeights
 from ..memory import PackedRows, TensorTree
-from .costs import FLOAT32, Sums, Workload
+from .costs import FLOAT32, Workload
 from .linear import LinearShape, LinearSpec, initial_taps, linear_heads, short_conv, widened
 from .parts import FromParts, Parts, heads_of, linear, rms_norm
 from .spec import MixerSpec, register
@@ -216,10 +216,6 @@ class TTTSpec(LinearSpec):
         whole, own, taps = work.config.dim, work.e, work.config.conv_kernel - 1
         documents = work.w * (taps * (2 * own + whole) + own) if work.documents else 0.0
         return work.w * (11 * own + 2 * whole) + FLOAT32 * (2 * own + whole) + documents
-
-    def reductions(self, work: Workload) -> Sums:
-        """The norm's two sums, forth and back, in float32; the gradients of 16 places are too few to count."""
-        return 2, 4 * FLOAT32 * work.tokens
 
 
 class TTTLinearMixer(TTTMixer):
