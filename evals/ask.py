@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.command_line import EvaluationError, ModelOptions, check_at_least, parse_settings, run_command
-from tokenization.command_line import try_output
+from titans_mcore.command_line import try_output
 
 if TYPE_CHECKING:
     from evals.models import EvalModel
@@ -104,7 +104,7 @@ def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
 
     from evals.niah.generate import read
     from evals.tokens import DiskTokens, encode_text
-    from tokenization.io import sha256_of
+    from titans_mcore.io import sha256_of
     from tokenization.progress import Progress
 
     with tempfile.TemporaryFile() as file:

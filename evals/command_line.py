@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tokenization.command_line
-from tokenization.command_line import EXIT_FAULT, EXIT_INTERRUPTED, CommandError, parse_settings
+import titans_mcore.command_line
+from titans_mcore.command_line import EXIT_FAULT, EXIT_INTERRUPTED, CommandError, parse_settings
 
 if TYPE_CHECKING:
     from evals.models import EvalModel
@@ -101,12 +101,12 @@ def run_command(main: Callable[[], None]) -> None:
         main: The command; it imports torch, not its module: the threads' way of waiting is read when torch is loaded.
 
     Raises:
-        SystemExit: Always; see `tokenization.command_line.run_command`.
+        SystemExit: Always; see `titans_mcore.command_line.run_command`.
     """
     # Streaming is thousands of small operations. Where another process takes a core, threads that spin while they wait
     # for each other make it several times slower; asleep they cost nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    tokenization.command_line.run_command(main)
+    titans_mcore.command_line.run_command(main)
 
 
 def say(text: str) -> None:

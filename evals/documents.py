@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evals.command_line import EvaluationError
-from tokenization.io import PartialFile
+from titans_mcore.io import PartialFile
 
 
 class Document(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from evals.command_line import EvaluationError
 from titans_mcore.config import TitansConfig
+from titans_mcore.io import hash_files, sha256_of
 from tokenization.command_line import TokenizationError
-from tokenization.io import hash_files, sha256_of
 
 _LONGEST_WAIT_SECONDS = 14 * 24 * 3600.0
 

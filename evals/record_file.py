@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from evals.command_line import EvaluationError
-from tokenization.io import try_lock
+from titans_mcore.io import try_lock
 
 SampleResult = TypeVar("SampleResult")
 

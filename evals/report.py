@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenization.io import bytes_text as bytes_text
-from tokenization.io import seconds_text as seconds_text
-from tokenization.io import write_file_atomically as write_bytes
+from titans_mcore.io import bytes_text as bytes_text
+from titans_mcore.io import seconds_text as seconds_text
+from titans_mcore.io import write_file_atomically as write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,9 +23,9 @@ from pretrain.recovery.rewinds import Rewinds
 from pretrain.report.metrics import Metrics
 from pretrain.report.throughput import MfuMeter, memory_bytes
 from pretrain.schedule import portion_of, rate_of, tokens_after
+from titans_mcore.io import try_lock
 from titans_mcore.telemetry import MemoryTelemetry
 from titans_mcore.weights import checkpoints_newest_first
-from tokenization.io import try_lock
 
 
 @dataclass

@@ -41,13 +41,13 @@ from pretrain.report.metrics import Metrics
 from pretrain.report.sinks import check_sinks
 from pretrain.run import Run, lock_run_folder
 from pretrain.schedule import tokens_after
+from titans_mcore.command_line import try_output
 from titans_mcore.config import TitansConfig
 from titans_mcore.linear.fla import why_not_fla
 from titans_mcore.memory.fused import why_not_fused
 from titans_mcore.memory.native import why_not_native
 from titans_mcore.memory.rule import Memory, Network, Rule
 from titans_mcore.parallel import DeepSpeedGroups, device, memory_split, sample_place, start, stop, tighten_timeouts
-from tokenization.command_line import try_output
 
 
 def train(arguments: Sequence[str]) -> None:

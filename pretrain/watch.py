@@ -15,7 +15,7 @@ import tyro
 from pretrain.report.history import History
 from pretrain.report.records import METRICS_FILE, Follower, Record, line_of
 from pretrain.report.step_line import clock, step_line
-from tokenization.command_line import CommandError, parse_settings, run_command
+from titans_mcore.command_line import CommandError, parse_settings, run_command
 
 _EVENTS = 5
 _OFTEN_HELD = 0.2

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from tokenization.command_line import run_command
+from titans_mcore.command_line import run_command
 
 
 def status_of(main: Callable[[], object], *words: object) -> int:

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.io import sha256_of
 from titans_mcore.weights import (
     MARKER,
     ShardHeader,
     Split,
     check_same_model,
     damage,
-    file_sha256,
     find_checkpoint,
     load_config,
     load_full,
@@ -61,7 +61,7 @@ def write(folder, state, size, *, change_norm_of_rank=None):
         values = model_tensors(model).items()
         save_shard(folder / "weights", ShardHeader.of(model), values, CONFIG, rank=rank, size=size, step=3, tokens=300)
     files = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in folder.rglob("*")
         if file.is_file()
     }

@@ -6,7 +6,6 @@ tensor-parallel rank, fp32. The metadata of each file says, for every tensor, ho
 folder; a folder without it, or with other files than it lists, is not a checkpoint.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.io import sha256_of
 from titans_mcore.tensor_files import (
     SavedPart,
     SavedTensors,
@@ -264,15 +264,9 @@ def damage(checkpoint: Path, *, read_files: bool = False) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != known["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {known['bytes']}"
-        if read_files and file_sha256(file) != known["sha256"]:
+        if read_files and sha256_of(file) != known["sha256"]:
             return f"{name} has changed since it was written (its sha256 differs)"
     return None
-
-
-def file_sha256(file: Path) -> str:
-    """Checksum of a file's content."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_sums(folder: Path) -> None:
@@ -283,7 +277,7 @@ def _check_sums(folder: Path) -> None:
         return  # weights by themselves; a checkpoint without a readable record is refused where it is looked for
     for file in sorted(folder.iterdir()):
         noted = files.get(f"{folder.name}/{file.name}", {}).get("sha256")
-        if noted and file_sha256(file) != noted:
+        if noted and sha256_of(file) != noted:
             raise ValueError(
                 f"{file} has changed since it was written (its sha256 differs); take another checkpoint or a whole "
                 "copy of this one (--no-verify reads it as it is)"

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy
 
+from titans_mcore.io import commit_file, sha256_of, write_file_atomically
 from tokenization.assemble import entropy_of
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
 from tokenization.encode import summarize, warn_of_tokenizer
-from tokenization.io import commit_file, sha256_of, write_file_atomically
 from tokenization.manifest import (
     FORMAT_VERSION,
     HELDOUT,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy
 
+from titans_mcore.io import PartialFile, exclusive, sha256_of, write_file_atomically
 from tokenization.command_line import TokenizationError
-from tokenization.io import PartialFile, exclusive, sha256_of, write_file_atomically
 from tokenization.manifest import (
     FORMAT_VERSION,
     HELDOUT,

@@ -12,9 +12,9 @@ from typing import Literal
 
 from titans_mcore.hf.folder import ExportError
 from titans_mcore.hf.tokenizer import read_tokenizer
+from titans_mcore.io import exclusive, sha256_of, sweep_partial_files, write_file_atomically
 from tokenization.assemble import assemble, remove_work
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
-from tokenization.io import exclusive, sha256_of, sweep_partial_files, write_file_atomically
 from tokenization.manifest import HELDOUT, TRAIN, Manifest
 from tokenization.output import claim_output, mark_failed
 from tokenization.plan import Plan

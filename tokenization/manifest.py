@@ -14,8 +14,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from titans_mcore.io import from_json, sha256_of
 from tokenization.command_line import TokenizationError
-from tokenization.io import from_json, sha256_of
 from tokenization.settings import EncodingSettings
 from tokenization.tokenizer import TokenizerInfo
 

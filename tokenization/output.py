@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from titans_mcore.io import exclusive, sha256_of
 from tokenization.command_line import TokenizationError
-from tokenization.io import exclusive, sha256_of
 from tokenization.manifest import HELDOUT, MANIFEST_NAME, REJECTED_NAME, TRAIN, Manifest
 from tokenization.plan import PLAN_NAME, PLAN_VERSION, Plan, plan_units
 from tokenization.records import Rejected, Skipped

@@ -12,8 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from titans_mcore.io import from_json, write_file_once
 from tokenization.command_line import TokenizationError
-from tokenization.io import from_json, write_file_once
 from tokenization.parquet import row_groups
 from tokenization.records import BrokenFile, Rejected, Skipped, Span
 from tokenization.settings import EncodingSettings

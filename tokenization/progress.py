@@ -4,7 +4,7 @@ import sys
 import time
 from typing import Any
 
-from tokenization.io import bytes_text, seconds_text
+from titans_mcore.io import bytes_text, seconds_text
 
 _PLAIN_SECONDS = 60.0
 

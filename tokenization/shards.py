@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 
-from tokenization.io import commit_file, read_marker, sha256_of, write_file_atomically
+from titans_mcore.io import commit_file, read_marker, sha256_of, write_file_atomically
 from tokenization.manifest import HELDOUT, ORIGIN, FileInfo, Shard
 from tokenization.plan import Plan
 from tokenization.units import DOCUMENT, part_path

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titans_mcore.io import sha256_of
 from tokenization.command_line import TokenizationError
-from tokenization.io import sha256_of
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 TOKENIZER_NAME, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titans_mcore.io import write_file_atomically
 from tokenization.command_line import TokenizationError, check_range, parse_settings, run_command
 from tokenization.documents import Document, Reader
-from tokenization.io import write_file_atomically
 from tokenization.plan import plan_units
 from tokenization.records import Skipped
 from tokenization.sources import Source, SourceOptions

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy
 
+from titans_mcore.io import PartialFile, read_marker, sha256_of, write_file_atomically
 from tokenization.command_line import TokenizationError
 from tokenization.cutting import CUT_ABOVE_CHARACTERS, Cutter, TextWithoutCut, load_cutter
 from tokenization.documents import Document, Reader
-from tokenization.io import PartialFile, read_marker, sha256_of, write_file_atomically
 from tokenization.plan import Plan, PlannedSpan
 from tokenization.records import Rejected, Skipped
 from tokenization.remote import is_remote

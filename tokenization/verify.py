@@ -10,9 +10,9 @@ from typing import Any
 import numpy
 from tyro.conf import Positional
 
+from titans_mcore.io import sha256_of
 from tokenization.assemble import entropy_of
 from tokenization.command_line import MOST_WORKERS, TokenizationError, check_range, parse_settings, run_command
-from tokenization.io import sha256_of
 from tokenization.manifest import HELDOUT, ORIGIN, TRAIN, FileInfo, Manifest, ManifestError, Shard, size_damage
 from tokenization.progress import Progress
 from tokenization.shards import import_indexed_dataset

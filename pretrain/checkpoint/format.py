@@ -29,9 +29,9 @@ import torch.distributed as dist
 from pretrain.config.run_config import RunConfig
 from pretrain.engine import resolve_precision
 from pretrain.schedule import portion_of, tokens_after
+from titans_mcore.command_line import remedy_of
 from titans_mcore.parallel import device, memory_split, sample_place
 from titans_mcore.weights import MARKER
-from tokenization.command_line import remedy_of
 
 OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"

@@ -14,8 +14,8 @@ from pretrain.checkpoint.format import read_record
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import CheckpointConfig
 from pretrain.recovery.health import Health
+from titans_mcore.io import bytes_text, write_file_atomically
 from titans_mcore.weights import MARKER, checkpoints_newest_first
-from tokenization.io import bytes_text, write_file_atomically
 
 HEALTHY_FILE = "healthy.json"
 _BYTES_A_PARAMETER = 12  # fp32: the weight and two moments

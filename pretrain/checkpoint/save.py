@@ -37,17 +37,16 @@ from pretrain.checkpoint.optimizer import file_of_this_rank, moments_of
 from pretrain.checkpoint.retention import delete
 from pretrain.config.run_config import RunConfig
 from pretrain.engine import DeepSpeedEngine, full_precision_values
+from titans_mcore.io import sha256_of, sync
 from titans_mcore.parallel import DeepSpeedGroups
 from titans_mcore.weights import (
     DESCRIPTION,
     WEIGHTS_FOLDER,
     ShardHeader,
-    file_sha256,
     shard_name,
     write_description,
     write_shard,
 )
-from tokenization.io import sync
 
 RANDOM_STREAM = "stream."
 """What the names of Megatron's random streams begin with in a file of random states."""
@@ -184,7 +183,7 @@ def _write(partial: Path, jobs: dict[str, Job]) -> FileFacts:
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file)
         sync(file)
-        facts[name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        facts[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return facts
 
 

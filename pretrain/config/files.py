@@ -19,7 +19,7 @@ import tomli_w
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import TEXTS
 from titans_mcore.config import with_memory_heads
-from tokenization.io import write_file_atomically
+from titans_mcore.io import write_file_atomically
 
 _PRESETS = Path(__file__).with_name("presets")
 _SIZES = _PRESETS / "sizes.toml"

@@ -11,7 +11,8 @@ from pretrain.config.files import load_run_config
 from pretrain.data.batches import NumberedSamples
 from pretrain.data.folders import RunData, open_data, open_samples
 from pretrain.schedule import Portion, portion_of
-from tokenization.command_line import TokenizationError, run_command
+from titans_mcore.command_line import run_command
+from tokenization.command_line import TokenizationError
 from tokenization.trace import origin_of
 
 

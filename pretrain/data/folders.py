@@ -21,7 +21,7 @@ from megatron.core.datasets import helpers
 
 from pretrain.config.run_config import RunConfig
 from pretrain.data.batches import MicroBatch, NumberedSamples, Piece, Samples
-from tokenization.io import bytes_text, sha256_of, write_file_atomically
+from titans_mcore.io import bytes_text, sha256_of, write_file_atomically
 from tokenization.manifest import Manifest
 from tokenization.progress import Progress
 from tokenization.tokenizer import TokenizerInfo

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pretrain.config.command_line import parse
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.status import EXIT_FAILED, EXIT_MISTAKE, FINAL, LAUNCHER, REQUEUE_FILE, STATUS_DIR, ended_well
+from titans_mcore.command_line import CommandError, remedy_of, try_output
 from titans_mcore.division import check_divisible, check_world
-from tokenization.command_line import CommandError, remedy_of, try_output
 
 if TYPE_CHECKING:
     from pretrain.launch.preflight import Meeting

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from pretrain.checkpoint.format import checkpoint_folder
 from pretrain.launch.status import EXIT_FAILED, EXIT_GIVEN_UP, EXIT_MISTAKE, REQUEUE_FILE
+from titans_mcore.command_line import CommandError, remedy_of
+from titans_mcore.io import write_file_atomically
 from titans_mcore.parallel import stop
-from tokenization.command_line import CommandError, remedy_of
-from tokenization.io import write_file_atomically
 
 _WAIT_FOR_RANK_0_SECONDS = 20
 _STOP_AFTER = 1_000  # no signal has this number

@@ -16,9 +16,9 @@ from pretrain.recovery.health import Verdict
 from pretrain.recovery.rewinds import Rewind, Rewinds
 from pretrain.run import Run
 from pretrain.schedule import portion_of
+from titans_mcore.io import write_file_atomically
 from titans_mcore.weights import checkpoints_newest_first
 from tokenization.command_line import TokenizationError
-from tokenization.io import write_file_atomically
 
 
 def recover(run: Run, step: int, verdict: Verdict) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenization.io import write_file_atomically
+from titans_mcore.io import write_file_atomically
 
 REWINDS_FILE = "rewinds.jsonl"
 

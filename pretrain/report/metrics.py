@@ -14,7 +14,7 @@ from pretrain.config.run_config import RunConfig
 from pretrain.report.records import count_attempts, make_record
 from pretrain.report.sinks import Sink, open_sinks
 from pretrain.report.step_line import seconds_left, step_line
-from tokenization.io import write_file_atomically
+from titans_mcore.io import write_file_atomically
 
 
 class Metrics:

@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.io import sha256_of
 from tokenization.tokenizer import llama_settings
 
 from .babi import write_babi, write_books
@@ -82,7 +83,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> MakeR
         weights.save_shard(checkpoint / "weights", header, values, config, rank=0, size=1, step=1, tokens=1)
         files = [file for file in checkpoint.rglob("*") if file.is_file()]
         listed = {
-            str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": weights.file_sha256(file)}
+            str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
             for file in files
         }
         (checkpoint / weights.MARKER).write_text(json.dumps({"files": listed}))

@@ -22,8 +22,8 @@ from evals.record_file import RecordFile
 from evals.report import mean_interval
 from pretrain.config.files import build, read_config, systems
 from pretrain.plan.parameters import count_by_part, parameters_of
+from titans_mcore.io import try_lock
 from titans_mcore.mixers import MIXERS
-from tokenization.io import try_lock
 
 from ..pretrain.conftest import TINY
 from ..pretrain.tiny_shards import write_shards

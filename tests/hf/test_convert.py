@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.commands import status_of
 from titans_mcore.hf import proof, save
 from titans_mcore.hf.convert import export, main
 from titans_mcore.hf.proof import TOLERANCE
@@ -25,7 +26,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
     """Runs the command, which must end with a status and one sentence, and returns the sentence."""
 
     def run(*arguments: object, status: int = 2) -> str:
-        assert main([str(argument) for argument in arguments]) == status
+        assert status_of(main, *arguments) == status
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: "), lines
@@ -40,7 +41,7 @@ def names(folder: Path) -> set[str]:
 
 def test_a_run_is_exported_and_proven(mac_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "hf"
-    assert main(["--checkpoint", str(mac_run), "--output", str(output)]) == 0
+    assert status_of(main, "--checkpoint", mac_run, "--output", output) == 0
     printed = capsys.readouterr().out
     proven = json.loads((output / "proof.json").read_text())
     assert 0 <= proven["max_abs_error"] <= TOLERANCE * proven["largest_output"]
@@ -107,7 +108,7 @@ def test_an_earlier_export_is_replaced_and_anything_else_is_not(mac_run: Path, t
     arguments = ("--checkpoint", mac_run, "--output", other, "--skip-proof")
     assert "not an earlier export" in fails(*arguments)
     assert names(other) == {"chapter.tex"}
-    assert main([*map(str, arguments), "--overwrite"]) == 0
+    assert status_of(main, *arguments, "--overwrite") == 0
     assert "chapter.tex" not in names(other)
     assert names(tmp_path) == {"hf", "thesis"}
 
@@ -160,9 +161,7 @@ def test_weights_of_another_variant_are_named(tmp_path: Path, tokenizer: Path, f
 
 
 def test_help_describes_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
+    assert status_of(main, "--help") == 0
     text = capsys.readouterr().out
     for flag in (
         "--checkpoint",

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.commands import status_of
+from titans_mcore.hf import convert
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.mapping import to_exported
 from titans_mcore.hf.modeling_titans import TitansForCausalLM
@@ -88,8 +90,6 @@ def test_every_tensor_parallel_size_exports_the_same_bytes(
 def test_ranks_that_disagree_about_what_all_of_them_hold_are_refused(
     of_two_ranks: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from titans_mcore.hf import convert
-
     shutil.copytree(of_two_ranks / "mac", tmp_path / "mac")
     (second,) = tmp_path.rglob("tp-01-of-02.safetensors")
     with safe_open(second, "pt") as file:
@@ -98,7 +98,7 @@ def test_ranks_that_disagree_about_what_all_of_them_hold_are_refused(
     tensors["final_norm.weight"][5] = torch.nextafter(tensors["final_norm.weight"][5], torch.tensor(9.0))
     save_file(tensors, second, metadata)
     arguments = ["--checkpoint", tmp_path / "mac", "--output", tmp_path / "hf", "--tokenizer", tokenizer]
-    assert convert.main([str(argument) for argument in arguments]) == 2
+    assert status_of(convert.main, *arguments) == 2
     assert "the ranks hold different values of final_norm.weight" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
 
@@ -144,7 +144,7 @@ def test_what_save_pretrained_wrote_comes_back_too(
 
 
 def fails(capsys: pytest.CaptureFixture[str], folder: Path, output: Path) -> str:
-    assert main(["--folder", str(folder), "--output", str(output)]) == 2
+    assert status_of(main, "--folder", folder, "--output", output) == 2
     *notes, line = capsys.readouterr().err.strip().splitlines()
     assert all(note.endswith("has no proof.json, so its files are not compared with checksums") for note in notes)
     assert line.startswith("error: ")
@@ -155,7 +155,7 @@ def test_the_command_makes_a_run_and_names_mistakes(
     exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert main(["--folder", str(exported["lmm"]), "--output", str(run)]) == 0
+    assert status_of(main, "--folder", exported["lmm"], "--output", run) == 0
     assert "begins with its weights" in capsys.readouterr().out
     assert "exists; name a run folder that does not" in fails(capsys, exported["lmm"], run)
     assert "no such folder" in fails(capsys, tmp_path / "none", tmp_path / "other")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.commands import status_of
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.proof import files_of
 from titans_mcore.hf.verify import main
@@ -24,7 +25,7 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], folder: Path, status: int, *more: str) -> str:
-    assert main([str(folder), *more]) == status
+    assert status_of(main, folder, *more) == status
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     return line
@@ -32,7 +33,7 @@ def fails(capsys: pytest.CaptureFixture[str], folder: Path, status: int, *more: 
 
 def test_a_copied_folder_is_verified(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "README.md").write_text("my words")  # what may change
-    assert main([str(folder)]) == 0
+    assert status_of(main, folder) == 0
     assert "numbers differ from the trained model's by at most" in capsys.readouterr().out
 
 

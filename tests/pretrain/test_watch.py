@@ -12,7 +12,7 @@ from pretrain.report.metrics import Metrics
 from pretrain.report.records import Follower, read_records
 from pretrain.watch import lines_of, main, memory_warnings
 from tests.pretrain.jobs import read_metrics
-from tokenization.command_line import CommandError
+from titans_mcore.command_line import CommandError
 
 from .test_metrics import VALUES
 

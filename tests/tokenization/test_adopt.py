@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain.data.batches import Samples
+from titans_mcore.io import sha256_of
 from tokenization.adopt import AdoptSettings, adopt
 from tokenization.command_line import TokenizationError
-from tokenization.io import sha256_of
 from tokenization.manifest import HELDOUT, TRAIN, Manifest, ManifestError
 from tokenization.shards import import_indexed_dataset
 from tokenization.tokenizer import load_tokenizer

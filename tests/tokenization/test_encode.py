@@ -15,7 +15,8 @@ import pytest
 import sentencepiece
 import zstandard
 
-from tokenization.command_line import CommandError, TokenizationError
+from titans_mcore.command_line import CommandError
+from tokenization.command_line import TokenizationError
 from tokenization.encode import encode, main, token_type
 from tokenization.manifest import Manifest
 from tokenization.plan import Plan

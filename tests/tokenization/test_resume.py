@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import tokenization.io
+import tokenization.encode
+from titans_mcore.io import PartialFile, exclusive, sweep_partial_files, write_file_once
 from tokenization.command_line import TokenizationError
 from tokenization.encode import encode
-from tokenization.io import PartialFile, exclusive, sweep_partial_files, write_file_once
 
 from .conftest import encode_settings, hashes, make_texts, start, write_jsonl
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy
 import pytest
 
+from titans_mcore.io import from_json, sha256_of
 from tokenization.encode import encode
-from tokenization.io import from_json, sha256_of
 from tokenization.manifest import FileInfo, Manifest, ManifestError, fingerprint_of
 from tokenization.shards import import_indexed_dataset
 from tokenization.train import TrainSettings, train

@@ -7,7 +7,6 @@ same. `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads 
 import os
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from titans_mcore.command_line import parse_settings, run_command
 from titans_mcore.config import TitansConfig
 from titans_mcore.hf import proof
 from titans_mcore.hf.card import model_card
-from titans_mcore.hf.folder import ExportError, check_output, run_command, staged_folder
+from titans_mcore.hf.folder import ExportError, check_output, staged_folder
 from titans_mcore.hf.mapping import to_exported
 from titans_mcore.hf.tokenizer import TokenizerModel, read_tokenizer, write_tokenizer
 from titans_mcore.weights import find_checkpoint, load_full
@@ -143,7 +143,9 @@ def _model(config: TitansConfig, tensors: dict[str, Tensor], pieces: TokenizerMo
     return model
 
 
-def _export(settings: ExportSettings) -> None:
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(ExportSettings, "python -m titans_mcore.hf.convert")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here is on a hub
     report = export(**vars(settings))
     print(f"exported {report.checkpoint} to {report.output}: {report.parameters:,} parameters")
@@ -155,10 +157,5 @@ def _export(settings: ExportSettings) -> None:
         print(f"largest difference of a logit from the trained model: {report.max_abs_error:.3g}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; see `--help`. Returns the exit status."""
-    return run_command(ExportSettings, "python -m titans_mcore.hf.convert", _export, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

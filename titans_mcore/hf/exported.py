@@ -15,8 +15,8 @@ from torch import Tensor
 from titans_mcore.config import TitansConfig, with_memory_heads
 from titans_mcore.hf.files_titans import check_weight_files, named_files
 from titans_mcore.hf.folder import ExportError
+from titans_mcore.io import sha256_of
 from titans_mcore.tensor_files import read_tensors
-from titans_mcore.weights import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -77,7 +77,7 @@ def check_sums(folder: Path) -> None:
         return
     noted = _json(folder / PROOF).get("files", {})
     for file in (folder / CONFIG, folder / TOKENIZER, *weight_files(folder)):
-        if file.name in noted and not (file.is_file() and file_sha256(file) == noted[file.name]["sha256"]):
+        if file.name in noted and not (file.is_file() and sha256_of(file) == noted[file.name]["sha256"]):
             raise ExportError(
                 f"{file} is not the file that was exported (its sha256 differs from {PROOF}'s); copy or export the "
                 "folder again (--no-verify reads it as it is)"

@@ -1,17 +1,25 @@
-"""Folders that appear whole or not at all, what may be replaced, and how the commands that write them end."""
+"""Folders that appear whole or not at all, and what may be replaced."""
 
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-EXIT_FAILED, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
-Settings = TypeVar("Settings")
+from titans_mcore.command_line import EXIT_FAILED, CommandError
+from titans_mcore.io import sync
+
+
+class ExportError(CommandError):
+    """Of a run, an exported folder or what is asked of both."""
+
+
+class ProofFailed(CommandError):
+    """The exported model does not compute what the trained one computes; nothing was written."""
+
+    status = EXIT_FAILED
 
 
 def check_output(output: Path, *, overwrite: bool, inputs: list[Path]) -> None:
@@ -55,10 +63,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         for file in staging.iterdir():
-            _sync(file)
-        _sync(staging)
+            sync(file)
+        sync(staging)
         _replace(staging, target, scratch / "old")
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -74,50 +82,3 @@ def _replace(staging: Path, target: Path, old: Path) -> None:
         if was_there:
             old.rename(target)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class ExportError(Exception):
-    """A fault the user can mend. Its message is one sentence: the thing, what came, and what to do."""
-
-
-class ProofFailed(Exception):
-    """The exported model does not compute what the trained one computes; nothing was written."""
-
-
-def run_command(
-    kind: type[Settings], program: str, command: Callable[[Settings], None], arguments: Sequence[str] | None
-) -> int:
-    """Runs a command line; see `--help`.
-
-    Args:
-        kind: Frozen dataclass with a docstring under every field.
-        program: How the command is called.
-        command: Does it, and prints what came of it.
-        arguments: Words of the command line; None takes the process's own.
-
-    Returns:
-        The exit status.
-    """
-    import tyro
-
-    settings = tyro.cli(kind, args=arguments, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
-    try:
-        command(settings)
-    except (ExportError, ProofFailed) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return EXIT_MISTAKE if isinstance(fault, ExportError) else EXIT_FAILED
-    except OSError as fault:
-        print(f"error: cannot write {getattr(settings, 'output', '')}: {fault}", file=sys.stderr)
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left, run the same command again", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.hf.folder import ProofFailed
-from titans_mcore.weights import file_sha256
+from titans_mcore.io import sha256_of
 
 FORMAT = 3
 TOLERANCE = 1e-5
@@ -152,7 +152,7 @@ def native_logits(config: TitansConfig, weights: Mapping[str, Tensor], prompt: l
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and checksum of every file."""
     return {
-        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(folder.iterdir())
         if file.is_file()
     }

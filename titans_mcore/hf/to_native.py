@@ -5,16 +5,16 @@ this run folder begins with it, at any layout, with a new optimizer.
 """
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titans_mcore.command_line import parse_settings, run_command
 from titans_mcore.hf.exported import read_config, read_weights
-from titans_mcore.hf.folder import ExportError, run_command, staged_folder
+from titans_mcore.hf.folder import ExportError, staged_folder
 from titans_mcore.hf.mapping import to_native
 from titans_mcore.hf.tokenizer import SENTENCEPIECE
-from titans_mcore.weights import BEGINS, MARKER, WEIGHTS_FOLDER, ShardHeader, file_sha256, save_shard
+from titans_mcore.io import sha256_of
+from titans_mcore.weights import BEGINS, MARKER, WEIGHTS_FOLDER, ShardHeader, save_shard
 
 _CHECKPOINT = "step-00000000"
 
@@ -55,7 +55,7 @@ def import_run(folder: Path, output: Path, *, no_verify: bool = False) -> Path:
         place = {"rank": 0, "size": 1, "step": 0, "tokens": 0}
         save_shard(checkpoint / WEIGHTS_FOLDER, header, tensors.items(), config, **place)
         files = {
-            str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+            str(file.relative_to(checkpoint)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
             for file in sorted(checkpoint.rglob("*"))
             if file.is_file()
         }
@@ -67,15 +67,12 @@ def import_run(folder: Path, output: Path, *, no_verify: bool = False) -> Path:
     return output / "checkpoints" / _CHECKPOINT
 
 
-def _import(settings: ImportSettings) -> None:
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(ImportSettings, "python -m titans_mcore.hf.to_native")
     checkpoint = import_run(**vars(settings))
     print(f"{settings.folder} is {checkpoint} now; training with --run-dir {settings.output} begins with its weights")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; see `--help`. Returns the exit status."""
-    return run_command(ImportSettings, "python -m titans_mcore.hf.to_native", _import, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

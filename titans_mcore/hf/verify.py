@@ -5,8 +5,6 @@ is in its proof.json. Nothing but the folder is needed.
 """
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +12,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from titans_mcore.command_line import parse_settings, run_command
 from titans_mcore.hf.exported import PROOF
-from titans_mcore.hf.folder import ExportError, ProofFailed, run_command
+from titans_mcore.hf.folder import ExportError, ProofFailed
 from titans_mcore.hf.proof import FORMAT, Comparison, compare, outputs_of, shown
-from titans_mcore.weights import file_sha256
+from titans_mcore.io import sha256_of
 
 
 @dataclass(frozen=True)
@@ -67,22 +66,19 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         file = folder / name
         if not file.is_file():
             raise ProofFailed(f"{file} is missing; copy or export the folder again")
-        if file.stat().st_size != known["bytes"] or file_sha256(file) != known["sha256"]:
+        if file.stat().st_size != known["bytes"] or sha256_of(file) != known["sha256"]:
             raise ProofFailed(f"{file} is not the file that was exported; copy or export the folder again")
 
 
-def _verify(settings: VerifySettings) -> None:
-    found = verify(settings.folder, device=settings.device, tolerance=settings.tolerance)
+def main() -> None:
+    """Runs the command line; see `--help`."""
+    settings = parse_settings(VerifySettings, "python -m titans_mcore.hf.verify")
+    found = verify(**vars(settings))
     print(
         f"verified {settings.folder} on {settings.device}: {found.compared:,} numbers differ from the trained model's "
         f"by at most {found.max_abs_error:.3g} ({found.allowed:.3g} is allowed)"
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; see `--help`. Returns the exit status."""
-    return run_command(VerifySettings, "python -m titans_mcore.hf.verify", _verify, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

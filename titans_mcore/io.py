@@ -1,6 +1,6 @@
 """Files that appear whole or not at all (a temporary name beside the target, fsync, rename), locks, hashes, records.
 
-The other rooms write, lock and hash with these, too.
+All rooms write, lock and hash with these.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from tokenization.command_line import TokenizationError
+from titans_mcore.command_line import CommandError
 
 Marker = TypeVar("Marker")
 
@@ -154,13 +154,13 @@ def exclusive(path: Path, refusal: str) -> Iterator[None]:
         refusal: The sentence when another process holds it.
 
     Raises:
-        TokenizationError: Another process holds the lock.
+        CommandError: Another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if not try_lock(descriptor):
-            raise TokenizationError(refusal)
+            raise CommandError(refusal)
         yield
     finally:
         os.close(descriptor)
