@@ -2,18 +2,65 @@
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from evals.command_line import EvaluationError
 from titans_mcore.io import try_lock
 
-SampleResult = TypeVar("SampleResult")
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What must be equal for results to be counted together; an evaluation adds what else decides its own."""
+
+    checkpoint_sha256: str
+    """Of the weights."""
+    tokenizer_sha256: str
+    """Of the tokenizer file."""
+    max_new_tokens: int
+    """Tokens of the answer."""
 
 
-class RecordFile(Generic[SampleResult]):
+@dataclass(frozen=True, kw_only=True)
+class SampleResult(Identity):
+    """What a model made of one sample. Times and memory are those of the batch it ran in."""
+
+    task: str
+    length: int
+    sample: int
+    seed: int
+    prompt_tokens: int
+    answer: str
+    """Its text."""
+    batch: int
+    """Samples read side by side."""
+    prefill_seconds: float
+    decode_ms_per_token: float
+    peak_bytes: int
+    state_bytes_per_sample: int
+
+    @property
+    def name(self) -> Any:
+        """Which sample it is."""
+        raise NotImplementedError
+
+    def belongs_to(self, identity: Identity | None) -> bool:
+        """Whether it may be counted with results of this identity; None has none of the task."""
+        return identity is not None and all(getattr(self, name) == value for name, value in vars(identity).items())
+
+
+Answered = TypeVar("Answered", bound=SampleResult)
+Record = TypeVar("Record")
+
+
+def counted(records: Iterable[Answered], identities: Mapping[str, Identity]) -> list[Answered]:
+    """The records that may be counted together: those of their task's identity, each sample once."""
+    return list({record.name: record for record in records if record.belongs_to(identities.get(record.task))}.values())
+
+
+class RecordFile(Generic[Record]):
     """A JSONL file of records, held by one process at a time. Use it in a `with` block.
 
     Args:
@@ -24,7 +71,7 @@ class RecordFile(Generic[SampleResult]):
         EvaluationError: Another process holds the file, or a line in it is not a record.
     """
 
-    def __init__(self, path: Path, kind: type[SampleResult]) -> None:
+    def __init__(self, path: Path, kind: type[Record]) -> None:
         self.path, self._kind = path, kind
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +99,13 @@ class RecordFile(Generic[SampleResult]):
         """The descriptor that has the lock. A child that it is passed to holds the file too, until both have ended."""
         return self._file.fileno()
 
-    def append(self, records: Iterable[SampleResult]) -> None:
+    def absorb(self, path: Path) -> None:
+        """Takes over the records of another process's file and removes it; a crash in between leaves both."""
+        with RecordFile(path, self._kind) as other:
+            self.append(other.records)
+            path.unlink()
+
+    def append(self, records: Iterable[Record]) -> None:
         """Adds records; they are on the disk when this returns."""
         new = list(records)
         lines: list[Any] = new
@@ -61,7 +114,7 @@ class RecordFile(Generic[SampleResult]):
         os.fsync(self._file.fileno())
         self.records += new
 
-    def _parse(self, line: bytes, number: int) -> SampleResult:
+    def _parse(self, line: bytes, number: int) -> Record:
         kind: Any = self._kind
         try:
             values = json.loads(line)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from evals.babilong import BabilongSettings
-from evals.babilong.samples import Sample, SampleKey
+from evals.babilong.samples import StoryKey, StorySample
 from evals.babilong.stories import correct
 from evals.babilong.summary import write_report
 from evals.babilong.texts import StoryResult, Texts, read_texts
@@ -17,7 +17,7 @@ from evals.command_line import say
 from evals.measure import PeakMemory, Watch, state_bytes
 from evals.models import EvalModel
 from evals.niah.generate import answer, read
-from evals.record_file import RecordFile
+from evals.record_file import RecordFile, counted
 from tokenization.progress import Progress
 
 _STEP = 10  # a token of an answer takes about as long as so many that are read
@@ -34,16 +34,15 @@ def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
             finite.
     """
     texts = read_texts(model, settings)
-    hashes = {task: stories.sha256 for task, stories in texts.stories.items()}
     builders = {task: texts.builder(model, task) for task in texts.stories}
     samples = [
-        builders[task].build(SampleKey(task, length, sample, settings.seed))
+        builders[task].build(StoryKey(task, length, sample, settings.seed))
         for length in sorted(set(settings.lengths))
         for task in settings.tasks
         for sample in range(settings.samples)
     ]  # what is long in them stays on disk
     with RecordFile(settings.output / "babilong.jsonl", StoryResult) as results:
-        own = [record for record in results.records if record.belongs_to(texts.identity, hashes.get(record.task))]
+        own = counted(results.records, texts.identities)
         if len(own) < len(results.records):
             others = len(results.records) - len(own)
             say(f"{results.path}: {others} results of other weights, tokenizers or texts are left out")
@@ -63,7 +62,7 @@ class _Runner:
         self._model, self._settings, self._texts, self._results = model, settings, texts, results
         self._peak = PeakMemory(model.device)
 
-    def run(self, missing: Sequence[Sample]) -> list[StoryResult]:
+    def run(self, missing: Sequence[StorySample]) -> list[StoryResult]:
         """Samples length by length, short ones first."""
         tokens = sum(sample.tokens for sample in missing)
         say(f"{len(missing)} samples, {tokens:,} tokens")
@@ -81,14 +80,14 @@ class _Runner:
                 done += records
         return done
 
-    def _cut(self, samples: list[Sample]) -> Iterator[list[Sample]]:
+    def _cut(self, samples: list[StorySample]) -> Iterator[list[StorySample]]:
         """Batches of one task with prompts of one length: padding would be read as text."""
         for _, alike in groupby(sorted(samples, key=_shape), _shape):
             rows = list(alike)
             for start in range(0, len(rows), self._settings.batch):
                 yield rows[start : start + self._settings.batch]
 
-    def _run_batch(self, samples: Sequence[Sample], progress: Progress) -> list[StoryResult]:
+    def _run_batch(self, samples: Sequence[StorySample], progress: Progress) -> list[StoryResult]:
         watch = Watch(self._peak, lambda tokens: progress.advance(tokens, tokens))
         stream, end = self._model.stream, self._model.tokenizer.processor.eos_id()
         columns = zip(*(sample.pieces(self._settings.piece) for sample in samples), strict=True)
@@ -102,7 +101,7 @@ class _Runner:
         self._results.append(records)
         return records
 
-    def _record(self, sample: Sample, ids: list[int], costs: dict[str, Any]) -> StoryResult:
+    def _record(self, sample: StorySample, ids: list[int], costs: dict[str, Any]) -> StoryResult:
         text, task, story = self._model.tokenizer.processor.decode(ids), sample.name.task, sample.story
         return StoryResult(
             **asdict(sample.name),
@@ -114,10 +113,9 @@ class _Runner:
             prompt_tokens=sample.tokens,
             answer_tokens=len(ids),
             **costs,
-            stories_sha256=self._texts.stories[task].sha256,
-            **asdict(self._texts.identity),
+            **asdict(self._texts.identities[task]),
         )
 
 
-def _shape(sample: Sample) -> tuple[str, int]:
+def _shape(sample: StorySample) -> tuple[str, int]:
     return sample.name.task, sample.tokens

@@ -17,6 +17,7 @@ import numpy as np
 
 from evals.babilong.stories import Prompt, Story, closing
 from evals.command_line import EvaluationError
+from evals.niah.samples import piece_of
 from evals.tokens import DiskTokens, Encode, encoder
 
 LEAST_SENTENCE = 10
@@ -118,7 +119,7 @@ Ids = np.ndarray | DiskTokens
 
 
 @dataclass(frozen=True)
-class SampleKey:
+class StoryKey:
     """Names one sample; everything in it follows from these four and the texts."""
 
     task: str
@@ -132,10 +133,10 @@ class SampleKey:
 
 
 @dataclass(frozen=True)
-class Sample:
+class StorySample:
     """A prompt and its answer."""
 
-    name: SampleKey
+    name: StoryKey
     """Which sample it is."""
     story: Story
     """Facts, question and answer."""
@@ -149,23 +150,11 @@ class Sample:
 
     def pieces(self, size: int) -> Iterator[np.ndarray]:
         """The prompt in pieces of `size` tokens, the last one shorter; one piece is held at a time."""
-        piece = np.empty(size, np.int64)
-        filled = 0
-        for part in self.parts:
-            for start in range(0, len(part), size):
-                rest = np.asarray(part[start : start + size])
-                while len(rest):
-                    taken = min(len(rest), size - filled)
-                    piece[filled : filled + taken] = rest[:taken]
-                    filled, rest = filled + taken, rest[taken:]
-                    if filled == size:
-                        yield piece.copy()
-                        filled = 0
-        if filled:
-            yield piece[:filled].copy()
+        for start in range(0, self.tokens, size):
+            yield piece_of(self.parts, start, min(start + size, self.tokens))
 
 
-class SampleBuilder:
+class StoryBuilder:
     """Builds the samples of one task.
 
     Args:
@@ -181,7 +170,7 @@ class SampleBuilder:
         self._inside = encoder(processor, ". ")
         self._first = encoder(processor, "<context>\n")
 
-    def build(self, name: SampleKey) -> Sample:
+    def build(self, name: StoryKey) -> StorySample:
         """The sample.
 
         Raises:
@@ -194,9 +183,9 @@ class SampleBuilder:
         told = sum(map(len, facts)) if count is None else sum(count(story.facts))
         context = self._scatter(facts, name.length - PROMPT_ROOM - told, generator)
         ending = self._processor.encode("." + closing(story.question))[len(self._processor.encode(".")) :]
-        return Sample(name, story, (self._opening, *self._at_start(context), np.array(ending, np.int32)))
+        return StorySample(name, story, (self._opening, *self._at_start(context), np.array(ending, np.int32)))
 
-    def _choose(self, name: SampleKey) -> Story:
+    def _choose(self, name: StoryKey) -> Story:
         """No question twice among the samples of a length."""
         room = name.length - PROMPT_ROOM
         fitting = [

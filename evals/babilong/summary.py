@@ -57,8 +57,8 @@ def write_report(
     report = {
         "score": "BABILong: labels of the answer's first sentence, without the question's, are the target's",
         **summarise(records),
-        **asdict(texts.identity),
-        "stories_sha256": {task: stories.sha256 for task, stories in texts.stories.items()},
+        **asdict(next(iter(texts.identities.values()))),
+        "stories_sha256": {task: identity.stories_sha256 for task, identity in texts.identities.items()},
         "background_tokens": texts.background.tokens,
         "trained_length": model.trained_length,
         "checkpoint": model.checkpoint,

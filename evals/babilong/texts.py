@@ -6,64 +6,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.babilong import BabilongSettings
-from evals.babilong.samples import Background, Count, SampleBuilder, SampleKey, book_sentences
+from evals.babilong.samples import Background, Count, StoryBuilder, StoryKey, book_sentences
 from evals.babilong.stories import Prompt, StorySet, load_prompts, read_stories
 from evals.command_line import EvaluationError
 from evals.models import EvalModel
+from evals.record_file import Identity, SampleResult
 from evals.tokens import encoder
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What must be equal for results to be counted together."""
+@dataclass(frozen=True, kw_only=True)
+class StoryIdentity(Identity):
+    """What results of a task must have in common."""
 
-    checkpoint_sha256: str
-    """Of the weights."""
-    tokenizer_sha256: str
-    """Of the tokenizer file."""
-    max_new_tokens: int
-    """Tokens of the answer."""
     background_sha256: str
     """Over the background's token ids."""
     length_tokenizer: str
     """"model", or the hash of a tokenizer.json."""
+    stories_sha256: str
+    """Of the task's file."""
     stories: str = "bAbI"
     """Results of earlier versions may be of others, like their background."""
     background: str = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoryResult(Identity):
-    """One sample's result. Times and memory are those of the batch it ran in."""
+class StoryResult(StoryIdentity, SampleResult):
+    """One sample's result."""
 
-    task: str
-    length: int
-    sample: int
-    seed: int
     question: str
     target: str
-    answer: str
     correct: bool
     facts: int
-    prompt_tokens: int
     answer_tokens: int
-    batch: int
-    prefill_seconds: float
-    decode_ms_per_token: float
-    peak_bytes: int
-    state_bytes_per_sample: int
-    stories_sha256: str
 
     @property
-    def name(self) -> SampleKey:
+    def name(self) -> StoryKey:
         """Which sample it is."""
-        return SampleKey(self.task, self.length, self.sample, self.seed)
-
-    def belongs_to(self, identity: Identity, stories_sha256: str | None) -> bool:
-        """Whether it may be counted with this identity and these stories; None has none of the task."""
-        return self.stories_sha256 == stories_sha256 and all(
-            getattr(self, name) == value for name, value in vars(identity).items()
-        )
+        return StoryKey(self.task, self.length, self.sample, self.seed)
 
 
 @dataclass(frozen=True)
@@ -76,12 +55,12 @@ class Texts:
     """By task."""
     background: Background
     """What the facts lie in."""
-    identity: Identity
-    """What results are counted by."""
+    identities: dict[str, StoryIdentity]
+    """What results are counted by, by task."""
 
-    def builder(self, model: EvalModel, task: str) -> SampleBuilder:
+    def builder(self, model: EvalModel, task: str) -> StoryBuilder:
         """Builds the samples of a task."""
-        return SampleBuilder(model.tokenizer.processor, self.prompts[task], self.stories[task].stories, self.background)
+        return StoryBuilder(model.tokenizer.processor, self.prompts[task], self.stories[task].stories, self.background)
 
 
 def read_texts(model: EvalModel, settings: BabilongSettings) -> Texts:
@@ -93,14 +72,18 @@ def read_texts(model: EvalModel, settings: BabilongSettings) -> Texts:
     stories = {task: read_stories(settings.babi, task) for task in settings.tasks}
     count, counted_with = _count(settings.length_tokenizer)
     background = Background(book_sentences(settings.pg19), encoder(model.tokenizer.processor, ". "), count)
-    identity = Identity(
-        model.checkpoint_sha256,
-        model.tokenizer.sha256,
-        settings.max_new_tokens,
-        background.sha256,
-        counted_with,
-    )
-    return Texts(load_prompts(), stories, background, identity)
+    identities = {
+        task: StoryIdentity(
+            checkpoint_sha256=model.checkpoint_sha256,
+            tokenizer_sha256=model.tokenizer.sha256,
+            max_new_tokens=settings.max_new_tokens,
+            background_sha256=background.sha256,
+            length_tokenizer=counted_with,
+            stories_sha256=found.sha256,
+        )
+        for task, found in stories.items()
+    }
+    return Texts(load_prompts(), stories, background, identities)
 
 
 def _count(file: Path | None) -> tuple[Count | None, str]:

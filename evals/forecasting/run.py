@@ -46,7 +46,7 @@ _NOT_BUDGET = ("data", "output", "systems", "horizons", "seeds", "carried", "exp
 
 
 @dataclass(frozen=True)
-class Result:
+class ForecastResult:
     """One model, tested."""
 
     series: str
@@ -90,13 +90,13 @@ def compare(settings: ForecastingSettings) -> str:
         ((series.name, system, horizon, seed), series, system, horizon, seed, settings, budget)
         for seed, horizon, series, system in product(settings.seeds, settings.horizons, every, settings.systems)
     )
-    results = sweep(settings.output / "forecasting.jsonl", Result, budget, wanted, _trained)
+    results = sweep(settings.output / "forecasting.jsonl", ForecastResult, budget, wanted, _trained)
     return write_report(settings.output, results)
 
 
 def _trained(
     series: Series, system: str, horizon: int, seed: int, settings: ForecastingSettings, budget: dict[str, Any]
-) -> list[Result]:
+) -> list[ForecastResult]:
     parts = {part: series.windows(part, settings.context, horizon) for part in ("train", "validation", "test")}
     seed_all(seed)
     model = build(system, settings, len(series.channels), horizon)
@@ -124,9 +124,9 @@ def _trained(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     shown = _shown(model, parts["test"]) if first else {}
 
-    def result(name: str, pair: tuple[float, float], windows: int, shown: dict[str, list[float]]) -> Result:
+    def result(name: str, pair: tuple[float, float], windows: int, shown: dict[str, list[float]]) -> ForecastResult:
         key, trained = (series.name, name, horizon, seed), (parameters, round(seconds, 1))
-        return Result(*key, *pair, validated, *trained, windows, budget, shown)
+        return ForecastResult(*key, *pair, validated, *trained, windows, budget, shown)
 
     found = [result(system, (mse, mae), len(parts["test"]), shown)]
     if settings.carried and system not in OTHERS:
@@ -144,7 +144,7 @@ def _shown(model: torch.nn.Module, windows: Windows) -> dict[str, list[float]]:
     return {name: [round(value, 3) for value in line[:, -1].tolist()] for name, line in lines.items()}
 
 
-def write_report(output: Path, results: Sequence[Result]) -> str:
+def write_report(output: Path, results: Sequence[ForecastResult]) -> str:
     """Writes forecasting.md and forecasting.png, and returns the tables."""
     text = f"{_ours_table(results)}\n\n{_paper_table(results)}\n"
     write_bytes(output / "forecasting.md", text.encode())
@@ -152,9 +152,9 @@ def write_report(output: Path, results: Sequence[Result]) -> str:
     return text
 
 
-def _ours_table(results: Sequence[Result]) -> str:
+def _ours_table(results: Sequence[ForecastResult]) -> str:
     """Every set, horizon and system: mean and half of the 95 % interval over seeds."""
-    groups: dict[tuple[str, int, str], list[Result]] = {}
+    groups: dict[tuple[str, int, str], list[ForecastResult]] = {}
     for result in results:
         groups.setdefault((result.series, result.horizon, result.system), []).append(result)
     rows = []
@@ -169,10 +169,10 @@ def _ours_table(results: Sequence[Result]) -> str:
     return markdown_table(header, rows)
 
 
-def _paper_table(results: Sequence[Result]) -> str:
+def _paper_table(results: Sequence[ForecastResult]) -> str:
     """MSE/MAE, mean of four horizons: as published, and ours where all four are there."""
     names = {name.lower(): name for name in SETS}
-    found: dict[str, dict[str, dict[int, list[Result]]]] = {}
+    found: dict[str, dict[str, dict[int, list[ForecastResult]]]] = {}
     for result in results:
         column = names.get(result.series.lower())
         if column is not None and result.horizon in HORIZONS and "," not in result.system:
@@ -196,7 +196,7 @@ def _paper_table(results: Sequence[Result]) -> str:
     return markdown_table(["MSE/MAE, mean of horizons 96, 192, 336, 720", *SETS], rows)
 
 
-def _figure(results: Sequence[Result]) -> Any:
+def _figure(results: Sequence[ForecastResult]) -> Any:
     """For every set the shortest horizon: a window's last channel, the truth, and what each system forecast."""
     from matplotlib.figure import Figure
 

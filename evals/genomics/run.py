@@ -39,7 +39,7 @@ _PAPER = {
 
 
 @dataclass(frozen=True)
-class Result:
+class ClassifierResult:
     """One model, tested."""
 
     task: str
@@ -103,7 +103,7 @@ def compare(settings: GenomicsSettings) -> str:
         ((task.name, system, seed), task, system, seed, settings, budget)
         for seed, task, system in product(settings.seeds, tasks, settings.systems)
     )
-    results = sweep(settings.output / "genomics.jsonl", Result, budget, wanted, _trained)
+    results = sweep(settings.output / "genomics.jsonl", ClassifierResult, budget, wanted, _trained)
     text = _tables(results, settings.protocol)
     write_bytes(settings.output / "genomics.md", text.encode())
     return text
@@ -134,7 +134,9 @@ def build(system: str, settings: GenomicsSettings, classes: int) -> nn.Module:
         raise EvaluationError(f"--systems {system}: {fault}") from None
 
 
-def _trained(task: DnaTask, system: str, seed: int, settings: GenomicsSettings, budget: dict[str, Any]) -> list[Result]:
+def _trained(
+    task: DnaTask, system: str, seed: int, settings: GenomicsSettings, budget: dict[str, Any]
+) -> list[ClassifierResult]:
     learned, chosen = parts_of(task, settings.protocol, seed)
     seed_all(seed)
     model = build(system, settings, len(task.classes))
@@ -161,7 +163,7 @@ def _trained(task: DnaTask, system: str, seed: int, settings: GenomicsSettings, 
         save_alone(model, folder, sample, nucleotide_tokenizer())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     measured = (mcc, accuracy, parameters, round(seconds, 1), len(task.parts["test"]))
-    return [Result(task.name, system, seed, *measured, budget)]
+    return [ClassifierResult(task.name, system, seed, *measured, budget)]
 
 
 def parts_of(task: DnaTask, protocol: str, seed: int) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
@@ -190,9 +192,9 @@ def scores(model: nn.Module, samples: Sequence[tuple[Tensor, int]], batch: int) 
     return float(matthews_corrcoef(labels, said)), float(accuracy_score(labels, said))
 
 
-def _tables(results: Sequence[Result], protocol: str) -> str:
+def _tables(results: Sequence[ClassifierResult], protocol: str) -> str:
     contaminated = ", chosen by TEST data (contaminated)" if protocol == "hyenadna" else ""
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[str, str], list[ClassifierResult]] = {}
     for result in results:
         groups.setdefault((result.task, result.system), []).append(result)
     rows, paper = [], {name: dict(zip(_PAPER_SETS, cells.split(), strict=True)) for name, cells in _PAPER.items()}

@@ -20,10 +20,11 @@ from evals.niah.controls import check_controls, controlled, window_of, without_m
 from evals.niah.generate import answer, read, repeat, value_losses
 from evals.niah.haystacks import PROSE, read_source
 from evals.niah.plan import STEP, Batch, Planner, Stretch
-from evals.niah.records import FILL, Identity, NeedleResult, RecordFile
+from evals.niah.records import FILL, NeedleIdentity, NeedleResult
 from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
 from evals.niah.summary import write_report
 from evals.niah.templates import TASKS, read_words, score, with_keys
+from evals.record_file import RecordFile, counted
 from tokenization.progress import Progress
 
 _FILE, _FILE_OF_RANK = "niah.jsonl", "niah.rank-{}.jsonl"
@@ -106,15 +107,15 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
             names = list(_names(settings))
             for name in names:
                 builder.check(name)
-            results = stack.enter_context(RecordFile(settings.output / _FILE))
+            results = stack.enter_context(RecordFile(settings.output / _FILE, NeedleResult))
             for left in sorted(settings.output.glob(_FILE_OF_RANK.format("*"))):
                 results.absorb(left)  # of a run that was stopped
             tasks = {name.task for name in names} | {record.task for record in results.records}
             identities = _identities(model, settings, builder, tasks)
-            others = sum(record.identity != identities.get(record.task) for record in results.records)
+            others = sum(not record.belongs_to(identities.get(record.task)) for record in results.records)
             if others:
                 say(f"{results.path}: {others} results of other weights, tokenizers, texts or settings are left out")
-            there = {record.name for record in results.of(identities)}
+            there = {record.name for record in counted(results.records, identities)}
             missing = [name for name in names if name not in there]
             planner = Planner(builder, settings.batch, settings.max_new_tokens)
             shares = planner.divide(planner.batches(missing), team.size)
@@ -129,7 +130,7 @@ def _lead(team: Team, model: EvalModel, settings: NiahSettings) -> dict[str, Any
         team.wait()
         for rank in range(1, team.size):
             results.absorb(settings.output / _FILE_OF_RANK.format(rank))
-        return write_report(model, settings, results.of(identities), identities)
+        return write_report(model, settings, counted(results.records, identities), identities)
 
 
 def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:
@@ -139,7 +140,7 @@ def _follow(team: Team, model: EvalModel, settings: NiahSettings) -> None:
         sys.exit(EXIT_FAULT)  # process 0 says why
     builder = make_builder(model, settings)
     identities = _identities(model, settings, builder, {name.task for name in _names(settings)})
-    with RecordFile(settings.output / _FILE_OF_RANK.format(team.rank)) as results:
+    with RecordFile(settings.output / _FILE_OF_RANK.format(team.rank), NeedleResult) as results:
         runner = Runner(model, settings, builder, identities, results, quiet=True)
         runner.run(shares[team.rank])
     team.wait()
@@ -160,14 +161,20 @@ def _names(settings: NiahSettings) -> Iterator[SampleKey]:
 
 def _identities(
     model: EvalModel, settings: NiahSettings, builder: SampleBuilder, tasks: Iterable[str]
-) -> dict[str, Identity]:
+) -> dict[str, NeedleIdentity]:
     """What results must have in common to be counted together, by task."""
     found = {}
     for task in tasks:
         with suppress(KeyError):  # no task of this version
-            source, digests = builder.source(task), (model.checkpoint_sha256, model.tokenizer.sha256)
-            found[task] = Identity(
-                *digests, settings.max_new_tokens, FILL, source.label, source.sha256, builder.words.name
+            source = builder.source(task)
+            found[task] = NeedleIdentity(
+                checkpoint_sha256=model.checkpoint_sha256,
+                tokenizer_sha256=model.tokenizer.sha256,
+                max_new_tokens=settings.max_new_tokens,
+                fill=FILL,
+                haystack=source.label,
+                haystack_sha256=source.sha256,
+                words=builder.words.name,
             )
     return found
 
@@ -180,8 +187,8 @@ class Runner:
         model: EvalModel,
         settings: NiahSettings,
         builder: SampleBuilder,
-        identities: dict[str, Identity],
-        results: RecordFile,
+        identities: dict[str, NeedleIdentity],
+        results: RecordFile[NeedleResult],
         quiet: bool = False,
     ) -> None:
         self._model, self._settings, self._builder = model, settings, builder

@@ -81,11 +81,17 @@ class Sample:
 
     def piece(self, start: int, stop: int) -> np.ndarray:
         """Token ids `start` to `stop` of the prompt."""
-        found, at = [], 0
-        for part in self.parts:
-            found.append(part[max(start - at, 0) : max(stop - at, 0)])
-            at += len(part)
-        return np.concatenate(found)
+        return piece_of(self.parts, start, stop)
+
+
+def piece_of(parts: Sequence[Any], start: int, stop: int) -> np.ndarray:
+    """Token ids `start` to `stop` of arrays, or what can be sliced and read as one, that follow each other."""
+    found, at = [], 0
+    for part in parts:
+        if at < stop and at + len(part) > start:
+            found.append(np.asarray(part[max(start - at, 0) : stop - at]))
+        at += len(part)
+    return np.concatenate(found)
 
 
 class Needle(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from evals.models import EvalModel
 from evals.niah import NiahSettings
-from evals.niah.records import FILL, Identity, NeedleResult
+from evals.niah.records import FILL, NeedleIdentity, NeedleResult
 from evals.niah.samples import MAIN
 from evals.niah.templates import OWN_WORDS, by_name
 from evals.report import (
@@ -130,7 +130,7 @@ def write_report(
     model: EvalModel,
     settings: NiahSettings,
     records: Sequence[NeedleResult],
-    identities: Mapping[str, Identity],
+    identities: Mapping[str, NeedleIdentity],
 ) -> dict[str, Any]:
     """Writes the files, and returns what the JSON holds.
 

@@ -20,8 +20,8 @@ from evals.babilong.run import evaluate
 from evals.babilong.samples import (
     PROMPT_ROOM,
     Background,
-    SampleBuilder,
-    SampleKey,
+    StoryBuilder,
+    StoryKey,
     book_sentences,
 )
 from evals.babilong.stories import Story, correct, load_prompts, parse_stories, read_stories
@@ -202,7 +202,7 @@ def test_a_sample_is_the_official_prompt_around_exactly_the_length(
     processor: Any, background: Background, length: int
 ) -> None:
     stories = list(parse_stories(simulate("qa2", 40)))
-    sample = SampleBuilder(processor, load_prompts()["qa2"], stories, background).build(SampleKey("qa2", length, 3, 1))
+    sample = StoryBuilder(processor, load_prompts()["qa2"], stories, background).build(StoryKey("qa2", length, 3, 1))
     ids = np.concatenate(list(sample.pieces(64))).tolist()
     assert ids.count(processor.bos_id()) == 1
     text = processor.decode(ids)
@@ -223,26 +223,26 @@ def test_a_sample_is_the_official_prompt_around_exactly_the_length(
 
 
 def test_pieces_of_any_size_are_one_prompt_and_names_decide_it(processor: Any, background: Background) -> None:
-    builder = SampleBuilder(processor, load_prompts()["qa1"], list(parse_stories(simulate("qa1", 40))), background)
+    builder = StoryBuilder(processor, load_prompts()["qa1"], list(parse_stories(simulate("qa1", 40))), background)
 
     def ids(sample: int, seed: int, size: int) -> list[int]:
-        return np.concatenate(list(builder.build(SampleKey("qa1", 900, sample, seed)).pieces(size))).tolist()
+        return np.concatenate(list(builder.build(StoryKey("qa1", 900, sample, seed)).pieces(size))).tolist()
 
     assert ids(0, 0, 1) == ids(0, 0, 7) == ids(0, 0, 10_000)
     assert ids(0, 0, 100) != ids(1, 0, 100)
     assert ids(0, 0, 100) != ids(0, 1, 100)
-    drawn = [builder.build(SampleKey("qa1", 900, sample, 0)).story for sample in range(40)]
+    drawn = [builder.build(StoryKey("qa1", 900, sample, 0)).story for sample in range(40)]
     assert len(set(drawn)) == len(set(parse_stories(simulate("qa1", 40)))), "a question was drawn twice"
     with pytest.raises(EvaluationError, match=r"--samples 41: qa1 has 40 questions that fit --lengths 900"):
-        builder.build(SampleKey("qa1", 900, 40, 0))
+        builder.build(StoryKey("qa1", 900, 40, 0))
     with pytest.raises(EvaluationError, match="qa1 has 0 questions that fit --lengths 200"):
-        builder.build(SampleKey("qa1", 200, 0, 0))
+        builder.build(StoryKey("qa1", 200, 0, 0))
 
 
 def test_a_sample_of_millions_of_tokens_stays_on_disk(processor: Any, background: Background) -> None:
-    builder = SampleBuilder(processor, load_prompts()["qa1"], list(parse_stories(simulate("qa1", 40))), background)
+    builder = StoryBuilder(processor, load_prompts()["qa1"], list(parse_stories(simulate("qa1", 40))), background)
     tracemalloc.start()
-    sample = builder.build(SampleKey("qa1", 3_000_000, 0, 0))
+    sample = builder.build(StoryKey("qa1", 3_000_000, 0, 0))
     assert sum(map(len, sample.pieces(4_096))) == sample.tokens
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -262,11 +262,11 @@ def test_lengths_are_counted_by_the_tokenizer_that_is_asked_for(
         Path(), tmp_path, babi, books, tasks=("qa1",), length_tokenizer=tmp_path / "tokenizer.json"
     )
     made = texts.read_texts(model := answerer(tokenizer, str), settings)
-    sample = made.builder(model, "qa1").build(SampleKey("qa1", 1_300, 0, 0))
+    sample = made.builder(model, "qa1").build(StoryKey("qa1", 1_300, 0, 0))
     text = model.tokenizer.processor.decode(np.concatenate(list(sample.pieces(99))).tolist())
     context = text.split("<context>\n")[-1].split("\n</context>")[0]
     assert abs(len(context.split()) - 1_000) <= 2
-    assert len(made.identity.length_tokenizer) == 64
+    assert len(made.identities["qa1"].length_tokenizer) == 64
     with pytest.raises(EvaluationError, match=r"--length-tokenizer .*nowhere: cannot be read"):
         texts.read_texts(model, BabilongSettings(Path(), tmp_path, babi, books, length_tokenizer=tmp_path / "nowhere"))
 

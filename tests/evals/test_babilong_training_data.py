@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.babilong.samples import Background, SampleBuilder, SampleKey
+from evals.babilong.samples import Background, StoryBuilder, StoryKey
 from evals.babilong.stories import correct, load_prompts, parse_stories
 from evals.babilong.training_data import TrainingDataSettings, documents, main
 from evals.command_line import EvaluationError
@@ -36,9 +36,9 @@ def test_document_is_the_evaluations_prompt_with_an_answer_that_its_metric_takes
     stories = list(parse_stories(simulate(task, 500, 1)))
     for text in texts(babi, tasks=(task,), documents=5):
         prompt, answer = text.rsplit("\nAnswer: ", 1)
-        key = SampleKey(task, 0, 0, 0)
+        key = StoryKey(task, 0, 0, 0)
         built = [
-            (story, SampleBuilder(processor, load_prompts()[task], [story], background).build(key))
+            (story, StoryBuilder(processor, load_prompts()[task], [story], background).build(key))
             for story in stories
             if prompt.endswith(" ".join(story.facts) + "\n</context>\n\nQuestion: " + story.question)
         ]

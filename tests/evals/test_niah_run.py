@@ -16,8 +16,9 @@ import torch
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.niah import NiahSettings
-from evals.niah.records import RecordFile
+from evals.niah.records import NeedleResult
 from evals.niah.run import evaluate
+from evals.record_file import RecordFile
 
 from .conftest import MakeRun
 from .planted import plant
@@ -162,9 +163,9 @@ def test_interrupt_keeps_finished_batches(tokenizer: Path, tmp_path: Path) -> No
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "niah.jsonl"
-    with RecordFile(path), pytest.raises(EvaluationError, match="another evaluation is writing"):
-        RecordFile(path)
-    with RecordFile(path):
+    with RecordFile(path, NeedleResult), pytest.raises(EvaluationError, match="another evaluation is writing"):
+        RecordFile(path, NeedleResult)
+    with RecordFile(path, NeedleResult):
         pass
 
 
@@ -172,7 +173,7 @@ def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:
     path = tmp_path / "niah.jsonl"
     path.write_text('{"length": 3}\n')
     with pytest.raises(EvaluationError, match=r"niah.jsonl, line 1: not a result"):
-        RecordFile(path)
+        RecordFile(path, NeedleResult)
     assert path.read_text() == '{"length": 3}\n'
 
 

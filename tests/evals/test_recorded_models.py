@@ -8,10 +8,11 @@ import pytest
 
 from evals.models import load_model, load_tokenizer
 from evals.niah import NiahSettings
-from evals.niah.records import RecordFile
+from evals.niah.records import NeedleResult
 from evals.niah.run import evaluate
 from evals.niah.samples import SampleBuilder
 from evals.niah.summary import summarise
+from evals.record_file import RecordFile
 
 RECALL = Path(__file__).resolve().parents[2] / "evals" / "results" / "recall"
 
@@ -36,7 +37,7 @@ def test_a_recorded_model_finds_needles_and_without_its_memory_none(variant: str
 
 @pytest.mark.parametrize("file", sorted(RECALL.glob("*/niah.jsonl")), ids=lambda file: file.parent.name)
 def test_recorded_results_are_read_and_are_of_the_samples_drawn_today(file: Path, tmp_path: Path) -> None:
-    with RecordFile(shutil.copy(file, tmp_path / file.name)) as results:
+    with RecordFile(shutil.copy(file, tmp_path / file.name), NeedleResult) as results:
         records = results.records
     assert len(records) == len(file.read_text().splitlines()) >= 40
     recorded = json.loads(file.with_suffix(".json").read_text())
