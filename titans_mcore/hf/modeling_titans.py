@@ -303,14 +303,7 @@ class TitansModel(TitansBackbone):
 
     main_input_name = "input_ids"
     reads_tokens = True
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding."""
-        self.embedding = value  # type: ignore[assignment]
+    _input_embed_layer = "embedding"
 
     def forward(  # type: ignore[override]
         self,
@@ -379,22 +372,6 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         self.model = TitansModel(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding."""
-        self.model.embedding = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The output matrix."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replaces the output matrix."""
-        self.lm_head = new_embeddings
 
     def forward(
         self,

@@ -43,14 +43,6 @@ class TitansForSequenceClassification(TitansPreTrainedModel):
         self.score = nn.Linear(config.dim, self.classes, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the embedding."""
-        self.model.embedding = value
-
     def forward(
         self,
         input_ids: Tensor | None = None,
