@@ -34,10 +34,16 @@ class CommandLine:
     """Folder that takes everything the run writes."""
     verify_resume: bool = False
     """Compare a loss with the checkpoint's before going on from it."""
+    assumed_vocabulary: bool = False
+    """Whether the vocabulary stands for that of data which is not there yet."""
 
 
-def parse(arguments: Sequence[str]) -> CommandLine:
+def parse(arguments: Sequence[str], *, planning: bool = False) -> CommandLine:
     """Reads a command line and the files that it names.
+
+    Args:
+        arguments: What follows the command.
+        planning: Nothing is trained, as with `--print`: neither the run folder nor the data need be named.
 
     Raises:
         ValueError: Something is unknown, missing or illegal; the message says what and what to do.
@@ -46,8 +52,9 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     if "--help" in arguments or "-h" in arguments:
         tyro.cli(tyro.conf.FlagConversionOff[RunConfig], args=["--help"], prog=_USAGE, description=_DESCRIPTION)
     named, overrides = _split(arguments)
-    for flag in ("--config", "--run-dir"):
-        if flag not in named and not (flag == "--run-dir" and "--print" in named):
+    training = not planning and "--print" not in named
+    for flag in ("--config", "--run-dir") if training else ("--config",):
+        if flag not in named:
             raise ValueError(f"{flag} is missing; usage: {_USAGE}")
     if "--variant" in named:
         overrides["model.variant"] = named["--variant"]
@@ -55,15 +62,16 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     config = _override(build(tree, source), overrides)
     # RUN/config.toml is read back in another working directory perhaps.
     config = replace(config, data=config.data.absolute())
-    if "vocab_size" not in tree.get("model", {}) and "model.vocab_size" not in overrides:
-        if config.data.folders or "--print" not in named:
-            config = replace(config, model=_with_vocabulary_of_data(config))
-        else:
-            print("# without data.path, model.vocab_size is the default")
+    lacking = "vocab_size" not in tree.get("model", {}) and "model.vocab_size" not in overrides
+    assumed = lacking and not training and not config.data.folders
+    if lacking and not assumed:
+        config = replace(config, model=_with_vocabulary_of_data(config))
     if "--print" in named:
+        if assumed:
+            print("# without data.path, model.vocab_size is the default")
         print(tomli_w.dumps(asdict(config)), end="")
         raise SystemExit(0)
-    return CommandLine(config, Path(named["--run-dir"]), "--verify-resume" in named)
+    return CommandLine(config, Path(named.get("--run-dir", "")), "--verify-resume" in named, assumed)
 
 
 def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:

@@ -12,11 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.command_line import parse
-from pretrain.config.files import read_config
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.status import EXIT_MISTAKE
 from pretrain.schedule import tokens_after
-from titans_mcore.config import TitansConfig
 
 if TYPE_CHECKING:
     from pretrain.plan.step_time import StepTime
@@ -65,13 +63,9 @@ def request_of(arguments: Sequence[str]) -> Request:
         raise ValueError(f"{error.argument_name} needs a value") from None
     if own.gpus is None:
         raise ValueError(f"--gpus is missing; usage: {_USAGE}")
-    assumed = _lacks_vocabulary(words)
-    if assumed:
-        words += ["--model.vocab-size", str(TitansConfig.vocab_size)]
-    if not any(word.partition("=")[0] == "--run-dir" for word in words):
-        words += ["--run-dir", "unused"]
-    config = parse(words).config
-    return Request(config, _gpus(own.gpus), own.gpu or "h100", _utilisation(own.utilisation), own.json, assumed)
+    run = parse(words, planning=True)
+    utilisation = _utilisation(own.utilisation)
+    return Request(run.config, _gpus(own.gpus), own.gpu or "h100", utilisation, own.json, run.assumed_vocabulary)
 
 
 def plan_of(request: Request) -> dict[str, Any]:
@@ -157,22 +151,6 @@ def _notes(request: Request, bytes_on_rank: int) -> list[str]:
         notes.append("the peak is that of bf16, and the run is in fp32: it will not come near")
     notes.append("activations are an estimate, and the time is what the utilisation makes of it: neither is measured")
     return notes
-
-
-def _lacks_vocabulary(words: Sequence[str]) -> bool:
-    """Whether neither the preset nor the flags say how large the vocabulary is, or where the data is."""
-    flags = [word.partition("=")[0].replace("_", "-") for word in words]
-    if "--config" not in flags or {"--model.vocab-size", "--data.path", "--data.blend"} & set(flags):
-        return False
-    at = flags.index("--config")
-    file = words[at].partition("=")[2] or (words[at + 1] if at + 1 < len(words) else "")
-    if not file:
-        return False  # parse() says so
-    tree, _ = read_config(file)
-    sections = [tree.get(name, {}) for name in ("model", "data")]
-    if not all(isinstance(section, dict) for section in sections):
-        return False  # parse() says what is wrong with it
-    return "vocab_size" not in sections[0] and not (sections[1].get("path") or sections[1].get("blend"))
 
 
 def _gpus(text: str) -> int:
