@@ -5,22 +5,18 @@ All rooms write, lock and hash with these.
 
 import fcntl
 import hashlib
-import json
 import os
 import platform
 import tempfile
-import types
-import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from titans_mcore.command_line import CommandError
 
-Marker = TypeVar("Marker")
+Kind = TypeVar("Kind")
 
 
 def bytes_text(size: float) -> str:
@@ -203,55 +199,34 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def from_json(kind: Any, value: Any, where: str) -> Any:
-    """Builds a value of a type from what `json.loads` gave.
+def from_json(kind: type[Kind], text: bytes | str, where: str) -> Kind:
+    """Builds a dataclass from JSON, every value of its type; fields that it does not know are passed over.
 
     Args:
-        kind: A dataclass, or a type made of str, int, float, bool, dict, tuple[X, ...], Any and `| None`.
-        value: From JSON.
+        kind: The dataclass.
+        text: The JSON.
         where: Names the value in errors.
 
-    Returns:
-        The value.
-
     Raises:
-        TypeError: Anything in it has another type or name; says where.
+        ValueError: Something is missing or has another type; says where.
     """
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and is_dataclass(kind):
-        known, required = _field_types(kind)
-        if not isinstance(value, dict) or not required <= value.keys() <= known.keys():
-            raise TypeError(f"{where} does not have exactly the fields {', '.join(sorted(known))}")
-        return kind(**{name: from_json(known[name], item, f"{where}.{name}") for name, item in value.items()})
-    origin, parameters = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict and isinstance(value, dict):
-        return {name: from_json(parameters[1], item, f"{where}.{name}") for name, item in value.items()}
-    if origin is tuple and isinstance(value, list):
-        return tuple(from_json(parameters[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        (kind,) = (one for one in parameters if one is not type(None))
-        return from_json(kind, value, where)
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is None and type(value) is kind:
-        return value
-    raise TypeError(f"{where} is {value!r:.60}, not of the type {getattr(kind, '__name__', kind)}")
+    try:
+        return cast(Kind, _adapter(cast(Any, kind)).validate_json(text, strict=True))
+    except ValueError as fault:
+        first = cast(Any, fault).errors()[0]
+        raise ValueError(f"{'.'.join([where, *map(str, first['loc'])])}: {first['msg']}") from None
 
 
-def read_marker(path: Path, kind: type[Marker]) -> Marker | None:
+def read_marker(path: Path, kind: type[Kind]) -> Kind | None:
     """What a marker says, a dataclass in JSON; None while it is not there."""
     try:
-        return cast(Marker, from_json(kind, json.loads(path.read_bytes()), path.name))
+        return from_json(kind, path.read_bytes(), path.name)
     except FileNotFoundError:
         return None
 
 
-@lru_cache
-def _field_types(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """The type of each field, and those without a default; others may be missing in files of older versions."""
-    hints, found = typing.get_type_hints(kind), fields(kind)
-    required = (field.name for field in found if field.default is MISSING and field.default_factory is MISSING)
-    return {field.name: hints[field.name] for field in found}, frozenset(required)
+@cache
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter  # here: most commands read no such file
+
+    return TypeAdapter(kind)

@@ -127,7 +127,8 @@ class Manifest:
         """
         path = Path(folder, MANIFEST_NAME)
         try:
-            record = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            record = json.loads(text)
         except (FileNotFoundError, NotADirectoryError):
             raise ManifestError(
                 f"{path}: missing; write shards with `python -m tokenization.encode`, or take Megatron's .bin and .idx "
@@ -138,10 +139,9 @@ class Manifest:
         version = record.get("format_version") if isinstance(record, dict) else None
         if version != FORMAT_VERSION:
             raise ManifestError(f"{path}: format version {version}, this code reads {FORMAT_VERSION}; encode again")
-        record.pop("units", None)  # earlier versions listed them, and nothing read them
         try:
-            manifest: Manifest = from_json(cls, record, "manifest")
-        except TypeError as fault:
+            manifest = from_json(cls, text, "manifest")
+        except ValueError as fault:
             raise ManifestError(f"{path}: damaged, {fault}; write the shards again") from fault
         if set(manifest.splits) != {TRAIN, HELDOUT}:
             raise ManifestError(f"{path}: damaged, splits are {sorted(manifest.splits)}; write the shards again")

@@ -89,10 +89,11 @@ class Plan:
         """
         path = folder / PLAN_NAME
         try:
-            record = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            record = json.loads(text)
             if record["version"] != PLAN_VERSION:
                 raise TypeError(f"version {record['version']}, this code reads {PLAN_VERSION}")
-            plan: Plan = from_json(cls, record, "plan")
+            plan = from_json(cls, text, "plan")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError, KeyError) as fault:
