@@ -47,7 +47,6 @@ Names, shapes and random states come on top, a few hundred bytes for each parame
 rank: nothing at the sizes of the paper.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pretrain.config.run_config import RunConfig
@@ -64,22 +63,35 @@ _OVERLAPPED_BUCKETS = 2
 
 
 class Held(NamedTuple):
-    """What the formulas of the parts are functions of."""
+    """What a rank holds that does not depend on the batch; `activation_bytes` does."""
 
     layout: Layout
     parameters: list[Parameter]
 
     @property
+    def numbers(self) -> int:
+        """N."""
+        return sum(p.on_rank for p in self.parameters)
+
+    @property
     def whole(self) -> int:
-        """N with the padding that ZeRO adds."""
+        """N, with ZeRO each of the optimizer's groups padded to what the data x context ranks share evenly."""
         if self.layout.zero_stage == 0:
-            return numbers_on_rank(self.parameters, self.layout)
-        return sum(group_numbers(self.parameters, self.layout))
+            return self.numbers
+        counts = (sum(p.on_rank for p in self.parameters if p.decayed is kind) for kind in (True, False))
+        multiple = 2 * self.layout.sharing
+        return sum(-(-count // multiple) * multiple for count in counts)
 
     @property
     def share(self) -> int:
         """N / d."""
         return self.whole // self.layout.sharing
+
+    @property
+    def bucket(self) -> int:
+        """Numbers in a bucket, as engine.deepspeed_config sets it."""
+        even = self.numbers + self.numbers % 2
+        return even if self.layout.context > 1 else min(LARGEST_BUCKET, even)
 
     @property
     def passing(self) -> int:
@@ -88,89 +100,52 @@ class Held(NamedTuple):
             return 0
         return self.layout.bytes_per_weight * max(p.on_rank for p in self.parameters)
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes on the device."""
+        layout, weights = self.layout, self.share if self.layout.zero_stage == 3 else self.whole
+        optimizer = _MOMENTS * self.whole if layout.zero_stage == 0 else (_MASTER + _MOMENTS) * self.share
+        return {
+            "weights": layout.bytes_per_weight * weights,
+            "gradients": self._gradients(),
+            "optimizer": 0 if layout.offload_optimizer else optimizer,
+            "communication": self._communication(),
+        }
 
-def _weights(held: Held) -> int:
-    return held.layout.bytes_per_weight * (held.share if held.layout.zero_stage == 3 else held.whole)
+    @property
+    def host_parts(self) -> dict[str, int]:
+        """Bytes of an offloaded optimizer on the host."""
+        layout, w = self.layout, self.layout.bytes_per_weight
+        accumulated = layout.zero_stage == 3 or (layout.zero_stage == 2 and layout.micro_batches > 1)
+        beside = (0 if layout.zero_stage == 3 else w) + (FLOAT32 if accumulated else 0)
+        size = (_MASTER + _MOMENTS + FLOAT32 + beside) * self.share + self.passing
+        return {"optimizer": size if layout.offload_optimizer else 0}
 
+    def _gradients(self) -> int:
+        stage, w = self.layout.zero_stage, self.layout.bytes_per_weight
+        if stage == 1 and self.layout.precision == "bf16":
+            return (w + FLOAT32) * self.whole + self.passing
+        if stage == 0 or (stage == 1 and self.layout.micro_batches > 1):
+            return w * self.whole + self.passing
+        return self.passing if self.layout.offload_optimizer else FLOAT32 * self.share
 
-def _gradients(held: Held) -> int:
-    stage, w = held.layout.zero_stage, held.layout.bytes_per_weight
-    if stage == 1 and held.layout.precision == "bf16":
-        return (w + FLOAT32) * held.whole + held.passing
-    if stage == 0 or (stage == 1 and held.layout.micro_batches > 1):
-        return w * held.whole + held.passing
-    return held.passing if held.layout.offload_optimizer else FLOAT32 * held.share
-
-
-def _optimizer(held: Held) -> int:
-    if held.layout.offload_optimizer:
-        return 0
-    return _MOMENTS * held.whole if held.layout.zero_stage == 0 else (_MASTER + _MOMENTS) * held.share
-
-
-def _communication(held: Held) -> int:
-    layout = held.layout
-    if layout.sharing == 1 and layout.zero_stage == 0:
-        return 0
-    bucket = layout.bytes_per_weight * bucket_numbers(held.parameters, layout)
-    if layout.zero_stage == 3:
-        kept = numbers_kept_whole(held.parameters, layout)
-        gathered = min(numbers_on_rank(held.parameters, layout) - kept, ZERO3_REUSE_NUMBERS)
-        return bucket + layout.bytes_per_weight * (kept + gathered)
-    own_buckets = layout.zero_stage == 2 or (layout.zero_stage == 1 and layout.precision == "fp32")
-    return bucket * (_OVERLAPPED_BUCKETS if own_buckets else 1)
-
-
-def _host_optimizer(held: Held) -> int:
-    layout, w = held.layout, held.layout.bytes_per_weight
-    if not layout.offload_optimizer:
-        return 0
-    accumulated = layout.zero_stage == 3 or (layout.zero_stage == 2 and layout.micro_batches > 1)
-    beside = (0 if layout.zero_stage == 3 else w) + (FLOAT32 if accumulated else 0)
-    return (_MASTER + _MOMENTS + FLOAT32 + beside) * held.share + held.passing
-
-
-# What does not depend on the batch; `activation_bytes` does.
-PARTS: dict[str, Callable[[Held], int]] = {
-    "weights": _weights,
-    "gradients": _gradients,
-    "optimizer": _optimizer,
-    "communication": _communication,
-}
-
-HOST_PARTS: dict[str, Callable[[Held], int]] = {"optimizer": _host_optimizer}
+    def _communication(self) -> int:
+        layout, w = self.layout, self.layout.bytes_per_weight
+        if layout.sharing == 1 and layout.zero_stage == 0:
+            return 0
+        if layout.zero_stage == 3:
+            # Parameters too small for DeepSpeed to divide stay whole between two uses.
+            kept = sum(p.on_rank for p in self.parameters if p.on_rank <= _ZERO3_KEPT_WHOLE)
+            return w * (self.bucket + kept + min(self.numbers - kept, ZERO3_REUSE_NUMBERS))
+        own_buckets = layout.zero_stage == 2 or (layout.zero_stage == 1 and layout.precision == "fp32")
+        return w * self.bucket * (_OVERLAPPED_BUCKETS if own_buckets else 1)
 
 
 def rank_bytes(config: RunConfig, layout: Layout, parameters: list[Parameter]) -> dict[str, Any]:
     """What each rank holds: `bytes` and `host_bytes`, and `parts` and `host_parts` of them, by name."""
     held = Held(layout, parameters)
-    parts = {**{name: formula(held) for name, formula in PARTS.items()}, **activation_bytes(config, layout)}
-    host = {name: formula(held) for name, formula in HOST_PARTS.items()}
+    parts, host = {**held.parts, **activation_bytes(config, layout)}, held.host_parts
     return {"parts": parts, "host_parts": host, "bytes": sum(parts.values()), "host_bytes": sum(host.values())}
-
-
-def numbers_on_rank(parameters: list[Parameter], layout: Layout) -> int:
-    """Parameters N of one tensor-parallel rank."""
-    return sum(p.on_rank for p in parameters)
-
-
-def group_numbers(parameters: list[Parameter], layout: Layout) -> list[int]:
-    """Numbers in each of the optimizer's groups, padded to what the data x context ranks share evenly."""
-    counts = [sum(p.on_rank for p in parameters if p.decayed is kind) for kind in (True, False)]
-    multiple = 2 * layout.sharing
-    return [-(-count // multiple) * multiple for count in counts if count]
-
-
-def bucket_numbers(parameters: list[Parameter], layout: Layout) -> int:
-    """Numbers in a bucket, as engine.deepspeed_config sets it."""
-    held = numbers_on_rank(parameters, layout)
-    held += held % 2
-    return held if layout.context > 1 else min(LARGEST_BUCKET, held)
-
-
-def numbers_kept_whole(parameters: list[Parameter], layout: Layout) -> int:
-    """ZeRO 3: numbers in parameters too small for DeepSpeed to divide between two uses."""
-    return sum(p.on_rank for p in parameters if p.on_rank <= _ZERO3_KEPT_WHOLE)
 
 
 def activation_bytes(config: RunConfig, layout: Layout) -> dict[str, int]:
@@ -207,6 +182,6 @@ def _kept_by_blocks(config: RunConfig, layout: Layout, around: float) -> tuple[f
 
 def checkpoint_bytes(layout: Layout, parameters: list[Parameter]) -> dict[str, int]:
     """Bytes of the files of one checkpoint: `total` and by kind."""
-    numbers = layout.tensor * numbers_on_rank(parameters, layout)
+    numbers = layout.tensor * Held(layout, parameters).numbers
     parts = {"weights": FLOAT32 * numbers, "optimizer": _MOMENTS * numbers}
     return {"total": sum(parts.values()), **parts}

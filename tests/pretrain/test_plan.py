@@ -16,7 +16,7 @@ from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import DataConfig, TrainConfig
 from pretrain.engine import deepspeed_config
 from pretrain.plan import __main__ as plan
-from pretrain.plan.bytes import activation_bytes, bucket_numbers
+from pretrain.plan.bytes import Held, activation_bytes
 from pretrain.plan.layout import Layout, for_gpus, layout_of
 from pretrain.plan.parameters import count_by_part, parameters_of
 from pretrain.plan.step_time import dense_flops
@@ -312,7 +312,7 @@ def test_buckets_are_the_engines(name):
     with torch.device("meta"):
         model = torch.nn.ParameterList([torch.nn.Parameter(torch.empty(p.shape)) for p in parameters])
     settings = deepspeed_config(model, config, layout.data)["zero_optimization"]
-    assert settings["reduce_bucket_size"] == settings["allgather_bucket_size"] == bucket_numbers(parameters, layout)
+    assert settings["reduce_bucket_size"] == settings["allgather_bucket_size"] == Held(layout, parameters).bucket
 
 
 def test_a_missing_file_is_a_sentence(monkeypatch, capsys):
