@@ -90,8 +90,6 @@ class ContextSettings:
     """Tokens read at a time."""
     limit_gigabytes: float = 8.0
     """A state that grows beyond ends a row."""
-    limit_minutes: float = 60.0
-    """Reading that takes longer ends a row."""
     threads: int = field(default_factory=available_cores)
     """Threads on a CPU."""
 
@@ -101,6 +99,5 @@ class ContextSettings:
         if not self.lengths:
             raise EvaluationError("--lengths is empty; give at least one number of tokens")
         check_at_least(1, self, "lengths", "decode_tokens", "piece", "threads")
-        for name in ("limit_gigabytes", "limit_minutes"):
-            if not getattr(self, name) > 0:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        if not self.limit_gigabytes > 0:
+            raise EvaluationError(f"--limit-gigabytes is {self.limit_gigabytes}; it must be above 0")

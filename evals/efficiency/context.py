@@ -62,7 +62,8 @@ def read_row(model: EvalModel, name: str, length: int, settings: ContextSettings
                 logits, states = model.stream(tokens, states, last=1)
                 logits = logits.cpu()  # waits for it
                 progress.advance(tokens.numel(), tokens.numel())
-                _check_fits(states, time.perf_counter() - began, settings)
+                if (size := state_bytes(states)) > settings.limit_gigabytes * 1e9:
+                    raise _DoesNotFit(f"its state takes more than {bytes_text(size)}")
         seconds = time.perf_counter() - began
         decoding = []
         for _ in range(_WARM_UP + settings.decode_tokens):
@@ -87,13 +88,6 @@ def _pieces(model: EvalModel, length: int, piece: int) -> Iterator[torch.Tensor]
     generator = torch.Generator().manual_seed(0)
     for start in range(0, length, piece):
         yield torch.randint(model.config.vocab_size, (1, min(piece, length - start)), generator=generator)
-
-
-def _check_fits(states: Any, seconds: float, settings: ContextSettings) -> None:
-    if (size := state_bytes(states)) > settings.limit_gigabytes * 1e9:
-        raise _DoesNotFit(f"its state takes more than {bytes_text(size)}")
-    if seconds > 60 * settings.limit_minutes:
-        raise _DoesNotFit(f"reading takes more than {settings.limit_minutes:g} minutes")
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
