@@ -5,7 +5,8 @@ computes loss and gradient of each sample of the batch, one after the other.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.checkpoint.format import read_record
 from pretrain.config.files import load_run_config
@@ -22,8 +23,8 @@ from pretrain.config.settings import ParallelConfig
 from pretrain.data.batches import MicroBatch, NumberedSamples
 from pretrain.data.folders import open_data, open_samples
 from pretrain.engine import build_model
-from pretrain.recovery.autopsy import AUTOPSY_FILE, CHECKPOINT, NonfiniteWatch
 from pretrain.recovery.ending import mistakes_as_sentences
+from pretrain.recovery.recover import AUTOPSY_FILE, CHECKPOINT
 from pretrain.schedule import portion_of
 from titans_mcore.parallel import device, start, stop
 from titans_mcore.telemetry import MemoryTelemetry
@@ -39,7 +40,7 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True)
-class SampleResult:
+class ReplayedSample:
     """What a sample gave."""
 
     sample: int
@@ -54,7 +55,7 @@ class SampleResult:
     """What its memories did, by block (titans_mcore.telemetry)."""
 
 
-def replay(settings: ReplaySettings) -> list[SampleResult]:
+def replay(settings: ReplaySettings) -> list[ReplayedSample]:
     """Does the step behind a folder's checkpoint again.
 
     Raises:
@@ -79,7 +80,7 @@ def _open(config: RunConfig, run_dir: Path, checkpoint: Path) -> tuple[nn.Module
     return model, open_samples(config, data, run_dir)[0]
 
 
-def _one(model: nn.Module, sample: int, rows: MicroBatch) -> SampleResult:
+def _one(model: nn.Module, sample: int, rows: MicroBatch) -> ReplayedSample:
     watch, telemetry = NonfiniteWatch(), MemoryTelemetry(model)
     model.zero_grad(set_to_none=True)
     with watch.watching(model):
@@ -88,7 +89,9 @@ def _one(model: nn.Module, sample: int, rows: MicroBatch) -> SampleResult:
         loss.backward()
     squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
     norm = torch.stack(squares).sum().sqrt()
-    return SampleResult(sample, float(loss.detach()), float(norm), watch.forward or watch.backward, telemetry.collect())
+    return ReplayedSample(
+        sample, float(loss.detach()), float(norm), watch.forward or watch.backward, telemetry.collect()
+    )
 
 
 def _documents(folder: Path, sample: int) -> list[str]:
@@ -96,6 +99,58 @@ def _documents(folder: Path, sample: int) -> list[str]:
     file = folder / AUTOPSY_FILE
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return [line for line in facts.get("documents", []) if line.startswith(f"sample {sample}:")]
+
+
+class NonfiniteWatch:
+    """Notes the first modules whose output, or the gradient of it, is not finite."""
+
+    def __init__(self) -> None:
+        self.forward = ""
+        """The first one in the order of the forward pass, and what was not finite."""
+        self.backward = ""
+        """The first one in the order of the backward pass."""
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator["NonfiniteWatch"]:
+        """Looks at all that passes inside the `with`; it waits for the device at every module."""
+        names = {module: name or "the model" for name, module in model.named_modules()}
+        handles = [module.register_forward_hook(self._look(name)) for module, name in names.items()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in _tensors(output):
+                if not self.forward and (words := nonfinite(tensor)):
+                    self.forward = f"{name} ({type(module).__name__}): {words} of its output"
+                if tensor.requires_grad:
+                    tensor.register_hook(gradient_hook(type(module).__name__))
+
+        def gradient_hook(kind: str) -> Any:
+            def look(gradient: Tensor) -> None:
+                if not self.backward and (words := nonfinite(gradient)):
+                    self.backward = f"{name} ({kind}): {words} of the gradient of its output"
+
+            return look
+
+        return hook
+
+
+def nonfinite(tensor: Tensor) -> str:
+    """How many numbers are not finite, in words; empty when all are."""
+    count = int((~torch.isfinite(tensor)).sum())
+    return f"{count:,} of {tensor.numel():,} numbers" if count else ""
+
+
+def _tensors(output: Any) -> Sequence[Tensor]:
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, list | tuple):
+        return [tensor for part in output for tensor in _tensors(part)]
+    return []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

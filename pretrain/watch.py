@@ -12,9 +12,8 @@ from typing import Annotated
 
 import tyro
 
-from pretrain.report.history import History
+from pretrain.report.history import History, clock, step_line
 from pretrain.report.records import METRICS_FILE, Follower, Record, line_of
-from pretrain.report.step_line import clock, step_line
 from titans_mcore.command_line import CommandError, parse_settings, run_command
 
 _EVENTS = 5

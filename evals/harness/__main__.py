@@ -7,8 +7,7 @@ from evals.harness import HarnessSettings
 def main() -> None:
     """Runs the command line; see `--help`."""
     settings = parse_settings(HarnessSettings, "python -m evals.harness")
-    from evals.harness.run import evaluate
-    from evals.harness.summary import report_table
+    from evals.harness.run import evaluate, report_table
 
     print(report_table(evaluate(settings)))
     print(f"{settings.output / 'harness.json'}, harness.md")

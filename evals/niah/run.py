@@ -20,9 +20,8 @@ from evals.niah.controls import check_controls, controlled, window_of, without_m
 from evals.niah.generate import answer, read, repeat, value_losses
 from evals.niah.haystacks import PROSE, read_source
 from evals.niah.plan import STEP, Batch, Planner, Stretch
-from evals.niah.records import FILL, NeedleIdentity, NeedleResult
 from evals.niah.samples import MAIN, Sample, SampleBuilder, SampleKey
-from evals.niah.summary import write_report
+from evals.niah.summary import FILL, NeedleIdentity, NeedleResult, write_report
 from evals.niah.templates import TASKS, read_words, score, with_keys
 from evals.record_file import RecordFile, counted
 from tokenization.progress import Progress

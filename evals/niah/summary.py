@@ -1,18 +1,19 @@
-"""From raw results to the report: accuracy with intervals by length and by cell, losses, speed, memory.
+"""From raw results, a JSON line a sample in niah.jsonl, to the report: accuracy with intervals, losses, costs.
 
 Its files are niah.json, niah.md, niah.png (heat maps) and niah_by_length.png.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evals.models import EvalModel
 from evals.niah import NiahSettings
-from evals.niah.records import FILL, NeedleIdentity, NeedleResult
-from evals.niah.samples import MAIN
+from evals.niah.samples import MAIN, SampleKey
 from evals.niah.templates import OWN_WORDS, by_name
+from evals.record_file import Identity, SampleResult
 from evals.report import (
     accuracy_plot,
     bytes_text,
@@ -25,6 +26,54 @@ from evals.report import (
     write_figure,
     write_json,
 )
+
+FILL = "exact"  # to the token
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleIdentity(Identity):
+    """What results of a task must have in common."""
+
+    fill: str
+    """How prompts fill their length: FILL; files of earlier versions may have another."""
+    haystack: str
+    """noise, synthetic, file, essay or needles."""
+    haystack_sha256: str
+    """Of the text."""
+    words: str
+    """Those that keys are made of: own, or SHA-256 of the user's lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleResult(NeedleIdentity, SampleResult):
+    """One sample's result."""
+
+    depth: float
+    control: str
+    needle_key: str
+    """The key that was asked for, or several as the question names them."""
+    value: str
+    """The right answer: the value, or several."""
+    prompt_sha256: str
+    """Of the prompt's ids as 32-bit little-endian numbers: equal for equal samples, whatever read them."""
+    answer_ids: list[int]
+    """Its tokens, end token left out."""
+    substring: float
+    first_value: bool
+    wrong_value: bool
+    value_loss: float
+    """Cross-entropy of the value in nats, summed over its tokens, each fed as it stands."""
+    value_tokens: int
+    prefill_tokens: int
+    """Tokens that the batch read, all rows together, and its part of the beginning that several batches share."""
+    seconds: float
+    """All that the batch took."""
+    words: str = OWN_WORDS.name
+
+    @property
+    def name(self) -> SampleKey:
+        """Which sample it is."""
+        return SampleKey(self.task, self.length, self.depth, self.sample, self.seed, self.control)
 
 
 def summarise(records: Sequence[NeedleResult]) -> dict[str, Any]:

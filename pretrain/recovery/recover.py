@@ -1,4 +1,10 @@
-"""What follows from a bad step that a run cannot go on from: it goes back, or it stops and leaves an autopsy."""
+"""What follows from a bad step that a run cannot go on from: it goes back, or it stops and leaves an autopsy.
+
+RUN/autopsy/step-00000041/
+    checkpoint/     the state before the step: bad steps in a row leave no trace in the weights
+    autopsy.json    why the run stopped, the documents of the batch, and the command that does the step again in one
+                    process, and says where the first number that is not finite comes up (pretrain.replay)
+"""
 
 import json
 from pathlib import Path
@@ -6,11 +12,10 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from pretrain.checkpoint.format import FailedOnRank0, on_rank_0, read_record
+from pretrain.checkpoint.format import FailedOnRank0, on_rank_0, read_record, step_name
 from pretrain.checkpoint.resume import ResumePoint, restore
 from pretrain.checkpoint.retention import delete, whole_checkpoints
 from pretrain.data.batch_documents import documents_of
-from pretrain.recovery.autopsy import AUTOPSY_FILE, CHECKPOINT, autopsy_folder
 from pretrain.recovery.ending import TrainingGivenUp
 from pretrain.recovery.health import Verdict
 from pretrain.recovery.rewinds import Rewind, Rewinds
@@ -19,6 +24,9 @@ from pretrain.schedule import portion_of
 from titans_mcore.io import write_file_atomically
 from titans_mcore.weights import checkpoints_newest_first
 from tokenization.command_line import TokenizationError
+
+AUTOPSY_FILE = "autopsy.json"
+CHECKPOINT = "checkpoint"
 
 
 def recover(run: Run, step: int, verdict: Verdict) -> int:
@@ -54,7 +62,7 @@ def recover(run: Run, step: int, verdict: Verdict) -> int:
 
 
 def _stop(run: Run, step: int, reason: str) -> NoReturn:
-    folder = autopsy_folder(run.run_dir, step)
+    folder = run.run_dir / "autopsy" / step_name(step)
     try:
         command = _leave_autopsy(run, step, reason, folder)
         left = f"{folder} has the batch and the weights before it: {command} does the step again"

@@ -11,9 +11,9 @@ import torch
 
 from evals.measure import source_commit
 from pretrain.config.run_config import RunConfig
+from pretrain.report.history import seconds_left, step_line
 from pretrain.report.records import count_attempts, make_record
 from pretrain.report.sinks import Sink, open_sinks
-from pretrain.report.step_line import seconds_left, step_line
 from titans_mcore.io import write_file_atomically
 
 

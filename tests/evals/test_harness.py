@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evals.command_line import EvaluationError
 from evals.harness import HarnessSettings, run
-from evals.harness.summary import summarise
+from evals.harness.run import summarise
 from evals.harness.tasks import TASKS
 from evals.models import EvalModel, load_model
 

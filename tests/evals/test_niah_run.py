@@ -16,8 +16,8 @@ import torch
 from evals.command_line import EvaluationError
 from evals.models import EvalModel, load_model
 from evals.niah import NiahSettings
-from evals.niah.records import NeedleResult
 from evals.niah.run import evaluate
+from evals.niah.summary import NeedleResult
 from evals.record_file import RecordFile
 
 from .conftest import MakeRun

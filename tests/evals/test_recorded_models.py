@@ -8,10 +8,9 @@ import pytest
 
 from evals.models import load_model, load_tokenizer
 from evals.niah import NiahSettings
-from evals.niah.records import NeedleResult
 from evals.niah.run import evaluate
 from evals.niah.samples import SampleBuilder
-from evals.niah.summary import summarise
+from evals.niah.summary import NeedleResult, summarise
 from evals.record_file import RecordFile
 
 RECALL = Path(__file__).resolve().parents[2] / "evals" / "results" / "recall"

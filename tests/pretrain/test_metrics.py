@@ -9,10 +9,10 @@ import pytest
 
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
+from pretrain.report.history import clock, seconds_left
 from pretrain.report.metrics import Metrics
 from pretrain.report.records import read_records
 from pretrain.report.sinks import check_sinks
-from pretrain.report.step_line import clock, seconds_left
 from tests.pretrain.jobs import read_metrics
 
 from .jobs import ROOT, Job

@@ -54,7 +54,8 @@ class TitansHFConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs: Any) -> None:
-        for ours, theirs in _renamed(self.attribute_map).items():
+        for names in self.attribute_map.items():
+            ours, theirs = names if names[0] in _NAMES else names[::-1]
             if theirs in kwargs:
                 kwargs[ours] = kwargs.pop(theirs)
         settings = {name: kwargs.pop(name) for name in _NAMES if name in kwargs}
@@ -139,13 +140,6 @@ class TitansTimeSeriesConfig(TitansHFConfig):
 
 
 _SERIES = {"channels": ("apart", "together"), "scaling": ("std", "revin", "none"), "frame": ("swiglu", "einfft")}
-
-
-def _renamed(attribute_map: dict[str, str]) -> dict[str, str]:
-    """Our name to transformers' for every setting that has two."""
-    return {(a if a in _NAMES else b): (b if a in _NAMES else a) for a, b in attribute_map.items()}
-
-
 _NAMES = tuple(field.name for field in fields(TitansConfig))
 
 

@@ -84,7 +84,7 @@ def export(checkpoint: Path | str, output: Path | str, **options: Any) -> Export
     _check_vocabulary(pieces, config)
     from transformers.utils import logging
 
-    from titans_mcore.hf.save import write_model, write_proof
+    from titans_mcore.hf.save import auto_class, write_model
 
     logging.disable_progress_bar()
     model, error = _model(config, exported, pieces), None
@@ -94,7 +94,8 @@ def export(checkpoint: Path | str, output: Path | str, **options: Any) -> Export
         if not settings.skip_proof:
             prompt = proof.fixed_prompt(config, pieces.bos_id)
             logits = proof.native_logits(config, native, prompt)
-            error = write_proof(model, staging, {"input_ids": torch.tensor([prompt])}, {"logits": logits[None]})
+            example, answer = {"input_ids": torch.tensor([prompt])}, {"logits": logits[None]}
+            error = proof.prove(staging, auto_class(model), example, answer)
         parameters = sum(tensor.numel() for tensor in exported.values())
         card = model_card(config, parameters, folder, error, pieces.caveat)
         (staging / "README.md").write_text(card, encoding="utf-8")

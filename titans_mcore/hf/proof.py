@@ -4,6 +4,7 @@ The folder is loaded in a process that cannot import this package and given an e
 outputs and the checksum of every file, so that `python -m titans_mcore.hf.verify` can repeat the comparison anywhere.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -42,10 +43,8 @@ class Comparison(NamedTuple):
     compared: int
 
 
-def prove(
-    folder: Path, auto_class: str, example: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Compares what a folder computes with what its model computed.
+def prove(folder: Path, auto_class: str, example: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> float:
+    """Compares what a folder computes with what its model computed, and writes its proof.json.
 
     Args:
         folder: Complete but for its proof and its README.
@@ -54,14 +53,14 @@ def prove(
         outputs: What the model gave for it, by name.
 
     Returns:
-        What proof.json holds.
+        The largest difference.
 
     Raises:
         ProofFailed: They differ by more than TOLERANCE allows, or the folder could not be loaded.
     """
     largest = max(1.0, *(float(value.abs().max()) for value in outputs.values()))
     found = compare(outputs_of(folder, auto_class, example), outputs, TOLERANCE * largest)
-    return {
+    proof = {
         "format": FORMAT,
         "auto_class": auto_class,
         "max_abs_error": found.max_abs_error,
@@ -73,6 +72,8 @@ def prove(
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "files": files_of(folder),
     }
+    (folder / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")
+    return found.max_abs_error
 
 
 def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], allowed: float) -> Comparison:

@@ -5,7 +5,6 @@ AutoModelForTimeSeriesPrediction, AutoModelForSequenceClassification, AutoModelF
 trust_remote_code where this package is not installed.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def save_alone(model: Any, output: Path | str, example: Mapping[str, Tensor], to
         write_model(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        error = write_proof(model, staging, example, answer)
+        error = prove(staging, auto_class(model), example, answer)
         card = short_card(model.config.to_titans(), model.num_parameters(), auto_class(model), example)
         (staging / "README.md").write_text(card, encoding="utf-8")
     return error
@@ -79,10 +78,3 @@ def write_model(model: Any, folder: Path, max_shard_size: str = "5GB") -> None:
         file.chmod((folder / "config.json").stat().st_mode)  # safetensors writes for the owner alone
     for name, source in flatten_code(entries=(module, "configuration_titans")).items():
         (folder / name).write_text(source, encoding="utf-8")
-
-
-def write_proof(model: Any, folder: Path, example: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> float:
-    """Proves a folder that is complete but for its proof and its README, see `prove`; the largest difference."""
-    proof = prove(folder, auto_class(model), example, outputs)
-    (folder / "proof.json").write_text(json.dumps(proof) + "\n", encoding="utf-8")
-    return float(proof["max_abs_error"])
