@@ -2,16 +2,15 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from evals.command_line import EvaluationError
 from evals.niah import comparison
 from evals.niah.comparison import main, rows_of
 from evals.niah.templates import score
 from evals.report import accuracy_plot
+from tests.commands import status_of
 
 
 def line(
@@ -52,26 +51,23 @@ def test_tasks_are_apart_on_the_plot(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text("\n".join(lines))
     drawn = []
     monkeypatch.setattr(comparison, "accuracy_plot", lambda *all: drawn.append(all) or accuracy_plot(*all))
-    monkeypatch.setattr(sys, "argv", ["comparison", "--results", f"one={file}", "--output", str(tmp_path)])
-    main()
+    assert status_of(main, "--results", f"one={file}", "--output", tmp_path) == 0
     ((title, points, _),) = drawn
     assert title == "MQ-NIAH, S-NIAH-PK"
     assert sorted(points) == ["one MQ-NIAH", "one MQ-NIAH, memory_off", "one S-NIAH-PK"]
 
 
-def test_command_writes_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_writes_a_table_and_a_plot(tmp_path: Path) -> None:
     file = tmp_path / "niah.jsonl"
     file.write_text("\n".join([line("1234567"), line("1", length=1_024)]))
-    words = ["comparison", "--results", f"one={file}", f"two={file}", "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", [*words, "--trained-length", "256"])
-    main()
+    words = ("--results", f"one={file}", f"two={file}", "--output", tmp_path / "out", "--trained-length", 256)
+    assert status_of(main, *words) == 0
     table = (tmp_path / "out" / "accuracy.md").read_text().splitlines()
     assert len(table) == 2 + 4
     assert table[2].startswith("| one | S-NIAH-PK | 256 | 1 | 1.000 |")
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_results_that_are_not_there_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["comparison", "--results", "mag", "--output", str(tmp_path)])
-    with pytest.raises(EvaluationError, match="write NAME=FILE"):
-        main()
+def test_results_that_are_not_there_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(main, "--results", "mag", "--output", tmp_path) == 2
+    assert "write NAME=FILE" in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from evals.models import load_tokenizer
 from evals.niah import templates
 from evals.niah.samples import SampleBuilder, SampleKey
 from evals.niah.training_data import TrainingDataSettings, documents, main
+from tests.commands import status_of
 
 FILE = Path("recall.jsonl")
 PROSE = " ".join(f"It was in {year} that somebody, as is said, came back!" for year in range(1200, 1900))
@@ -209,8 +208,8 @@ def test_nearly_all_of_a_list_has_been_said_before(tokenizer: Path) -> None:
 
 
 def test_the_command_writes_lists(tokenizer: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "evals.niah.training_data", "--lists", "--documents", "3", "--tokens", "240"]
-    subprocess.run([*command, "--tokenizer", str(tokenizer), "--output", str(tmp_path / FILE)], check=True)
+    words = ("--lists", "--documents", 3, "--tokens", 240, "--tokenizer", tokenizer)
+    assert status_of(main, *words, "--output", tmp_path / FILE) == 0
     assert len((tmp_path / FILE).read_text().splitlines()) == 3
 
 
@@ -220,10 +219,9 @@ def test_length_too_short_for_the_words_is_one_sentence(tokenizer: Path) -> None
         next(documents(settings))
 
 
-def test_command_writes_one_document_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_writes_one_document_a_line(tmp_path: Path) -> None:
     file = tmp_path / "new" / "recall.jsonl"
-    monkeypatch.setattr(sys, "argv", ["training_data", "--output", str(file), "--documents", "7", "--seed", "2"])
-    main()
+    assert status_of(main, "--output", file, "--documents", 7, "--seed", 2) == 0
     written = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
     assert written == texts(documents=7, seed=2)
 

@@ -1,7 +1,6 @@
 """The model as transformers uses it: generation, caches, training."""
 
 import copy
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from evals.measure import return_large_blocks
 from titans_mcore.config import TitansConfig
 from titans_mcore.hf.cache_titans import TitansCache
 from titans_mcore.hf.configuration_titans import CACHE_NAMES, TitansHFConfig
@@ -186,19 +184,16 @@ def test_the_cache_stays_constant_however_much_is_generated(variant: str) -> Non
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("variant", MIXERS)
 @torch.no_grad()
-def test_a_million_tokens_leave_a_state_and_a_process_as_large_as_before(variant: str) -> None:
-    return_large_blocks()  # without, glibc's heap creeps by some tens of megabytes
+def test_a_million_tokens_leave_a_state_as_large_as_before(variant: str) -> None:
     model = make(variant, num_layers=1, chunk_size=512, segment_length=1024, window=128)
     cache, piece, sizes = TitansCache(1), 8_192, []
     for index in range(-(-1_000_000 // piece)):
         output = model(torch.randint(330, (1, piece)), cache=cache, logits_to_keep=1)
         if index in (7, 121):
-            sizes.append((cache.blocks[0].state.bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+            sizes.append(cache.blocks[0].state.bytes())
     assert cache.get_seq_length() >= 1_000_000
     assert output.logits.isfinite().all()
-    (early, early_kilobytes), (late, late_kilobytes) = sizes
-    assert early == late
-    assert late_kilobytes - early_kilobytes < 50_000
+    assert sizes[0] == sizes[1]
     generated = model.generate(torch.zeros(1, 1_007_617).long(), cache=cache, max_new_tokens=5)
     assert generated.shape[1] == 1_007_617 + 5
 

@@ -20,6 +20,7 @@ from pretrain.plan.bytes import Held, activation_bytes
 from pretrain.plan.layout import Layout, for_gpus, layout_of
 from pretrain.plan.parameters import count_by_part, parameters_of
 from pretrain.plan.step_time import dense_flops
+from tests.commands import status_of
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.neural_memory import NeuralMemory
@@ -51,13 +52,11 @@ def planned(*arguments: str) -> dict:
     return plan.plan_of(plan.request_of(arguments))
 
 
-def refused(monkeypatch, capsys, *arguments: str) -> str:
+def refused(capsys, *arguments: str) -> str:
     """The sentence of a command line that ends with 2."""
-    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        plan.main()
+    status = status_of(plan.main, *arguments)
     out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (2, "")
+    assert (status, out) == (2, "")
     assert err.count("\n") == 1
     return err
 
@@ -166,9 +165,8 @@ def test_json_has_the_documented_keys_and_nothing_else_is_printed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_table_names_every_number(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plan", "--config", PRESET, "--gpus", "8", "--utilisation", "0.5"])
-    plan.main()
+def test_the_table_names_every_number(capsys):
+    assert status_of(plan.main, "--config", PRESET, "--gpus", 8, "--utilisation", 0.5) == 0
     out = capsys.readouterr().out
     for words in ("Parameters", "Memory of each of 8 ranks", "FLOP a token", "GPU hours", "checkpoint"):
         assert words in out
@@ -300,8 +298,8 @@ def test_the_vocabulary_is_the_datas(tiny_toml, shards):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_run_is_refused_in_one_sentence(monkeypatch, capsys, arguments, sentence):
-    assert sentence in refused(monkeypatch, capsys, "--config", PRESET, *arguments)
+def test_what_cannot_run_is_refused_in_one_sentence(capsys, arguments, sentence):
+    assert sentence in refused(capsys, "--config", PRESET, *arguments)
 
 
 @pytest.mark.parametrize("name", ["mac_170m", "lmm_1.3b"])
@@ -315,10 +313,8 @@ def test_buckets_are_the_engines(name):
     assert settings["reduce_bucket_size"] == settings["allgather_bucket_size"] == Held(layout, parameters).bucket
 
 
-def test_a_missing_file_is_a_sentence(monkeypatch, capsys):
-    assert "no configuration at /nowhere.toml" in refused(
-        monkeypatch, capsys, "--config", "/nowhere.toml", "--gpus", "1"
-    )
+def test_a_missing_file_is_a_sentence(capsys):
+    assert "no configuration at /nowhere.toml" in refused(capsys, "--config", "/nowhere.toml", "--gpus", "1")
 
 
 @pytest.mark.parametrize(
