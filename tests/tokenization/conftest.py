@@ -77,9 +77,11 @@ def command_line(settings: EncodeSettings) -> list[str]:
     return [sys.executable, "-m", "tokenization.encode", "--input", *settings.input, *arguments]
 
 
-def start(settings: EncodeSettings, *more: str, **options) -> subprocess.Popen[str]:
-    """Starts a command in a session of its own."""
+def start(settings: EncodeSettings, *more: str, hold_at: str = "", **options) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, which never gets beyond files that hold_at, a pattern, matches."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if hold_at:
+        environment |= {"HOLD_AT": hold_at, "PYTHONPATH": f"{Path(__file__).with_name('held_disk')}:{REPOSITORY}"}
     return subprocess.Popen(
         [*command_line(settings), *more], cwd=REPOSITORY, env=environment, start_new_session=True, text=True, **options
     )
