@@ -6,12 +6,11 @@ width, L memory layers, N persistent tokens, W window, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin
 
 if TYPE_CHECKING:
     from .mixers.spec import MixerSpec
 
-NETWORKS: tuple[str, ...] = ("residual_norm", "plain")
 _KERNELS_WIDTH = 64  # of a memory head, where nothing is said: what the fused kernels do best
 
 
@@ -129,14 +128,7 @@ class TitansConfig:
 
     def __post_init__(self) -> None:
         self._check_variant()
-        _choice("memory_network", self.memory_network, NETWORKS)
-        _choice("memory_rule", self.memory_rule, ("stable", "literal"))
-        _choice("memory_gates", self.memory_gates, ("matrix", "shared"))
-        _choice("memory_init", self.memory_init, ("random", "next_token"))
-        _choice("memory_alpha", self.memory_alpha, ("head", "channel"))
-        _choice("memory_backend", self.memory_backend, ("auto", "chunked", "native", "fused", "oracle"))
-        _choice("attention_backend", self.attention_backend, ("auto", "sdpa", "flash", "dense"))
-        _choice("linear_backend", self.linear_backend, ("torch", "fla"))
+        check_choices(self)
         for name in ("vocab_size", "num_layers", "dim", "num_heads", "ffn_dim", "memory_expansion", "conv_kernel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -255,6 +247,17 @@ def with_memory_heads(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "memory_heads": settings.get("num_heads", TitansConfig.num_heads)}
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+def check_choices(settings: Any, section: str = "") -> None:
+    """Refuses a value that is not of the words which its setting, a Literal, allows.
+
+    Args:
+        settings: A dataclass.
+        section: Stands before a setting's name in the message.
+
+    Raises:
+        ValueError: It names the setting, the value and the words.
+    """
+    for setting in fields(settings):
+        value, words = getattr(settings, setting.name), get_args(setting.type)
+        if get_origin(setting.type) is Literal and value not in words:
+            raise ValueError(f"{section}{setting.name} is {value!r}; it must be one of {', '.join(words)}")

@@ -136,7 +136,9 @@ class Lanes:
                 return
             with self._lock, (self._show.run / SECONDS_FILE).open("a") as file:
                 file.write(f"{stage.name} {stage.seconds:.0f}\n")
-            self._tell(f"{stage.title}: done in {seconds_text(stage.seconds or 0)}{_last_words(stage)}")
+            words = stage.progress()[1] if stage.progress else ""
+            done = f"{stage.title}: done in {seconds_text(stage.seconds or 0)}"
+            self._tell(f"{done}, {words}" if words else done)
 
     def _tell(self, text: str) -> None:
         if not self._show.bars:
@@ -174,11 +176,6 @@ def _move(bars: Progress, task: Task, stage: Stage) -> None:
     if stage.seconds is not None:
         share = 1.0
     bars.update(task.id, completed=share or 0, total=None if share is None else 1, words=words)
-
-
-def _last_words(stage: Stage) -> str:
-    words = stage.progress()[1] if stage.progress else ""
-    return f", {words}" if words else ""
 
 
 def training_progress(run: Path, unigrams: Callable[[], float]) -> Progressed:

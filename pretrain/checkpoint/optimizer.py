@@ -58,7 +58,9 @@ class Owned:
 def owned_by_name(engine: DeepSpeedEngine) -> dict[str, Owned]:
     """What this rank owns of every parameter; parameters of which it owns nothing are left out."""
     stage = engine.zero_optimization_stage()
-    find = {0: _owned_whole, 3: _owned_partition}.get(stage, _owned_of_group)
+    if not stage:
+        return {name: Owned(0, p.numel(), p, 0) for name, p in engine.module.named_parameters()}
+    find = _owned_partition if stage == 3 else _owned_of_group
     found = {name: find(engine, parameter) for name, parameter in engine.module.named_parameters()}
     return {name: owned for name, owned in found.items() if owned}
 
@@ -163,10 +165,6 @@ def restore_parameters(engine: DeepSpeedEngine, masters: SavedTensors, moments: 
         engine.optimizer.update_lp_params()
     if stage == 3:
         engine.optimizer.checkpoint_event_epilogue()
-
-
-def _owned_whole(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Owned:
-    return Owned(0, parameter.numel(), parameter, 0)
 
 
 def _owned_of_group(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Owned | None:

@@ -5,21 +5,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+from titans_mcore.config import check_choices
+
 SMALLEST_SHARE = 1e-4
 """A folder that gives fewer of the samples is not worth opening, and its share would be met badly."""
 TEXTS = tuple[str, ...]
 """Type of a setting that is a list of texts: [...] in TOML, words one behind the other on the command line."""
 
 
-def _at_least(section: str, settings: object, **limits: float) -> None:
+def _check(section: str, settings: object, **limits: float) -> None:
+    """Refuses words that a setting does not have, and numbers below their limits."""
+    check_choices(settings, f"{section}.")
     for name, limit in limits.items():
         if not (value := getattr(settings, name)) >= limit:
             raise ValueError(f"{section}.{name} is {value}; it must be at least {limit}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,8 @@ class TrainConfig:
     of the output matrix' work. 0: all stand, and none is computed again."""
 
     def __post_init__(self) -> None:
-        _at_least("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
-        _at_least("train", self, stop_after_minutes=0, loss_chunk=0)
-        _one_of("train.precision", self.precision, ("auto", "fp32", "bf16"))
-        _one_of("train.recompute", self.recompute, ("none", "block", "except_memory"))
+        _check("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)
+        _check("train", self, stop_after_minutes=0, loss_chunk=0)
         if self.weights_from and self.continue_from:
             raise ValueError("train.weights_from and train.continue_from both name what a run begins with; give one")
         if self.global_batch % self.micro_batch:
@@ -139,7 +136,7 @@ class TrainConfig:
     def _check_warmups(self) -> None:
         for kind, full in (("batch", "global_batch"), ("sequence", "sequence_length")):
             start, tokens = (f"{kind}_warmup_{end}" for end in ("from", "tokens"))
-            _at_least("train", self, **{start: 0, tokens: 0})
+            _check("train", self, **{start: 0, tokens: 0})
             if bool(getattr(self, start)) != bool(getattr(self, tokens)):
                 raise ValueError(
                     f"train.{start} is {getattr(self, start)} and train.{tokens} {getattr(self, tokens)}; "
@@ -198,8 +195,7 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("adamw", "muon"))
-        _at_least("optimizer", self, lr=0, momentum=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
+        _check("optimizer", self, lr=0, momentum=0, beta1=0, beta2=0, eps=0, weight_decay=0, clip_norm=0)
         for name in ("momentum", "beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
@@ -220,8 +216,7 @@ class ScheduleConfig:
     """Learning rate of the last step, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        _one_of("schedule.shape", self.shape, ("cosine", "linear", "wsd"))
-        _at_least("schedule", self, warmup_steps=0, decay_steps=0, min_lr_fraction=0)
+        _check("schedule", self, warmup_steps=0, decay_steps=0, min_lr_fraction=0)
         if self.decay_steps and self.shape != "wsd":
             raise ValueError(
                 f"schedule.decay_steps is {self.decay_steps}, and a {self.shape} falls from the warm-up on; "
@@ -261,9 +256,8 @@ class ParallelConfig:
     """The same after the first step; longer than the slowest evaluation."""
 
     def __post_init__(self) -> None:
-        _at_least("parallel", self, tensor=1, context=1, in_flight=1, pipeline=1, zero_stage=0)
-        _at_least("parallel", self, timeout_seconds=1, step_timeout_seconds=1)
-        _one_of("parallel.memory_parallel", self.memory_parallel, ("auto", "heads", "hidden"))
+        _check("parallel", self, tensor=1, context=1, in_flight=1, pipeline=1, zero_stage=0)
+        _check("parallel", self, timeout_seconds=1, step_timeout_seconds=1)
         if self.pipeline > 1:
             raise ValueError(
                 f"parallel.pipeline is {self.pipeline}, but pipeline parallelism is not supported; divide the model "
@@ -304,7 +298,7 @@ class CheckpointConfig:
     """Copy what is saved to the host's memory and write it while training goes on; off: training waits."""
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, every_steps=0, keep=1, keep_every_tokens=0, keep_best=0)
+        _check("checkpoint", self, every_steps=0, keep=1, keep_every_tokens=0, keep_best=0)
 
 
 @dataclass(frozen=True)
@@ -334,10 +328,8 @@ class HealthConfig:
     """A checkpoint is healthy when so many steps after it were good ones."""
 
     def __post_init__(self) -> None:
-        _one_of("health.nonfinite", self.nonfinite, ("skip", "rewind", "stop"))
-        _one_of("health.spike", self.spike, ("note", "skip", "rewind", "stop"))
-        _at_least("health", self, spike_window=2, spike_deviations=0, spike_nats=0)
-        _at_least("health", self, in_a_row=1, rewinds=1, healthy_after_steps=1)
+        _check("health", self, spike_window=2, spike_deviations=0, spike_nats=0)
+        _check("health", self, in_a_row=1, rewinds=1, healthy_after_steps=1)
 
 
 @dataclass(frozen=True)
@@ -362,8 +354,8 @@ class EvaluateConfig:
     """Haystacks of each length, the same at every evaluation; needles lie evenly between the start and the end."""
 
     def __post_init__(self) -> None:
-        _at_least("evaluate", self, every_tokens=0, every_steps=0, heldout_sequences=0, long_every=1)
-        _at_least("evaluate", self, probe_length=0, probe_shortest=1, probe_samples=1)
+        _check("evaluate", self, every_tokens=0, every_steps=0, heldout_sequences=0, long_every=1)
+        _check("evaluate", self, probe_length=0, probe_shortest=1, probe_samples=1)
         if self.every_tokens and self.every_steps:
             raise ValueError(
                 f"evaluate.every_tokens is {self.every_tokens} and evaluate.every_steps {self.every_steps}; "
@@ -407,5 +399,4 @@ class LoggingConfig:
     """Name of the run there; empty: the name of the run folder."""
 
     def __post_init__(self) -> None:
-        _at_least("logging", self, every_steps=1, memory_every_steps=0, stragglers_every_steps=0)
-        _one_of("logging.wandb", self.wandb, ("off", "online", "offline"))
+        _check("logging", self, every_steps=1, memory_every_steps=0, stragglers_every_steps=0)

@@ -63,9 +63,11 @@ def request_of(arguments: Sequence[str]) -> Request:
         raise ValueError(f"{error.argument_name} needs a value") from None
     if own.gpus is None:
         raise ValueError(f"--gpus is missing; usage: {_USAGE}")
+    if not own.gpus.isdecimal() or int(own.gpus) < 1:
+        raise ValueError(f"--gpus is {own.gpus!r}; it must be a number of GPUs, 1 or more")
     run = parse(words, planning=True)
     utilisation = _utilisation(own.utilisation)
-    return Request(run.config, _gpus(own.gpus), own.gpu or "h100", utilisation, own.json, run.assumed_vocabulary)
+    return Request(run.config, int(own.gpus), own.gpu or "h100", utilisation, own.json, run.assumed_vocabulary)
 
 
 def plan_of(request: Request) -> dict[str, Any]:
@@ -151,12 +153,6 @@ def _notes(request: Request, bytes_on_rank: int) -> list[str]:
         notes.append("the peak is that of bf16, and the run is in fp32: it will not come near")
     notes.append("activations are an estimate, and the time is what the utilisation makes of it: neither is measured")
     return notes
-
-
-def _gpus(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--gpus is {text!r}; it must be a number of GPUs, 1 or more")
-    return int(text)
 
 
 def _utilisation(text: str | None) -> float:

@@ -38,7 +38,7 @@ def read_config(folder: Path) -> TitansConfig:
 
     if not folder.is_dir():
         raise ExportError(f"no exported model at {folder}: there is no such folder")
-    settings = _json(folder / CONFIG)
+    settings = read_json(folder / CONFIG)
     if settings.get("model_type") != TitansHFConfig.model_type:
         raise ExportError(
             f"{folder / CONFIG} is of model type {settings.get('model_type')!r}; name a folder that was exported here"
@@ -75,7 +75,7 @@ def check_sums(folder: Path) -> None:
     if not (folder / PROOF).is_file():
         print(f"note: {folder} has no {PROOF}, so its files are not compared with checksums", file=sys.stderr)
         return
-    noted = _json(folder / PROOF).get("files", {})
+    noted = read_json(folder / PROOF).get("files", {})
     for file in (folder / CONFIG, folder / TOKENIZER, *weight_files(folder)):
         if file.name in noted and not (file.is_file() and sha256_of(file) == noted[file.name]["sha256"]):
             raise ExportError(
@@ -101,7 +101,7 @@ def open_model(folder: Path, *, verify: bool = True) -> "TitansForCausalLM":
     weight_files(folder)
     if verify:
         check_sums(folder)
-    config = TitansHFConfig.from_dict(with_memory_heads(_json(folder / CONFIG)))
+    config = TitansHFConfig.from_dict(with_memory_heads(read_json(folder / CONFIG)))
     settings: dict[str, Any] = {"config": config, "dtype": torch.float32, "local_files_only": True}
     try:
         return cast("TitansForCausalLM", TitansForCausalLM.from_pretrained(folder, **settings))
@@ -143,7 +143,12 @@ def read_weights(folder: Path, *, verify: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """What one of the folder's JSON files holds.
+
+    Raises:
+        ExportError: It is missing or damaged.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

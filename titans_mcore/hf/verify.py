@@ -4,7 +4,6 @@ Every file must be the one that was exported, and the model must compute what it
 is in its proof.json. Nothing but the folder is needed.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import torch
 import tyro
 
 from titans_mcore.command_line import parse_settings, run_command
-from titans_mcore.hf.exported import PROOF
+from titans_mcore.hf.exported import PROOF, read_json
 from titans_mcore.hf.folder import ExportError, ProofFailed
 from titans_mcore.hf.proof import FORMAT, Comparison, compare, outputs_of, shown
 from titans_mcore.io import sha256_of
@@ -38,27 +37,15 @@ def verify(folder: Path, *, device: str = "cpu", tolerance: float = 1e-4) -> Com
         ExportError: There is no proof that can be read.
         ProofFailed: A file is missing or has changed, the folder could not be loaded, or it computes something else.
     """
-    proof = _read(folder)
+    proof = read_json(file := folder / PROOF)
+    if (written := proof.get("format")) != FORMAT:
+        raise ExportError(f"{file} has format {written}; this version reads format {FORMAT}, export the folder again")
     _check_files(folder, proof["files"])
     example, expected = (
         {name: torch.tensor(value) for name, value in proof[side].items()} for side in ("inputs", "outputs")
     )
     found = outputs_of(folder, proof["auto_class"], example, device)
     return compare({name: shown(found[name]) for name in expected}, expected, tolerance * proof["largest_output"])
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    file = folder / PROOF
-    try:
-        proof = json.loads(file.read_text(encoding="utf-8"))
-        written = proof["format"]
-    except FileNotFoundError as error:
-        raise ExportError(f"{file} is missing; export the folder with its proof") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{file} cannot be read ({error!r}); copy or export the folder again") from error
-    if written != FORMAT:
-        raise ExportError(f"{file} has format {written}; this version reads format {FORMAT}, export the folder again")
-    return proof
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
