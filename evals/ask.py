@@ -66,7 +66,7 @@ class AskSettings(ModelOptions):
 
 
 @dataclass(frozen=True)
-class Memory:
+class TextMemory:
     """What a model keeps of a text."""
 
     states: list[Any]
@@ -88,7 +88,7 @@ class Memory:
         return found.hexdigest()
 
 
-def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
+def read_text(model: "EvalModel", text: Path, piece: int) -> TextMemory:
     """Reads a text behind a start token, with a bar on a terminal.
 
     Args:
@@ -121,12 +121,12 @@ def read_text(model: "EvalModel", text: Path, piece: int) -> Memory:
             starts = range(0, tokens, piece)
             pieces = (torch.from_numpy(np.asarray(ids[at : at + piece]))[None] for at in starts)
             _, states = read(model.stream, pieces, lambda units: progress.advance(units, units))
-        return Memory(
+        return TextMemory(
             [state.carried() for state in states], tokens, int(np.asarray(ids[tokens - 1 : tokens])[0]), source
         )
 
 
-def answer_line(model: "EvalModel", memory: Memory, question: str, max_new_tokens: int) -> str:
+def answer_line(model: "EvalModel", memory: TextMemory, question: str, max_new_tokens: int) -> str:
     """What the model goes on with behind a text and a question, to the end of the line; the memory stays as it is.
 
     Args:
@@ -146,7 +146,7 @@ def answer_line(model: "EvalModel", memory: Memory, question: str, max_new_token
     return processor.decode(words).strip().split("\n")[0]
 
 
-def question_ids(model: "EvalModel", memory: Memory, question: str) -> list[int]:
+def question_ids(model: "EvalModel", memory: TextMemory, question: str) -> list[int]:
     """Tokens of a question on a line of its own behind the text that was read."""
     from evals.niah.haystacks import Splicer
 
@@ -154,7 +154,7 @@ def question_ids(model: "EvalModel", memory: Memory, question: str) -> list[int]
     return ids if memory.last_token == line_feed else [line_feed, *ids]
 
 
-def save_memory(memory: Memory, model: "EvalModel", file: Path) -> None:
+def save_memory(memory: TextMemory, model: "EvalModel", file: Path) -> None:
     """Writes a memory as safetensors, whole or not at all, with what it belongs to in the header.
 
     Args:
@@ -182,7 +182,7 @@ def save_memory(memory: Memory, model: "EvalModel", file: Path) -> None:
         os.replace(Path(folder) / file.name, file)
 
 
-def load_memory(file: Path, model: "EvalModel") -> Memory:
+def load_memory(file: Path, model: "EvalModel") -> TextMemory:
     """The memory that `save_memory` wrote for these very weights.
 
     Raises:
@@ -210,7 +210,7 @@ def load_memory(file: Path, model: "EvalModel") -> Memory:
                 )
         cache = TitansCache.load(file, model.device)
         states = [block.state for block in cache.blocks]
-        memory = Memory(states, cache.get_seq_length(), record["last_token"], record["source"])
+        memory = TextMemory(states, cache.get_seq_length(), record["last_token"], record["source"])
         damaged = memory.digest() != record["states_sha256"]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as fault:
         raise EvaluationError(f"--memory {file}: is damaged ({fault!r}); read the text again") from None

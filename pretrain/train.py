@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pretrain.checkpoint.carried import CarriedState
-from pretrain.checkpoint.format import FailedOnRank0, Progress, checkpoint_folder, on_rank_0
+from pretrain.checkpoint.format import FailedOnRank0, RunProgress, checkpoint_folder, on_rank_0
 from pretrain.checkpoint.resume import begin_with, certificate, check_loss, find_resume_point, restore
 from pretrain.checkpoint.retention import check_room
 from pretrain.checkpoint.save import Saver, sweep
@@ -149,7 +149,7 @@ def open_run(config: RunConfig, run_dir: Path, *, verify: bool) -> tuple[Run | N
     on_rank_0(lambda: keep_tokenizer(data, run_dir))
     checked = on_rank_0(lambda: check_shards(config, data, run_dir))
     point = find_resume_point(config, data.fingerprint, run_dir)
-    progress = point.progress if point else Progress()
+    progress = point.progress if point else RunProgress()
     rewinds = on_rank_0(lambda: Rewinds.read(run_dir))
     if rewinds.step_after(progress.step) > config.train.steps:
         say(f"{run_dir} is finished: step {progress.step} of {config.train.steps}; raise --train.steps to go on")

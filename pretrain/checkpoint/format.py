@@ -50,7 +50,7 @@ Layout = dict[str, int | str]
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunProgress:
     """Where a run stands."""
 
     step: int = 0
@@ -61,7 +61,7 @@ class Progress:
     """Tokens trained on."""
 
     @classmethod
-    def at(cls, step: int, config: RunConfig) -> "Progress":
+    def at(cls, step: int, config: RunConfig) -> "RunProgress":
         """After `step` steps."""
         return cls(step, portion_of(step + 1, config.train).first, tokens_after(step, config.train))
 
@@ -89,7 +89,7 @@ def partial_folders(run_dir: Path) -> list[Path]:
 def make_record(config: RunConfig, fingerprint: str, step: int) -> dict[str, Any]:
     """What a checkpoint says about its run: where it stands, what must stay the same, and all settings."""
     return {
-        **asdict(Progress.at(step, config)),
+        **asdict(RunProgress.at(step, config)),
         **identity_of(config, fingerprint),
         "layout": layout_of(config),
         "settings": json.loads(json.dumps(asdict(config))),  # as it will be read back: lists for tuples

@@ -19,7 +19,7 @@ from pretrain.checkpoint.format import (
     OPTIMIZER_FOLDER,
     RANDOM_FOLDER,
     Layout,
-    Progress,
+    RunProgress,
     identity_of,
     layout_of,
     on_rank_0,
@@ -63,9 +63,9 @@ class ResumePoint(NamedTuple):
     record: dict[str, Any]
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> RunProgress:
         """Where the run stands."""
-        return Progress(self.record["step"], self.record["samples"], self.record["tokens"])
+        return RunProgress(self.record["step"], self.record["samples"], self.record["tokens"])
 
 
 def find_resume_point(config: RunConfig, fingerprint: str, run_dir: Path) -> ResumePoint | None:

@@ -49,12 +49,12 @@ def documents_of(samples: NumberedSamples, data: RunData, portion: Portion) -> l
     manifests = {folder.path.resolve(): folder.manifest for folder in data.folders}
     lines = []
     for index in range(portion.first, portion.first + portion.samples):
-        for piece in samples.pieces(index):
-            source, row = origin_of(manifests[piece.prefix.parent], piece.prefix, piece.document)
-            shard = piece.prefix.name if len(manifests) == 1 else piece.prefix
+        for part in samples.documents(index):
+            source, row = origin_of(manifests[part.prefix.parent], part.prefix, part.document)
+            shard = part.prefix.name if len(manifests) == 1 else part.prefix
             lines.append(
-                f"sample {index}: {shard} document {piece.document} tokens {piece.start} to "
-                f"{piece.stop - 1}, {source} row {row}"
+                f"sample {index}: {shard} document {part.document} tokens {part.start} to "
+                f"{part.stop - 1}, {source} row {row}"
             )
     return lines
 

@@ -75,7 +75,7 @@ class MicroBatch(NamedTuple):
         return MicroBatch(self.tokens.reshape(-1, length), self.labels.reshape(-1, length), starts)
 
 
-class Piece(NamedTuple):
+class DocumentPart(NamedTuple):
     """A part of a document in a sample.
 
     Attributes:
@@ -103,7 +103,7 @@ class NumberedSamples(Protocol):
     def micro_batch(self, indices: Iterable[int]) -> MicroBatch:
         """The samples of these numbers."""
 
-    def pieces(self, index: int) -> list[Piece]:
+    def documents(self, index: int) -> list[DocumentPart]:
         """The parts of documents that a sample is made of, in order."""
 
 
@@ -174,7 +174,7 @@ class Samples:
         starts = self._starts(indices, begins) if self._documents_apart else None
         return MicroBatch(tokens, labels, starts, begins)
 
-    def pieces(self, index: int) -> list[Piece]:
+    def documents(self, index: int) -> list[DocumentPart]:
         """The parts of documents that a sample is made of, in order; `prepare` has opened it."""
         prefix, dataset, inside = self._locate(index)
         row = dataset.shuffle_index[inside]
@@ -183,8 +183,8 @@ class Samples:
         for place in range(first, last + 1):
             document = int(dataset.document_index[place])
             stop = int(end) if place == last else int(dataset.dataset.sequence_lengths[document])
-            found.append(Piece(prefix, document, int(skipped) if place == first else 0, stop))
-        return [piece for piece in found if piece.start < piece.stop]
+            found.append(DocumentPart(prefix, document, int(skipped) if place == first else 0, stop))
+        return [part for part in found if part.start < part.stop]
 
     def _locate(self, index: int) -> tuple[Path, GPTDataset, int]:
         """The shard of a sample, as a path and as it is opened, and the sample's number there."""

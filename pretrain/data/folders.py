@@ -20,7 +20,7 @@ import torch
 from megatron.core.datasets import helpers
 
 from pretrain.config.run_config import RunConfig
-from pretrain.data.batches import MicroBatch, NumberedSamples, Piece, Samples
+from pretrain.data.batches import DocumentPart, MicroBatch, NumberedSamples, Samples
 from titans_mcore.io import bytes_text, sha256_of, write_file_atomically
 from tokenization.manifest import Manifest
 from tokenization.progress import Progress
@@ -202,10 +202,10 @@ class Blend:
         none = torch.zeros_like(tokens[:1], dtype=torch.bool)
         return MicroBatch(tokens, labels, torch.cat([none if row.starts is None else row.starts for row in rows]))
 
-    def pieces(self, index: int) -> list[Piece]:
+    def documents(self, index: int) -> list[DocumentPart]:
         """The parts of documents that a sample is made of, in order; `prepare` has opened it."""
         part, place = self._locate(index)
-        return self._parts[part].pieces(place)
+        return self._parts[part].documents(place)
 
     def _locate(self, index: int) -> tuple[int, int]:
         """The folder of a sample, and its number there."""

@@ -54,10 +54,10 @@ def thinned(series: Series, most: int) -> Series:
     size = -(-len(series.steps) // most)
     if size <= 1:
         return series
-    pieces = range(0, len(series.steps), size)
+    starts = range(0, len(series.steps), size)
     return Series(
-        [series.steps[min(start + size, len(series.steps)) - 1] for start in pieces],
-        [statistics.fmean(series.values[start : start + size]) for start in pieces],
+        [series.steps[min(start + size, len(series.steps)) - 1] for start in starts],
+        [statistics.fmean(series.values[start : start + size]) for start in starts],
     )
 
 

@@ -31,7 +31,7 @@ def write_text(file: Path, lines: int, value: str = "4807215") -> Path:
     return file
 
 
-def logits_behind(model: EvalModel, memory: ask.Memory) -> list[Tensor]:
+def logits_behind(model: EvalModel, memory: ask.TextMemory) -> list[Tensor]:
     texts = (model.tokenizer.processor.encode(text) for text in ("the grass is", "magic 27"))
     return [read(model.stream, [torch.tensor([ids])], lambda _: None, memory.states)[0] for ids in texts]
 

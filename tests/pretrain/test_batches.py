@@ -144,15 +144,15 @@ def test_several_shards_are_one_set_of_samples(shards, tmp_path):
     assert together == apart
 
 
-def test_a_sample_is_made_of_the_pieces_it_names(shards, tmp_path):
+def test_a_sample_is_made_of_the_documents_it_names(shards, tmp_path):
     other = write_shards(tmp_path / "other", seed=5)
     pair = [shards / "train", other / "train"]
     samples = Samples(pair, tmp_path / "index", vocab_size=96, sequence_length=32, seed=3)
     datasets = {prefix.resolve(): IndexedDataset(str(prefix)) for prefix in pair}
     samples.prepare(0, 2 * samples.per_epoch - 1)
     for index in range(0, 2 * samples.per_epoch, 3):
-        pieces = samples.pieces(index)
-        held = [torch.from_numpy(datasets[p.prefix][p.document][p.start : p.stop].astype("int64")) for p in pieces]
+        parts = samples.documents(index)
+        held = [torch.from_numpy(datasets[p.prefix][p.document][p.start : p.stop].astype("int64")) for p in parts]
         assert torch.equal(torch.cat(held)[:32], samples.micro_batch([index]).tokens[0])
 
 

@@ -51,7 +51,7 @@ def alone(folder, index_dir):
 
 
 def folder_of(samples, index):
-    return samples.pieces(index)[0].prefix.parent
+    return samples.documents(index)[0].prefix.parent
 
 
 def test_every_folder_has_its_share_at_any_point(folders, tmp_path):
@@ -104,7 +104,7 @@ def test_the_held_out_set_is_blended_alike_and_nothing_in_it_comes_twice(folders
     rows = [tuple(row) for row in heldout.micro_batch(range(count + 1)).tokens.tolist()]
     assert len(set(rows[:-1])) == count > 8
     came_from = [folder_of(heldout, index) for index in range(count)]
-    assert all(piece.prefix.name == "heldout" for index in range(count) for piece in heldout.pieces(index))
+    assert all(part.prefix.name == "heldout" for index in range(count) for part in heldout.documents(index))
     for folder, share in zip(folders, SHARES, strict=True):
         assert abs(came_from.count(folder.resolve()) - share * count) <= 1
 

@@ -249,7 +249,7 @@ def test_every_row_goes_on_where_the_same_row_of_the_step_before_ended(strands):
     crossings = 0
     for i in set(range(1, 2 * epoch)) - {epoch}:
         for row in range(4):
-            before, here = samples.pieces(4 * i - 4 + row)[-1], samples.pieces(4 * i + row)[0]
+            before, here = samples.documents(4 * i - 4 + row)[-1], samples.documents(4 * i + row)[0]
             if before.prefix != here.prefix:  # the last tokens of a shard make no sample
                 crossings += 1
                 assert here.start == 0
@@ -261,7 +261,9 @@ def test_every_row_goes_on_where_the_same_row_of_the_step_before_ended(strands):
 
 def test_an_epoch_has_no_sample_twice_and_the_next_one_has_another_order(strands):
     samples, _ = strands
-    first, second = ([samples.pieces(e * samples.per_epoch + i)[0] for i in range(samples.per_epoch)] for e in (0, 1))
+    first, second = (
+        [samples.documents(e * samples.per_epoch + i)[0] for i in range(samples.per_epoch)] for e in (0, 1)
+    )
     assert len(set(first)) == len(set(second)) == samples.per_epoch
     assert first != second
 

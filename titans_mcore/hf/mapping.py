@@ -18,7 +18,7 @@ from titans_mcore.mixers.parts import PlainParts
 
 
 @dataclass(frozen=True)
-class Rule:
+class NameRule:
     """One parameter on both sides."""
 
     native: str
@@ -44,18 +44,19 @@ def _parameters(config: TitansConfig, mixer: MixerSpec) -> list[str]:
     return [name for name, _ in made.named_parameters()]
 
 
-def rules(config: TitansConfig) -> list[Rule]:
+def rules(config: TitansConfig) -> list[NameRule]:
     """The rule of every parameter of a model."""
-    table = [Rule("embedding.weight", "model.embedding.weight", vocabulary=True)]
+    table = [NameRule("embedding.weight", "model.embedding.weight", vocabulary=True)]
     names = {mixer.name: _parameters(config, mixer) for mixer in config.mixers}
     for layer, mixer in enumerate(config.blocks):
         block = _BLOCK | {f"mixer.{name}": f"mixer.{name}" for name in names[mixer.name]}
         table += [
-            Rule(f"layers.{layer}.{native}", f"model.layers.{layer}.{exported}") for native, exported in block.items()
+            NameRule(f"layers.{layer}.{native}", f"model.layers.{layer}.{exported}")
+            for native, exported in block.items()
         ]
-    table.append(Rule("final_norm.weight", "model.final_norm.weight"))
+    table.append(NameRule("final_norm.weight", "model.final_norm.weight"))
     if not config.tie_embeddings:
-        table.append(Rule("output_layer.weight", "lm_head.weight", vocabulary=True))
+        table.append(NameRule("output_layer.weight", "lm_head.weight", vocabulary=True))
     return table
 
 
