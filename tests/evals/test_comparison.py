@@ -201,7 +201,9 @@ def test_needles_are_looked_for_in_a_model_of_the_lists_size(tmp_path: Path) -> 
     assert found.keys() == {"lists", "needles"}
     lengths = ["320", "1280", "5120", "20480"]
     assert {tuple(own) for own in found["needles"]["accuracy"].values()} == {tuple(lengths)}
-    assert all(round(5 * share, 6).is_integer() for own in found["needles"]["accuracy"].values() for share in own.values())
+    assert all(
+        round(5 * share, 6).is_integer() for own in found["needles"]["accuracy"].values() for share in own.values()
+    )
     assert "S-NIAH-PK 320 | S-NIAH-PK 1,280" in table
     assert "S-NIAH-W 20,480" in table
     config = json.loads((tmp_path / "runs/needles/gated_deltanet-0/config.json").read_text())

@@ -4,13 +4,14 @@ nan 5 6        the output of a block is not a number in steps 5 and 6, the first
 nan! 5         in every time
 loud 5         the loss is 50 nats too high in step 5, the first time
 slow 1 0.3     rank 1 sleeps so many seconds in every forward pass
-stall 5 2      the batch of step 5 takes 2 seconds to read
-save 3         a checkpoint takes 3 seconds to write
+stall 5        the batch of step 5 comes when it has been said that it is waited for
+save 4         no checkpoint is written before step 4 has begun
 
 Several of them stand between commas.
 """
 
 import sys
+import threading
 import time
 
 import torch
@@ -43,29 +44,36 @@ def sabotage(what, numbers):
             for hook in hooks:
                 hook.remove()
 
-    current = []
+    current, heard = [], threading.Event()
     of_run = run.Run.step
 
     def noting(self, step, following):
         current.append(step)
+        if what == "save" and step == int(numbers[0]):
+            heard.set()
         return of_run(self, step, following)
 
     run.train_step, run.Run.step = broken, noting
     if what == "stall":
         batches.STALL_SECONDS = 0.3
-        read = batches.Batches._read
+        read, say = batches.Batches._read, train.say_stalled
 
         def slowly(self, portion):
             if portion.first == 4 * (int(numbers[0]) - 1):
-                time.sleep(float(numbers[1]))
+                heard.wait()
             return read(self, portion)
 
-        batches.Batches._read = slowly
+        def saying(step, seconds):
+            say(step, seconds)
+            if step == int(numbers[0]):
+                heard.set()
+
+        batches.Batches._read, train.say_stalled = slowly, saying
     if what == "save":
         write = save._write
 
         def late(*arguments):
-            time.sleep(float(numbers[0]))
+            heard.wait()
             return write(*arguments)
 
         save._write = late

@@ -60,7 +60,7 @@ def spiked(sabotaged, tmp_path_factory):
     assert status == 0, err
     (folder / "clean").mkdir()
     Rewinds.read(folder / "run").write(folder / "clean")
-    status, _, said = sabotaged("stall 5 2", folder / "clean", *settings).wait()
+    status, _, said = sabotaged("stall 5", folder / "clean", *settings).wait()
     assert status == 0, said
     return folder, out, said
 
@@ -174,7 +174,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(tiny_toml, tmp_path, as
 
 def test_training_goes_on_while_a_checkpoint_is_written(sabotaged, tmp_path):
     settings = ["--train.steps", "12", "--checkpoint.every-steps", "2", "--checkpoint.keep", "9"]
-    status, _, err = sabotaged("save 1", tmp_path, *settings, processes=2).wait()
+    status, _, err = sabotaged("save 4", tmp_path, *settings, processes=2).wait()
     assert status == 0, err
     records = read_records(tmp_path)
     saved = {record["folder"]: place for place, record in enumerate(records) if record.get("name") == "saved"}
