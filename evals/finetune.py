@@ -56,12 +56,9 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         check_at_least(1, self, "steps", "batch", "validation")
-        check_at_least(0, self, "seed")
+        check_at_least(0, self, "seed", "text_weight", "write_cost", "weight_decay")
         if not self.learning_rate > 0:
             raise EvaluationError(f"--learning-rate is {self.learning_rate}; it must be above 0")
-        for name in ("text_weight", "write_cost", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise EvaluationError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 or more")
 
 
 def finetune(settings: FinetuneSettings) -> None:

@@ -79,8 +79,6 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
         ValueError: A run with these settings would not start; the message is the run's.
     """
     parallel = config.parallel
-    if gpus < 1:
-        raise ValueError(f"--gpus is {gpus}; it must be at least 1")
     data = check_world(gpus, parallel.tensor, parallel.context)
     return Layout(
         gpus=gpus,

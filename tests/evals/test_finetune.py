@@ -136,7 +136,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(tuned, exported: Path, t
         tuned(validation=8)
     with pytest.raises(EvaluationError, match=r"--documents .*, line 2: no token of it counts; give its answers"):
         tuned([LEARNABLE[0], Document("the grass is green", []), *LEARNABLE])
-    with pytest.raises(EvaluationError, match="--write-cost is -1; it must be 0 or more"):
+    with pytest.raises(EvaluationError, match="--write-cost is -1; give at least 0"):
         tuned(write_cost=-1)
     with pytest.raises(EvaluationError, match=r"--documents .*none.jsonl: cannot be read \(No such file"):
         finetune.finetune(finetune.FinetuneSettings(exported, tmp_path / "none.jsonl", tmp_path / "x"))
