@@ -68,11 +68,11 @@ def main(dtype: str, documents: bool, guarded: bool, scans: list[dict[str, Any]]
             by_kernels(problem)
         with_gradients(by_kernels, problem)
     if batches:
-        train_layer(batches, documents=documents)
+        train_layer(batches)
 
 
-def train_layer(batches: list[list[int]], *, documents: bool) -> None:
-    """A MAG layer whose memory is as small as kernels take it."""
+def train_layer(batches: list[list[int]]) -> None:
+    """A MAG layer whose memory is as small as kernels take it; every batch without documents and with some."""
     memory = {"memory_head_dim": 16, "memory_expansion": 2, "memory_backend": "fused"}
     config = TitansConfig("mag", dim=32, num_heads=2, persistent_tokens=8, window=32, **memory)  # type: ignore[arg-type]
     layer = MagMixer(config, PlainParts(config)).bfloat16()
@@ -80,7 +80,8 @@ def train_layer(batches: list[list[int]], *, documents: bool) -> None:
         starts = torch.zeros(rows, length, dtype=torch.bool)
         starts[-1, length // 3] = True
         tokens = torch.zeros(rows, length, 32, dtype=torch.bfloat16, requires_grad=True)
-        layer(tokens, None, PackedRows(starts) if documents else None)[0].sum().backward()
+        for documents in (None, PackedRows(starts)):
+            layer(tokens, None, documents)[0].sum().backward()
 
 
 def begin_documents(problem: Problem) -> None:

@@ -22,16 +22,16 @@ PLAIN = {"network": "plain", "rule": "literal"}
 # Of the memory of every size with tokens in bfloat16, as Triton 3.6.0's ptxas says: registers of a thread, and bytes
 # that it has no register for, stored and loaded. A change that moves them is looked at, and written here.
 PTXAS = {
-    "walk": (255, 64, 80),
+    "walk": (255, 72, 88),
     "reads": (208, 0, 0),
     "reads_backward": (255, 128, 128),
-    "chain_backward": (255, 184, 196),
+    "chain_backward": (255, 184, 184),
     "rest_backward": (255, 92, 84),
     "anchors_backward": (138, 0, 0),
 }
 # Barriers that a chunk of one memory waits at, and bytes spilled, where chunk follows upon chunk; and what they were of
 # a chunk's way forth and back while reads, and gradients that nobody waits for, were in the same loops.
-CHAINS = {"walk": (270, 22_528), "chain_backward": (268, 97_280)}
+CHAINS = {"walk": (271, 26_624), "chain_backward": (269, 79_872)}
 TOGETHER = (701 + 561 + 1204, 129_024 + 13_312 + 673_280)
 
 
@@ -79,12 +79,10 @@ def test_registers_and_what_they_do_not_hold_are_the_recorded_ones() -> None:
     assert all(3 * now <= before for now, before in zip(forth_and_back, TOGETHER, strict=True))
 
 
-@pytest.mark.parametrize("documents", [False, True])
-def test_training_compiles_six_kernels_and_two_more_for_documents(documents: bool) -> None:
-    """Persistent tokens, rows that end inside a chunk, batches of one row and of two, documents or none."""
-    found = compiled("bfloat16", documents=documents, batches=[(1, 128), (2, 256), (2, 200)])
-    names = sorted(kernel["kernel"] for kernel in found)
-    assert names == sorted(LAUNCHED + (["walk", "chain_backward"] if documents else []))
+def test_training_compiles_every_kernel_once() -> None:
+    """Persistent tokens, rows that end inside a chunk, batches of one row and of two, documents and none."""
+    found = compiled("bfloat16", batches=[(1, 128), (2, 256), (2, 200)])
+    assert sorted(kernel["kernel"] for kernel in found) == sorted(LAUNCHED)
 
 
 def test_a_kernel_is_compiled_once_whatever_comes() -> None:

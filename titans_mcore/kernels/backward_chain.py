@@ -42,7 +42,7 @@ def chain_backward_kernel(
     of_states,  # (g + 1, N, SIZE): gradients there; the last is given, the others are written here
     factors,  # (g, N, 4), or None without a shell
     alike,  # (g, N, b, b)
-    of_fresh,  # (N, SIZE), added to where a document begins
+    of_fresh,  # (N, SIZE), added to where a document begins; any where none does
     restarts,
     hidden,
     deltas,
@@ -250,11 +250,10 @@ def chain_backward_kernel(
                 of_w1 = keep1 * tl.load(to1) + product(tl.trans(k), of_h, OPERAND)
                 of_w1 += product(tl.trans(q * read_keep1[:, None]), of_query_z, OPERAND)
                 tl.store(new1, of_w1)
-        if restarts is not None:  # noqa: SIM102 (whether it is there is settled in compiling)
-            if tl.load(restarts + chunk * (memories // heads) + batch) != 0:
-                # The state before the chunk was replaced by the fresh one, and the gradient belongs to that.
-                tl.debug_barrier()
-                hand_over(of_before, of_fresh + memory * SIZE, SIZE)
+        if tl.load(restarts + chunk * (memories // heads) + batch) != 0:
+            # The state before the chunk was replaced by the fresh one, and the gradient belongs to that.
+            tl.debug_barrier()
+            hand_over(of_before, of_fresh + memory * SIZE, SIZE)
 
 
 @triton.jit

@@ -58,9 +58,9 @@ def walk_kernel(
     deltas,
     known,  # None in a plain network
     held,  # None without mass
-    fresh,  # (N or H, SIZE) state in which a document begins, or None
+    fresh,  # (N or H, SIZE) state in which a document begins; any where none does
     anchors,  # (H, SIZE / 2), M_0, or None where forgetting leads to zero
-    restarts,  # (C, B) int8, which chunks begin a document, or None
+    restarts,  # (C, B) int8, which chunks begin a document
     closed,  # (C, B) int8, after which chunks the shell is; None without one
     stride_b,
     stride_t,
@@ -99,10 +99,9 @@ def walk_kernel(
         chunk, place = chunk_begin + turn, turn * memories + memory
         state, after = states + place * SIZE, states + (place + memories) * SIZE
         tl.debug_barrier()
-        if restarts is not None:  # noqa: SIM102 (whether it is there is settled in compiling)
-            if tl.load(restarts + chunk * (memories // heads) + batch) != 0:
-                move(fresh + (memory % fresh_rows) * SIZE, state, SIZE)
-                tl.debug_barrier()
+        if tl.load(restarts + chunk * (memories // heads) + batch) != 0:
+            move(fresh + (memory % fresh_rows) * SIZE, state, SIZE)
+            tl.debug_barrier()
 
         # What the keys meet in the last matrix, and the products h_t . h_j of its inputs for them. Without EXACT it is
         # the matrix at the chunk's start that they meet.

@@ -147,11 +147,11 @@ def fused_scan(
         exact=exact,
         rms_limit=borders.rms_limit if has_shell else None,
     )
-    closed = _closed(borders.closed, shape, queries.device) if has_shell else None
-    restarts = None if borders.restarts is None else borders.restarts.to(torch.int8).contiguous()
+    closed = _by_chunk(borders.closed, shape, queries.device) if has_shell else None
+    restarts = _by_chunk(False if borders.restarts is None else borders.restarts, shape, queries.device)
     start = _pack([m.flatten(0, 1) for pair in zip(weights, momentum, strict=True) for m in pair])
     fresh = None
-    if restarts is not None:
+    if borders.restarts is not None:
         pairs = zip(borders.fresh_weights, borders.fresh_momentum, strict=True)
         fresh = _pack([m for pair in pairs for m in pair])
     anchors = _pack(borders.anchors) if borders.anchors else None
@@ -200,11 +200,11 @@ def fused_fits(queries: Tensor, weights: Sequence[Tensor], chunk_size: int) -> s
     return ""
 
 
-def _closed(closed: bool | Tensor, shape: Shape, device: torch.device) -> Tensor:
-    """After which chunks the shell is, (C, B): also where after all or none, for which kernels would be others."""
-    if isinstance(closed, Tensor):
-        return closed.to(torch.int8).contiguous()
-    return torch.full((shape.chunks, shape.batch), int(closed), dtype=torch.int8, device=device)
+def _by_chunk(holds: bool | Tensor, shape: Shape, device: torch.device) -> Tensor:
+    """For which chunks it holds, (C, B): also where for all or none, for which kernels would be others."""
+    if isinstance(holds, Tensor):
+        return holds.to(torch.int8).contiguous()
+    return torch.full((shape.chunks, shape.batch), int(holds), dtype=torch.int8, device=device)
 
 
 def _is_power(number: int, largest: int) -> bool:
@@ -253,7 +253,7 @@ class _FusedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shape: Shape, keep_every: int, closed: Tensor | None, restarts: Tensor | None, *tensors: Any
+        ctx: Any, shape: Shape, keep_every: int, closed: Tensor | None, restarts: Tensor, *tensors: Any
     ) -> tuple[Tensor, Tensor]:
         from . import launch
 

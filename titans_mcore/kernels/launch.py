@@ -33,7 +33,7 @@ class Arguments(NamedTuple):
     fresh: Tensor | None
     anchors: Tensor | None
     closed: Tensor | None
-    restarts: Tensor | None
+    restarts: Tensor
 
 
 def scan(shape: Shape, tensors: Arguments, keep_every: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -134,11 +134,12 @@ class _Walk:
     def launch(self, span: slice, start: Tensor) -> None:
         """Take all memories through the chunks, from states (N, size)."""
         t, shape = self.tensors, self.shape
+        fresh = t.start if t.fresh is None else t.fresh
         walk_kernel[(shape.memories,)](
             t.keys, t.values, t.read, t.end, t.writes, t.write, t.mass, t.scale, t.shift,
             start, self.states, self.factors, self._aims, self.alike, self.hidden, self.deltas, self.known, self.held,
-            t.fresh, t.anchors, t.restarts, t.closed, *_where(shape, t, span),
-            _count(span.stop - span.start), 1 if t.fresh is None else len(t.fresh),
+            fresh, t.anchors, t.restarts, t.closed, *_where(shape, t, span),
+            _count(span.stop - span.start), len(fresh),
             LIMIT=shape.rms_limit, EXACT=shape.exact, **_settings(shape, t, shape.chain_tile),
         )  # fmt: skip
 
@@ -199,7 +200,7 @@ def _launch_gradient(
     s.of_states[group].copy_(found.state)
     chain_backward_kernel[(shape.memories,)](
         t.queries, t.keys, t.read, t.end, t.writes, t.write, t.scale, t.anchors,
-        s.states, s.of_states, s.factors, s.alike, found.fresh, t.restarts,
+        s.states, s.of_states, s.factors, s.alike, s.of_states if found.fresh is None else found.fresh, t.restarts,
         s.hidden, s.deltas, s.known, s.held, s.wide, s.narrow, *where, _count(group),
         LIMIT=shape.rms_limit, EXACT=shape.exact, **_settings(shape, t, shape.chain_tile),
     )  # fmt: skip
