@@ -4,14 +4,16 @@ import json
 import os
 import tomllib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from evals.command_line import EvaluationError
 from titans_mcore.config import TitansConfig
+from titans_mcore.decoding import Decoder
 from titans_mcore.io import hash_files, sha256_of
 from tokenization.command_line import TokenizationError
 
@@ -67,6 +69,12 @@ class EvalModel:
     def stream(self, tokens: Tensor, states: Any, last: int | None = None) -> tuple[Tensor, Any]:
         """The next piece of sequences that go on; see TitansModel.stream. Tokens may lie on any device."""
         return self.network.stream(tokens.to(self.device, torch.int64), states, last)
+
+    def decoder(self) -> Decoder:
+        """What decodes sequences that stream() has begun: given tokens and states, the last logits and the states."""
+        modules: Any = cast(nn.Module, self.network).named_modules()
+        mixers = [module for name, module in modules if name.rpartition(".")[2] == "mixer"]
+        return Decoder(partial(self.stream, last=1), mixers)
 
 
 def load_model(path: Path, tokenizer: Path | None = None, *, spread: bool = False, verify: bool = True) -> EvalModel:

@@ -14,8 +14,8 @@ from evals.models import EvalModel, load_model
 from evals.report import bytes_text, table, write_json
 from tokenization.progress import Progress
 
-_WARM_UP = 3
-"""Decoding steps that are not counted."""
+_WARM_UP = 10
+"""Decoding steps that are not counted; a GPU captures them as a graph meanwhile."""
 MEMORY_FROM = 65_536
 """Peak memory is compared with that of a length from here on: below, what is read at once is not yet whole."""
 
@@ -55,7 +55,8 @@ def read_row(model: EvalModel, name: str, length: int, settings: ContextSettings
     gc.collect()
     peak, began = PeakMemory(model.device), time.perf_counter()
     row: dict[str, Any] = {"model": name, "length": length}
-    states, logits = None, torch.empty(0)
+    states: Any = None
+    logits = torch.empty(0)
     try:
         with Progress(f"of {length:,} tokens read by {name}", length) as progress:
             for tokens in _pieces(model, length, settings.piece):
@@ -65,10 +66,10 @@ def read_row(model: EvalModel, name: str, length: int, settings: ContextSettings
                 if (size := state_bytes(states)) > settings.limit_gigabytes * 1e9:
                     raise _DoesNotFit(f"its state takes more than {bytes_text(size)}")
         seconds = time.perf_counter() - began
-        decoding = []
+        decoding, decoder = [], model.decoder()
         for _ in range(_WARM_UP + settings.decode_tokens):
             started = time.perf_counter()
-            logits, states = model.stream(logits[:, -1].argmax(-1)[:, None], states, last=1)
+            logits, states = decoder(logits[:, -1].argmax(-1)[:, None].to(model.device), states)
             logits = logits.cpu()
             decoding.append(time.perf_counter() - started)
     except _DoesNotFit as reason:

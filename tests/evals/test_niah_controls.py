@@ -97,6 +97,23 @@ def test_a_repeated_state_goes_on_like_the_one_it_came_from(make_run: MakeRun) -
         assert torch.equal(again, alone)
 
 
+@pytest.mark.parametrize("variant", ["mag", "mac"])
+@torch.inference_mode()
+def test_a_decoder_gives_what_streaming_gives(make_run: MakeRun, variant: str) -> None:
+    """In place, as on a GPU; the states that it began with stay as they are."""
+    model = load_model(make_run(variant))
+    _, begun = model.stream(tokens(77), None, 1)
+    decoder, kept = model.decoder(), [state.map(torch.clone) for state in begun]
+    decoder.capture = lambda run: run
+    ours = theirs = begun
+    for token in tokens(60, seed=1).split(1, 1):
+        expected, theirs = model.stream(token, theirs, 1)
+        logits, ours = decoder(token, ours)
+        torch.testing.assert_close(logits, expected)
+    for state, before in zip(begun, kept, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors(), strict=True))
+
+
 def test_prompts_without_needle_and_of_one_window(tokenizer: Path) -> None:
     processor = plant(tokenizer, str).tokenizer.processor
     builder = SampleBuilder(processor, 32, window=250)

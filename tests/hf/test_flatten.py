@@ -16,6 +16,7 @@ from titans_mcore.hf.flatten import ENTRIES, PACKAGE_FOLDER, flatten_code
 ROOMS = {"memory": "titans_memory", "attention": "titans_attention", "mixers": "titans_mixers"}
 PARTS = {
     "config.py": "configuration_titans",
+    "decoding.py": "titans_mixers",
     "linear/__init__.py": "titans_mixers",  # without its oracle
     "linear/fla.py": "titans_mixers",
     "linear/handover.py": "titans_mixers",

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from titans_mcore.config import TitansConfig
+from titans_mcore.decoding import Decoder
 from titans_mcore.hf.cache_titans import TitansCache
 from titans_mcore.hf.configuration_titans import CACHE_NAMES, TitansHFConfig
 from titans_mcore.hf.modeling_titans import CACHE_FIELD, TitansForCausalLM, TitansModel
@@ -332,3 +333,23 @@ def test_a_new_model_begins_recalling_and_a_loaded_one_stays_as_it_was_trained(t
     model.save_pretrained(tmp_path)
     loaded = TitansForCausalLM.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", [{"do_sample": False}, {"num_beams": 2, "do_sample": False}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("variant", ["lmm", "mag", "mac", pytest.param("mal", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_what_is_captured_generates_the_same(variant: str, how: dict[str, Any]) -> None:
+    """Padded rows, chunks and windows that end on the way, beams that change places; and the cache goes on."""
+    model, rows = make(variant, memory_backend="chunked").double(), torch.randint(2, 64, (2, LENGTH))
+    mask = torch.ones_like(rows)
+    mask[1, :7] = 0
+    cache, eager = TitansCache(2), model.generate(rows, attention_mask=mask, max_new_tokens=50, **how)
+    captured: list[Any] = []
+    mixers = [block.mixer for block in model.model.layers]
+    cache.decoder = Decoder(model.model._read, mixers, capture=lambda run: captured.append(run) or run)
+    assert torch.equal(model.generate(rows, attention_mask=mask, max_new_tokens=50, cache=cache, **how), eager)
+    assert len(captured) == 1
+    kept = copy.deepcopy(cache)
+    assert kept.decoder is None
+    more = torch.randint(2, 64, (len(kept.blocks[0].state.tensors()[0]), 9))
+    assert torch.equal(model(more, cache=cache).logits, model(more, cache=kept).logits)

@@ -165,7 +165,7 @@ def _sdpa(
 
 def rotate(x: Tensor, first_position: int | Tensor, base: float) -> Tensor:
     """Rotate x (B, T, H, D), whose token t stands at position first_position + t, of all rows or of each, (B,)."""
-    first = torch.as_tensor(first_position, device=x.device).unsqueeze(-1)
+    first = first_position.unsqueeze(-1) if isinstance(first_position, Tensor) else first_position
     return rotate_to(x, first + torch.arange(x.shape[1], dtype=torch.float64, device=x.device), base)
 
 
@@ -206,6 +206,13 @@ class KVCache(TensorTree):
         new = rows.documents if rows is not None else self.keys.new_zeros(batch, tokens, dtype=torch.long)
         real = new.new_ones(batch, past, dtype=torch.bool) if self.real is None else self.real
         return Documents(new, torch.cat([real.long() - 1, new], 1))
+
+    def with_room(self, count: int) -> "KVCache":
+        """The same with that many places, at least as many as there are; those in front are empty."""
+        real = self.keys.new_ones(self.keys.shape[:2], dtype=torch.bool) if self.real is None else self.real
+        more = count - self.keys.shape[1]
+        keys, values = (F.pad(x, (0, 0) * (x.dim() - 2) + (more, 0)) for x in (self.keys, self.values))
+        return KVCache(keys, values, F.pad(real, (more, 0)))
 
     def extended(self, keys: Tensor, values: Tensor) -> "KVCache":
         """With those of a piece's tokens behind."""

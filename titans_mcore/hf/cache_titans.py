@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..decoding import Decoder
 from ..memory import TensorTree
 from ..mixers import MIXERS
 
@@ -22,7 +23,7 @@ _KINDS = {mixer.state.__name__: mixer.state for mixer in MIXERS.values()}
 
 
 class TitansCacheLayer(CacheLayerMixin):
-    """One block's state, replaced as a whole by every piece.
+    """One block's state, replaced as a whole by every piece, or brought forward in place by a Decoder.
 
     Attributes:
         state: The mixer's state after `tokens` tokens; None before the first.
@@ -96,10 +97,17 @@ class TitansCache(Cache):
 
     Args:
         num_layers: Blocks of the model.
+
+    Attributes:
+        decoder: Of the model that goes on from these states; a copy of the cache begins without.
     """
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[TitansCacheLayer() for _ in range(num_layers)])
+        self.decoder: Decoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "decoder": None}
 
     @property
     def blocks(self) -> list[TitansCacheLayer]:

@@ -30,6 +30,7 @@ _FILES = {
     "hf/tasks_titans": "tasks_titans",
     "hf/configuration_titans": "configuration_titans",
     "config": "configuration_titans",
+    "decoding": "titans_mixers",
     "linear": "titans_mixers",
 }
 """Modules and rooms that go into another file than titans_<room>."""

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..config import TitansConfig
+from ..decoding import Decoder
 from ..memory import PackedRows
 from ..mixers.parts import FromParts, PlainParts, ResidualLinear, rms_norm
 from .cache_titans import TitansCache
@@ -258,23 +259,39 @@ class TitansBackbone(TitansPreTrainedModel):
         hidden = inputs_embeds
         padding = padding_of(attention_mask, hidden, 0 if cache is None else cache.get_seq_length(), kwargs)
         rows = None if padding is None else padding.rows
-        between = []
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        between: list[Tensor] = []
         hidden = hidden if padding is None else padding.to_front(hidden)
-        for index, block in enumerate(self.layers):
-            between.append(hidden)
-            hidden, state = self._run(block, hidden, None if cache is None else cache.blocks[index].state, rows)
-            if cache is not None:
-                cache.blocks[index].advance(state, hidden.shape[1])
-        hidden = self.final_norm(hidden)
+        states: list[Any] = [None] * len(self.layers) if cache is None else [layer.state for layer in cache.blocks]
+        if cache is None or padding is not None or wanted or torch.compiler.is_compiling():
+            hidden, states = self._read(hidden, states, rows, between)
+        else:
+            if cache.decoder is None or cache.decoder.step != self._read:
+                mixers: list[Any] = [block.mixer for block in self.layers]
+                cache.decoder = Decoder(self._read, mixers)
+            hidden, states = cache.decoder(hidden, states)
+        for layer, state in zip([] if cache is None else cache.blocks, states, strict=cache is not None):
+            layer.advance(state, hidden.shape[1])
         if padding is not None:
             hidden, between = padding.to_places(hidden), [padding.to_places(x) for x in between]
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = TitansModelOutput(
             last_hidden_state=hidden,
             hidden_states=(*between, hidden) if wanted else None,
             **_named(cache),
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _read(
+        self, hidden: Tensor, states: list[Any], rows: PackedRows | None = None, between: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Any]]:
+        """Through all blocks and the last norm; what comes to each block is added to `between`."""
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            if between is not None:
+                between.append(hidden)
+            hidden, state = self._run(block, hidden, state, rows)
+            after.append(state)
+        return self.final_norm(hidden), after
 
     def _run(self, block: nn.Module, hidden: Tensor, state: Any, rows: PackedRows | None) -> tuple[Tensor, Any]:
         if self.gradient_checkpointing and self.training:

@@ -4,7 +4,7 @@ from .inputs import MemoryState, TensorTree
 from .layout import PackedRows
 from .probe import Probe, Probed
 from .rule import WHOLE, WholeMatrices
-from .scan import memory_read, memory_scan
+from .scan import memory_read, memory_scan, memory_with_room
 
 __all__ = [
     "WHOLE",
@@ -16,4 +16,5 @@ __all__ = [
     "WholeMatrices",
     "memory_read",
     "memory_scan",
+    "memory_with_room",
 ]

@@ -189,9 +189,10 @@ class OpenChunk(TensorTree):
     """A chunk that the sequence has not filled yet: its tokens so far, fewer than the chunk size.
 
     Attributes:
-        tokens: The tokens; rows that have begun their chunks at different places hold theirs at the front.
+        tokens: The tokens; rows that have begun their chunks at different places hold theirs at the front, a chunk with
+            room (decoding.py) at the end.
         writes: What they write, so that the next token costs the same wherever it stands; None where rows hold
-            different numbers of tokens.
+            different numbers of tokens and there is no room.
         real: Which of the tokens are there, (B, t) bool; None if all are.
     """
 

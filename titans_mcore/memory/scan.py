@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import in_fixed_precision
+from .checkpoint import fixed_precision, in_fixed_precision
 from .chunk import chunk_scan, go_on
+from .decoding import decode, has_room, with_room
 from .fused import fused_scan, why_not_fused
 from .inputs import Backend, Matrices, MemoryState, OpenChunk, Tokens
 from .layout import Chunks, PackedRows
@@ -138,6 +139,10 @@ def _scan(
         tokens.eta.to(dtype),
         alpha.to(dtype) if isinstance(alpha, Tensor) else [x.to(dtype) for x in alpha],
     )
+    if rows is None and not close and queries.shape[1] == 1 and backend != "oracle" and has_room(memory, state):
+        assert state is not None
+        reads, end = decode(memory, tokens, state)
+        return reads.to(queries.dtype), end
     packed = rows is not None or (
         state is not None and state.open_chunk is not None and state.open_chunk.real is not None
     )
@@ -151,6 +156,37 @@ def _scan(
     else:
         reads, end = scan_packed(memory, run, tokens, state, first, rows)
     return reads.to(queries.dtype), end
+
+
+def memory_with_room(
+    state: MemoryState,
+    queries: Tensor,
+    theta: Tensor,
+    eta: Tensor,
+    alpha: Tensor | Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    network: str = "residual_norm",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    rule: str = "stable",
+    forgets: bool = True,
+    chunk_size: int = 16,
+    shard: WholeMatrices = WHOLE,
+) -> MemoryState:
+    """The same state in a form whose shapes stay while memory_scan is given one token of every row at a time.
+
+    Args:
+        state: What memory_scan returned.
+        queries: None of them, (B, 0, H, D), in the tokens' dtype; theta, eta and alpha likewise.
+        weights: As for memory_scan, like what follows.
+    """
+    dtype = state.weights[0].dtype
+    net = Network(network == "residual_norm", _cast(norm_weight, dtype), _cast(norm_bias, dtype), shard)
+    setting = Rule.of(rule, chunk_size, residual_norm=net.residual_norm, forgets=forgets)
+    nothing = Tokens(queries, queries, queries, theta, eta, alpha if isinstance(alpha, Tensor) else list(alpha))
+    with fixed_precision(queries):
+        return with_room(Memory(net, setting, [w.to(dtype) for w in weights]), state, nothing)
 
 
 def memory_read(

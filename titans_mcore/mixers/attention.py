@@ -59,6 +59,11 @@ class Attention(FromParts):
             kept = KVCache(nothing, nothing)
         return AttentionState(kept, prefix_keys, prefix_values)
 
+    def with_room(self, state: AttentionState) -> AttentionState:
+        """See FromParts; without a window every token adds its keys."""
+        kept = state.kept.with_room(self.config.window - 1) if self.config.window else state.kept
+        return AttentionState(kept, state.prefix_keys, state.prefix_values)
+
     def forward(
         self, x: Tensor, state: AttentionState, rows: PackedRows | None = None
     ) -> tuple[Tensor, AttentionState]:

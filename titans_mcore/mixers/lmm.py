@@ -22,6 +22,10 @@ class LmmMixer(FromParts):
         self.memory = NeuralMemory(config, parts)
         self.output = parts.last_row(config.memory_shape.channels, config.dim)
 
+    def with_room(self, state: NeuralMemoryState) -> NeuralMemoryState:
+        """See FromParts."""
+        return self.memory.with_room(state)
+
     def forward(
         self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:

@@ -165,6 +165,16 @@ class MacMixer(FromParts):
         ):
             module.get_parameter("weight").mul_(factor / (config.init_std * math.sqrt(d_in)))
 
+    def with_room(self, state: MacState) -> MacState:
+        """See FromParts."""
+        recall, written = state.recall, state.written
+        assert written is not None
+        if recall.weights is None:
+            first = [w.expand(len(state.kept.keys), *w.shape) for w in self.memory.initial_weights]
+            recall = Recall(first, recall.query_tail)
+        kept = state.kept.with_room(self.config.segment_length - 1)
+        return MacState(self.memory.with_room(written), recall, kept)
+
     def forward(self, x: Tensor, state: MacState | None, rows: PackedRows | None = None) -> tuple[Tensor, MacState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
         batch = len(x)
@@ -179,7 +189,9 @@ class MacMixer(FromParts):
         if state is None:
             nothing = x.new_zeros(batch, 0, 2, self.heads, self.config.head_dim)
             state = MacState(None, Recall(), KVCache(nothing, nothing))
-        if rows is None and state.kept.real is None:
+        # Behind a state with room one token leaves one, whatever its row holds.
+        has_room = state.kept.keys.shape[1] == self.config.segment_length - 1 and x.shape[1] == 1
+        if rows is None and (state.kept.real is None or has_room):
             output, state = self._whole_rows(maps, prefix, state)
         else:
             output, state = self._packed_rows(maps, prefix, state, rows)
@@ -251,16 +263,24 @@ class MacMixer(FromParts):
         rows: PackedRows | None,
     ) -> MacState:
         """The state behind a piece; where it fills a segment, the next one recalls the memory as it is now."""
+        if segment is None and kept.real is not None:
+            full = kept.real.all(1)
+            after = kept.last(self.config.segment_length - 1, None)
+            after.real = kept.real[:, 1:] & ~full.unsqueeze(1)
+            return MacState(written, _next_recall(recall, written, full), after)
         if segment is None:
             if kept.keys.shape[1] < self.config.segment_length:
                 return MacState(written, recall, kept)
             return MacState(written, Recall(written.memory.weights, recall.query_tail), kept.last(0, None))
-        assert recall.weights is not None
-        full = segment.full[:, None, None, None]
-        both = zip(written.memory.weights, recall.weights, strict=True)
-        weights = [torch.where(full, new, old) for new, old in both]
         after = kept.last(int(segment.fill.max()), rows, segment.fill)
-        return MacState(written, Recall(weights, recall.query_tail), after)
+        return MacState(written, _next_recall(recall, written, segment.full), after)
+
+
+def _next_recall(recall: Recall, written: NeuralMemoryState, full: Tensor) -> Recall:
+    """What the next token recalls, where these rows (B,) have filled their segments."""
+    assert recall.weights is not None
+    both = zip(written.memory.weights, recall.weights, strict=True)
+    return Recall([torch.where(full[:, None, None, None], new, old) for new, old in both], recall.query_tail)
 
 
 def initial_norm(config: TitansConfig) -> float:

@@ -36,6 +36,10 @@ class MagMixer(FromParts):
         self.memory_norm = parts.memory.per_head(torch.ones(config.memory_shape))
         self.output = parts.last_row(config.dim, config.dim)
 
+    def with_room(self, state: BranchesState) -> BranchesState:
+        """See FromParts."""
+        return BranchesState(self.memory.with_room(state.memory), self.attention.with_room(state.attention))
+
     def forward(
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, BranchesState]:

@@ -34,6 +34,10 @@ class MalMixer(FromParts):
         self.attention = Attention(config, parts)
         self.output = parts.last_row(config.dim, config.dim)
 
+    def with_room(self, state: BranchesState) -> BranchesState:
+        """See FromParts."""
+        return BranchesState(self.memory.with_room(state.memory), self.attention.with_room(state.attention))
+
     def forward(
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, BranchesState]:

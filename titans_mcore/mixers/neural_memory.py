@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan
+from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan, memory_with_room
 from ..memory.checkpoint import kept
 from ..memory.rule import initial_weights
 from .parts import (
@@ -120,6 +120,15 @@ class NeuralMemory(FromParts):
         reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
         return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
 
+    def with_room(self, state: NeuralMemoryState) -> NeuralMemoryState:
+        """See FromParts."""
+        query = state.query_tail[:, :0]
+        gates = query.new_zeros(*query.shape[:3], sum(gate_widths(self.config)), dtype=state.memory.weights[0].dtype)
+        memory = memory_with_room(
+            state.memory, query, *self._gates(gates), list(self.initial_weights), **self._learning()
+        )
+        return NeuralMemoryState(memory, state.query_tail, state.key_value_tail)
+
     def probe(
         self,
         x: Tensor,
@@ -149,10 +158,7 @@ class NeuralMemory(FromParts):
     ) -> dict[str, Any]:
         """Of memory_scan."""
         return {
-            **self._network(),
-            "rule": self.config.memory_rule,
-            "forgets": self.config.memory_forgetting,
-            "chunk_size": self.config.chunk_size,
+            **self._learning(),
             "state": None if state is None else state.memory,
             "start": None if start is None else start.memory,
             "rows": rows,
@@ -215,6 +221,14 @@ class NeuralMemory(FromParts):
 
     def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
         return x.new_zeros(x.shape[0], self.config.conv_kernel - 1, *x.shape[2:]) if tail is None else tail
+
+    def _learning(self) -> dict[str, Any]:
+        return {
+            **self._network(),
+            "rule": self.config.memory_rule,
+            "forgets": self.config.memory_forgetting,
+            "chunk_size": self.config.chunk_size,
+        }
 
     def _network(self) -> dict[str, Any]:
         return {

@@ -213,6 +213,10 @@ class FromParts(nn.Module):
     def begin_recalling(self) -> None:
         """Changes the initial linear maps where config.memory_init says so; the constructor calls it, too."""
 
+    def with_room(self, state: Any) -> Any:
+        """The same state in a form whose shapes stay while tokens come one by one, where there is one."""
+        return state
+
 
 class ResidualLinear(nn.Linear):
     """A linear map that writes to the residual stream; it starts smaller."""

@@ -18,6 +18,10 @@ class TransformerMixer(FromParts):
         self.attention = Attention(config, parts)
         self.output = parts.last_row(config.dim, config.dim)
 
+    def with_room(self, state: AttentionState) -> AttentionState:
+        """See FromParts."""
+        return self.attention.with_room(state)
+
     def forward(
         self, x: Tensor, state: AttentionState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, AttentionState]:
