@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,6 +105,10 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection) -> nn.Module:
     )
     if parallel.sequence:
         reduce_shared_gradients(model, groups.tp)
+    if config.train.compile:
+        layers: Any = model.layers
+        for layer in layers:
+            layer.mixer.compile_functions()
     return model.to(device())
 
 

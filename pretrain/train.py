@@ -272,6 +272,8 @@ def layout(config: RunConfig, data_parallel: int) -> str:
         extras.append("sequence parallel")
     if config.train.recompute != "none":
         extras.append(f"recomputing {config.train.recompute.replace('_', ' ')}")
+    if config.train.compile:
+        extras.append("compiled")
     return ", ".join([" x ".join(words), *extras])
 
 

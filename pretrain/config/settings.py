@@ -120,6 +120,9 @@ class TrainConfig:
     loss_chunk: int = 0
     """Tokens of a micro-batch on a rank whose logits stand at once; the backward pass computes them again, a third more
     of the output matrix' work. 0: all stand, and none is computed again."""
+    compile: bool = False
+    """Have torch.compile make few operations of the many around the memory's scan and in attention: convolution, gates,
+    norms, rotary positions. Results differ by rounding, and the first steps take longer."""
 
     def __post_init__(self) -> None:
         _check("train", self, steps=1, sequence_length=1, global_batch=1, micro_batch=1, seed=0)

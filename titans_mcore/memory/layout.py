@@ -122,10 +122,20 @@ class PackedRows:
             first token does not goes on with what the state holds.
         real: Tokens that are not padding, (B, T) bool; None if all are. memory_scan takes padding anywhere; what is
             left of a row is one sequence. The mixers want it behind the real tokens.
+        documents: The document of each token, (B, T): 0 for what goes on from before, then 1, 2 ...; -1 for padding.
+            Like what follows it is made here, once for all mixers.
+        positions: Place of each token in its document, counted from the piece's first token for one that goes on,
+            (B, T).
+        ends: Real tokens of each row, (B,).
+        last_documents: The document that each row ends in, (B,).
     """
 
     starts: Tensor | None = None
     real: Tensor | None = None
+    documents: Tensor = field(init=False, repr=False, compare=False)
+    positions: Tensor = field(init=False, repr=False, compare=False)
+    ends: Tensor = field(init=False, repr=False, compare=False)
+    last_documents: Tensor = field(init=False, repr=False, compare=False)
     _packings: dict[tuple[int, torch.device], Packing] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +148,19 @@ class PackedRows:
             raise ValueError(
                 f"starts has shape {tuple(self.starts.shape)}, real {tuple(self.real.shape)}; make them equal"
             )
+        documents = torch.zeros(self.shape, dtype=torch.long) if self.starts is None else self.starts.cumsum(1)
+        if self.real is not None:
+            documents = documents.to(self.real.device).masked_fill(~self.real, -1)
+        positions = torch.arange(self.shape[1], device=documents.device).expand(self.shape)
+        if self.starts is not None:
+            positions = positions - torch.where(self.starts, positions, 0).cummax(1).values
+        for name, made in (
+            ("documents", documents),
+            ("positions", positions),
+            ("ends", (documents >= 0).sum(1)),
+            ("last_documents", documents.amax(1).clamp_min(0)),
+        ):
+            object.__setattr__(self, name, made)
 
     @property
     def shape(self) -> torch.Size:
@@ -147,34 +170,12 @@ class PackedRows:
         return mask.shape
 
     @cached_property
-    def documents(self) -> Tensor:
-        """The document of each token, (B, T): 0 for what goes on from before, then 1, 2 ...; -1 for padding."""
-        numbers = torch.zeros(self.shape, dtype=torch.long) if self.starts is None else self.starts.cumsum(1)
-        return numbers if self.real is None else numbers.masked_fill(~self.real.to(numbers.device), -1)
-
-    @cached_property
-    def ends(self) -> Tensor:
-        """Real tokens of each row, (B,)."""
-        return torch.full(self.shape[:1], self.shape[1]) if self.real is None else self.real.sum(1)
-
-    @cached_property
-    def last_documents(self) -> Tensor:
-        """The document that each row ends in, (B,)."""
-        return self.documents.amax(1).clamp_min(0)
-
-    @cached_property
     def goes_on(self) -> int:
         """Tokens up to which some row is in the document from before: behind, none is. All, if one has no other."""
         if self.starts is None:
             return self.shape[1]
         first = torch.where(self.starts.any(1), self.starts.long().argmax(1) + 1, self.shape[1])
         return int(first.max())
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Place of each token in its document, counted from the piece's first token for one that goes on, (B, T)."""
-        place = torch.arange(self.shape[1], device=self.documents.device).expand(self.shape)
-        return place if self.starts is None else place - torch.where(self.starts, place, 0).cummax(1).values
 
     def after(self, earlier: Tensor) -> "PackedRows":
         """The same behind earlier tokens, (B, t) bool which of them are real."""

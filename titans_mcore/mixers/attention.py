@@ -40,6 +40,7 @@ class Attention(FromParts):
         super().__init__()
         self.config, self.heads = config, parts.heads
         self.qkv_proj = parts.column(config.dim, *3 * [config.head_dim])
+        self.rotate = rotate
 
     def begin(self, batch: int, persistent: Tensor | None = None, kept: KVCache | None = None) -> AttentionState:
         """The state before the first token of so many rows.
@@ -88,8 +89,8 @@ class Attention(FromParts):
             assert state.prefix_values is not None
             always = Prefix(queries, state.prefix_keys, state.prefix_values)
         out = attend(
-            rotate(queries, past, base),
-            rotate(kept.keys, 0, base),
+            self.rotate(queries, past, base),
+            self.rotate(kept.keys, 0, base),
             kept.values,
             window=window,
             prefix=always,

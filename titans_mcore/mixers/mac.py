@@ -144,6 +144,7 @@ class MacMixer(FromParts):
         self.begin_recalling()
         self.attention_norm = parts.replicated(torch.full((config.dim,), initial_norm(config)))
         self.memory_norm = parts.replicated(torch.full((config.dim,), initial_norm(config)))
+        self.rotate, self.norm, self.combine = rotate, rms_norm, combine
 
     @torch.no_grad()
     def begin_recalling(self) -> None:
@@ -240,8 +241,8 @@ class MacMixer(FromParts):
         kept = before.extended(keys, values)
         past, base = before.keys.shape[1], self.config.rope_base
         attention = attend(
-            rotate(queries, past, base),
-            rotate(kept.keys.flatten(2, 3), 0, base).unflatten(2, (2, -1)).flatten(1, 2),
+            self.rotate(queries, past, base),
+            self.rotate(kept.keys.flatten(2, 3), 0, base).unflatten(2, (2, -1)).flatten(1, 2),
             kept.values.flatten(1, 2),
             keys_per_token=2,
             prefix=None if prefix is None else Prefix(queries, *prefix.chunk(2, -1)),
@@ -251,7 +252,7 @@ class MacMixer(FromParts):
         y = linear(self.attention_output, attention.flatten(2))
         memory, written = self.memory(self.parts.copy_to_tp_region(y), state.written, rows=rows)
         m, eps = linear(self.memory_output, self.parts.memory.merge_heads(memory)), self.config.norm_eps
-        output = combine(rms_norm(y, self.attention_norm, eps), rms_norm(m, self.memory_norm, eps))
+        output = self.combine(self.norm(y, self.attention_norm, eps), self.norm(m, self.memory_norm, eps))
         return output, self._after(written, recall, kept, segment, rows)
 
     def _after(

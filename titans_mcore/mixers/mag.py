@@ -35,6 +35,7 @@ class MagMixer(FromParts):
         self.attention_norm = parts.per_head(torch.ones(config.num_heads, config.head_dim))
         self.memory_norm = parts.memory.per_head(torch.ones(config.memory_shape))
         self.output = parts.last_row(config.dim, config.dim)
+        self.norm, self.combine = rms_norm, combine
 
     def with_room(self, state: BranchesState) -> BranchesState:
         """See FromParts."""
@@ -55,8 +56,8 @@ class MagMixer(FromParts):
             x, None if state is None else state.memory, start=persistent.start, rows=rows
         )
         attention, attended = self.attention(x, attended, rows)
-        memory = self.parts.memory.merge_heads(rms_norm(memory, self.memory_norm, self.eps))
-        mixed = combine(rms_norm(attention, self.attention_norm, self.eps).flatten(2), memory)
+        memory = self.parts.memory.merge_heads(self.norm(memory, self.memory_norm, self.eps))
+        mixed = self.combine(self.norm(attention, self.attention_norm, self.eps).flatten(2), memory)
         return self.parts.finish(self.output, mixed), BranchesState(memory_state, attended)
 
 

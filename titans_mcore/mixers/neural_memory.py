@@ -75,6 +75,7 @@ class NeuralMemory(FromParts):
         self.norm_weight = memory.per_head(torch.ones(heads, width)) if normed else None
         self.norm_bias = memory.per_head(torch.zeros(heads, width)) if normed else None
         self.output_norm = memory.per_head(torch.ones(heads, width))
+        self.queries_of, self.keys_values_gates_of, self.gated = queries_of, keys_values_gates_of, gated
 
     def begin_recalling(self) -> None:
         """Brings initial weights to where config.memory_init wants them: keys get the map of queries."""
@@ -109,8 +110,8 @@ class NeuralMemory(FromParts):
         """
         query, output_gate = heads_of(linear(self.qg_proj, x), self.heads).chunk(2, -1)
         if recall is not None:
-            reads, after = self._recalled(query, recall, rows)
-            return self._finish(reads, output_gate), after
+            reads, recall = self._recalled(query, recall, rows)
+            return self.gated(reads, output_gate, self.output_norm, self.config.norm_eps), recall
         state = _begun(state, start, len(x))
         first = None if start is None else start.query_tail
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
@@ -118,7 +119,8 @@ class NeuralMemory(FromParts):
         tokens = queries, keys, values, *self._gates(gates), list(self.initial_weights)
         written(tokens[3])
         reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
-        return self._finish(reads, output_gate), NeuralMemoryState(memory, query_tail, key_value_tail)
+        after = NeuralMemoryState(memory, query_tail, key_value_tail)
+        return self.gated(reads, output_gate, self.output_norm, self.config.norm_eps), after
 
     def with_room(self, state: NeuralMemoryState) -> NeuralMemoryState:
         """See FromParts."""
@@ -178,25 +180,16 @@ class NeuralMemory(FromParts):
     def _queries(
         self, query: Tensor, tail: Tensor | None, rows: PackedRows | None, start: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        query, tail = causal_conv(query, self._tail(query, tail), self.query_kernel, rows, start)
-        return unit_norm(F.silu(query)), tail
+        return self.queries_of(query, self._tail(query, tail), self.query_kernel, rows, start)
 
     def _keys_values_gates(
         self, x: Tensor, state: NeuralMemoryState | None, rows: PackedRows | None, start: NeuralMemoryState | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        width = self.config.memory_shape.width
         projected = heads_of(linear(self.kv_gates_proj, x), self.heads)
         channels = self.key_value_kernel.shape[1]
-        convolved, gates = projected.split([channels, projected.shape[-1] - channels], -1)
-        tail = self._tail(convolved, None if state is None else state.key_value_tail)
+        tail = self._tail(projected[..., :channels], None if state is None else state.key_value_tail)
         first = None if start is None else start.key_value_tail
-        convolved, tail = causal_conv(convolved, tail, self.key_value_kernel, rows, first)
-        if self.config.gate_convolution:
-            convolved, gates = convolved.split([2 * width, channels - 2 * width], -1)
-        keys, values = F.silu(convolved).chunk(2, -1)
-        # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return unit_norm(keys), values, torch.sigmoid(gates.to(wide) + self.gate_bias.to(wide)), tail
+        return self.keys_values_gates_of(projected, tail, self.key_value_kernel, self.gate_bias, rows, first)
 
     def _gates(self, gates: Tensor) -> tuple[Tensor, Tensor, Tensor | list[Tensor]]:
         """theta, eta and alpha as memory_scan takes them."""
@@ -216,9 +209,6 @@ class NeuralMemory(FromParts):
         depth = self.config.memory_depth
         return gate.expand(*gate.shape[:-1], depth) if gate.shape[-1] else gate.new_zeros(*gate.shape[:-1], depth)
 
-    def _finish(self, reads: Tensor, output_gate: Tensor) -> Tensor:
-        return rms_norm(reads, self.output_norm, self.config.norm_eps) * F.silu(output_gate)
-
     def _tail(self, x: Tensor, tail: Tensor | None) -> Tensor:
         return x.new_zeros(x.shape[0], self.config.conv_kernel - 1, *x.shape[2:]) if tail is None else tail
 
@@ -237,6 +227,33 @@ class NeuralMemory(FromParts):
             "norm_weight": self.norm_weight,
             "norm_bias": self.norm_bias,
         }
+
+
+def queries_of(
+    query: Tensor, tail: Tensor, kernel: Tensor, rows: PackedRows | None, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries (B, T, H, D) of what causal_conv takes, and its tail."""
+    query, tail = causal_conv(query, tail, kernel, rows, start)
+    return unit_norm(F.silu(query)), tail
+
+
+def keys_values_gates_of(
+    projected: Tensor, tail: Tensor, kernel: Tensor, gate_bias: Tensor, rows: PackedRows | None, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values (B, T, H, D), gates (B, T, H, F) in (0, 1), and the tail of the channels that are convolved."""
+    convolved, gates = projected.split([kernel.shape[1], projected.shape[-1] - kernel.shape[1]], -1)
+    convolved, tail = causal_conv(convolved, tail, kernel, rows, start)
+    if not gates.shape[-1]:  # they are convolved as well
+        convolved, gates = convolved.split([kernel.shape[1] - gate_bias.shape[1], gate_bias.shape[1]], -1)
+    keys, values = F.silu(convolved).chunk(2, -1)
+    # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    return unit_norm(keys), values, torch.sigmoid(gates.to(wide) + gate_bias.to(wide)), tail
+
+
+def gated(reads: Tensor, output_gate: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """What is read, normalised for each head and gated, (B, T, H, D)."""
+    return rms_norm(reads, scale, eps) * F.silu(output_gate)
 
 
 @dataclass

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FunctionType
 from typing import Any, Protocol, Self
 
 import torch
@@ -207,8 +208,16 @@ class PlainParts(PlainHeads):
 class FromParts(nn.Module):
     """A mixer, or a module inside one, that is made by (config, parts) and has parameters of its own.
 
-    Its constructor gives them their initial values. Those of linear maps are the makers'.
+    Its constructor gives them their initial values. Those of linear maps are the makers'. Functions of tensors that are
+    its attributes may be compiled.
     """
+
+    def compile_functions(self, **settings: Any) -> None:
+        """Compiles functions that are attributes, of modules inside as well; settings are torch.compile's."""
+        for module in self.modules():
+            found = vars(module) if isinstance(module, FromParts) else {}
+            for name in [name for name, value in found.items() if isinstance(value, FunctionType)]:
+                setattr(module, name, torch.compile(found[name], **settings))
 
     def begin_recalling(self) -> None:
         """Changes the initial linear maps where config.memory_init says so; the constructor calls it, too."""
