@@ -36,7 +36,7 @@ def test_full_attention_is_measured_until_its_keys_do_not_fit(make_run, tmp_path
     # Two blocks keep 2 x 32 numbers of 4 bytes a token each: 512 bytes.
     shown = measure(asked(tmp_path, run, limit_gigabytes=0.0005))
     rows = json.loads((tmp_path / "context.json").read_text())["rows"]
-    assert [row.get("state_bytes") for row in rows[:2]] == [512 * (n + 7) for n in LENGTHS[:2]]
+    assert [row.get("state_bytes") for row in rows[:2]] == [512 * (n + 14) for n in LENGTHS[:2]]
     assert rows[2]["not_run"].startswith("its state takes more than")
     assert "peak_bytes" not in rows[2]
     assert "not run" in shown
