@@ -117,7 +117,7 @@ struct Walk {
   INLINE static void add(int n, T factor, const T* x, T* y) { mix(n, factor, x, 1, y, y); }
   // n rows of d, one so far behind the other.
   static void copy(int64_t n, int d, const T* from, int64_t ldf, T* to, int64_t ldt) {
-    for (int64_t i = 0; i < n; i++) memcpy(to + i * ldt, from + i * ldf, d * sizeof(T));
+    for (int64_t i = 0; d && i < n; i++) memcpy(to + i * ldt, from + i * ldf, d * sizeof(T));  // of nothing: null
   }
 
   // -------------------------------------------------------------------------------------------- GELU, exact
