@@ -74,12 +74,13 @@ class System:
     """Beside the embedding, which is everyone's."""
 
 
-def choose(names: Sequence[str], shared: TitansConfig) -> list[System]:
+def choose(names: Sequence[str], shared: TitansConfig, source: str = "--config") -> list[System]:
     """Systems of one size.
 
     Args:
         names: Which; none means all.
         shared: What they have in common; its ffn_dim is Transformer++'s.
+        source: Where that comes from, for messages.
 
     Raises:
         EvaluationError: A name is unknown, or a system cannot have Transformer++'s parameters.
@@ -89,22 +90,30 @@ def choose(names: Sequence[str], shared: TitansConfig) -> list[System]:
     if unknown := sorted(set(names) - set(known)):
         raise EvaluationError(f"--systems names {', '.join(unknown)}; choose among: {', '.join(known)}")
     target = sum(_count(replace(shared, **known[_REFERENCE])))
-    return [_matched(name, known[name], shared, target) for name in names or paper]
+    return [_matched(name, known[name], shared, target, source) for name in names or paper]
 
 
-def _matched(name: str, model: dict[str, Any], shared: TitansConfig, target: int) -> System:
+def _choose_for_recall(names: Sequence[str]) -> list[System]:
+    """Those of the parts lists and needles."""
+    try:
+        return choose(names, replace(build(*read_config(_RECALL)).model, **RECALL_MODEL), f"the preset {_RECALL}")
+    except EvaluationError as fault:
+        raise EvaluationError(f"{fault}; or ask for --parts text alone") from None
+
+
+def _matched(name: str, model: dict[str, Any], shared: TitansConfig, target: int, source: str) -> System:
     model = model | {"num_layers": max(shared.num_layers, model["variant"].count("+") + 1)}
     try:
         feed_forward, rest = _count(replace(shared, **model))
     except ValueError as error:
-        raise EvaluationError(f"--config does not suit {name}: {error}") from None
+        raise EvaluationError(f"{source} does not suit {name}: {error}") from None
     each = feed_forward // shared.ffn_dim  # three matrices in every block, without biases
     width = max(round((target - rest) / each / _WIDTH_STEP), 1) * _WIDTH_STEP
     total = rest + each * width
     if abs(total / target - 1) > _TOLERANCE:
         raise EvaluationError(
             f"{name} has {total:,} parameters with a feed-forward network of {width}, Transformer++ {target:,}; "
-            f"raise model.ffn_dim of --config, which is {shared.ffn_dim}"
+            f"raise model.ffn_dim of {source}, which is {shared.ffn_dim}"
         )
     return System(name, {**model, "ffn_dim": width}, total)
 
@@ -128,15 +137,20 @@ def compare(settings: ComparisonSettings) -> str:
         raise EvaluationError(str(fault)) from None
     if settings.steps is not None:
         config = replace(config, train=replace(config.train, steps=settings.steps))
-    systems = choose(settings.systems, config.model)
-    recall = choose(settings.systems, replace(build(*read_config(_RECALL)).model, **RECALL_MODEL))
+    systems = {}
+    if "text" in settings.parts:
+        systems["text"] = choose(settings.systems, config.model)
+    if {"lists", "needles"} & set(settings.parts):
+        systems["lists"] = _choose_for_recall(settings.systems)
+    if "needles" in settings.parts:
+        systems["needles"] = systems["lists"]
     with RecordFile(settings.output / "comparison.jsonl", Result) as results:
         _hold_to_budget(settings, config, shards)
-        for system in systems:
-            width = system.model["ffn_dim"]
-            say(f"{system.name}: {system.parameters:,} parameters beside the embedding, ffn_dim {width}")
-        parts = _Parts(settings, config, shards, results.fileno())
-        failed = _run_missing(parts, {"text": systems, "lists": recall, "needles": recall}, results)
+        for part, chosen in systems.items():
+            for system in chosen:
+                width = system.model["ffn_dim"]
+                say(f"{part}, {system.name}: {system.parameters:,} parameters beside the embedding, ffn_dim {width}")
+        failed = _run_missing(_Parts(settings, config, shards, results.fileno()), systems, results)
         table = write_report(settings.output, results.records)
     if failed:
         print(table)
@@ -148,10 +162,7 @@ def _run_missing(parts: "_Parts", systems: dict[str, list[System]], results: Rec
     """Runs the parts that have no result, one seed of all systems after the other, and returns what failed."""
     settings, failed = parts.settings, list[str]()
     every = {"text": parts.text, "lists": parts.lists, "needles": parts.needles}
-    needed = {*settings.parts, *(["lists"] if "needles" in settings.parts else [])}
-    wanted = [
-        (seed, part, system) for seed in settings.seeds for part in every if part in needed for system in systems[part]
-    ]
+    wanted = [(seed, part, system) for seed in settings.seeds for part in systems for system in systems[part]]
     done = {(result.seed, result.part, result.system) for result in results.records}
     for number, (seed, part, system) in enumerate(wanted, 1):
         if (seed, part, system.name) in done:
@@ -205,8 +216,8 @@ class _Parts:
         if not (shards / "manifest.json").is_file():
             words = ("--input", text, "--tokenizer", _TOKENIZER, "--output", shards, "--workers", 1)
             child("tokenization.encode", *words, lock=self.lock)
-        own = {f"model.{name}": value for name, value in RECALL_MODEL.items()}
-        return self._train("lists", _RECALL, system, seed, shards, self.settings.recall_steps, own)[1]
+        system = replace(system, model=RECALL_MODEL | system.model)
+        return self._train("lists", _RECALL, system, seed, shards, self.settings.recall_steps)[1]
 
     def needles(self, system: System, seed: int) -> dict[str, Any]:
         """S-NIAH of a model that learned from lists first, then from the answers of documents with needles."""
@@ -242,18 +253,11 @@ class _Parts:
         return self._output / "runs" / part / f"{system.name}-{seed}"
 
     def _train(
-        self,
-        part: str,
-        config: str,
-        system: System,
-        seed: int,
-        data: Path,
-        steps: int,
-        more: dict[str, Any] | None = None,
+        self, part: str, config: str, system: System, seed: int, data: Path, steps: int
     ) -> tuple[Path, dict[str, Any]]:
         """Trains a system, from its checkpoint where there is one; its run folder and what it came to."""
         run = self._run_dir(part, system, seed)
-        own = (more or {}) | {f"model.{name}": value for name, value in system.model.items()}
+        own = {f"model.{name}": value for name, value in system.model.items()}
         settings = {**own, "train.seed": seed, "train.steps": steps, "parallel.tensor": 1}  # one process
         flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", _flag(value))]
         named = ["--config", Path(config).resolve() if Path(config).exists() else config, "--run-dir", run]

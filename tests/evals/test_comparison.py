@@ -154,10 +154,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(budget: tuple[P
     refused(r"--systems names gpt, rnn; choose among: deltanet, .*samba", "gpt", "rnn")
     refused(r"nowhere.*manifest.json", data=tmp_path / "nowhere")
     refused("--config bogus is neither a file nor a preset", config="bogus")
+    refused(
+        "the preset recall does not suit lmm_no_convolution: .*; or ask for --parts text alone$",
+        "lmm_no_convolution",
+        parts=("text", "lists"),
+    )
     (tmp_path / "file").touch()
     refused("cannot write comparison.jsonl there", "transformer", output=tmp_path / "file")
     with RecordFile(tmp_path / "out" / "comparison.jsonl", Result):
-        refused("another evaluation is writing it; wait for it", "transformer")
+        refused("another evaluation is writing it; wait for it", "lmm_no_convolution")  # it suits --parts text
     (tmp_path / "out" / "budget.json").write_text('{"train.steps": 20}')
     refused("was begun with train.steps 20, now it is 5: results would not compare", "transformer", steps=5)
     assert not (tmp_path / "out" / "runs").exists()
