@@ -14,7 +14,7 @@ page, report.html. Run it again and it goes on where it stopped; finished stages
   --variant X       token mixer, a name in titans_mcore/mixers (default mag), or several joined by +
   --steps N         training steps; default: those of pretrain/config/presets/quickstart.toml
   --input PATH ...  .txt, .md, .jsonl(.gz|.zst) or .parquet files, or folders of them; default: the sources and
-                    documentation of this machine's Python standard library
+                    documentation of this machine's Python standard library, for which the word stdlib stands
   --tokenizer FILE  an existing sentencepiece tokenizer.model (Llama-2's, for example); default: one is trained
   --lengths N ...   tokens of the needle-in-a-haystack samples; default: 1024 4096 16384 65536
   --verbose         the commands and their own lines in place of one bar for each
@@ -24,8 +24,8 @@ Everything is written to runs/quickstart/ (runs/quickstart-VARIANT/ for the othe
 TEXT
 }
 
-# A path of the caller's folder, whatever folder the steps run in.
-absolute() { case $1 in /*) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
+# A path of the caller's folder, whatever folder the steps run in; the word stdlib is none.
+absolute() { case $1 in /* | stdlib) printf %s "$1" ;; *) printf %s "$PWD/$1" ;; esac; }
 
 variant=mag steps='' verbose='' tokenizer='' inputs=() lengths=()
 while (($#)); do
