@@ -142,7 +142,7 @@ def answer_line(model: "EvalModel", memory: TextMemory, question: str, max_new_t
     ids = torch.tensor([question_ids(model, memory, question)])
     logits, states = read(model.stream, [ids], lambda _: None, memory.states)
     processor = model.tokenizer.processor
-    (words,) = answer(model.stream, logits, states, max_new_tokens, processor.eos_id(), lambda: None)
+    (words,) = answer(model.decoder, logits, states, max_new_tokens, processor.eos_id(), lambda: None)
     return processor.decode(words).strip().split("\n")[0]
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import tomllib
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -70,11 +70,10 @@ class EvalModel:
         """The next piece of sequences that go on; see TitansModel.stream. Tokens may lie on any device."""
         return self.network.stream(tokens.to(self.device, torch.int64), states, last)
 
+    @cached_property
     def decoder(self) -> Decoder:
         """What decodes sequences that stream() has begun: given tokens and states, the last logits and the states."""
-        modules: Any = cast(nn.Module, self.network).named_modules()
-        mixers = [module for name, module in modules if name.rpartition(".")[2] == "mixer"]
-        return Decoder(partial(self.stream, last=1), mixers)
+        return Decoder(partial(self.stream, last=1), cast(nn.Module, self.network))
 
 
 def load_model(path: Path, tokenizer: Path | None = None, *, spread: bool = False, verify: bool = True) -> EvalModel:

@@ -89,11 +89,11 @@ class _Runner:
 
     def _run_batch(self, samples: Sequence[StorySample], progress: Progress) -> list[StoryResult]:
         watch = Watch(self._peak, lambda tokens: progress.advance(tokens, tokens))
-        stream, end = self._model.stream, self._model.tokenizer.processor.eos_id()
+        model, end = self._model, self._model.tokenizer.processor.eos_id()
         columns = zip(*(sample.pieces(self._settings.piece) for sample in samples), strict=True)
-        logits, states = read(stream, (torch.from_numpy(np.stack(rows)) for rows in columns), watch.on_piece)
+        logits, states = read(model.stream, (torch.from_numpy(np.stack(rows)) for rows in columns), watch.on_piece)
         carried, limit, rows = state_bytes(states), self._settings.max_new_tokens, len(samples)
-        answers = answer(stream, logits, states, limit, end, watch.on_step)
+        answers = answer(model.decoder, logits, states, limit, end, watch.on_step)
         progress.advance(_STEP * (limit - 1) * rows, 0)
         costs = watch.costs() | {"batch": rows, "state_bytes_per_sample": carried // rows}
         del costs["prefill_tokens"], costs["seconds"]

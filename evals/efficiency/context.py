@@ -66,10 +66,10 @@ def read_row(model: EvalModel, name: str, length: int, settings: ContextSettings
                 if (size := state_bytes(states)) > settings.limit_gigabytes * 1e9:
                     raise _DoesNotFit(f"its state takes more than {bytes_text(size)}")
         seconds = time.perf_counter() - began
-        decoding, decoder = [], model.decoder()
+        decoding = []
         for _ in range(_WARM_UP + settings.decode_tokens):
             started = time.perf_counter()
-            logits, states = decoder(logits[:, -1].argmax(-1)[:, None].to(model.device), states)
+            logits, states = model.decoder(logits[:, -1].argmax(-1)[:, None].to(model.device), states)
             logits = logits.cpu()
             decoding.append(time.perf_counter() - started)
     except _DoesNotFit as reason:

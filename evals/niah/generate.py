@@ -1,7 +1,7 @@
 """Reading long prompts in pieces and answering greedily, with nothing kept but the model's state.
 
-A model is a function here, `stream(tokens_BT, states, last)`, as TitansModel.stream and EvalModel.stream are: a
-training loop may hand in its own.
+A model is a function here, `stream(tokens_BT, states, last)`, as TitansModel.stream and EvalModel.stream are, and for
+answers `decode(tokens_BT, states)`, as EvalModel.decoder is: a training loop may hand in its own.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +15,8 @@ from evals.command_line import EvaluationError
 
 Stream = Callable[[Tensor, Any, int | None], tuple[Tensor, Any]]
 """Logits (B, last or T, V) of the next piece (B, T), and the states after it; states of None begin sequences."""
+Decode = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""Logits (B, 1, V) behind one more token of every row (B, 1), and the states after it, which may be these changed."""
 
 
 @torch.inference_mode()
@@ -45,14 +47,14 @@ def read(
 
 @torch.inference_mode()
 def answer(
-    stream: Stream, logits: Tensor, states: Any, max_new_tokens: int, end: int, on_step: Callable[[], object]
+    decode: Decode, logits: Tensor, states: Any, max_new_tokens: int, end: int, on_step: Callable[[], object]
 ) -> list[list[int]]:
     """Decodes greedily, row by row until its end token.
 
     Args:
-        stream: The model that read the prompts.
+        decode: The model that read the prompts.
         logits: Behind the prompts, (B, V), from `read`.
-        states: From `read`.
+        states: From `read`; they stay as they are.
         max_new_tokens: Tokens of an answer.
         end: Id of the end token.
         on_step: Called after every step of the model.
@@ -63,12 +65,12 @@ def answer(
     Raises:
         EvaluationError: Logits are not finite.
     """
-    tokens = [logits.argmax(-1).cpu()]
+    tokens = [logits.argmax(-1)]
     ended = tokens[0] == end
     while len(tokens) < max_new_tokens and not ended.all():
-        logits, states = stream(tokens[-1][:, None], states, 1)
+        logits, states = decode(tokens[-1][:, None], states)
         _check(logits)
-        tokens.append(logits[:, -1].argmax(-1).cpu())
+        tokens.append(logits[:, -1].argmax(-1))
         ended |= tokens[-1] == end
         on_step()
     rows = torch.stack(tokens, 1).tolist()

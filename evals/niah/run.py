@@ -235,7 +235,7 @@ class Runner:
         carried = state_bytes(states)
         losses = value_losses(model.stream, logits, states, [sample.value_ids for sample in samples])
         watch.mark()
-        answers = answer(model.stream, logits, states, limit, end, watch.on_step)
+        answers = answer(model.decoder, logits, states, limit, end, watch.on_step)
         costs = {**watch.costs(), "batch": len(samples), "state_bytes_per_sample": carried // len(samples)}
         found = [
             self._record(sample, ids, loss, costs) for sample, ids, loss in zip(samples, answers, losses, strict=True)

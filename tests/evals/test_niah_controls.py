@@ -1,6 +1,8 @@
 """Controls take away what they say and nothing else, on every variant."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from evals.niah.controls import check_controls, controlled, window_of, without_m
 from evals.niah.generate import repeat
 from evals.niah.run import evaluate
 from evals.niah.samples import SampleBuilder, SampleKey
+from tests.mixers.test_decoding import recorded
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 
@@ -98,20 +101,27 @@ def test_a_repeated_state_goes_on_like_the_one_it_came_from(make_run: MakeRun) -
 
 
 @pytest.mark.parametrize("variant", ["mag", "mac"])
-@torch.inference_mode()
-def test_a_decoder_gives_what_streaming_gives(make_run: MakeRun, variant: str) -> None:
-    """In place, as on a GPU; the states that it began with stay as they are."""
-    model = load_model(make_run(variant))
-    _, begun = model.stream(tokens(77), None, 1)
-    decoder, kept = model.decoder(), [state.map(torch.clone) for state in begun]
-    decoder.capture = lambda run: run
-    ours = theirs = begun
-    for token in tokens(60, seed=1).split(1, 1):
-        expected, theirs = model.stream(token, theirs, 1)
-        logits, ours = decoder(token, ours)
-        torch.testing.assert_close(logits, expected)
-    for state, before in zip(begun, kept, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), before.tensors(), strict=True))
+def test_answers_are_the_same_from_a_captured_decoder(make_run: MakeRun, variant: str, tmp_path: Path) -> None:
+    """A graph serves several batches, those whose memory is reset or off as well."""
+    model, graphs, reports = load_model(make_run(variant)), list[Any](), list[Any]()
+    for name in ("one_by_one", "captured"):
+        settings = NiahSettings(
+            Path(),
+            tmp_path / name,
+            lengths=(420,),
+            depths=2,
+            samples=2,
+            batch=2,
+            max_new_tokens=40,
+            controls=("memory_reset", "memory_off"),
+        )
+        evaluate(model, settings)
+        lines = (tmp_path / name / "niah.jsonl").read_text().splitlines()
+        reports.append([json.loads(line)["answer_ids"] for line in lines])
+        model.decoder.capture = lambda run: graphs.append(run) or recorded(run)
+    assert reports[0] == reports[1]
+    assert len({tuple(ids) for ids in reports[0]}) > 2
+    assert 0 < len(graphs) < len(reports[0]) // 2
 
 
 def test_prompts_without_needle_and_of_one_window(tokenizer: Path) -> None:

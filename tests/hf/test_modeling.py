@@ -19,6 +19,7 @@ from titans_mcore.hf.modeling_titans import CACHE_FIELD, TitansForCausalLM, Tita
 from titans_mcore.mixers import MIXERS
 
 from ..matrices import ONE_OF_A_KIND
+from ..mixers.test_decoding import recorded
 from .hf_runs import tiny
 from .models import make
 
@@ -345,8 +346,7 @@ def test_what_is_captured_generates_the_same(variant: str, how: dict[str, Any]) 
     mask[1, :7] = 0
     cache, eager = TitansCache(2), model.generate(rows, attention_mask=mask, max_new_tokens=50, **how)
     captured: list[Any] = []
-    mixers = [block.mixer for block in model.model.layers]
-    cache.decoder = Decoder(model.model._read, mixers, capture=lambda run: captured.append(run) or run)
+    cache.decoder = Decoder(model.model._read, model.model, lambda run: captured.append(run) or recorded(run))
     assert torch.equal(model.generate(rows, attention_mask=mask, max_new_tokens=50, cache=cache, **how), eager)
     assert len(captured) == 1
     kept = copy.deepcopy(cache)

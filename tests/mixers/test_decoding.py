@@ -1,11 +1,14 @@
 """States with room: one token after the other in the same shapes, and the same outputs."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from titans_mcore.decoding import Decoder
 from titans_mcore.memory import PackedRows
@@ -88,39 +91,84 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.done: list[tuple[str, list[Any]]] = []
+        self.calls: list[tuple[Callable[[], Any], Any]] = []
         self.devices: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         self.done.append((str(func), [(x.shape, x.stride(), x.dtype) for x in tensors]))
         self.devices |= {x.device.type for x in tensors}
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))  # stay where they are
+        self.calls.append((partial(func, *args, **kwargs), output))
+        return output
+
+
+def recorded(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A CUDA graph without a GPU: what a function did first is done again with the tensors that it was done with."""
+    operations, output = Operations(), list[torch.Tensor]()
+
+    def replay() -> torch.Tensor:
+        if not output:
+            with operations:
+                output.append(run())
+            return output[0]
+        for call, before in operations.calls:
+            for now, own in zip(tree_leaves(call()), tree_leaves(before), strict=True):
+                if isinstance(own, torch.Tensor) and now.data_ptr() != own.data_ptr():  # else changed, or a view of one
+                    own.copy_(now)
+        return output[0]
+
+    return replay
+
+
+def decoder_of(mixer: Any, capture: Callable[..., Any]) -> Decoder:
+    """Of a model that is a mixer alone."""
+
+    def step(token: torch.Tensor, states: list[Any]) -> tuple[torch.Tensor, list[Any]]:
+        output, state = mixer(token, states[0])
+        return output, [state]
+
+    return Decoder(step, nn.ModuleDict({"mixer": mixer}), capture)
 
 
 @pytest.mark.parametrize("variant", ATTENDING)
 @torch.no_grad()
 def test_a_decoder_repeats_the_same_operations_on_the_same_tensors(variant: str) -> None:
-    """What a graph replays: three chunks, of which the states' tensors stay where they are."""
+    """What a graph replays, over three chunks; and what it has captured goes on from other states."""
     x, mixer = inputs(torch.float64), mixer_of(variant, torch.float64, memory_backend="chunked")
-    expected, _ = mixer(x, None)
-    steps: list[Any] = []
+    graphs: list[Any] = []
+    decoder = decoder_of(mixer, lambda run: graphs.append(run) or recorded(run))
+    for tokens in (x, x.flip(1)):
+        expected, _ = mixer(tokens, None)
+        _, state = mixer(tokens[:, :20], None)
+        states = [state]
+        for token in range(20, LENGTH):
+            output, states = decoder(tokens[:, token : token + 1], states)
+            torch.testing.assert_close(output, expected[:, token : token + 1], rtol=0, atol=1e-10)
+    assert len(graphs) == 1
 
-    def step(token: torch.Tensor, states: list[Any]) -> tuple[torch.Tensor, list[Any]]:
-        with Operations() as operations:
-            output, state = mixer(token, states[0])
-        steps.append(operations.done)
-        return output, [state]
 
-    decoder = Decoder(step, [mixer], capture=lambda run: run)
+@pytest.mark.parametrize("change", ["moved", "replaced"])
+@torch.no_grad()
+def test_weights_that_are_elsewhere_are_captured_again(change: str) -> None:
+    x, mixer = inputs(torch.float64), mixer_of("mag", torch.float64, memory_backend="chunked")
+    decoder, last = decoder_of(mixer, recorded), slice(-1, None)
     _, state = mixer(x[:, :20], None)
-    states, places = [state], []
-    for token in range(20, LENGTH):
-        output, states = decoder(x[:, token : token + 1], states)
-        torch.testing.assert_close(output, expected[:, token : token + 1], rtol=0, atol=1e-10)
-        places.append([tensor.data_ptr() for tensor in states[0].tensors()])
-    captured = steps[-24:]
-    assert all(done == captured[0] for done in captured)
-    assert all(place == places[-1] for place in places[-24:])
+    states = [state]
+    for token in x[:, 20:-1].split(1, 1):
+        _, states = decoder(token, states)
+    before = [state.map(torch.clone) for state in states]
+    for name, parameter in list(mixer.named_parameters()):
+        other = 1.5 * parameter
+        if change == "moved":
+            parameter.data = other
+        else:
+            owner, _, own = name.rpartition(".")
+            setattr(mixer.get_submodule(owner), own, nn.Parameter(other))
+    output, _ = decoder(x[:, last], states)
+    expected, _ = mixer(x[:, last], before[0])
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", ATTENDING)
@@ -139,14 +187,9 @@ def test_no_value_and_no_tensor_of_another_device_decides_what_is_done(variant: 
 @torch.no_grad()
 def test_what_cannot_be_captured_is_said_and_read_as_before() -> None:
     x, mixer = inputs(), mixer_of("transformer", window=0)
-
-    def step(token: torch.Tensor, states: list[Any]) -> tuple[torch.Tensor, list[Any]]:
-        output, state = mixer(token, states[0])
-        return output, [state]
-
     expected, _ = mixer(x, None)
     _, state = mixer(x[:, :10], None)
-    decoder, states, outputs = Decoder(step, [mixer], capture=lambda run: run), [state], []
+    decoder, states, outputs = decoder_of(mixer, recorded), [state], []
     for token in x[:, 10:18].split(1, 1):
         output, states = decoder(token, states)
         outputs.append(output)

@@ -267,8 +267,7 @@ class TitansBackbone(TitansPreTrainedModel):
             hidden, states = self._read(hidden, states, rows, between)
         else:
             if cache.decoder is None or cache.decoder.step != self._read:
-                mixers: list[Any] = [block.mixer for block in self.layers]
-                cache.decoder = Decoder(self._read, mixers)
+                cache.decoder = Decoder(self._read, self)
             hidden, states = cache.decoder(hidden, states)
         for layer, state in zip([] if cache is None else cache.blocks, states, strict=cache is not None):
             layer.advance(state, hidden.shape[1])
