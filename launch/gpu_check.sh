@@ -18,7 +18,9 @@ machine without a package registry lacks. Each result is shown and written to DI
   --help            shows this
 
 Ends with 1 where a command failed or a result is wrong. Where `right` finds wgmma right, give the other parts
-DISABLE_MMA_V3=0, which leaves it on. PYTHON names another interpreter than .venv/bin/python or python3.
+DISABLE_MMA_V3=0, which leaves it on. TRITON_CACHE_DIR names a folder of kernels compiled beforehand, by `python -m
+evals.efficiency.gpu_cache DIR` on any machine with the same Python and Triton. PYTHON names another interpreter than
+.venv/bin/python or python3.
 TEXT
 }
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from evals.efficiency.gpu import SECONDS, GpuSettings, Step, _CheckPart, plan
+from evals.efficiency.gpu import SCANS, SECONDS, GpuSettings, Step, _CheckPart, plan
 from evals.efficiency.gpu_jobs import KINDS
+from pretrain.config.command_line import parse
 from pretrain.config.files import preset_names
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,16 @@ def test_every_command_is_one_that_there_is(part: str, tiny: bool, tmp_path: Pat
                 assert name == "--tiny" or name.split("-")[0] in preset_names()
         for word in step.words:
             assert not word.startswith("launch/") or (ROOT / word).is_file()
+
+
+def test_every_memory_of_a_preset_is_compared() -> None:
+    for preset in preset_names():
+        model = parse(["--config", preset, "--run-dir", "-", "--model.vocab-size", "32000"]).config.model
+        if any(mixer.memory for mixer in model.mixers):
+            width, depth = model.memory_shape.width, model.memory_depth
+            sizes = f"-D{width}-L{depth}-F{model.memory_widths[1]}-b{model.chunk_size}"
+            kind = "-plain" * (model.memory_network == "plain") + "-keeping" * (not model.memory_forgetting)
+            assert any(scan.endswith(sizes + kind) for scan in SCANS), preset
 
 
 def test_the_printed_plan_is_what_would_run() -> None:
@@ -156,6 +167,18 @@ def absent(tmp_path: Path) -> str:
     for name in ABSENT:
         (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError('hidden by a test', name={name!r})")
     return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_kernels_compiled_beforehand_are_found(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "evals.efficiency.gpu_cache", str(tmp_path), "B1-T32-H1-D16-L1-F16-b16"]
+    written = []
+    for _ in range(2):
+        subprocess.run(command, check=True, cwd=ROOT, timeout=3000)
+        written.append({file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.cubin")})
+    assert len(written[0]) == 2 * 6  # with wgmma and without
+    assert written[0] == written[1]
 
 
 @pytest.mark.slow

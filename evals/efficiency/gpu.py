@@ -35,14 +35,15 @@ _PYTHON = ("python", "-m")
 _JOBS = (*_PYTHON, "evals.efficiency.gpu_jobs")
 _LINES_KEPT = 5
 _OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
-_SCANS = (
-    "B1-T4096-H24-D64-L2-F256-b16",
+SCANS = (
+    "B1-T4096-H24-D64-L2-F256-b16",  # of the paper's sizes
+    "B1-T4096-H4-D64-L2-F256-b32-keeping",  # of recall
+    "B1-T4096-H4-D128-L1-F128-b32-plain-keeping",  # of the quickstart
     "B1-T4096-H24-D64-L1-F64-b16",
     "B1-T4096-H24-D64-L2-F64-b64",
-    "B1-T4096-H8-D128-L1-F128-b32",
     "B1-T4096-H8-D128-L2-F256-b16",
 )
-_TINY_SCANS = ("B1-T32-H1-D16-L2-F64-b16", "B1-T32-H1-D16-L1-F16-b16")
+_TINY_SCANS = ("B1-T32-H1-D16-L2-F64-b16", "B1-T32-H1-D16-L1-F16-b16-plain-keeping")
 _TIMED = (
     *(f"B{batch}-T4096-H16-D64-L2-F256-b16" for batch in (1, 4, 8)),
     *(f"B{batch}-T4096-H24-D64-L2-F256-b16" for batch in (1, 5)),
@@ -127,7 +128,7 @@ def _right(tiny: bool) -> list[list[Step]]:
         Step(f"gradients, {without} wgmma", (*_JOBS, "gradients"), 120, scans, {"DISABLE_MMA_V3": value} | interpreted)
         for value, without in (("1", "without"), ("0", "with"))
         # On a GPU most of the time goes into compiling, on one core each.
-        for scans in ([_TINY_SCANS] if tiny else [(scan,) for scan in _SCANS])
+        for scans in ([_TINY_SCANS] if tiny else [(scan,) for scan in SCANS])
     ]
     checker = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *_JOBS, "gradients")
     # What is only compiled there shows nothing here.

@@ -2,7 +2,8 @@
 
 For each name, which says what is measured, a line of JSON as soon as it is there. KIND is
   facts      of the device and what is installed; the name is any
-  gradients  the fused kernels in bfloat16 against the chunked form in float32: B1-T4096-H24-D64-L2-F256-b16
+  gradients  the fused kernels in bfloat16 against the chunked form in float32: B1-T4096-H24-D64-L2-F256-b16, where
+             -plain at the end leaves LayerNorm out and -keeping forgetting
   timings    the memory's scan alone, forward and with its gradient, and its kernels apart: likewise
   training   tokens a second of a preset's model, vocabulary 32,000, rows a step: mag_340m-B4
   steps      of a run that was trained: its folder
@@ -82,12 +83,14 @@ def facts(name: str) -> Found:
 
 def gradients(name: str) -> Found:
     """Differences of reads, end state and all gradients, each relative to its norm; right if none is large."""
-    case = _scan_case(name, setting="fused", dtype="bfloat16")
+    case = scan_case(name, setting="fused", dtype="bfloat16")
     torch.manual_seed(0)
     subject = build(case)
     leaves = [x.detach() for x in (*subject.inputs(case.length), *subject.parameters)]
-    ours = _scanned(case, leaves, "fused")
-    theirs = _scanned(case, [x.float() for x in leaves], "chunked")
+    if "-plain" not in name:  # LayerNorm's scale and shift
+        leaves += [about + 0.1 * torch.randn_like(leaves[0][0, 0]) for about in (1.0, 0.0)]
+    ours = scanned(name, case, leaves, "fused")
+    theirs = scanned(name, case, [x.float() for x in leaves], "chunked")
     errors = {name: _difference(ours[name], theirs[name]) for name in ours}
     largest = max(errors.values())
     return {"right": largest <= BFLOAT16_ERROR, "largest": largest, "errors": errors}
@@ -95,7 +98,7 @@ def gradients(name: str) -> Found:
 
 def timings(name: str) -> Found:
     """Milliseconds, medians over repeats, and of each kernel in one forward and backward pass."""
-    case = _scan_case(name, setting="auto", dtype="bfloat16" if DEVICE == "cuda" else "float32")
+    case = scan_case(name, setting="auto", dtype="bfloat16" if DEVICE == "cuda" else "float32")
     torch.manual_seed(0)
     subject = build(case)
     inputs = subject.inputs(case.length)
@@ -125,9 +128,9 @@ def training(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Found]]]:
                 engine.destroy()
             built.clear()
             _free()
-            config = _config(preset)
+            config = run_config(preset)
             built[preset] = build_engine(build_model(config, groups), config, 1), MfuMeter.here(config, 1)
-        return _steps(*built[preset], _config(preset), int(rows))
+        return _steps(*built[preset], run_config(preset), int(rows))
 
     for name in names:
         yield name, partial(measured, name)
@@ -172,7 +175,7 @@ def reading(names: Sequence[str]) -> Iterator[tuple[str, Callable[[], Found]]]:
 
     def measured(name: str) -> Found:
         preset, blocks, length = re.fullmatch(r"(.+)-L(\d+)-T(\d+)", name).groups()  # type: ignore[union-attr]
-        config = _config(preset, "--model.num-layers", blocks)
+        config = run_config(preset, "--model.num-layers", blocks)
         network: Any = build_model(config, groups).eval()
         model = EvalModel(network, config.model, Tokenizer(None, ""), "random weights", "", device=device())
         settings = ContextSettings((Path(),), Path(), piece=_PIECE, decode_tokens=_DECODED)
@@ -277,7 +280,8 @@ def _kernels(once: Callable[[], Any]) -> dict[str, float]:
     return {name: spent[name] for name in longest} | {"others": sum(spent.values()) - sum(spent[n] for n in longest)}
 
 
-def _scan_case(name: str, *, setting: str, dtype: str) -> Case:
+def scan_case(name: str, *, setting: str, dtype: str) -> Case:
+    """What a name such as B1-T4096-H24-D64-L2-F256-b16 stands for."""
     numbers = [int(number) for number in re.findall(r"-?[A-Za-z](\d+)", name)]
     batch, length, heads, width, depth, hidden, chunk = numbers
     return Case(
@@ -287,14 +291,22 @@ def _scan_case(name: str, *, setting: str, dtype: str) -> Case:
     )  # fmt: skip
 
 
-def _scanned(case: Case, leaves: list[Tensor], backend: str) -> dict[str, Tensor]:
-    """Reads, end state, and gradients of a random functional of them at all leaves: tokens, gates, M_0."""
+def scanned(name: str, case: Case, leaves: list[Tensor], backend: str) -> dict[str, Tensor]:
+    """Reads, end state, and gradients of a random functional of them at all leaves: tokens, gates, M_0, LayerNorm."""
     from titans_mcore.memory import memory_scan
 
     leaves = [x.clone().requires_grad_() for x in leaves]
-    queries, keys, values, theta, eta, alpha, *weights = leaves
-    tokens = (queries, keys, values, theta, eta, alpha)
-    read, state = memory_scan(*tokens, weights, chunk_size=case.chunk, backend=backend)
+    queries, keys, values, theta, eta, alpha, *parameters = leaves
+    weights, (scale, shift) = parameters[: case.depth], parameters[case.depth :] or (None, None)
+    read, state = memory_scan(
+        *(queries, keys, values, theta, eta, alpha, weights),
+        network="residual_norm" if scale is not None else "plain",
+        norm_weight=scale,
+        norm_bias=shift,
+        forgets="-keeping" not in name,
+        chunk_size=case.chunk,
+        backend=backend,
+    )
     outputs = {"reads": read}
     for place in range(case.depth):
         outputs |= {f"weights {place}": state.weights[place], f"momentum {place}": state.momentum[place]}
@@ -302,8 +314,8 @@ def _scanned(case: Case, leaves: list[Tensor], backend: str) -> dict[str, Tensor
     functional = sum((x.float() * torch.randn(x.shape, device=x.device)).sum() for x in outputs.values())
     assert isinstance(functional, Tensor)
     at = ["queries", "keys", "values", "theta", "eta", "alpha", *(f"M_0 {place}" for place in range(case.depth))]
-    found = torch.autograd.grad(functional, leaves)
-    return outputs | {f"gradient at {name}": x for name, x in zip(at, found, strict=True)}
+    found = zip((*at, "scale", "shift"), torch.autograd.grad(functional, leaves), strict=False)  # plain has no scale
+    return outputs | {f"gradient at {name}": x for name, x in found}
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -313,7 +325,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return found if found < _FAR_OFF else _FAR_OFF
 
 
-def _config(preset: str, *more: str) -> "RunConfig":
+def run_config(preset: str, *more: str) -> "RunConfig":
     """The preset's, with steps of one row."""
     from pretrain.config.command_line import parse
 

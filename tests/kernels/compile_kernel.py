@@ -12,17 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
-from titans_mcore import kernels
+from evals.efficiency.gpu_cache import compile_for_hopper
 from titans_mcore.config import TitansConfig
-from titans_mcore.kernels import fused
 from titans_mcore.memory import PackedRows
 from titans_mcore.memory.triton_faults import FAULTS, avoid
 from titans_mcore.mixers.mag import MagMixer
@@ -35,29 +31,14 @@ _LABEL = re.compile(r"\.L_x_\d+")
 _PTXAS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads\s.*?Used (\d+) registers", re.S)
 
 
-class Hopper:
-    """As much of a driver as compiling asks for."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-
 def main(dtype: str, documents: bool, guarded: bool, scans: list[dict[str, Any]], batches: list[list[int]]) -> None:
     """Compiles what these scans, or a layer with batches of (B, T), launch one after the other in one process.
 
     With `guarded` as on a GPU where this Triton is known to be wrong.
     """
-    driver.set_active(Hopper())
+    compile_for_hopper(compiling)
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # what comes from a cache has not been through ptxas
-    triton.runtime.JITFunction.__getitem__ = compiling  # type: ignore[method-assign, assignment]
-    fused.fused_fits = kernels.fused_fits = lambda *_: ""  # type: ignore[assignment]
     if guarded:
         avoid(FAULTS[0])
     for sizes in scans:
@@ -90,19 +71,15 @@ def begin_documents(problem: Problem) -> None:
     problem.closed = ~problem.restarts
 
 
-def compiling(function: Any, grid: object) -> Callable[..., None]:
+def compiling(function: Any, grid: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     """What a launch does here."""
-
-    def compile_only(*arguments: Any, **named: Any) -> None:
-        known = len(function.device_caches[0][0])
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            compiled = function.run(*arguments, grid=grid, warmup=True, **named)
-        if len(function.device_caches[0][0]) > known:
-            name = function.__name__.removesuffix("_kernel")
-            found = properties(compiled, log.getvalue()) | of_a_chunk(compiled, named, chained=name in CHAINED)
-            print(json.dumps({"kernel": name, **found}), flush=True)
-
-    return compile_only
+    known = len(function.device_caches[0][0])
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = function.run(*arguments, grid=grid, warmup=True, **named)
+    if len(function.device_caches[0][0]) > known:
+        name = function.__name__.removesuffix("_kernel")
+        found = properties(compiled, log.getvalue()) | of_a_chunk(compiled, named, chained=name in CHAINED)
+        print(json.dumps({"kernel": name, **found}), flush=True)
 
 
 def properties(compiled: Any, log: str) -> dict[str, int]:
