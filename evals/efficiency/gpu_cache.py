@@ -77,7 +77,7 @@ def compile_all(names: Sequence[str]) -> None:
     """Every kernel that these scans launch, forward and backward; without names those of the check."""
     from evals.efficiency import gpu, gpu_jobs
     from titans_mcore.mixers.mag import MagMixer
-    from titans_mcore.mixers.parts import PlainParts
+    from titans_mcore.mixers.parts import Parts
 
     compile_for_hopper(
         lambda function, grid, arguments, named: function.run(*arguments, grid=grid, warmup=True, **named)
@@ -89,7 +89,7 @@ def compile_all(names: Sequence[str]) -> None:
         size = ("--model.num-layers", "1", "--model.dim", "128", "--model.num-heads", "2")
         config = replace(gpu_jobs.run_config("mag_340m", *size).model, memory_backend="fused")
         tokens = torch.zeros(1, 64, config.dim, dtype=torch.bfloat16, requires_grad=True)
-        MagMixer(config, PlainParts(config)).bfloat16()(tokens, None)[0].sum().backward()
+        MagMixer(config, Parts(config)).bfloat16()(tokens, None)[0].sum().backward()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def build(case: Case) -> Subject:
 def _our_layer(case: Case) -> Subject:
     """Pre-norm, projections, convolution, memory, output norm and gate, output projection; no persistent tokens."""
     from titans_mcore.mixers.lmm import LmmMixer
-    from titans_mcore.mixers.parts import PlainParts
+    from titans_mcore.mixers.parts import Parts
 
     dim = case.heads * case.width
     config = TitansConfig(
@@ -132,7 +132,7 @@ def _our_layer(case: Case) -> Subject:
         persistent_tokens=0,
         memory_backend=case.setting,  # type: ignore[arg-type]
     )
-    norm, mixer = nn.RMSNorm(dim), LmmMixer(config, PlainParts(config))
+    norm, mixer = nn.RMSNorm(dim), LmmMixer(config, Parts(config))
     for module in (norm, mixer):
         module.to(case.device, getattr(torch, case.dtype))
     parameters = [*norm.parameters(), *(p for p in mixer.parameters() if p.numel())]

@@ -22,7 +22,7 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.memory import PackedRows
 from titans_mcore.memory.triton_faults import FAULTS, avoid
 from titans_mcore.mixers.mag import MagMixer
-from titans_mcore.mixers.parts import PlainParts
+from titans_mcore.mixers.parts import Parts
 
 from .problems import Problem, Sizes, by_kernels, make_problem, with_gradients
 
@@ -56,7 +56,7 @@ def train_layer(batches: list[list[int]]) -> None:
     """A MAG layer whose memory is as small as kernels take it; every batch without documents and with some."""
     memory = {"memory_head_dim": 16, "memory_expansion": 2, "memory_backend": "fused"}
     config = TitansConfig("mag", dim=32, num_heads=2, persistent_tokens=8, window=32, **memory)  # type: ignore[arg-type]
-    layer = MagMixer(config, PlainParts(config)).bfloat16()
+    layer = MagMixer(config, Parts(config)).bfloat16()
     for rows, length in batches:
         starts = torch.zeros(rows, length, dtype=torch.bool)
         starts[-1, length // 3] = True

@@ -9,7 +9,7 @@ from titans_mcore.mixers import neural_memory
 from titans_mcore.mixers.linear import DeltaMixer, convolved
 from titans_mcore.mixers.mac import MacMixer
 from titans_mcore.mixers.neural_memory import NeuralMemory, initial_gate_bias
-from titans_mcore.mixers.parts import PlainParts, heads_of
+from titans_mcore.mixers.parts import Parts, heads_of
 
 from .test_mixers import mixer_of
 
@@ -18,7 +18,7 @@ def memory_of(**settings: object) -> NeuralMemory:
     torch.manual_seed(0)
     plain = {"dim": 128, "memory_heads": 1, "memory_depth": 1, "memory_network": "plain", "chunk_size": 8}
     config = TitansConfig(**{**plain, "memory_init": "next_token", **settings})  # type: ignore[arg-type]
-    return NeuralMemory(config, PlainParts(config)).double()
+    return NeuralMemory(config, Parts(config)).double()
 
 
 def queries_and_keys(memory: NeuralMemory, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.division import check_divisible
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.linear import LinearSpec
-from titans_mcore.mixers.parts import PlainParts
+from titans_mcore.mixers.parts import Parts
 
 from .test_mixers import LENGTH, inputs, mixer_of
 
@@ -181,7 +181,7 @@ def test_ttt_is_its_rule_in_the_papers_backbone(variant: str) -> None:
 def test_ttt_begins_as_published() -> None:
     torch.manual_seed(0)
     config = TitansConfig(variant="ttt_mlp", dim=1024)
-    mixer: Any = MIXERS["ttt_mlp"].module(config, PlainParts(config))
+    mixer: Any = MIXERS["ttt_mlp"].module(config, Parts(config))
     matrices, biases = list(mixer.initial_weights)[::2], list(mixer.initial_weights)[1::2]
     assert [x.std().item() for x in matrices] == pytest.approx([0.02, 0.02], rel=0.02)
     zeros = [*biases, mixer.norm_bias, mixer.output_bias, mixer.rate_bias, mixer.places]
@@ -225,7 +225,7 @@ def test_heads_and_parameters_are_as_many_as_published(variant: str) -> None:
         config = TitansConfig(variant=variant, dim=dim)
         assert mixer.shape(config) == shape
         with torch.device("meta"):
-            made = mixer.module(config, PlainParts(config))
+            made = mixer.module(config, Parts(config))
         numbers = sum(p.numel() for p in made.parameters())
         assert numbers == pytest.approx(SQUARES[variant] * dim**2 + CHANNELS.get(variant, 0.0) * dim, rel=0.03)
 
@@ -235,7 +235,7 @@ def test_heads_and_parameters_are_as_many_as_published(variant: str) -> None:
 def test_time_steps_and_rates_begin_as_published(variant: str) -> None:
     torch.manual_seed(0)
     config = TitansConfig(variant=variant, dim=1024, linear_heads=256)
-    mixer = MIXERS[variant].module(config, PlainParts(config))
+    mixer = MIXERS[variant].module(config, Parts(config))
     steps = nn.functional.softplus(mixer.get_parameter("steps.bias" if variant == "mamba" else "dt_bias"))
     assert (1e-3 * 0.999 < steps.min() < 1.2e-3, 0.08 < steps.max() < 1e-1 * 1.001) == (True, True)
     assert steps.log().mean() == pytest.approx(math.log(1e-2), abs=0.2)  # the middle of both ends' logarithms

@@ -8,7 +8,7 @@ import torch
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import TensorTree
 from titans_mcore.mixers import MIXERS
-from titans_mcore.mixers.parts import PlainParts, causal_conv
+from titans_mcore.mixers.parts import Parts, causal_conv
 
 from ..matrices import by_kind
 
@@ -33,7 +33,7 @@ def mixer_of(variant: str, dtype: torch.dtype = torch.float32, **settings: objec
             **settings,
         }
     )
-    mixer = config.blocks[0].module(config, PlainParts(config)).to(dtype)
+    mixer = config.blocks[0].module(config, Parts(config)).to(dtype)
     return WithFront(mixer) if config.blocks[0].front else mixer
 
 

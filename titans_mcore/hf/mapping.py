@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MixerSpec
-from titans_mcore.mixers.parts import PlainParts
+from titans_mcore.mixers.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ _BLOCK = {
 def _parameters(config: TitansConfig, mixer: MixerSpec) -> list[str]:
     """Names of a mixer's parameters: it is made once, without memory, and asked."""
     with FakeTensorMode():
-        made = mixer.module(config, PlainParts(config))
+        made = mixer.module(config, Parts(config))
     return [name for name, _ in made.named_parameters()]
 
 

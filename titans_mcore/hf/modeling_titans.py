@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..config import TitansConfig
 from ..decoding import Decoder
 from ..memory import PackedRows
-from ..mixers.parts import FromParts, PlainParts, ResidualLinear, rms_norm
+from ..mixers.parts import FromParts, Parts, ResidualLinear, rms_norm
 from .cache_titans import TitansCache
 from .configuration_titans import CACHE_NAMES, CacheByBothNames, TitansHFConfig, cache_field, given_cache
 from .files_titans import check_weight_files
@@ -88,7 +88,7 @@ class TitansBlock(nn.Module):
 
 
 def _make_mixer(config: TitansConfig, block: int) -> nn.Module:
-    made, parts = config.blocks[block].module, PlainParts(config)
+    made, parts = config.blocks[block].module, Parts(config)
     if torch.get_default_device().type != "meta":
         return made(config, parts)
     # While transformers 5 builds on the meta device, it makes some constants on the CPU; a mixer may not mix the two.
@@ -183,7 +183,7 @@ class TitansPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_own_parameters(module: FromParts, config: TitansConfig) -> None:
         """A mixer states its initial values in its constructor: they are taken from a new one."""
-        fresh = dict(type(module)(config, PlainParts(config)).named_parameters())
+        fresh = dict(type(module)(config, Parts(config)).named_parameters())
         lists = {name for name, child in module.named_children() if isinstance(child, nn.ParameterList)}
         for name, parameter in module.named_parameters():
             own = "." not in name or name.partition(".")[0] in lists

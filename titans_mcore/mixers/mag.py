@@ -1,29 +1,19 @@
 """Memory as gate (paper, section 4.2): attention and memory side by side, each gating the other."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..config import TitansConfig
 from ..memory import PackedRows
-from .attention import AROUND, Attention
-from .branches import (
-    ATTENTION_USES,
-    MEMORY_USES,
-    BranchesState,
-    begins,
-    lacks_persistent,
-    read_persistent,
-    window_alone,
-)
+from .attention import Attention
+from .branches import BranchesMixer, BranchesSpec, BranchesState, Persistent
 from .costs import FLOAT32, Workload
-from .neural_memory import BEGINNINGS, NeuralMemory, PersistentTokens, combine
-from .parts import FromParts, Parts, rms_norm
-from .spec import MixerSpec, register
+from .neural_memory import NeuralMemory, PersistentTokens, combine
+from .parts import Parts, rms_norm
+from .spec import register
 
 
-class MagMixer(FromParts):
+class MagMixer(BranchesMixer):
     """Memory as gate: y = window attention, o = y (x) M([p || x]), each side normalised by heads of its own."""
 
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
@@ -37,24 +27,15 @@ class MagMixer(FromParts):
         self.output = parts.last_row(config.dim, config.dim)
         self.norm, self.combine = rms_norm, combine
 
-    def with_room(self, state: BranchesState) -> BranchesState:
-        """See FromParts."""
-        return BranchesState(self.memory.with_room(state.memory), self.attention.with_room(state.attention))
+    def prefix(self, persistent: Persistent) -> Tensor | None:
+        """The tokens themselves."""
+        return persistent.tokens
 
     def forward(
         self, x: Tensor, state: BranchesState | None, rows: PackedRows | None = None
     ) -> tuple[Tensor, BranchesState]:
         """Mix x as the block holds it; the state of None begins a sequence."""
-        tokens = self.persistent(x) if begins(state, rows) or lacks_persistent(state) else None
-        persistent = read_persistent(tokens, self.memory, self.parts)
-        if state is not None and not lacks_persistent(state):
-            attended = state.attention
-        else:
-            attended = self.attention.begin(len(x), persistent.tokens, None if state is None else state.attention.kept)
-        x = self.parts.gather_from_sp_region(x)
-        memory, memory_state = self.memory(
-            x, None if state is None else state.memory, start=persistent.start, rows=rows
-        )
+        x, memory, memory_state, attended = self.recall(x, state, rows)
         attention, attended = self.attention(x, attended, rows)
         memory = self.parts.memory.merge_heads(self.norm(memory, self.memory_norm, self.eps))
         mixed = self.combine(self.norm(attention, self.attention_norm, self.eps).flatten(2), memory)
@@ -62,18 +43,13 @@ class MagMixer(FromParts):
 
 
 @register
-class Mag(MixerSpec):
+class Mag(BranchesSpec):
     """A memory beside attention."""
 
     name = "mag"
     title = "Titans, memory as gate (MAG)"
     paper = "Titans MAG"
     module = MagMixer
-    state = BranchesState
-    attention = AROUND
-    memory = persistent = True
-    beginnings = BEGINNINGS
-    uses = MEMORY_USES | ATTENTION_USES
 
     def check(self, config: TitansConfig) -> None:
         """The memory's answer and the attention's are multiplied."""
@@ -84,10 +60,6 @@ class Mag(MixerSpec):
                 f"memory_heads {heads} of memory_head_dim {width} are {heads * width} channels, and mag multiplies "
                 f"them with the dim {config.dim} of the attention; leave one of the two out, or change dim"
             )
-
-    def without_memory(self, state: Any) -> Any:
-        """The window stays."""
-        return window_alone(state)
 
     def kept(self, work: Workload) -> float:
         """Beside both branches y (x) m."""

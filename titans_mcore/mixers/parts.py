@@ -9,83 +9,91 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TitansConfig
-from ..memory import WHOLE, PackedRows, WholeMatrices
+from ..memory import WHOLE, PackedRows
 from ..memory.checkpoint import autocast_is_on
 from ..memory.layout import take
 
 
-class MemoryParts(Protocol):
-    """Makes the parameters of the memory, whose heads ranks share in a way of their own.
+class MemoryParts:
+    """Makes the parameters of the memory, whose heads ranks share in a way of their own: here whole, of one process.
 
     Attributes:
         heads: Heads that this process computes: its own, or all H when each rank holds a part of every head's matrices.
         shard: What the process holds of the matrices.
     """
 
-    heads: int
-    shard: WholeMatrices
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+        self.shard = WHOLE
 
     def column(self, d_in: int, *per_head: int) -> nn.Module:
         """Linear map (..., d_in) to (..., heads * sum(per_head)); its input is in the tp region.
 
         Head by head, and in a head one thing behind the other, each so wide: query, key, value, gates.
         """
+        return nn.Linear(d_in, self.heads * sum(per_head), bias=False)
 
     def per_head(self, full: Tensor) -> nn.Parameter:
-        """A parameter whose first axis is heads, from its value for all H heads."""
+        """A parameter whose first axis is heads, from its value for all H heads; who trains says whether it decays."""
+        return nn.Parameter(full.clone())
 
     def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
         """Initial weights of matrix `layer` of `depth`, from (H, d_in, d_out) for all heads."""
+        return self.per_head(full)
 
     def merge_heads(self, x: Tensor) -> Tensor:
         """What the heads give, (B, T, heads, F), as input of row(), (B, T, F'): this process's channels of H F."""
+        return x.flatten(2)
 
 
-class Parts(Protocol):
-    """Makes parameters: whole ones, or this rank's share. Its own heads are the attention's.
+class Parts(MemoryParts):
+    """Makes parameters: whole ones here, of one process, or a rank's share. Its own heads are the attention's.
 
     A block holds x as (B, T', E): all tokens, or this rank's when sequence parallelism divides them. Inside a mixer
     they are whole. In Megatron-core's words the sp region is sequence parallel, the tp region tensor parallel: what is
     in the latter has passed gather_from_sp_region() or copy_to_tp_region().
 
+    Args:
+        config: The model's settings.
+
     Attributes:
-        heads: Heads that this process owns, H or a share of them.
         memory: Makes the memory's.
     """
 
-    heads: int
-    memory: MemoryParts
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(config.num_heads)
+        self.memory = MemoryParts(config.memory_shape.heads)
 
     def with_heads(self, heads: int) -> Self:
         """The same for a mixer that has so many heads of its own, over all ranks."""
-
-    def column(self, d_in: int, *per_head: int) -> nn.Module:
-        """Linear map (..., d_in) to (..., heads * sum(per_head)); its input is in the tp region.
-
-        Head by head, and in a head one thing behind the other, each so wide: query, key, value, gates.
-        """
+        parts = copy.copy(self)
+        parts.heads = heads
+        return parts
 
     def row(self, d_in: int, d_out: int, *, residual: bool = True) -> nn.Module:
         """Linear map (..., this process's channels of d_in) to (..., d_out), summed over all channels of all ranks.
 
         It begins as small as one that writes to the residual stream, or like the others where `residual` is false.
         """
+        return (ResidualLinear if residual else nn.Linear)(d_in, d_out, bias=False)
 
     def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """The same as a mixer's last map, to be applied by finish()."""
+        return self.row(d_in, d_out)
 
     def whole(self, d_in: int, d_out: int) -> nn.Module:
         """Linear map (..., d_in) to (..., d_out) that every rank holds whole; its input is in the tp region.
 
         What of its output goes to the rank's own heads passes copy_to_tp_region(): its gradient is that of all heads.
         """
+        return nn.Linear(d_in, d_out, bias=False)
 
     def gather_from_sp_region(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
         """x (B, T', E) as the block holds it, in the tp region, (B, T, E).
@@ -95,113 +103,30 @@ class Parts(Protocol):
             tensor_parallel_output_grad: Whether ranks do different things with the result, whose gradients are summed;
                 false for what every rank computes alike and then scatters.
         """
+        return x
 
     def copy_to_tp_region(self, x: Tensor) -> Tensor:
         """x (B, T, E) as input of column maps: unchanged, its gradient summed over the ranks that share the heads."""
+        return x
 
     def finish(self, row: nn.Module, x: Tensor) -> Tensor:
         """What last_row() makes of x (B, T, F'), as the block holds it, (B, T', E)."""
-
-    def scatter_to_sp_region(self, x: Tensor) -> Tensor:
-        """x (B, T, E) as the block holds it, (B, T', E)."""
-
-    def per_head(self, full: Tensor) -> nn.Parameter:
-        """A parameter whose first axis is heads, from its value for all H heads."""
-
-    def replicated(self, full: Tensor) -> nn.Parameter:
-        """A parameter that every rank holds whole. Like those of heads it is not weight-decayed."""
-
-    def own(self, full: Tensor) -> Tensor:
-        """This process's heads of a constant whose first axis is heads."""
-
-    def sum_over_tp_region(self, x: Tensor) -> Tensor:
-        """What the heads of all ranks come to, from a sum over those of this one; its gradient is the sum of theirs."""
-
-
-class PlainHeads:
-    """MemoryParts of a model in one process: every parameter whole.
-
-    Attributes:
-        heads: Heads of the model.
-        shard: The matrices are whole.
-    """
-
-    def __init__(self, heads: int) -> None:
-        self.heads = heads
-        self.shard = WHOLE
-
-    def column(self, d_in: int, *per_head: int) -> nn.Module:
-        """See MemoryParts."""
-        return nn.Linear(d_in, self.heads * sum(per_head), bias=False)
-
-    def per_head(self, full: Tensor) -> nn.Parameter:
-        """See MemoryParts; which parameters decay is up to who trains."""
-        return nn.Parameter(full.clone())
-
-    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
-        """See MemoryParts."""
-        return self.per_head(full)
-
-    def merge_heads(self, x: Tensor) -> Tensor:
-        """See MemoryParts."""
-        return x.flatten(2)
-
-
-class PlainParts(PlainHeads):
-    """Parts of a model in one process.
-
-    Args:
-        config: The model's settings.
-    """
-
-    def __init__(self, config: TitansConfig) -> None:
-        super().__init__(config.num_heads)
-        self.memory: MemoryParts = PlainHeads(config.memory_shape.heads)
-
-    def with_heads(self, heads: int) -> Self:
-        """See Parts."""
-        parts = copy.copy(self)
-        parts.heads = heads
-        return parts
-
-    def row(self, d_in: int, d_out: int, *, residual: bool = True) -> nn.Module:
-        """See Parts."""
-        return (ResidualLinear if residual else nn.Linear)(d_in, d_out, bias=False)
-
-    def last_row(self, d_in: int, d_out: int) -> nn.Module:
-        """See Parts."""
-        return self.row(d_in, d_out)
-
-    def whole(self, d_in: int, d_out: int) -> nn.Module:
-        """See Parts."""
-        return nn.Linear(d_in, d_out, bias=False)
-
-    def gather_from_sp_region(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
-        """See Parts."""
-        return x
-
-    def copy_to_tp_region(self, x: Tensor) -> Tensor:
-        """See Parts."""
-        return x
-
-    def finish(self, row: nn.Module, x: Tensor) -> Tensor:
-        """See Parts."""
         return linear(row, x)
 
     def scatter_to_sp_region(self, x: Tensor) -> Tensor:
-        """See Parts."""
+        """x (B, T, E) as the block holds it, (B, T', E)."""
         return x
 
     def replicated(self, full: Tensor) -> nn.Parameter:
-        """See Parts."""
+        """A parameter that every rank holds whole. Like those of heads it is not weight-decayed."""
         return self.per_head(full)
 
     def own(self, full: Tensor) -> Tensor:
-        """See Parts."""
+        """This process's heads of a constant whose first axis is heads."""
         return full
 
     def sum_over_tp_region(self, x: Tensor) -> Tensor:
-        """See Parts."""
+        """What the heads of all ranks come to, from a sum over those of this one; its gradient is the sum of theirs."""
         return x
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..config import TitansConfig
 from ..memory import WHOLE, WholeMatrices
-from ..mixers.parts import MemoryParts, linear
+from ..mixers.parts import MemoryParts, Parts, linear
 from .memory_shard import TPShard, split_axis
 
 
@@ -33,7 +33,7 @@ class MixerSubmodules:
     row: ModuleSpec | type
 
 
-class OwnedHeads:
+class OwnedHeads(MemoryParts):
     """mixers.parts.MemoryParts on Megatron-core: a tensor-parallel rank owns H / TP heads whole.
 
     Args:
@@ -74,16 +74,8 @@ class OwnedHeads:
         """See mixers.parts.MemoryParts."""
         return _part(self.config, full, 0, self.rank, self.ranks)
 
-    def matrix(self, full: Tensor, layer: int, depth: int) -> nn.Parameter:
-        """See mixers.parts.MemoryParts."""
-        return self.per_head(full)
 
-    def merge_heads(self, x: Tensor) -> Tensor:
-        """See mixers.parts.MemoryParts; a rank's heads are its channels."""
-        return x.flatten(2)
-
-
-class MegatronParts(OwnedHeads):
+class MegatronParts(OwnedHeads, Parts):
     """mixers.parts.Parts on Megatron-core: a tensor-parallel rank owns its part of the attention's heads whole.
 
     Args:
@@ -178,7 +170,7 @@ class MegatronParts(OwnedHeads):
         return self.copy_to_tp_region(tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group))
 
 
-class HiddenParts:
+class HiddenParts(MemoryParts):
     """mixers.parts.MemoryParts of memories that all tensor-parallel ranks hold together.
 
     Every rank knows the queries, keys, values and gates of all heads, from maps that it holds whole, and a part of
