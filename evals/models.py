@@ -107,7 +107,7 @@ def _load_native(path: Path, tokenizer: Path | None, verify: bool) -> EvalModel:
         config = weights.load_config(checkpoint)
     except ValueError as error:
         raise EvaluationError(f"--checkpoint: {error}") from error
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    run = weights.run_of(checkpoint)
     loaded = load_tokenizer(tokenizer or run / "tokenizer" / "tokenizer.model")
     pieces = loaded.processor.vocab_size()
     if pieces != config.vocab_size:
@@ -115,9 +115,15 @@ def _load_native(path: Path, tokenizer: Path | None, verify: bool) -> EvalModel:
             f"the tokenizer has {pieces:,} pieces but the model of {checkpoint} {config.vocab_size:,}; "
             "give the tokenizer of this run with --tokenizer"
         )
-    network, device = _build(checkpoint, config, verify)
+    model, device = _random(config)
+    try:
+        weights.load_into(model, weights.load_full(checkpoint, verify=verify)[1])
+    except ValueError as error:
+        raise EvaluationError(f"--checkpoint: {error}") from error
     digest = hash_files((checkpoint / weights.WEIGHTS_FOLDER).iterdir())
-    return EvalModel(network, config, loaded, str(checkpoint), digest, _trained_length(run, checkpoint), device)
+    return EvalModel(
+        model.to(device).eval(), config, loaded, str(checkpoint), digest, _trained_length(run, checkpoint), device
+    )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -133,17 +139,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except TokenizationError as fault:
         raise EvaluationError(f"{fault}; --tokenizer takes the one that the model was trained with") from None
     return Tokenizer(processor, sha256_of(path))
-
-
-def _build(checkpoint: Path, config: TitansConfig, verify: bool) -> tuple[StreamingModel, torch.device]:
-    from titans_mcore import weights
-
-    model, device = _random(config)
-    try:
-        weights.load_into(model, weights.load_full(checkpoint, verify=verify)[1])
-    except ValueError as error:
-        raise EvaluationError(f"--checkpoint: {error}") from error
-    return model.to(device).eval(), device
 
 
 def random_weights(model: EvalModel) -> StreamingModel:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.command_line import EvaluationError
 from titans_mcore.io import bytes_text as bytes_text
 from titans_mcore.io import seconds_text as seconds_text
 from titans_mcore.io import write_file_atomically as write_bytes
@@ -50,10 +51,15 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), _T_95[min(len(values) - 1, len(_T_95)) - 1] * error
 
 
+def plus_minus(value: float | None, error: float | None, digits: int = 2) -> str:
+    """A number and its error as a cell of a table; empty for None."""
+    shown = (f"{number:,.{digits}f}" for number in (value, error) if number is not None)
+    return "" if value is None else " ± ".join(shown)
+
+
 def interval_text(values: Sequence[float]) -> str:
     """mean_interval as a cell of a table."""
-    mean, half = mean_interval(values)
-    return f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}")
+    return plus_minus(*mean_interval(values), digits=3)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -74,6 +80,20 @@ def settings_of(settings: Any) -> dict[str, Any]:
         return str(value.relative_to(_ROOT) if value.is_relative_to(_ROOT) else value)
 
     return {name: plain(value) for name, value in asdict(settings).items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What an earlier command has written.
+
+    Raises:
+        EvaluationError: It is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvaluationError(f"{path} is missing; run the same command again, which writes it") from None
+    except json.JSONDecodeError as fault:
+        raise EvaluationError(f"{path} is not JSON ({fault}); delete it and run the same command again") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,8 +20,8 @@ from pretrain.checkpoint.format import read_record
 from pretrain.config.files import load_run_config
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import ParallelConfig
-from pretrain.data.batches import MicroBatch, NumberedSamples
-from pretrain.data.folders import open_data, open_samples
+from pretrain.data.batches import MicroBatch
+from pretrain.data.folders import NumberedSamples, open_data, open_samples
 from pretrain.engine import build_model
 from pretrain.recovery.ending import mistakes_as_sentences
 from pretrain.recovery.recover import AUTOPSY_FILE, CHECKPOINT

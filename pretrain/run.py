@@ -13,8 +13,8 @@ from pretrain.checkpoint.carried import CarriedState
 from pretrain.checkpoint.retention import Probation, delete_others
 from pretrain.checkpoint.save import Saved, Saver
 from pretrain.config.run_config import RunConfig
-from pretrain.data.batches import Batches, MicroBatch, NumberedSamples
-from pretrain.data.folders import RunData
+from pretrain.data.batches import Batches, MicroBatch
+from pretrain.data.folders import NumberedSamples, RunData
 from pretrain.engine import first_rank_loss, train_step
 from pretrain.evaluate.evaluations import Evaluations
 from pretrain.recovery.hangs import RankComparison, RollCall

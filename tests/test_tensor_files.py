@@ -11,14 +11,14 @@ from titans_mcore.tensor_files import (
     Fragment,
     SavedPart,
     SavedTensors,
-    Split,
+    TPSplit,
     Wanted,
     read_tensors,
     spans_in,
     write_tensors,
 )
 
-RULES = [None, Split(0), Split(1), Split(2), Split(0, 2), Split(1, 3)]
+RULES = [None, TPSplit(0), TPSplit(1), TPSplit(2), TPSplit(0, 2), TPSplit(1, 3)]
 SHAPE = (24, 24, 8)
 
 
@@ -81,7 +81,7 @@ def test_a_gap_between_files_is_named(tmp_path, kept, missing):
 
 
 def test_another_models_shapes_are_refused(tmp_path):
-    saved = save(tmp_path, torch.randn(SHAPE), Split(1), 2, [])
+    saved = save(tmp_path, torch.randn(SHAPE), TPSplit(1), 2, [])
     saved.check_same({"name": list(SHAPE)})
     with pytest.raises(ValueError, match=r"name is \[24, 24, 8\] in .* and \[24, 24\] here"):
         saved.check_same({"name": [24, 24]})

@@ -12,7 +12,7 @@ from titans_mcore.io import sha256_of
 from titans_mcore.weights import (
     MARKER,
     ShardHeader,
-    Split,
+    TPSplit,
     check_same_model,
     damage,
     find_checkpoint,
@@ -24,7 +24,7 @@ from titans_mcore.weights import (
 )
 
 CONFIG = TitansConfig(num_layers=1, dim=8, num_heads=2, ffn_dim=8, vocab_size=16)
-RULES = {"column": Split(0), "row": Split(1), "gated": Split(0, 2), "norm": None}
+RULES = {"column": TPSplit(0), "row": TPSplit(1), "gated": TPSplit(0, 2), "norm": None}
 SHAPES = {"column": (8, 3), "row": (3, 8), "gated": (8, 2), "norm": (5,)}
 
 
@@ -71,8 +71,8 @@ def write(folder, state, size, *, change_norm_of_rank=None):
 
 def test_a_gated_matrix_is_cut_in_both_halves():
     whole = torch.arange(8).view(8, 1)
-    assert Split(0, 2).take(whole, 0, 2).flatten().tolist() == [0, 1, 4, 5]
-    assert Split(0, 2).take(whole, 1, 2).flatten().tolist() == [2, 3, 6, 7]
+    assert TPSplit(0, 2).take(whole, 0, 2).flatten().tolist() == [0, 1, 4, 5]
+    assert TPSplit(0, 2).take(whole, 1, 2).flatten().tolist() == [2, 3, 6, 7]
 
 
 @pytest.mark.parametrize("saved", [1, 2, 4])

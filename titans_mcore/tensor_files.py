@@ -1,7 +1,7 @@
 """Tensors in safetensors files: written one by one, as ranks hold them, and read at any other layout.
 
 Three things say how tensor-parallel ranks share a tensor, and one is made of the other: Megatron's attributes of a
-parameter, the rule (`Split`) that files note, and how the flattened numbers are dealt out by it (`Division`). Numbers
+parameter, the rule (`TPSplit`) that files note, and how the flattened numbers are dealt out by it (`Division`). Numbers
 that were saved at one layout are found for another by `SavedTensors` alone: a rank's part of a tensor lies in one file
 or, for the optimizer, in the files of the data-parallel ranks that each held a fragment of it.
 """
@@ -67,7 +67,7 @@ def read_tensors(file: Path, holding: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 @dataclass(frozen=True)
-class Split:
+class TPSplit:
     """How tensor-parallel ranks share a tensor.
 
     The whole tensor is cut along `dim` into `stride` blocks (two for a gated linear: gate and value in one matrix),
@@ -86,21 +86,21 @@ class Split:
         return [n * size if i == self.dim else n for i, n in enumerate(part_shape)]
 
 
-def split_of(parameter: Tensor) -> Split | None:
+def split_of(parameter: Tensor) -> TPSplit | None:
     """The rule in Megatron's attributes of a parameter; None when every rank holds the whole."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
-    return Split(parameter.partition_dim, getattr(parameter, "partition_stride", 1))  # type: ignore[attr-defined]
+    return TPSplit(parameter.partition_dim, getattr(parameter, "partition_stride", 1))  # type: ignore[attr-defined]
 
 
-def rules_to_json(rules: Mapping[str, Split | None]) -> str:
+def rules_to_json(rules: Mapping[str, TPSplit | None]) -> str:
     """Rules by name, for a file's metadata."""
     return json.dumps({name: asdict(rule) if rule else None for name, rule in rules.items()})
 
 
-def rules_from_json(text: str) -> dict[str, Split | None]:
+def rules_from_json(text: str) -> dict[str, TPSplit | None]:
     """What `rules_to_json` wrote."""
-    return {name: Split(**rule) if rule else None for name, rule in json.loads(text).items()}
+    return {name: TPSplit(**rule) if rule else None for name, rule in json.loads(text).items()}
 
 
 def shape_on_rank(parameter: Tensor) -> torch.Size:
@@ -131,7 +131,7 @@ def check_names(targets: Mapping[str, object], state: Mapping[str, object]) -> N
 class Division:
     """How the numbers of a flattened tensor are dealt out to tensor-parallel ranks.
 
-    Cutting along a dimension, into however many blocks (`Split`), deals out spans of one length in turn: span n of
+    Cutting along a dimension, into however many blocks (`TPSplit`), deals out spans of one length in turn: span n of
     the whole tensor goes to rank n % ranks, where it is span n // ranks.
     """
 
@@ -141,7 +141,7 @@ class Division:
     """Ranks that take turns; 1 when every rank holds the whole."""
 
     @classmethod
-    def of(cls, rule: Split | None, part_shape: Sequence[int], ranks: int) -> "Division":
+    def of(cls, rule: TPSplit | None, part_shape: Sequence[int], ranks: int) -> "Division":
         """The division that gives each of `ranks` ranks a part of this shape."""
         if rule is None:
             return cls(math.prod(part_shape), 1)
@@ -157,7 +157,7 @@ class Wanted(NamedTuple):
     stop: int
 
 
-class Span(NamedTuple):
+class TensorSpan(NamedTuple):
     """Numbers that lie one after the other in a rank's flattened part."""
 
     rank: int
@@ -165,7 +165,7 @@ class Span(NamedTuple):
     length: int
 
 
-def spans_in(stored: Division, wanted: Wanted) -> Iterator[Span]:
+def spans_in(stored: Division, wanted: Wanted) -> Iterator[TensorSpan]:
     """Where the wanted numbers lie in another division of the same tensor, in order, in spans as long as possible."""
     division, rank = wanted.division, wanted.rank % wanted.division.ranks
     position, pending = wanted.start, None
@@ -174,7 +174,7 @@ def spans_in(stored: Division, wanted: Wanted) -> Iterator[Span]:
         whole = (turn * division.ranks + rank) * division.span + inside
         stored_turn, stored_inside = divmod(whole, stored.span)
         start = stored_turn // stored.ranks * stored.span + stored_inside
-        found = Span(
+        found = TensorSpan(
             rank=stored_turn % stored.ranks,
             start=start,
             length=min(wanted.stop - position, division.span - inside, stored.span - stored_inside),
@@ -204,13 +204,13 @@ class SavedPart:
 
     shape: tuple[int, ...]
     """Of the part."""
-    rule: Split | None
+    rule: TPSplit | None
     """How the tensor was shared; None when every rank held the whole."""
     fragments: tuple[Fragment, ...]
     """In order; they follow each other without a gap."""
 
     @classmethod
-    def of_file(cls, tensor: Tensor, rule: Split | None, file: str) -> "SavedPart":
+    def of_file(cls, tensor: Tensor, rule: TPSplit | None, file: str) -> "SavedPart":
         """A part that one file holds."""
         return cls(tuple(tensor.shape), rule, (Fragment(0, tensor.numel(), file),))
 

@@ -21,7 +21,7 @@ from titans_mcore.io import sha256_of
 from titans_mcore.tensor_files import (
     SavedPart,
     SavedTensors,
-    Split,
+    TPSplit,
     check_names,
     read_tensors,
     rules_from_json,
@@ -53,7 +53,7 @@ class ShardHeader(NamedTuple):
 
     shapes: dict[str, torch.Size]
     """On this rank, by name, in the order of `model_tensors`."""
-    rules: dict[str, Split | None]
+    rules: dict[str, TPSplit | None]
     """How ranks share each."""
 
     @classmethod
@@ -234,6 +234,12 @@ def find_checkpoint(path: Path) -> Path:
             return folder
         reasons.append(f"{folder.name}: {reason}")
     raise ValueError(f"no whole checkpoint in {path}" + (f" ({reasons[0]})" if reasons else ""))
+
+
+def run_of(checkpoint: Path) -> Path:
+    """RUN for RUN/checkpoints/step-N, or the folder around a checkpoint that lies elsewhere."""
+    parent = checkpoint.absolute().parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def checkpoints_newest_first(run: Path) -> Iterator[Path]:

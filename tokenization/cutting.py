@@ -9,7 +9,6 @@ a line feed first, which stands in no longer piece, and the tokens of both are t
 
 from collections.abc import Iterator
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -105,8 +104,3 @@ def _is_local(model: bytes) -> bool:
         and not normalizer.remove_extra_whitespaces
         and normalizer.escape_whitespaces
     )
-
-
-def load_cutter(processor: Any, tokenizer: Path) -> Cutter:
-    """Returns the cutter of a tokenizer file."""
-    return Cutter(processor, tokenizer.read_bytes())

@@ -12,13 +12,13 @@ from tokenization.parquet import read_rows
 from tokenization.records import BrokenFile, Kind, Skipped, SourceRow, Span
 from tokenization.remote import open_source
 from tokenization.settings import Filters
-from tokenization.sources import Source
+from tokenization.sources import SourceFile
 
 DEFAULT_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class SourceDocument:
     """A text and where it came from."""
 
     text: str
@@ -36,7 +36,7 @@ class Reader:
 
     def __init__(
         self,
-        source: Source,
+        source: SourceFile,
         span: Span | None = None,
         *,
         skipped: Skipped,
@@ -62,7 +62,7 @@ class Reader:
         self.seen = 0
         """Documents among them, used or not."""
 
-    def __iter__(self) -> Iterator[Document]:
+    def __iter__(self) -> Iterator[SourceDocument]:
         """Yields the documents in the order of the file."""
         first_row = self._span.start if self._span is not None and self._source.suffix == ".parquet" else 0
         try:
@@ -75,7 +75,7 @@ class Reader:
         except OSError as fault:
             self._add(Kind("unreadable_file", detail=fault.strerror or str(fault)), None)
 
-    def _document(self, record: SourceRow) -> Iterator[Document]:
+    def _document(self, record: SourceRow) -> Iterator[SourceDocument]:
         text = text_or_kind(record.value, self._max_bytes)
         self.seen += text.rows if isinstance(text, Kind) else 1
         if isinstance(text, Kind):
@@ -83,7 +83,7 @@ class Reader:
         elif (verdict := self._filters.verdict(text, record.fields)) is not None:
             self._add(Kind(verdict), record.row)
         else:
-            yield Document(text, record.row, record.share, record.fields)
+            yield SourceDocument(text, record.row, record.share, record.fields)
 
     def _add(self, kind: Kind, row: int | None) -> None:
         self._skipped.add(kind.name, self._source.path, row, kind.rows, kind.detail)
@@ -121,7 +121,7 @@ def text_or_kind(value: Any, max_bytes: int) -> str | Kind:
     return text
 
 
-def _whole_file(source: Source, max_bytes: int) -> Iterator[SourceRow]:
+def _whole_file(source: SourceFile, max_bytes: int) -> Iterator[SourceRow]:
     with open_source(source.path) as file:
         data = file.read(max_bytes + 4)
     if len(data) > max_bytes:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from tokenization.progress import Progress
 from tokenization.records import BrokenFile, Kind, SourceRow, Span
 from tokenization.remote import open_source
-from tokenization.sources import Source
+from tokenization.sources import SourceFile
 
 _BLOCK_BYTES = 1 << 20
 # Compressed bytes at once, so that even what is mostly repetition (1,000 times smaller as gzip, 30,000 times as
@@ -21,7 +21,9 @@ _MOST_DIGITS = 300
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_lines(source: Source, span: Span | None, columns: tuple[str, ...], max_line_bytes: int) -> Iterator[SourceRow]:
+def read_lines(
+    source: SourceFile, span: Span | None, columns: tuple[str, ...], max_line_bytes: int
+) -> Iterator[SourceRow]:
     """Yields the lines that start inside a span; a compressed file has one span only.
 
     Args:
@@ -56,7 +58,7 @@ def read_lines(source: Source, span: Span | None, columns: tuple[str, ...], max_
                 yield SourceRow(row, None, share, is_document=False)
 
 
-def read_line(source: Source, row: int) -> SourceRow | None:
+def read_line(source: SourceFile, row: int) -> SourceRow | None:
     """Returns one line with all its fields, None when the file has fewer.
 
     Raises:

@@ -11,7 +11,7 @@ from tokenization.manifest import HELDOUT, MANIFEST_NAME, REJECTED_NAME, TRAIN, 
 from tokenization.plan import PLAN_NAME, PLAN_VERSION, Plan, plan_units
 from tokenization.records import Rejected, Skipped
 from tokenization.settings import EncodingSettings
-from tokenization.sources import Source, SourceOptions
+from tokenization.sources import SourceFile, SourceOptions
 from tokenization.tokenizer import TOKENIZER_JSON, TOKENIZER_NAME, TokenizerInfo
 
 # What --overwrite may delete; `cache` is where Megatron-core keeps its sample indices beside the shards.
@@ -85,7 +85,7 @@ def names_in(output: Path) -> set[str]:
 
 
 def _existing(
-    output: Path, content: EncodingSettings, sources: Sequence[Source] | None, tokenizer: TokenizerInfo, dtype: str
+    output: Path, content: EncodingSettings, sources: Sequence[SourceFile] | None, tokenizer: TokenizerInfo, dtype: str
 ) -> tuple[Plan | None, Manifest | None, str | None]:
     """Returns the plan and the manifest that are there, and why they are not what is asked for."""
     try:
@@ -105,7 +105,7 @@ def _existing(
     return plan, manifest, difference
 
 
-def _same_content(manifest: Manifest, sources: Sequence[Source]) -> bool:
+def _same_content(manifest: Manifest, sources: Sequence[SourceFile]) -> bool:
     """Whether files that were moved or touched hold what the shards were made from."""
     if len(manifest.sources) != len(sources):
         return False

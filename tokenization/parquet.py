@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenization.records import BrokenFile, Kind, SourceRow, Span
 from tokenization.remote import is_remote, open_source
-from tokenization.sources import Source
+from tokenization.sources import SourceFile
 
 _PAGE_BUFFER_BYTES = 1 << 20
 _SMALL_GROUP_BYTES = 64 << 20
@@ -26,7 +26,7 @@ class RowGroup:
     """Of the text column, decompressed."""
 
 
-def row_groups(source: Source) -> list[RowGroup]:
+def row_groups(source: SourceFile) -> list[RowGroup]:
     """Reads the footer of a file.
 
     Raises:
@@ -42,7 +42,7 @@ def row_groups(source: Source) -> list[RowGroup]:
     return found
 
 
-def read_rows(source: Source, span: Span | None, columns: tuple[str, ...]) -> Iterator[SourceRow]:
+def read_rows(source: SourceFile, span: Span | None, columns: tuple[str, ...]) -> Iterator[SourceRow]:
     """Yields the rows of the row groups that start inside a span.
 
     Args:
@@ -106,7 +106,7 @@ def _text_bytes(group: Any) -> int:
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Any]:
+def _opened(source: SourceFile) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 

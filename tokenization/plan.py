@@ -17,7 +17,7 @@ from tokenization.command_line import TokenizationError
 from tokenization.parquet import row_groups
 from tokenization.records import BrokenFile, Rejected, Skipped, Span
 from tokenization.settings import EncodingSettings
-from tokenization.sources import Source
+from tokenization.sources import SourceFile
 from tokenization.tokenizer import TokenizerInfo
 
 PLAN_NAME = "plan.json"
@@ -71,7 +71,7 @@ class Plan:
     """The tokenizer of the units."""
     dtype: str
     """NumPy name of the token type."""
-    sources: tuple[Source, ...]
+    sources: tuple[SourceFile, ...]
     """In reading order."""
     units: tuple[Unit, ...]
     """In reading order."""
@@ -115,7 +115,7 @@ class Plan:
             return f"made as {self.dtype}, not {dtype}"
         return self.settings.difference(settings)
 
-    def source_difference(self, sources: Sequence[Source]) -> str | None:
+    def source_difference(self, sources: Sequence[SourceFile]) -> str | None:
         """Says which source is not what it was; None when all are."""
         if len(self.sources) != len(sources):
             return f"made from {len(self.sources):,} files, not {len(sources):,}"
@@ -127,7 +127,7 @@ class Plan:
         return None
 
 
-def plan_units(sources: Sequence[Source], unit_bytes: int, skipped: Skipped) -> tuple[Unit, ...]:
+def plan_units(sources: Sequence[SourceFile], unit_bytes: int, skipped: Skipped) -> tuple[Unit, ...]:
     """Cuts sources into units of about `unit_bytes` of text.
 
     Parquet is cut between row groups and .jsonl anywhere (a line belongs to where it starts); a compressed .jsonl and
@@ -155,7 +155,7 @@ def plan_units(sources: Sequence[Source], unit_bytes: int, skipped: Skipped) -> 
     return tuple(units)
 
 
-def _all_spans(sources: Sequence[Source], unit_bytes: int, skipped: Skipped) -> Iterator[PlannedSpan]:
+def _all_spans(sources: Sequence[SourceFile], unit_bytes: int, skipped: Skipped) -> Iterator[PlannedSpan]:
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         for number, (source, footer) in enumerate(zip(sources, pool.map(_footer, sources), strict=True)):
             if isinstance(footer, str):
@@ -172,7 +172,7 @@ def _all_spans(sources: Sequence[Source], unit_bytes: int, skipped: Skipped) -> 
                 yield PlannedSpan(number, 0, source.bytes, source.bytes * _EXPANSION.get(source.suffix, 1))
 
 
-def _footer(source: Source) -> Any:
+def _footer(source: SourceFile) -> Any:
     """Row groups of a Parquet file, or the kind and the detail of what is wrong with it."""
     if source.suffix != ".parquet":
         return ()

@@ -30,7 +30,7 @@ _STDLIB_LEFT_OUT = frozenset({"site-packages", "dist-packages", "__pycache__", "
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file to read documents from."""
 
     path: str
@@ -90,7 +90,7 @@ class SourceOptions:
         """The dataset and its configuration."""
         return " ".join(filter(None, (self.dataset, self.name)))
 
-    def find(self, skipped: Skipped) -> list[Source]:
+    def find(self, skipped: Skipped) -> list[SourceFile]:
         """Lists the sources.
 
         Raises:
@@ -101,7 +101,7 @@ class SourceOptions:
         return find_hub_sources(self)
 
 
-def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
+def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[SourceFile]:
     """Lists the files behind the `--input` arguments, arguments in their order, folders by sorted path.
 
     A folder is searched with everything below it, symbolic links included; names that start with a dot, and folders of
@@ -120,7 +120,7 @@ def find_sources(inputs: Sequence[str], skipped: Skipped) -> list[Source]:
     """
     if not inputs:
         raise TokenizationError(f"--input is empty; give files, folders or the word {STDLIB}, or a --dataset")
-    sources: list[Source] = []
+    sources: list[SourceFile] = []
     seen: set[str] = set()
     for argument in inputs:
         for source in _sources_of(argument, skipped):
@@ -138,7 +138,7 @@ def suffix_of(name: str, suffixes: Iterable[str] = SUFFIXES) -> str | None:
     return next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
 
 
-def _sources_of(argument: str, skipped: Skipped) -> list[Source]:
+def _sources_of(argument: str, skipped: Skipped) -> list[SourceFile]:
     if argument == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         return _sources_below(root, STDLIB_SUFFIXES, _STDLIB_LEFT_OUT, skipped)
@@ -162,13 +162,13 @@ def _spelled(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _local(path: Path, suffix: str) -> Source:
+def _local(path: Path, suffix: str) -> SourceFile:
     status = path.stat()
-    return Source(os.path.abspath(path), suffix, status.st_size, status.st_mtime_ns)
+    return SourceFile(os.path.abspath(path), suffix, status.st_size, status.st_mtime_ns)
 
 
-def _sources_below(root: Path, suffixes: Iterable[str], left_out: frozenset[str], skipped: Skipped) -> list[Source]:
-    found: list[Source] = []
+def _sources_below(root: Path, suffixes: Iterable[str], left_out: frozenset[str], skipped: Skipped) -> list[SourceFile]:
+    found: list[SourceFile] = []
     for path in sorted(_files_below(root, left_out, skipped), key=lambda path: path.relative_to(root).parts):
         suffix, name = suffix_of(path.name, suffixes), _spelled(str(path))
         if suffix is None:
@@ -211,7 +211,7 @@ def _files_below(root: Path, left_out: frozenset[str], skipped: Skipped) -> Iter
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
-def find_hub_sources(wanted: SourceOptions) -> list[Source]:
+def find_hub_sources(wanted: SourceOptions) -> list[SourceFile]:
     """Lists the files of a split in the order of the dataset.
 
     Raises:
@@ -236,7 +236,7 @@ def _data_files(wanted: SourceOptions) -> Any:
     return builder.config.data_files or {}
 
 
-def _source(path: str, wanted: SourceOptions) -> Source:
+def _source(path: str, wanted: SourceOptions) -> SourceFile:
     suffix = suffix_of(path)
     if suffix is None:
         raise TokenizationError(
@@ -245,4 +245,4 @@ def _source(path: str, wanted: SourceOptions) -> Source:
         )
     with open_source(path) as file:
         size = file.seek(0, 2)
-    return Source(path, suffix, size, 0 if is_remote(path) else os.stat(path).st_mtime_ns)
+    return SourceFile(path, suffix, size, 0 if is_remote(path) else os.stat(path).st_mtime_ns)

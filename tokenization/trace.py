@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from tokenization.command_line import TokenizationError, parse_settings, run_command
-from tokenization.cutting import load_cutter
+from tokenization.cutting import Cutter
 from tokenization.documents import text_or_kind
 from tokenization.lines import LINE_SUFFIXES, read_line
 from tokenization.manifest import ORIGIN, Manifest
@@ -18,7 +18,7 @@ from tokenization.parquet import read_rows, row_groups
 from tokenization.records import BrokenFile, SourceRow, Span
 from tokenization.remote import open_source
 from tokenization.shards import import_indexed_dataset
-from tokenization.sources import STDLIB_SUFFIXES, SUFFIXES, Source, suffix_of
+from tokenization.sources import STDLIB_SUFFIXES, SUFFIXES, SourceFile, suffix_of
 from tokenization.tokenizer import TOKENIZER_JSON, TOKENIZER_NAME, load_tokenizer
 from tokenization.units import encode_long
 
@@ -79,7 +79,7 @@ def trace(shard: Path, token: int) -> Trace:
         text = processor.decode([one for one in expected.tolist() if not processor.is_control(one)])
         return Trace(source, row, document, in_document, len(expected), {}, text)
     text, fields = _read(source, row)
-    tokens = encode_long(processor, load_cutter(processor, folder / TOKENIZER_NAME), text)
+    tokens = encode_long(processor, Cutter(processor, (folder / TOKENIZER_NAME).read_bytes()), text)
     if not numpy.array_equal(numpy.concatenate(list(tokens)), expected):
         raise TokenizationError(f"{source}: row {row:,} no longer gives these tokens; it was changed")
     return Trace(source, row, document, in_document, len(expected), fields, text)
@@ -101,7 +101,7 @@ def origin_of(manifest: Manifest, prefix: Path, document: int) -> tuple[str, int
 def _read(path: str, row: int) -> tuple[str, dict[str, Any]]:
     suffix = suffix_of(path, (*SUFFIXES, *STDLIB_SUFFIXES))
     assert suffix is not None
-    source = Source(path, suffix, os.path.getsize(path) if os.path.exists(path) else 1)
+    source = SourceFile(path, suffix, os.path.getsize(path) if os.path.exists(path) else 1)
     try:
         record = _record(source, row)
     except (OSError, BrokenFile) as fault:
@@ -113,7 +113,7 @@ def _read(path: str, row: int) -> tuple[str, dict[str, Any]]:
     return text, {name: value for name, value in record.fields.items() if name != "text"}
 
 
-def _record(source: Source, row: int) -> SourceRow | None:
+def _record(source: SourceFile, row: int) -> SourceRow | None:
     if source.suffix in LINE_SUFFIXES:
         return read_line(source, row)
     if source.suffix == ".parquet":

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from titans_mcore.io import write_file_atomically
 from tokenization.command_line import TokenizationError, check_range, parse_settings, run_command
-from tokenization.documents import Document, Reader
+from tokenization.documents import Reader, SourceDocument
 from tokenization.plan import plan_units
 from tokenization.records import Skipped
-from tokenization.sources import Source, SourceOptions
+from tokenization.sources import SourceFile, SourceOptions
 from tokenization.tokenizer import llama_settings
 
 _PASSAGE_CHARACTERS = 4_096
@@ -70,7 +70,7 @@ def train(settings: TrainSettings) -> None:
     print(f"{settings.output}: {settings.vocab_size:,} pieces in {seconds:.1f} s; left out: {skipped}")
 
 
-def sample_passages(settings: TrainSettings, sources: Sequence[Source], skipped: Skipped) -> list[str]:
+def sample_passages(settings: TrainSettings, sources: Sequence[SourceFile], skipped: Skipped) -> list[str]:
     """Draws passages evenly from the text in one pass, holding no more than the sample.
 
     Every passage gets a random key; those with the smallest keys stay while they fit. So each passage has the same
@@ -92,7 +92,7 @@ def sample_passages(settings: TrainSettings, sources: Sequence[Source], skipped:
     return [passage for _, _, passage in sorted(kept, key=lambda item: item[1])]
 
 
-def _documents(settings: TrainSettings, sources: Sequence[Source], skipped: Skipped) -> Iterator[Document]:
+def _documents(settings: TrainSettings, sources: Sequence[SourceFile], skipped: Skipped) -> Iterator[SourceDocument]:
     enough = settings.sample_bytes * _READ_SAMPLES
     units = list(plan_units(sources, max(1, enough // _READ_UNITS), skipped))
     chosen, weight = set(), 0

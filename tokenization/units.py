@@ -19,13 +19,13 @@ import numpy
 
 from titans_mcore.io import PartialFile, read_marker, sha256_of, write_file_atomically
 from tokenization.command_line import TokenizationError
-from tokenization.cutting import CUT_ABOVE_CHARACTERS, Cutter, TextWithoutCut, load_cutter
-from tokenization.documents import Document, Reader
+from tokenization.cutting import CUT_ABOVE_CHARACTERS, Cutter, TextWithoutCut
+from tokenization.documents import Reader, SourceDocument
 from tokenization.plan import Plan, PlannedSpan
 from tokenization.records import Rejected, Skipped
 from tokenization.remote import is_remote
 from tokenization.selection import hash_position
-from tokenization.sources import Source
+from tokenization.sources import SourceFile
 from tokenization.tokenizer import TOKENIZER_NAME, load_tokenizer
 from tokenization.workers import Report
 
@@ -88,7 +88,7 @@ class UnitEncoder:
         assert plan is not None
         self._plan, self._output = plan, output
         self._processor = load_tokenizer(output / TOKENIZER_NAME)
-        self._cutter: Cutter = load_cutter(self._processor, output / TOKENIZER_NAME)
+        self._cutter = Cutter(self._processor, (output / TOKENIZER_NAME).read_bytes())
 
     def __call__(self, number: int, report: Report) -> None:
         """Encodes a unit and marks it done.
@@ -127,7 +127,7 @@ class UnitEncoder:
         sha256 = sha256_of(source.path) if span.start == 0 and not is_remote(source.path) else None
         writer.end_span(span.source, reader, sha256)
 
-    def _write_tokens(self, documents: Sequence[Document], writer: "_UnitWriter") -> tuple[int, ...]:
+    def _write_tokens(self, documents: Sequence[SourceDocument], writer: "_UnitWriter") -> tuple[int, ...]:
         """Returns how many tokens each document has."""
         texts = [document.text for document in documents]
         if len(texts[0]) <= CUT_ABOVE_CHARACTERS:
@@ -154,9 +154,9 @@ def encode_long(processor: Any, cutter: Cutter, text: str) -> "Iterator[numpy.nd
     return chain(islice(ends, 1), cutter.encode(text), ends)
 
 
-def batches(documents: Reader) -> Iterator[list[Document]]:
+def batches(documents: Reader) -> Iterator[list[SourceDocument]]:
     """Gathers documents for one call of sentencepiece; one that has to be cut comes alone."""
-    batch: list[Document] = []
+    batch: list[SourceDocument] = []
     characters = 0
     for document in documents:
         if batch and len(document.text) > CUT_ABOVE_CHARACTERS:
@@ -171,7 +171,7 @@ def batches(documents: Reader) -> Iterator[list[Document]]:
         yield batch
 
 
-def _table(documents: Sequence[Document], lengths: Sequence[int], source: int, seed: int) -> "numpy.ndarray":
+def _table(documents: Sequence[SourceDocument], lengths: Sequence[int], source: int, seed: int) -> "numpy.ndarray":
     table = numpy.empty(len(documents), DOCUMENT)
     digests = b"".join(blake2b(document.text.encode(), digest_size=16).digest() for document in documents)
     table["digest_high"], table["digest_low"] = numpy.frombuffer(digests, "<u8").reshape(-1, 2).T
@@ -182,7 +182,7 @@ def _table(documents: Sequence[Document], lengths: Sequence[int], source: int, s
     return table
 
 
-def _check_unchanged(source: Source) -> None:
+def _check_unchanged(source: SourceFile) -> None:
     if is_remote(source.path):
         return
     try:

@@ -11,7 +11,7 @@ from evals.command_line import EvaluationError, check_at_least, check_named_once
 
 
 @dataclass(frozen=True)
-class ComparisonSettings:
+class SystemsComparisonSettings:
     """Trains every system of the paper's table under one budget, seed by seed, and compares them.
 
     All have the same blocks, width, tokens, tokenizer, learning rate and order of the data, and as many parameters as

@@ -1,12 +1,12 @@
 """`python -m evals.comparison --data SHARDS --output DIR`."""
 
 from evals.command_line import parse_settings, run_command
-from evals.comparison import ComparisonSettings
+from evals.comparison import SystemsComparisonSettings
 
 
 def main() -> None:
     """Runs the command line; see `--help`."""
-    settings = parse_settings(ComparisonSettings, "python -m evals.comparison")
+    settings = parse_settings(SystemsComparisonSettings, "python -m evals.comparison")
     from evals.comparison.run import compare
 
     print(compare(settings))

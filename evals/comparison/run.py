@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from evals.command_line import EvaluationError, run_module, say
-from evals.comparison import ComparisonSettings
+from evals.comparison import SystemsComparisonSettings
 from evals.comparison.summary import Result, write_report
 from evals.niah.haystacks import sentences
 from evals.record_file import RecordFile
-from evals.report import write_bytes, write_json
+from evals.report import read_json, write_bytes, write_json
 from pretrain.config.files import build, read_config, systems
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.status import LAUNCHER, STATUS_DIR
@@ -124,7 +124,7 @@ def _count(config: TitansConfig) -> tuple[int, int]:
     return counted["feed_forward"], counted["total"] - counted["feed_forward"] - counted["embedding"]
 
 
-def compare(settings: ComparisonSettings) -> str:
+def compare(settings: SystemsComparisonSettings) -> str:
     """Trains and measures what is missing, and returns the table.
 
     Raises:
@@ -185,7 +185,7 @@ def _run_missing(parts: "_Parts", systems: dict[str, list[System]], results: Rec
 class _Parts:
     """What is trained and measured of a system, by a seed."""
 
-    settings: ComparisonSettings
+    settings: SystemsComparisonSettings
     config: RunConfig
     shards: Manifest | None
     lock: int
@@ -202,7 +202,7 @@ class _Parts:
         child("evals.position_perplexity", *of, *rows, "--output", to, lock=self.lock)
         lengths = ("--lengths", length, 16 * length, "--decode-tokens", 16)
         child("evals.efficiency", "context", *of, *lengths, "--json", to / "context.json", lock=self.lock)
-        position, context = _read(to / "position_perplexity.json"), _read(to / "context.json")
+        position, context = read_json(to / "position_perplexity.json"), read_json(to / "context.json")
         return trained | {
             "buckets": position["buckets"],
             "within": position["within_trained_length"]["loss"],
@@ -235,7 +235,7 @@ class _Parts:
         grid = ("--lengths", *lengths, "--depths", 5, "--samples", self.settings.samples, "--max-new-tokens", _ANSWER)
         found = tuned.with_name(f"{tuned.name}-eval")
         child("evals.niah", "--checkpoint", tuned, "--output", found, "--tasks", "pk", "n", "w", *grid, lock=self.lock)
-        return {"accuracy": _read(found / "niah.json")["accuracy_by_length"]}
+        return {"accuracy": read_json(found / "niah.json")["accuracy_by_length"]}
 
     def _documents(self, name: str, tokens: int, *more: Any) -> Path:
         """Documents to recall from, made where they are missing; `more` are flags of evals.niah.training_data."""
@@ -259,7 +259,9 @@ class _Parts:
         run = self._run_dir(part, system, seed)
         own = {f"model.{name}": value for name, value in system.model.items()}
         settings = {**own, "train.seed": seed, "train.steps": steps, "parallel.tensor": 1}  # one process
-        flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", _flag(value))]
+        flags = list[str]()
+        for name, value in settings.items():
+            flags += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
         named = ["--config", Path(config).resolve() if Path(config).exists() else config, "--run-dir", run]
         child("pretrain.train", *named, "--data.path", data, *flags, lock=self.lock, run=run)
         return run, outcome(run, steps)
@@ -302,7 +304,7 @@ def child(module: str, *words: Any, lock: int | None = None, run: Path | None = 
         raise EvaluationError(f"{module} ended with status {status}; its lines above say why")
 
 
-def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Manifest | None) -> None:
+def _hold_to_budget(settings: SystemsComparisonSettings, config: RunConfig, shards: Manifest | None) -> None:
     """Writes OUTPUT/budget.json, or refuses another budget than the one there."""
     tree = asdict(replace(config, data=type(config.data)()))
     budget = {f"{section}.{name}": value for section, values in tree.items() for name, value in values.items()}
@@ -310,7 +312,7 @@ def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Man
     if shards is not None:
         budget["data"] = shards.fingerprint
     file = settings.output / "budget.json"
-    before = _read(file) if file.is_file() else {}
+    before = read_json(file) if file.is_file() else {}
     for name, value in json.loads(json.dumps(budget)).items():
         if before.get(name, value) != value:
             raise EvaluationError(
@@ -318,11 +320,3 @@ def _hold_to_budget(settings: ComparisonSettings, config: RunConfig, shards: Man
                 "not compare; ask for the same, or give another --output"
             )
     write_json(file, before | budget)
-
-
-def _flag(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ import numpy as np
 from evals.command_line import EvaluationError
 from evals.harness import HarnessSettings
 from evals.harness.tasks import COLUMNS, Column, check_local_data, write_task_files
-from evals.report import markdown_table, settings_of, table, write_bytes, write_json
+from evals.report import markdown_table, plus_minus, settings_of, table, write_bytes, write_json
 
 
 def evaluate(settings: HarnessSettings) -> dict[str, Any]:
@@ -135,23 +135,19 @@ def write_report(report: dict[str, Any], settings: HarnessSettings, versions: Ma
     }
     write_json(settings.output / "harness.json", report)
     cells = _cells(report)
-    table_text = markdown_table([title for title, _, _ in cells], [[_text(*pair) for _, *pair in cells]])
+    table_text = markdown_table(
+        [title for title, _, _ in cells], [[plus_minus(value, error) for _, value, error in cells]]
+    )
     write_bytes(settings.output / "harness.md", (table_text + "\n").encode())
     return report
 
 
 def report_table(report: Mapping[str, Any]) -> str:
     """A line for each of the paper's columns."""
-    rows = [[title, *("" if cell is None else f"{cell:.2f}" for cell in cells)] for title, *cells in _cells(report)]
+    rows = [[title, *(plus_minus(cell, None) for cell in cells)] for title, *cells in _cells(report)]
     return table(("column", "value", "standard error"), rows)
 
 
 def _cells(report: Mapping[str, Any]) -> list[tuple[str, float | None, float | None]]:
     columns = [(column["title"], column["value"], column["stderr"]) for column in report["columns"]]
     return [*columns, ("avg", report["average"]["value"], report["average"]["stderr"])]
-
-
-def _text(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + (f" ± {stderr:.2f}" if stderr is not None else "")

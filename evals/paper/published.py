@@ -4,7 +4,7 @@ Titans' own rows are here at 760M alone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 TITANS = "[Titans: Learning to Memorize at Test Time](https://arxiv.org/abs/2501.00663)"
@@ -22,25 +22,27 @@ HYBRIDS = {
 
 
 @dataclass(frozen=True)
-class Language:
-    """Models of one size."""
+class Published:
+    """A table of models of one size."""
 
     at: str
     """Parameters and tokens."""
     source: str
     """The paper."""
-    shape: Mapping[str, Any]
-    """Settings by which a model of ours is of that size."""
     rows: Rows
-    """Columns as in evals.harness.tasks.COLUMNS, then the average of the accuracies as it is printed."""
+    """Of the nine tasks columns as in evals.harness.tasks.COLUMNS, then the average of the accuracies as printed."""
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    """Of the nine tasks: settings by which a model of ours is of that size."""
+    columns: tuple[tuple[str, int], ...] = ()
+    """Of S-NIAH, percent: task and length."""
 
 
 LANGUAGE = {
-    "340M": Language(
+    "340M": Published(
         "340M parameters, 15B tokens",
         TITANS,
-        {"num_layers": 24, "dim": 1024, "tie_embeddings": True},
-        {
+        shape={"num_layers": 24, "dim": 1024, "tie_embeddings": True},
+        rows={
             "Transformer++": (31.52, 41.08, 30.76, 62.98, 34.76, 50.53, 45.21, 24.05, 36.81, 58.24, 42.92),
             "RetNet": (32.50, 49.73, 28.24, 62.61, 34.15, 50.91, 44.27, 23.62, 36.79, 59.72, 42.54),
             "Mamba": (30.83, 40.21, 29.94, 63.79, 35.88, 49.82, 49.24, 24.56, 35.41, 60.07, 43.59),
@@ -49,11 +51,11 @@ LANGUAGE = {
             "Gated DeltaNet": (27.01, 30.94, 34.11, 63.08, 38.12, 51.60, 55.28, 26.77, 34.89, 59.54, 45.42),
         },
     ),
-    "400M": Language(
+    "400M": Published(
         "400M parameters, 15B tokens",
         TITANS,
-        {"num_layers": 24, "dim": 1024, "tie_embeddings": False},
-        {
+        shape={"num_layers": 24, "dim": 1024, "tie_embeddings": False},
+        rows={
             "Transformer++": (30.63, 37.37, 29.64, 64.27, 37.72, 51.53, 54.95, 27.36, 38.07, 61.59, 45.64),
             "RetNet": (29.92, 46.83, 29.16, 65.23, 36.97, 51.85, 56.01, 27.55, 37.30, 59.66, 45.47),
             "Mamba": (29.22, 39.88, 29.82, 65.72, 37.93, 50.11, 58.37, 26.70, 37.76, 61.13, 45.94),
@@ -65,11 +67,11 @@ LANGUAGE = {
             "Gated DeltaNet-H2": (24.19, 28.09, 36.77, 66.43, 40.79, 52.17, 59.55, 29.09, 39.04, 58.56, 47.69),
         },
     ),
-    "760M": Language(
+    "760M": Published(
         "760M parameters, 30B tokens",
         TITANS,
-        {"num_layers": 24, "dim": 1536},
-        {
+        shape={"num_layers": 24, "dim": 1536},
+        rows={
             "Transformer++": (25.21, 27.64, 35.78, 66.92, 42.19, 51.95, 60.38, 32.46, 39.51, 60.37, 48.69),
             "RetNet": (26.08, 24.45, 34.51, 67.19, 41.63, 52.09, 63.17, 32.78, 38.36, 57.92, 48.46),
             "Mamba": (28.12, 23.96, 32.80, 66.04, 39.15, 52.38, 61.49, 30.34, 37.96, 57.62, 47.22),
@@ -85,11 +87,11 @@ LANGUAGE = {
             "Titans MAL": (19.07, 20.33, 40.05, 69.99, 48.82, 53.02, 67.54, 35.65, 30.98, 61.72, 50.97),
         },
     ),
-    "1.3B": Language(
+    "1.3B": Published(
         "1.3B parameters, 100B tokens",
         GATED_DELTANET,
-        {"num_layers": 18, "dim": 2048},
-        {
+        shape={"num_layers": 18, "dim": 2048},
+        rows={
             "RetNet": (19.08, 17.27, 40.52, 70.07, 49.16, 54.14, 67.34, 33.78, 40.78, 60.39, 52.02),
             "Mamba": (17.92, 15.06, 43.98, 71.32, 52.91, 52.95, 69.52, 35.40, 37.76, 61.13, 53.12),
             "Mamba2": (16.56, 12.56, 45.66, 71.87, 55.67, 55.24, 72.47, 37.88, 40.20, 60.13, 54.89),
@@ -107,28 +109,14 @@ USUAL_SIZE = "760M"
 """Where models of other sizes are put."""
 
 
-@dataclass(frozen=True)
-class Needles:
-    """S-NIAH, percent."""
-
-    at: str
-    """Parameters and tokens."""
-    source: str
-    """The paper."""
-    columns: tuple[tuple[str, int], ...]
-    """Task and length."""
-    rows: Rows
-    """In the order of the columns."""
-
-
 NIAH_TASKS = {"niah_single_1": "PK", "niah_single_2": "N", "niah_single_3": "W"}
 NIAH_LENGTHS = (2_048, 4_096, 8_192, 16_384)
 NIAH = {
-    "niah": Needles(
+    "niah": Published(
         "760M parameters, 30B tokens",
         TITANS,
-        tuple((task, length) for task in NIAH_TASKS for length in NIAH_LENGTHS),
-        {
+        columns=tuple((task, length) for task in NIAH_TASKS for length in NIAH_LENGTHS),
+        rows={
             "TTT": (98.4, 98.8, 98.0, 88.4, 60.2, 36.6, 10.2, 4.4, 78.8, 28.0, 4.4, 0.0),
             "Mamba2": (98.6, 61.4, 31.0, 5.4, 98.4, 55.8, 14.2, 0.0, 42.2, 4.2, 0.0, 0.0),
             "DeltaNet": (96.8, 98.8, 98.6, 71.4, 47.2, 15.4, 12.8, 5.4, 46.2, 20.0, 1.6, 0.0),
@@ -138,11 +126,11 @@ NIAH = {
             "Titans MAL": (98.8, 98.6, 98.8, 97.8, 99.8, 98.1, 96.8, 96.4, 98.0, 97.4, 92.0, 90.4),
         },
     ),
-    "niah_short": Needles(
+    "niah_short": Published(
         "1.3B parameters, 100B tokens",
         GATED_DELTANET,
-        tuple((task, n) for task in NIAH_TASKS for n in (1_024, 2_048, 4_096, 8_192))[:-1],
-        {
+        columns=tuple((task, n) for task in NIAH_TASKS for n in (1_024, 2_048, 4_096, 8_192))[:-1],
+        rows={
             "DeltaNet": (97.4, 96.8, 99.0, 98.8, 98.4, 45.6, 18.6, 14.4, 85.2, 47.0, 22.4),
             "Mamba2": (99.2, 98.8, 65.4, 30.4, 99.4, 98.8, 56.2, 17.0, 64.4, 47.6, 4.6),
             "Gated DeltaNet": (98.4, 88.4, 91.4, 91.8, 100.0, 99.8, 92.2, 29.6, 86.6, 84.2, 27.6),

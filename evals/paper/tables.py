@@ -11,7 +11,7 @@ from evals.command_line import EvaluationError
 from evals.harness.tasks import COLUMNS
 from evals.paper import PaperSettings, published
 from evals.paper.published import HYBRIDS, TITANS
-from evals.report import markdown_table, write_bytes
+from evals.report import markdown_table, plus_minus, write_bytes
 from titans_mcore.mixers import MIXERS
 from titans_mcore.mixers.lmm import Lmm
 
@@ -106,17 +106,12 @@ class Table:
 
     def markdown(self) -> str:
         """The table under its heading."""
-        lines = [
-            [row.label, row.source, *map(self._text, row.cells, row.errors or (None,) * len(row.cells))]
-            for row in self.rows
-        ]
+        lines = []
+        for row in self.rows:
+            pairs = zip(row.cells, row.errors or (None,) * len(row.cells), strict=True)
+            lines.append([row.label, row.source, *(plus_minus(*pair, self.digits) for pair in pairs)])
         parts = [f"## {self.title}", markdown_table(("model", "source", *self.columns), lines)]
         return "\n\n".join([*parts, *self.notes])
-
-    def _text(self, cell: Number, error: Number) -> str:
-        if cell is None:
-            return ""
-        return f"{cell:,.{self.digits}f}" + ("" if error is None else f" ± {error:,.{self.digits}f}")
 
 
 def interleave(papers: published.Rows, ours: Sequence[tuple[str, Row]]) -> tuple[Row, ...]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from evals.command_line import parse_settings, run_command
 from evals.niah import templates
-from evals.quickstart.page import Page, Results, read_json
+from evals.quickstart.page import Page, Results
 from evals.quickstart.stages import Lanes, Show, Stage, niah_progress, training_progress
-from evals.report import bytes_text, seconds_text
+from evals.report import bytes_text, read_json, seconds_text
 
 if TYPE_CHECKING:
     from evals.models import EvalModel

@@ -3,17 +3,15 @@
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.command_line import EvaluationError
 from evals.niah.samples import MAIN
 from evals.niah.templates import TASK
-from evals.report import bytes_text, draw_heat_map, draw_losses, table, write_bytes, write_json
+from evals.report import bytes_text, draw_heat_map, draw_losses, read_json, table, write_bytes, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,20 +184,6 @@ def _draw_needles(axes: "Axes", model: Results) -> None:
     lengths, depths = (sorted({cell[axis] for cell in cells}) for axis in ("length", "depth"))
     accuracy = {(cell["length"], cell["depth"]): (cell["accuracy"], cell["n"]) for cell in cells}
     draw_heat_map(axes, f"Needles found, {model.name}", lengths, depths, accuracy, model.niah["trained_length"])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A stage's file.
-
-    Raises:
-        EvaluationError: It is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EvaluationError(f"{path} is missing; run the quickstart again, which writes it") from None
-    except json.JSONDecodeError as fault:
-        raise EvaluationError(f"{path} is not JSON ({fault}); delete it and run the quickstart again") from None
 
 
 def seconds_of(run: Path) -> Mapping[str, int]:

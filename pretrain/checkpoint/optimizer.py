@@ -25,7 +25,7 @@ from titans_mcore.tensor_files import (
     Fragment,
     SavedPart,
     SavedTensors,
-    Split,
+    TPSplit,
     Wanted,
     read_tensors,
     rules_from_json,
@@ -188,7 +188,7 @@ def _owned_partition(engine: DeepSpeedEngine, parameter: Any) -> Owned | None:
 class _Contents(NamedTuple):
     file: str
     shapes: dict[str, list[int]]
-    rules: dict[str, Split | None]
+    rules: dict[str, TPSplit | None]
     ranges: dict[str, tuple[int, int]]
 
 
@@ -196,7 +196,7 @@ def _parts(files: Sequence[_Contents]) -> dict[str, SavedPart]:
     """One tensor-parallel rank's parts, from the files of its data ranks."""
     fragments: dict[str, list[Fragment]] = {}
     shapes: dict[str, list[int]] = {}
-    rules: dict[str, Split | None] = {}
+    rules: dict[str, TPSplit | None] = {}
     for file in files:
         shapes, rules = shapes | file.shapes, rules | file.rules
         for name, (start, stop) in file.ranges.items():

@@ -8,8 +8,7 @@ import torch.distributed as dist
 import tyro
 
 from pretrain.config.files import load_run_config
-from pretrain.data.batches import NumberedSamples
-from pretrain.data.folders import RunData, open_data, open_samples
+from pretrain.data.folders import NumberedSamples, RunData, open_data, open_samples
 from pretrain.schedule import Portion, portion_of
 from titans_mcore.command_line import run_command
 from tokenization.command_line import TokenizationError

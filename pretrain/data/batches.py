@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from torch import Tensor
 
 from pretrain.config.run_config import RunConfig
 from pretrain.schedule import Portion, portion_of
+
+if TYPE_CHECKING:
+    from pretrain.data.folders import NumberedSamples
 
 STALL_SECONDS = 30.0
 """A batch that takes longer is spoken about."""
@@ -89,22 +92,6 @@ class DocumentPart(NamedTuple):
     document: int
     start: int
     stop: int
-
-
-class NumberedSamples(Protocol):
-    """What batches are made of: Samples of one folder, or a Blend of several."""
-
-    per_epoch: int
-    """Samples before the first one is seen again."""
-
-    def prepare(self, first: int, last: int) -> None:
-        """Opens the samples `first` to `last`; collective."""
-
-    def micro_batch(self, indices: Iterable[int]) -> MicroBatch:
-        """The samples of these numbers."""
-
-    def documents(self, index: int) -> list[DocumentPart]:
-        """The parts of documents that a sample is made of, in order."""
 
 
 class Samples:
@@ -274,7 +261,7 @@ class Batches:
 
     def __init__(
         self,
-        samples: NumberedSamples,
+        samples: "NumberedSamples",
         config: RunConfig,
         data_rank: int,
         data_parallel: int,
@@ -312,7 +299,12 @@ class Batches:
             wait(self._ahead.values())
             self._ahead.clear()
             future = self._submit(step)
-        micro_batches = self._wait_for(future, step)
+        patience, waited = STALL_SECONDS, 0.0
+        while not wait([future], timeout=patience).done:
+            waited += patience
+            self._stalled(step + 1, waited)
+            patience = waited  # 30 s, 60 s, 120 s, ... since the start
+        micro_batches = future.result()
         self.waited_seconds = time.perf_counter() - started
         ahead = step + 1 if ahead is None else ahead
         if step < ahead < self._train.steps:
@@ -322,14 +314,6 @@ class Batches:
     def close(self) -> None:
         """Ends the thread."""
         self._thread.shutdown(cancel_futures=True)
-
-    def _wait_for(self, future: "Future[list[MicroBatch]]", step: int) -> list[MicroBatch]:
-        patience, waited = STALL_SECONDS, 0.0
-        while not wait([future], timeout=patience).done:
-            waited += patience
-            self._stalled(step + 1, waited)
-            patience = waited  # 30 s, 60 s, 120 s, ... since the start
-        return future.result()
 
     def _submit(self, step: int) -> "Future[list[MicroBatch]]":
         portion = portion_of(step + 1, self._train)

@@ -20,7 +20,7 @@ import torch
 from megatron.core.datasets import helpers
 
 from pretrain.config.run_config import RunConfig
-from pretrain.data.batches import DocumentPart, MicroBatch, NumberedSamples, Samples
+from pretrain.data.batches import DocumentPart, MicroBatch, Samples
 from titans_mcore.io import bytes_text, sha256_of, write_file_atomically
 from tokenization.manifest import Manifest
 from tokenization.progress import Progress
@@ -143,7 +143,7 @@ def keep_tokenizer(data: RunData, run_dir: Path) -> None:
         raise ValueError(f"{kept} is not the tokenizer of {folder}; use another --run-dir, or the data it belongs to")
 
 
-def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[NumberedSamples, NumberedSamples | None]:
+def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> "tuple[NumberedSamples, NumberedSamples | None]":
     """Training samples, and held-out ones unless none are asked for; both in the shares of the folders."""
 
     def of_folder(prefixes: list[str], strands: int = 0) -> Samples:
@@ -157,7 +157,7 @@ def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[Numbe
             strands=strands,
         )
 
-    def blended(prefixes: list[list[str]], strands: int = 0) -> NumberedSamples:
+    def blended(prefixes: list[list[str]], strands: int = 0) -> "NumberedSamples":
         parts = [of_folder(one, strands) for one in prefixes]
         return Blend(parts, [folder.share for folder in data.folders]) if len(parts) > 1 else parts[0]
 
@@ -171,7 +171,7 @@ def open_samples(config: RunConfig, data: RunData, run_dir: Path) -> tuple[Numbe
 class Blend:
     """The numbered samples of several folders, in the proportion of their shares at any point."""
 
-    def __init__(self, parts: Sequence[NumberedSamples], shares: Sequence[float]) -> None:
+    def __init__(self, parts: Sequence[Samples], shares: Sequence[float]) -> None:
         """Nothing is read.
 
         Args:
@@ -217,3 +217,7 @@ class Blend:
         """The inverse of `_locate`."""
         block, rest = divmod(place, int(self._in_block[part]))
         return block * _BLOCK + int(np.flatnonzero(self._part == part)[rest])
+
+
+NumberedSamples = Samples | Blend
+"""What batches are made of."""

@@ -7,10 +7,9 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from pretrain.config.run_config import RunConfig
-from pretrain.data.batches import NumberedSamples
-from pretrain.data.folders import RunData
+from pretrain.data.folders import NumberedSamples, RunData
 from pretrain.evaluate.losses import heldout_losses
-from pretrain.evaluate.probe import Probe
+from pretrain.evaluate.probe import NeedleProbe
 from pretrain.schedule import tokens_after
 
 
@@ -38,7 +37,7 @@ class Evaluations:
         """
         self._config, self._heldout = config, heldout
         tokenizer = run_dir / "tokenizer" / data.tokenizer.file
-        self._probe = Probe.open(config, tokenizer) if config.evaluate.probe_length else None
+        self._probe = NeedleProbe.open(config, tokenizer) if config.evaluate.probe_length else None
 
     def after(
         self, engine: DeepSpeedEngine, step: int, following: int | None = None
@@ -53,7 +52,7 @@ class Evaluations:
 
         Returns:
             Records, each its kind and its values. `heldout`: loss. `position_loss`: tokens, loss. `probe`: see
-            Probe.run. Losses are nats a token, `seconds` what an evaluation took.
+            NeedleProbe.run. Losses are nats a token, `seconds` what an evaluation took.
         """
         following = following or step + 1
         number, before = evaluations_by(following - 1, self._config), evaluations_by(step - 1, self._config)

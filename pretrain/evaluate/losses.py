@@ -10,7 +10,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from pretrain.config.run_config import RunConfig
-from pretrain.data.batches import MicroBatch, NumberedSamples
+from pretrain.data.batches import MicroBatch
+from pretrain.data.folders import NumberedSamples
 from titans_mcore.parallel import DeepSpeedGroups, Place, context_place, device, sample_place
 from tokenization.progress import Progress
 

@@ -40,7 +40,7 @@ class Answers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Probe:
+class NeedleProbe:
     """Asks for needles at every length of the settings."""
 
     config: RunConfig
@@ -51,7 +51,7 @@ class Probe:
     """Makes the haystacks."""
 
     @classmethod
-    def open(cls, config: RunConfig, tokenizer: Path) -> "Probe":
+    def open(cls, config: RunConfig, tokenizer: Path) -> "NeedleProbe":
         """Checks that haystacks can be made.
 
         Args:
@@ -129,7 +129,10 @@ class Probe:
         for _ in range(ANSWER_TOKENS):
             logits, states = engine(tokens=answer[-1], states=states)
             answer.append(logits[:, -1:].argmax(-1))
-        return Answers([self._text(row) for row in torch.cat(answer[1:], 1).tolist()], losses_BT, real_BT)
+        end, texts = self.processor.eos_id(), []
+        for ids in torch.cat(answer[1:], 1).tolist():
+            texts.append(self.processor.decode(ids[: ids.index(end)] if end in ids else ids))
+        return Answers(texts, losses_BT, real_BT)
 
     def _name(self, length: int, number: int) -> SampleKey:
         samples = self.config.evaluate.probe_samples
@@ -143,10 +146,6 @@ class Probe:
         except EvaluationError:
             return False
         return True
-
-    def _text(self, ids: list[int]) -> str:
-        end = self.processor.eos_id()
-        return self.processor.decode(ids[: ids.index(end)] if end in ids else ids)
 
     def _sums(self, samples: list[Sample], answers: Answers, counted_B: Tensor) -> Tensor:
         """Needles found, haystacks, loss of the values, their tokens: of those that count."""

@@ -10,7 +10,7 @@ from pretrain.report.records import Record
 from pretrain.schedule import tokens_after
 
 
-class Series(NamedTuple):
+class Curve(NamedTuple):
     """A quantity over steps, where it is a number."""
 
     steps: list[int]
@@ -27,10 +27,10 @@ class History:
         """Those of one kind."""
         return [record for record in self.records if record["kind"] == kind]
 
-    def series(self, name: str, kind: str = "step") -> Series:
+    def series(self, name: str, kind: str = "step") -> Curve:
         """One quantity of a kind."""
         found = [(record["step"], record[name]) for record in self.of(kind) if record.get(name) is not None]
-        return Series([step for step, _ in found], [value for _, value in found])
+        return Curve([step for step, _ in found], [value for _, value in found])
 
     @property
     def attempt(self) -> Record:
@@ -49,13 +49,13 @@ class History:
         return self.last_step is not None and self.last_step["step"] >= self.attempt.get("steps", math.inf)
 
 
-def thinned(series: Series, most: int) -> Series:
+def thinned(series: Curve, most: int) -> Curve:
     """At most so many points: means over equally many neighbours."""
     size = -(-len(series.steps) // most)
     if size <= 1:
         return series
     starts = range(0, len(series.steps), size)
-    return Series(
+    return Curve(
         [series.steps[min(start + size, len(series.steps)) - 1] for start in starts],
         [statistics.fmean(series.values[start : start + size]) for start in starts],
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from evals.command_line import EvaluationError
-from evals.comparison import ComparisonSettings
+from evals.comparison import SystemsComparisonSettings
 from evals.comparison.run import ABLATIONS, RECALL_MODEL, choose, compare
 from evals.comparison.summary import Result, columns, markdown, means, write_report
 from evals.paper import published
@@ -43,10 +43,10 @@ def budget(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return toml, write_shards(folder / "shards", vocab_size=360, documents=60, tokenizer=train_tokenizer(360))
 
 
-def settings(budget: tuple[Path, Path], output: Path, *names: str, **more: object) -> ComparisonSettings:
+def settings(budget: tuple[Path, Path], output: Path, *names: str, **more: object) -> SystemsComparisonSettings:
     toml, shards = budget
     fixed = {"parts": ("text",), "seeds": (0,), "config": str(toml)}
-    return ComparisonSettings(output, shards, names, **{**fixed, **more})  # type: ignore[arg-type]
+    return SystemsComparisonSettings(output, shards, names, **{**fixed, **more})  # type: ignore[arg-type]
 
 
 def text(system: str, seed: int, loss: float) -> Result:
@@ -143,7 +143,7 @@ def test_the_table_has_a_line_for_each_system_and_means_over_its_seeds(tmp_path:
 )
 def test_settings_that_cannot_be_are_refused_in_a_sentence(more: dict[str, object], sentence: str) -> None:
     with pytest.raises(EvaluationError, match=sentence):
-        ComparisonSettings(Path("unused"), **{"data": Path("unused"), **more})  # type: ignore[arg-type]
+        SystemsComparisonSettings(Path("unused"), **{"data": Path("unused"), **more})  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_trained(budget: tuple[Path, Path], tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_two_systems_are_trained_once_and_a_failed_part_leaves_the_others(
 
 @pytest.mark.slow
 def test_needles_are_looked_for_in_a_model_of_the_lists_size(tmp_path: Path) -> None:
-    asked = ComparisonSettings(
+    asked = SystemsComparisonSettings(
         tmp_path, systems=("gated_deltanet",), seeds=(0,), parts=("needles",), recall_steps=2, samples=1
     )
     table = compare(asked)

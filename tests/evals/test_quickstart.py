@@ -147,5 +147,5 @@ def test_the_page_has_the_numbers_of_the_files(make_run: MakeRun, shards: Path, 
     assert (samples, share) == (8, 1.0)
     assert words.endswith(" of 4 needles found")
     (tmp_path / "hf" / "proof.json").unlink()
-    with pytest.raises(EvaluationError, match=r"proof.json is missing; run the quickstart again, which writes it"):
+    with pytest.raises(EvaluationError, match=r"proof.json is missing; run the same command again, which writes it"):
         page.write()

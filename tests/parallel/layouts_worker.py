@@ -19,7 +19,7 @@ from titans_mcore.config import TitansConfig
 from titans_mcore.mixers import MIXERS
 from titans_mcore.model import TitansModel
 from titans_mcore.parallel import reduce_shared_gradients, start, stop, transformer_config
-from titans_mcore.tensor_files import Split, split_of
+from titans_mcore.tensor_files import TPSplit, split_of
 
 from .regroup import groups_of
 
@@ -128,7 +128,7 @@ def parts_of(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return parts
 
 
-def joined(rule: Split, parts: list[Tensor]) -> Tensor:
+def joined(rule: TPSplit, parts: list[Tensor]) -> Tensor:
     """The whole tensor from the parts of all tensor-parallel ranks."""
     blocks = [part.chunk(rule.stride, rule.dim) for part in parts]
     return torch.cat([block[i] for i in range(rule.stride) for block in blocks], rule.dim)

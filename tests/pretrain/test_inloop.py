@@ -22,7 +22,7 @@ from pretrain.evaluate.losses import (
     tokens_read,
     turns,
 )
-from pretrain.evaluate.probe import ANSWER_TOKENS, Probe
+from pretrain.evaluate.probe import ANSWER_TOKENS, NeedleProbe
 from titans_mcore.parallel import Place
 
 from ..matrices import ONE_OF_A_KIND
@@ -57,7 +57,7 @@ def engine_of(one_process):
 
 @pytest.fixture
 def probe_of(worded_toml):
-    return lambda config: Probe.open(config, worded_toml.parent / "shards" / "tokenizer.model")
+    return lambda config: NeedleProbe.open(config, worded_toml.parent / "shards" / "tokenizer.model")
 
 
 def watched(engine):

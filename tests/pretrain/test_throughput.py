@@ -20,7 +20,7 @@ from titans_mcore.attention.attend import visible
 from titans_mcore.config import TitansConfig
 from titans_mcore.linear import linear_scan, ttt_scan
 from titans_mcore.linear import ttt as ttt_form
-from titans_mcore.linear.scan import Layout, in_chunks
+from titans_mcore.linear.scan import ScanLayout, in_chunks
 from titans_mcore.memory import memory_read, memory_scan
 from titans_mcore.memory.chunk import gates_of_chunk, work_out
 from titans_mcore.memory.inputs import Matrices, Tokens
@@ -104,7 +104,7 @@ class Counted:
         state = torch.zeros(ROWS, values.shape[2], keys.shape[-1], values.shape[-1], requires_grad=True)
         mapping = {torch.ops.aten.linalg_solve_triangular: product_of_system}
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            read, end = in_chunks(Layout(named.get("scale", 1.0), None, None, None), state, *tokens)
+            read, end = in_chunks(ScanLayout(named.get("scale", 1.0), None, None, None), state, *tokens)
             (read.sum() + end.sum()).backward()
         self.operations["scan"] += counter.get_total_flops()
         found = linear_scan(queries, keys, values, log_decay, beta, **named)

@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig, TrainConfig
-from pretrain.report.history import History, Series, thinned
+from pretrain.report.history import Curve, History, thinned
 from pretrain.report.metrics import Metrics
 from pretrain.report.records import Follower, read_records
 from pretrain.watch import lines_of, main, memory_warnings
@@ -148,12 +148,12 @@ def test_a_loss_that_is_no_number_leaves_a_gap(tmp_path):
     metrics = begin(tmp_path)
     for step, loss in enumerate((3.0, float("nan"), 2.0), 1):
         metrics.step(step, VALUES | {"loss": loss})
-    assert History(read_records(tmp_path)).series("loss") == Series([1, 3], [3.0, 2.0])
+    assert History(read_records(tmp_path)).series("loss") == Curve([1, 3], [3.0, 2.0])
     assert "2.0000" in shown(tmp_path)
 
 
 def test_curves_of_a_month_become_means_of_neighbours():
-    long = Series(list(range(1, 10_001)), [float(step % 10) for step in range(10_000)])
+    long = Curve(list(range(1, 10_001)), [float(step % 10) for step in range(10_000)])
     short = thinned(long, 1000)
     assert len(short.steps) == 1000
     assert short.steps[-1] == 10_000

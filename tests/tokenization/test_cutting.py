@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenization.cutting
-from tokenization.cutting import Cutter, TextWithoutCut, load_cutter, neighbours_in_pieces
+from tokenization.cutting import Cutter, TextWithoutCut, neighbours_in_pieces
 from tokenization.tokenizer import llama_settings, load_tokenizer
 
 from .conftest import WORDS, make_texts
@@ -36,7 +36,7 @@ def short_parts(monkeypatch):
 @given(text=st.lists(PARTS, max_size=60).map("".join))
 def test_the_tokens_of_the_parts_are_the_tokens_of_the_whole(tokenizer, text):
     processor = load_tokenizer(tokenizer)
-    cutter = load_cutter(processor, tokenizer)
+    cutter = Cutter(processor, tokenizer.read_bytes())
     try:
         assert joined(cutter, text) == processor.encode(text)
     except TextWithoutCut:
@@ -48,7 +48,7 @@ def test_the_tokens_of_the_parts_are_the_tokens_of_the_whole(tokenizer, text):
 def test_a_text_of_several_parts_gives_its_tokens(tokenizer):
     processor = load_tokenizer(tokenizer)
     text = " ".join(make_texts(9_000, seed=9))
-    cutter = load_cutter(processor, tokenizer)
+    cutter = Cutter(processor, tokenizer.read_bytes())
     assert len(cutter.cuts(text)) == 3
     assert joined(cutter, text) == processor.encode(text)
 
@@ -107,4 +107,4 @@ def test_a_text_without_a_place_to_cut_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenization.cutting, "LONGEST_PART_CHARACTERS", 40)
     pair = next(pair for pair in sorted(neighbours_in_pieces(processor)) if pair == 2 * pair[0])
     with pytest.raises(TextWithoutCut, match="from 0 on"):
-        load_cutter(processor, tokenizer).encode(pair[0] * 50)
+        Cutter(processor, tokenizer.read_bytes()).encode(pair[0] * 50)

@@ -17,7 +17,7 @@ from tokenization.command_line import TokenizationError
 from tokenization.documents import Reader
 from tokenization.lines import split_lines
 from tokenization.records import Skipped, Span
-from tokenization.sources import Source, find_sources
+from tokenization.sources import SourceFile, find_sources
 
 
 def read(*inputs: Path | str) -> tuple[list[str], dict[str, int]]:
@@ -83,7 +83,7 @@ def test_byte_spans_of_a_jsonl_give_every_line_once(tmp_path_factory, lines, cut
     data += b"\n" * (ends_with_line_feed and bool(data))
     path = tmp_path_factory.mktemp("spans") / "a.jsonl"
     path.write_bytes(data)
-    source = Source(str(path), ".jsonl", len(data))
+    source = SourceFile(str(path), ".jsonl", len(data))
     ends = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
     texts, rows = [], 0
     for start, stop in pairwise(ends):
@@ -211,7 +211,7 @@ def test_links_are_followed_once_and_dead_ones_counted(tmp_path):
 
 def test_a_file_that_vanishes_while_reading_is_counted(tmp_path):
     skipped = Skipped()
-    assert list(Reader(Source(str(tmp_path / "gone.txt"), ".txt", 1), skipped=skipped)) == []
+    assert list(Reader(SourceFile(str(tmp_path / "gone.txt"), ".txt", 1), skipped=skipped)) == []
     assert skipped.counts == {"unreadable_file": 1}
 
 

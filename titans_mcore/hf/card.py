@@ -8,7 +8,7 @@ from typing import Any
 import tomli_w
 
 from titans_mcore.config import TitansConfig
-from titans_mcore.weights import BEGINS, MARKER
+from titans_mcore.weights import BEGINS, MARKER, run_of
 
 
 def model_card(
@@ -94,7 +94,7 @@ path/to/this/folder` of the titans-mcore package compares this folder."""
 def _losses(checkpoint: Path, step: int | None) -> dict[str, str | None]:
     """The losses at the checkpoint's step, where the run's metrics have them."""
     try:
-        lines = (_run_of(checkpoint) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run_of(checkpoint) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         at_step = [record for record in map(json.loads, lines) if record.get("step") == step]
     except (OSError, ValueError, AttributeError):
         return {}
@@ -107,17 +107,11 @@ def _training(checkpoint: Path) -> str:
     """The run's resolved configuration: what the checkpoint has noted, or the run's file, which may be edited."""
     noted = _json(checkpoint / MARKER).get("settings")
     try:
-        settings = tomli_w.dumps(noted) if noted else (_run_of(checkpoint) / "config.toml").read_text(encoding="utf-8")
+        settings = tomli_w.dumps(noted) if noted else (run_of(checkpoint) / "config.toml").read_text(encoding="utf-8")
     except OSError:
         return ""
     settings = settings.strip()
     return f"## Training\n\nThe configuration of the run (`pretrain.train --config`):\n\n```toml\n{settings}\n```"
-
-
-def _run_of(checkpoint: Path) -> Path:
-    """RUN for RUN/checkpoints/step-N, or the folder beside a checkpoint that lies elsewhere."""
-    parent = checkpoint.absolute().parent
-    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from titans_mcore.io import sha256_of
 
 
 @dataclass(frozen=True)
-class VerifySettings:
+class ProofSettings:
     """Repeats the proof of an exported folder."""
 
     folder: Annotated[Path, tyro.conf.Positional]
@@ -31,7 +31,7 @@ class VerifySettings:
 
 
 def verify(folder: Path, *, device: str = "cpu", tolerance: float = 1e-4) -> Comparison:
-    """Repeats the proof of an exported folder; see VerifySettings for the arguments.
+    """Repeats the proof of an exported folder; see ProofSettings for the arguments.
 
     Raises:
         ExportError: There is no proof that can be read.
@@ -59,7 +59,7 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     """Runs the command line; see `--help`."""
-    settings = parse_settings(VerifySettings, "python -m titans_mcore.hf.verify")
+    settings = parse_settings(ProofSettings, "python -m titans_mcore.hf.verify")
     found = verify(**vars(settings))
     print(
         f"verified {settings.folder} on {settings.device}: {found.compared:,} numbers differ from the trained model's "

@@ -126,7 +126,7 @@ class _Scan:
             part = [None if x is None else x[:, span] for x in tokens]
             before = None if document is None else document[:, begin - 1] if begin else document[:, 0] * 0
             here, there = (None if x is None else x[:, span] for x in (document, real))
-            layout = Layout(self.scale, here, there, before)
+            layout = ScanLayout(self.scale, here, there, before)
             read, state = Recomputed.apply(partial(in_chunks, layout), state.to(self.wide), *part)
             reads.append(read)
         return reads[0] if len(reads) == 1 else torch.cat(reads, 1), state
@@ -188,7 +188,7 @@ class _Scan:
         return Opened(reads, state, lambda before: through @ before, added)
 
 
-class Layout(NamedTuple):
+class ScanLayout(NamedTuple):
     """What goes with tokens and has no gradient.
 
     Attributes:
@@ -205,7 +205,7 @@ class Layout(NamedTuple):
 
 
 def in_chunks(
-    layout: Layout,
+    layout: ScanLayout,
     state: Tensor,
     queries: Tensor,
     keys: Tensor,
@@ -308,7 +308,7 @@ class _Masks(NamedTuple):
     stays: Tensor
 
 
-def _masks(layout: Layout, size: int, padding: int, like: Tensor) -> _Masks:
+def _masks(layout: ScanLayout, size: int, padding: int, like: Tensor) -> _Masks:
     causal = torch.ones(size, size, dtype=torch.bool, device=like.device).tril()
     if layout.document is None or layout.before is None:
         every = torch.ones(1, dtype=torch.bool, device=like.device)
