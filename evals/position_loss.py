@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from evals.command_line import EvaluationError, say
@@ -50,7 +49,11 @@ def row_losses(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Seque
                 ids = np.stack([np.asarray(row[start : stop + 1]) for row in part]).astype(np.int64)
                 tokens = torch.from_numpy(ids)
                 logits, states = model.stream(tokens[:, :-1], states)
-                losses = _losses(logits, tokens[:, 1:])
+                parts = [
+                    F.cross_entropy(part.float().mT, target.to(part.device), reduction="none").double()
+                    for part, target in zip(logits.split(_LOGITS, 1), tokens[:, 1:].split(_LOGITS, 1), strict=True)
+                ]
+                losses = torch.cat(parts, 1).cpu().numpy()
                 stretches = np.searchsorted(borders, np.arange(start + 1, stop + 1))
                 np.add.at(total, (np.arange(first, first + len(part))[:, None], stretches), losses)
                 progress.advance(losses.size, losses.size)
@@ -59,15 +62,6 @@ def row_losses(model: EvalModel, rows: Rows, batch: int, piece: int, ends: Seque
             f"the model of {model.checkpoint} gives a loss that is not finite; take another checkpoint"
         )
     return total
-
-
-def _losses(logits: Tensor, targets: Tensor) -> np.ndarray:
-    """(B, T) cross-entropy in nats."""
-    parts = [
-        F.cross_entropy(part.float().transpose(1, 2), target.to(part.device), reduction="none").double()
-        for part, target in zip(logits.split(_LOGITS, 1), targets.split(_LOGITS, 1), strict=True)
-    ]
-    return torch.cat(parts, 1).cpu().numpy()
 
 
 def stretch_ends(length: int, trained_length: int | None) -> list[int]:

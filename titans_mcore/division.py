@@ -56,20 +56,15 @@ def check_divisible(config: TitansConfig, tensor_parallel: int, memory_parallel:
     divided = [(shape.setting, shape.number) for part, shape in heads.items() if part != "memory" or not shared]
     divided += [("ffn_dim", config.ffn_dim), (f"vocab_size {config.vocab_size}, padded", padded)]
     if shared and tensor_parallel > 1:
-        divided += _memory_widths(config)
+        if config.memory_backend in ("native", "fused", "oracle"):
+            raise ValueError(
+                f"model.memory_backend '{config.memory_backend}' computes whole memories; "
+                "use 'auto' or 'chunked' with parallel.memory_parallel 'hidden'"
+            )
+        divided += [("memory_head_dim", config.memory_shape.width), ("memory width", max(config.memory_widths))]
     for name, number in divided:
         if number % tensor_parallel:
             raise ValueError(
                 f"{name} {number} cannot be divided by tensor parallel size {tensor_parallel}; "
                 f"choose a tensor parallel size that divides {number}, or change the model"
             )
-
-
-def _memory_widths(config: TitansConfig) -> list[tuple[str, int]]:
-    """The widths of the memory network that are cut when ranks share it by "hidden"."""
-    if config.memory_backend in ("native", "fused", "oracle"):
-        raise ValueError(
-            f"model.memory_backend '{config.memory_backend}' computes whole memories; "
-            "use 'auto' or 'chunked' with parallel.memory_parallel 'hidden'"
-        )
-    return [("memory_head_dim", config.memory_shape.width), ("memory width", max(config.memory_widths))]

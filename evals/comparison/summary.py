@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evals.niah.templates import BY_NAME
-from evals.report import bytes_text, markdown_table, mean_interval, write_bytes, write_figure, write_json
+from evals.report import bytes_text, markdown_table, mean_interval, plus_minus, write_bytes, write_figure, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,12 +94,9 @@ def markdown(results: Results) -> str:
 
 
 def _cell(title: str, mean: float | None, half: float | None) -> str:
-    if mean is None:
-        return ""
-    if title.startswith("state"):
+    if mean is not None and title.startswith("state"):
         return bytes_text(mean)
-    digits = 0 if title == "tokens/s" else 3
-    return f"{mean:,.{digits}f}" + ("" if half is None else f" ± {half:,.{digits}f}")
+    return plus_minus(mean, half, 0 if title == "tokens/s" else 3)
 
 
 def write_report(output: Path, results: Results) -> str:

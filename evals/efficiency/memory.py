@@ -57,7 +57,9 @@ def measure(settings: MemorySettings) -> str:
     Raises:
         EvaluationError: There is no such device, or --only leaves nothing.
     """
-    device = _device(settings.device)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise EvaluationError("--device cuda, but torch finds no GPU; give --device cpu")
+    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     cases = plan(settings, device)
     if not cases:
         raise EvaluationError(f"--only {' '.join(settings.only)} matches no case; see the names in a memory.json")
@@ -72,12 +74,6 @@ def measure(settings: MemorySettings) -> str:
         write_json(settings.output / "memory.json", report)
         write_bytes(settings.output / "memory.md", markdown(report).encode())
     return markdown(report)
-
-
-def _device(wanted: str) -> str:
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise EvaluationError("--device cuda, but torch finds no GPU; give --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
 def plan(settings: MemorySettings, device: str) -> list[Case]:
@@ -155,7 +151,12 @@ def run_cases(cases: Sequence[Case], limits: Limits) -> list[dict[str, Any]]:
         for process in limits.repeats * processes:
             process.send_signal(signal.SIGCONT)
             _wait(process, limits.seconds)
-        return [_row(case, process, limits) for case, process in zip(cases, processes, strict=True)]
+        rows = []
+        for case, process in zip(cases, processes, strict=True):
+            out, errors = process.communicate()
+            found = json.loads(out) if out.endswith("}\n") else _crashed(process.returncode, errors, limits)
+            rows.append({"name": case.name, **asdict(case), **found})
+        return rows
     finally:
         for process in processes:
             process.kill()
@@ -182,12 +183,6 @@ def _wait(process: "subprocess.Popen[str]", seconds: float) -> None:
         if time.monotonic() > deadline:
             process.send_signal(signal.SIGALRM)
         time.sleep(0.01)
-
-
-def _row(case: Case, process: "subprocess.Popen[str]", limits: Limits) -> dict[str, Any]:
-    out, errors = process.communicate()
-    found = json.loads(out) if out.endswith("}\n") else _crashed(process.returncode, errors, limits)
-    return {"name": case.name, **asdict(case), **found}
 
 
 def _crashed(status: int, errors: str, limits: Limits) -> dict[str, Any]:

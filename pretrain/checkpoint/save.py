@@ -139,10 +139,23 @@ class Saver:
         files = {name: share[name] for share, _ in shares for name in share}
         record = {**self._next.record, "files": dict(sorted(files.items()))}
         try:
-            on_rank_0(lambda: _give_up(self._next.folder) if error else _publish(self._next.folder, record))
+            on_rank_0(lambda: self._publish(record, error))
         except FailedOnRank0 as fault:  # the disk is full at the last moment, perhaps
             error = str(fault)
         return Saved(self._next.folder, record, time.perf_counter() - self._began, error)
+
+    def _publish(self, record: dict[str, Any], error: str) -> None:
+        """Gives the written files their name, or takes them away where some are not there."""
+        final, partial = self._next.folder, partial_folder(self._next.folder)
+        if error:
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        for path in (write_record(partial, record), partial):
+            sync(path)
+        if final.exists():
+            delete(final)  # a damaged one, or one that the run went back behind
+        partial.rename(final)
+        sync(final.parent)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -204,21 +217,7 @@ def _make_empty(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _publish(final: Path, record: dict[str, Any]) -> None:
-    partial = partial_folder(final)
-    for path in (write_record(partial, record), partial):
-        sync(path)
-    if final.exists():
-        delete(final)  # a damaged one, or one that the run went back behind
-    partial.rename(final)
-    sync(final.parent)
-
-
 def sweep(run_dir: Path) -> None:
     """Deletes what earlier processes did not finish."""
     for partial in partial_folders(run_dir):
         shutil.rmtree(partial)
-
-
-def _give_up(final: Path) -> None:
-    shutil.rmtree(partial_folder(final), ignore_errors=True)

@@ -98,17 +98,12 @@ def _split(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
         if flag in _FLAGS:
             named[flag] = value
         elif known[name] == TEXTS:
-            settings[name] = (value, *_words_before_the_next_flag(words))
+            settings[name] = (value,)
+            while words and not words[0].startswith("--"):
+                settings[name] += (words.popleft(),)
         else:
             settings[name] = value
     return named, settings
-
-
-def _words_before_the_next_flag(words: deque[str]) -> list[str]:
-    taken = []
-    while words and not words[0].startswith("--"):
-        taken.append(words.popleft())
-    return taken
 
 
 def _flag(name: str) -> str:

@@ -50,7 +50,18 @@ class Metrics:
                 self._sinks.append(sink)
                 if sink.address:
                     self.say(f"{sink.name}: {sink.address}")
-        self.record("attempt", resumed_step, attempt_values(config, resumed_step, layout))
+        head = {
+            "resumed_step": resumed_step,
+            "steps": config.train.steps,
+            "variant": config.model.variant,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "layout": layout,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "commit": source_commit(),
+        }
+        self.record("attempt", resumed_step, head)
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Hands a record to all sinks.
@@ -142,27 +153,6 @@ def run_id(run_dir: Path) -> str:
     if not re.fullmatch(r"[0-9A-Za-z_-]{1,64}", found):
         raise ValueError(f"{file} holds {found!r}, which is no id of a run; remove it to begin a new one")
     return found
-
-
-def attempt_values(config: RunConfig, resumed_step: int, layout: str) -> dict[str, Any]:
-    """What an attempt's record says.
-
-    Args:
-        config: Of the run.
-        resumed_step: Steps done before it.
-        layout: How the run is laid out, in words.
-    """
-    return {
-        "resumed_step": resumed_step,
-        "steps": config.train.steps,
-        "variant": config.model.variant,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "layout": layout,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "commit": source_commit(),
-    }
 
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)

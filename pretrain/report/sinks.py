@@ -6,31 +6,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pretrain.config.run_config import RunConfig
 from pretrain.config.settings import LoggingConfig
 from pretrain.report.records import METRICS_FILE, Record, line_of
 
 TENSORBOARD_FOLDER = "tensorboard"
-
-
-class Sink(Protocol):
-    """Takes records one after the other.
-
-    Attributes:
-        name: What a failure names.
-        address: Where its records can be looked at by others; empty for files.
-    """
-
-    name: str
-    address: str
-
-    def write(self, record: Record) -> None:
-        """Takes one."""
-
-    def close(self) -> None:
-        """Takes no more."""
 
 
 def check_sinks(logging: LoggingConfig) -> None:
@@ -122,6 +104,10 @@ class TensorBoard:
     def close(self) -> None:
         """Closes the file."""
         self._writer.close()
+
+
+Sink = Lines | Wandb | TensorBoard
+"""Takes records one by one: `name` is what a failure names, `address` where others see them, empty for files."""
 
 
 def open_sinks(config: RunConfig, run_dir: Path, run: str, resumed_step: int) -> Iterator[Sink | Exception]:

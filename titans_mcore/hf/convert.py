@@ -81,7 +81,11 @@ def export(checkpoint: Path | str, output: Path | str, **options: Any) -> Export
         raise ExportError(f"--max-shard-size is {settings.max_shard_size!r}; give a size such as 5GB or 300MB")
     pieces = read_tokenizer(tokenizer_file)
     config, native, exported = _load(folder, verify=not settings.no_verify)
-    _check_vocabulary(pieces, config)
+    if pieces.vocab_size != config.vocab_size:
+        raise ExportError(
+            f"tokenizer {pieces.file} has {pieces.vocab_size} pieces, the model {config.vocab_size}; "
+            "give the tokenizer that the run's data was made with"
+        )
     from transformers.utils import logging
 
     from titans_mcore.hf.save import auto_class, write_model
@@ -116,14 +120,6 @@ def _tokenizer_of_run(checkpoint: Path) -> Path:
     """RUN/tokenizer/tokenizer.model for RUN/checkpoints/step-N, or beside a checkpoint that lies elsewhere."""
     places = [folder / "tokenizer" / "tokenizer.model" for folder in (checkpoint, *checkpoint.absolute().parents[:2])]
     return next((place for place in places if place.is_file()), places[-1])
-
-
-def _check_vocabulary(pieces: TokenizerModel, config: TitansConfig) -> None:
-    if pieces.vocab_size != config.vocab_size:
-        raise ExportError(
-            f"tokenizer {pieces.file} has {pieces.vocab_size} pieces, the model {config.vocab_size}; "
-            "give the tokenizer that the run's data was made with"
-        )
 
 
 def _model(config: TitansConfig, tensors: dict[str, Tensor], pieces: TokenizerModel) -> "TitansForCausalLM":

@@ -129,16 +129,28 @@ def write_tokenizer(model: TokenizerModel, folder: Path) -> None:
 def tokenizer_json(model: TokenizerModel) -> dict[str, Any]:
     """The content of tokenizer.json."""
     pieces, trainer = model.proto.pieces, model.proto.trainer_spec
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = [index for index, piece in enumerate(pieces) if piece.type in (_UNKNOWN, _CONTROL)]
+    bos, bos_token = model.piece(model.bos_id), {"SpecialToken": {"id": model.piece(model.bos_id), "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    spec, decoders = model.proto.normalizer_spec, [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}]
+    decoders.append({"type": "Fuse"})
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added_token(index, model.piece(index)) for index in special],
-        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(model.proto.normalizer_spec))},
+        "added_tokens": [{"id": index, "content": model.piece(index), **flags} for index in special],
+        "normalizer": {"type": "Sequence", "normalizers": list(_normalizers(spec))},
         "pre_tokenizer": None,
-        "post_processor": _bos_in_front(model.piece(model.bos_id), model.bos_id),
-        "decoder": {"type": "Sequence", "decoders": list(_decoders(model.proto.normalizer_spec))},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [bos_token, first],
+            "pair": [bos_token, first, bos_token, second],
+            "special_tokens": {bos: {"id": bos, "ids": [model.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -181,29 +193,5 @@ def _normalizers(spec: Any) -> Iterator[dict[str, Any]]:
     yield _replace({"String": " "}, SPACE)
 
 
-def _decoders(spec: Any) -> Iterator[dict[str, Any]]:
-    yield _replace({"String": SPACE}, " ")
-    yield {"type": "ByteFallback"}
-    yield {"type": "Fuse"}
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-        yield {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-
-
 def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def _added_token(index: int, content: str) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {"id": index, "content": content, **flags}
-
-
-def _bos_in_front(piece: str, index: int) -> dict[str, Any]:
-    bos = {"SpecialToken": {"id": piece, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, bos, second],
-        "special_tokens": {piece: {"id": piece, "ids": [index], "tokens": [piece]}},
-    }

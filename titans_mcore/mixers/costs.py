@@ -42,6 +42,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..config import TitansConfig
+from ..memory.layout import group_size
 from .neural_memory import gate_widths
 
 FLOAT32 = 4
@@ -148,12 +149,12 @@ def memory_scan_kept(work: Workload) -> float:
 def memory_states(work: Workload, pieces: Iterable[int], each: float) -> float:
     """Bytes of the states kept by scans over pieces of a row, `each` S for a piece beside those of its groups."""
     chunks = [math.ceil(piece / work.config.chunk_size) for piece in pieces]
-    return memory_state(work) * sum(math.ceil(count / _group(count)) + each for count in chunks)
+    return memory_state(work) * sum(math.ceil(count / group_size(count)) + each for count in chunks)
 
 
 def memory_at_work(work: Workload, pieces: Iterable[int]) -> float:
     """Bytes of the group of chunks at work, going forth and back."""
-    group = _group(max(math.ceil(piece / work.config.chunk_size) for piece in pieces))
+    group = group_size(max(math.ceil(piece / work.config.chunk_size) for piece in pieces))
     between = sum(work.config.memory_widths[1:-1]) * work.config.memory_shape.heads / work.ranks
     tokens = group * work.config.chunk_size * work.rows
     return 2 * group * memory_state(work) + tokens * (between + 2 * work.m) * 12 * FLOAT32
@@ -173,8 +174,3 @@ def weights_message(work: Workload) -> int:
 def tail_message(work: Workload, channels: int) -> int:
     """Bytes of the tokens that a convolution of so many channels, all heads together, keeps for every row."""
     return work.rows * work.w * ((work.config.conv_kernel - 1) * channels // (1 if work.hidden else work.ranks))
-
-
-def _group(chunks: int) -> int:
-    """Chunks between two states that are kept, as memory/layout.py chooses them."""
-    return math.isqrt(max(chunks, 1) - 1) + 1

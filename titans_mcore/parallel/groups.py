@@ -3,7 +3,7 @@
 import math
 import os
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ def start(
             raises it before it talks to another one.
         RuntimeError: `start` was called already, without `stop`.
     """
-    world_size = _check_layout(tensor_parallel, context_parallel)
+    _check_layout(tensor_parallel, context_parallel)
     if dist.is_initialized() or parallel_state.model_parallel_is_initialized():
         raise RuntimeError("torch.distributed is running already in this process; call stop() before start()")
     on_cpu = enable_cpu()
@@ -66,7 +66,10 @@ def start(
         _share_cores()
     else:
         torch.cuda.set_device(local_rank())
-    _initialize_distributed(world_size, on_cpu, timedelta(seconds=timeout_seconds))
+    # CPU tensors go over gloo on GPU machines too: small exchanges of sizes and names need no device.
+    backend, timeout = "gloo" if on_cpu else "cpu:gloo,cuda:nccl", timedelta(seconds=timeout_seconds)
+    alone: dict[str, Any] = {} if _launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel,
         context_parallel_size=context_parallel,
@@ -122,15 +125,13 @@ def _launched() -> bool:
     return all(name in os.environ for name in _LAUNCHER_VARIABLES)
 
 
-def _check_layout(tensor_parallel: int, context_parallel: int) -> int:
-    world_size = int(os.environ["WORLD_SIZE"]) if _launched() else 1
-    check_world(world_size, tensor_parallel, context_parallel)
+def _check_layout(tensor_parallel: int, context_parallel: int) -> None:
+    check_world(int(os.environ["WORLD_SIZE"]) if _launched() else 1, tensor_parallel, context_parallel)
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank()} of this host has no GPU, there are {torch.cuda.device_count()}; "
             "start one process for each GPU"
         )
-    return world_size
 
 
 def _share_cores() -> None:
@@ -141,19 +142,9 @@ def _share_cores() -> None:
     launched = _launched()
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched else 1
     asked = os.environ.get(_ASKED_THREADS if launched else "OMP_NUM_THREADS", "")
-    threads = int(asked) if asked.isdecimal() else len(os.sched_getaffinity(0)) // local_processes
-    threads = max(1, threads)
+    threads = max(1, int(asked) if asked.isdecimal() else len(os.sched_getaffinity(0)) // local_processes)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-
-
-def _initialize_distributed(world_size: int, on_cpu: bool, timeout: timedelta) -> None:
-    # CPU tensors go over gloo on GPU machines too: small exchanges of sizes and names need no device.
-    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-    if _launched():
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=world_size, timeout=timeout)
 
 
 class DeepSpeedGroups:
