@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.command_line import EvaluationError, ModelOptions, check_at_least, parse_settings, run_command
 from titans_mcore.command_line import try_output
+from titans_mcore.io import commit_file
 
 if TYPE_CHECKING:
     from evals.models import EvalModel
@@ -179,7 +179,7 @@ def save_memory(memory: TextMemory, model: "EvalModel", file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".memory-") as folder:
         cache.save(Path(folder) / file.name, {_HEADER: json.dumps(record)})
-        os.replace(Path(folder) / file.name, file)
+        commit_file(Path(folder) / file.name, file)
 
 
 def load_memory(file: Path, model: "EvalModel") -> TextMemory:

@@ -29,6 +29,7 @@ made with. Lists come to nothing but teach to recall at all, short ones to recal
 noise (evals/results/recall/README.md)."""
 TEXT_SHARE = 0.25
 HELDOUT = "0.05"  # of the text: one hundredth of a library is too little for a smooth line
+BASELINE = "transformer"
 LOSS_LENGTH, LOSS_TOKENS = "2048", "65536"
 DEPTHS, SAMPLES = 5, 2
 PROMPT = "    def read(self"
@@ -120,10 +121,7 @@ def training_tokens(settings: QuickstartSettings) -> int:
 
 def beside(settings: QuickstartSettings) -> list[tuple[str, Path]]:
     """The models and their runs: what was asked for, and a Transformer++ unless that is one."""
-    models = [(settings.variant, settings.run)]
-    if settings.variant != "transformer":
-        models.append(("transformer", settings.run / "transformer"))
-    return models
+    return list({BASELINE: settings.run / BASELINE, settings.variant: settings.run}.items())[::-1]
 
 
 def train(settings: QuickstartSettings) -> list[Stage]:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from pretrain.config.run_config import RunConfig
 from pretrain.launch.status import STATUS_DIR
+from titans_mcore.io import sha256_of
 
 _PACKAGES = ("titans_mcore", "pretrain", "tokenization")
 _VERSIONS = ("torch", "deepspeed", "megatron-core")
@@ -269,7 +270,7 @@ def code_hash() -> str:
     """SHA-256 over names and contents of the Python files that a run imports from this project."""
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
     for file in sorted(file for package in _PACKAGES for file in (root / package).rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{file.relative_to(root)}\0{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 
