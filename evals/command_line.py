@@ -1,21 +1,20 @@
-"""How every evaluation begins and ends: as the commands of tokenization do, with threads that sleep while they wait."""
+"""What the commands of evals share; they begin and end as all of the project do."""
 
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import titans_mcore.command_line
-from titans_mcore.command_line import EXIT_FAULT, EXIT_INTERRUPTED, CommandError, parse_settings
+from titans_mcore.command_line import EXIT_FAULT, EXIT_INTERRUPTED, CommandError, parse_settings, run_command
 
 if TYPE_CHECKING:
     from evals.models import EvalModel
 
-__all__ = ["EXIT_FAULT", "EXIT_INTERRUPTED", "parse_settings"]
+__all__ = ["EXIT_FAULT", "EXIT_INTERRUPTED", "parse_settings", "run_command"]
 
 
 class EvaluationError(CommandError):
@@ -92,21 +91,6 @@ def check_named_once(settings: object, *names: str) -> None:
         if not values or len(set(values)) < len(values):
             words = " ".join([f"--{name}", *map(str, values)])
             raise EvaluationError(f"{words} is empty or names one twice; name each once")
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command line and ends the process with its status.
-
-    Args:
-        main: The command; it imports torch, not its module: the threads' way of waiting is read when torch is loaded.
-
-    Raises:
-        SystemExit: Always; see `titans_mcore.command_line.run_command`.
-    """
-    # Streaming is thousands of small operations. Where another process takes a core, threads that spin while they wait
-    # for each other make it several times slower; asleep they cost nothing.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    titans_mcore.command_line.run_command(main)
 
 
 def say(text: str) -> None:

@@ -106,11 +106,15 @@ def run_command(main: Callable[[], None]) -> None:
     """Runs a command line and ends the process with its status.
 
     Args:
-        main: The command; raises CommandError for what the user can mend.
+        main: The command; raises CommandError for what the user can mend. Best it imports torch, not its module: how
+            threads wait is read when torch is loaded.
 
     Raises:
         SystemExit: Always; 0 when `main` returned, the fault's status after one, 130 after Ctrl-C.
     """
+    # Streaming is thousands of small operations. Where another process takes a core, threads that spin while they wait
+    # for each other make it several times slower; asleep they cost nothing.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main()
     except CommandError as fault:
