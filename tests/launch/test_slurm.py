@@ -74,7 +74,7 @@ def requeued(submit) -> str:
 
 
 def wait_until_started(submit, job: Job) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not all((submit.notes / f"started-{number}").exists() for number in (0, 1)):
         assert time.monotonic() < deadline, job.process.communicate()
         time.sleep(0.05)

@@ -35,7 +35,7 @@ def tensor_files(run_dir):
     return {name: file["sha256"] for name, file in record["files"].items() if name.endswith(".safetensors")}
 
 
-def wait_for_step(job, run_dir, step, timeout_seconds=120):
+def wait_for_step(job, run_dir, step, timeout_seconds=300):
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline and job.process.poll() is None:
         if any(record["step"] >= step for record in read_metrics(run_dir)):
