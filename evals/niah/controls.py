@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ from evals.models import EvalModel, random_weights
 from titans_mcore.config import TitansConfig
 from titans_mcore.mixers.neural_memory import gate_widths
 
-Control = Literal["needle_absent", "memory_reset", "memory_off", "window_only", "random_init"]
 _OF_MEMORIES = ("memory_reset", "memory_off")
 
 
