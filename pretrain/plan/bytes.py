@@ -24,10 +24,10 @@ estimate: it counts the tensors that autograd and the memory's own backward pass
 For one token of the T / CP that a rank has of a row, E the width, f = F / TP what it owns of the feed-forward, w bytes
 of an activation, 4 of what is computed in float32, t the ranks of sequence parallelism:
 
-    two norms        (3 w + 8) E / t + w E             input in float32, normalised, scaled; what all read is whole
+    two norms        3 w E / t + w E                   input, scaled; what all read is whole
     feed-forward     4 w f                             gate and value, SiLU of the gate, product
     mixer            what each mixer says of its own   titans_mcore/mixers/costs.py, and beside it in a mixer's file
-    head             (2 w + 4) E / t and 4 V / TP + w V / TP   final norm; float32 probabilities, logits,
+    head             2 w E / t and       4 V / TP + w V / TP   final norm; float32 probabilities, logits,
                                                        of train.loss_chunk tokens where it is set
 
 A mixer's largest working set is there in one block at a time. Rows are taken to hold two documents where documents are
@@ -151,12 +151,12 @@ def rank_bytes(config: RunConfig, layout: Layout, parameters: list[Parameter]) -
 def activation_bytes(config: RunConfig, layout: Layout) -> dict[str, int]:
     """Bytes on a rank, by part."""
     work, model, w = workload_of(config, layout), config.model, layout.bytes_per_weight
-    norms = ((3 * w + 2 * FLOAT32) / layout.token_ranks + w) * model.dim
+    norms = (3 * w / layout.token_ranks + w) * model.dim
     around = norms + 4 * w * model.ffn_dim / layout.tensor
     blocks, states = _kept_by_blocks(config, layout, around)
     together = min(config.parallel.in_flight, layout.micro_batches)  # forward passes that wait for their backward pass
     with_logits = min(together * work.tokens, config.train.loss_chunk or together * work.tokens)
-    final_norm = (2 * w + FLOAT32) * model.dim / layout.token_ranks
+    final_norm = 2 * w * model.dim / layout.token_ranks
     parts = {
         "activations": together * work.tokens * (blocks + final_norm),
         "memory_states": together * states,

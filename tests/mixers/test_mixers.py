@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from titans_mcore.config import TitansConfig
 from titans_mcore.memory import TensorTree
 from titans_mcore.mixers import MIXERS
-from titans_mcore.mixers.parts import Parts, causal_conv
+from titans_mcore.mixers.parts import Parts, causal_conv, rms_norm, unit_silu
 
 from ..matrices import by_kind
 
@@ -181,6 +182,30 @@ def test_convolution_in_float32_is_that_in_float64(batch: int, length: int) -> N
 
     for ours, wide in zip(run(torch.float32), run(torch.float64), strict=True):
         assert (ours.double() - wide).detach().abs().max() < 2e-5 * wide.detach().abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_norms_have_the_gradients_of_their_formulas(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, weight, gradient = (torch.randn(shape, generator=generator) for shape in ((2, 5, 3, 8), (3, 8), (2, 5, 3, 8)))
+    x[0, :2, 0] = torch.tensor([[0.0], [1e-8]])  # nothing, and less than the least norm
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def by_root(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.to(wide), (8,), eps=1e-5).to(x.dtype) * weight
+
+    def by_length(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.normalize(F.silu(x).to(wide), dim=-1, eps=1e-6).to(x.dtype) * weight
+
+    pairs = (lambda x, w: rms_norm(x, w, 1e-5), by_root), (lambda x, w: unit_silu(x) * w, by_length)
+    for ours, formula in pairs:
+        found = []
+        for function in (ours, formula):
+            leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
+            out = function(*leaves)
+            found.append([out, *torch.autograd.grad(out, leaves, gradient.to(dtype))])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12 if dtype == torch.float64 else 1e-2, atol=1e-12)
 
 
 def test_persistent_tokens_keep_their_weight_however_far_a_query_stands() -> None:

@@ -18,8 +18,8 @@ Bytes kept of one token:
     attention        7 w e, with a prefix 11 w e       q, k, v as they are attended to, output twice, new q and v; a
                                                        prefix doubles q and k (rotated and plain)
       its mask       (1 + w) keys                      SDPA; flash-attn has none
-    memory           10 w m + 41 m                     projections, convolved q, k, v, their SiLU; float32: norms'
-                                                       inputs, the scan's q, k, v, the reads
+    memory           10 w m + 29 m                     projections, convolved q, k, v, SiLU of v; float32:
+                                                       the scan's q, k, v, the reads
       documents      3 (K - 1) w m + 4 m               rows that hold several: a gather for each of K taps, slots
 
 and of a row, with S bytes of weights and momentum in float32:
@@ -138,7 +138,7 @@ def memory_state(work: Workload) -> float:
 def memory_kept(work: Workload) -> float:
     """Bytes kept of a token by a memory."""
     documents = (3 * (work.config.conv_kernel - 1) * work.w + 4) * work.m if work.documents else 0.0
-    return (10 * work.w + 41) * work.m + documents
+    return (10 * work.w + 29) * work.m + documents
 
 
 def memory_scan_kept(work: Workload) -> float:

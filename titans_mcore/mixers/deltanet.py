@@ -55,6 +55,6 @@ class DeltaNet(LinearSpec):
         return {"keys": config.dim, "values": config.dim}
 
     def kept(self, work: Workload) -> float:
-        """Tokens before and behind convolution and SiLU, normalised keys; reads, normalised, scaled."""
+        """Tokens before and behind convolution and SiLU, normalised keys; reads, scaled."""
         keys, values, beside = self.on_rank(work)
-        return work.w * (8 * keys + 6 * values) + beside + wider(work) * (2 * keys + values)
+        return work.w * (8 * keys + 5 * values) + beside + wider(work) * 2 * keys

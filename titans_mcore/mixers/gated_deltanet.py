@@ -22,10 +22,9 @@ from .linear import (
     convolved,
     delta_scan,
     initial_dt_bias,
-    widened,
     wider,
 )
-from .parts import Parts, heads_of, linear, rms_norm
+from .parts import Parts, heads_of, linear, rms_norm, widened
 from .spec import register
 
 
@@ -75,4 +74,4 @@ class GatedDeltaNet(LinearSpec):
     def kept(self, work: Workload) -> float:
         """Projections, tokens before and behind convolution and SiLU, normalised keys; reads up to the product."""
         keys, values, beside = self.on_rank(work)
-        return work.w * 10 * (keys + values) + beside + wider(work) * (2 * keys + values)
+        return work.w * (10 * keys + 9 * values) + beside + wider(work) * 2 * keys

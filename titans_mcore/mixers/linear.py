@@ -18,7 +18,7 @@ from ..linear.handover import Handover
 from ..linear.scan import CHUNK, SPAN, linear_scan
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Workload
-from .parts import FromParts, Parts, causal_conv, copy_rows, next_token_kernels, written
+from .parts import FromParts, Parts, causal_conv, copy_rows, next_token_kernels, widened, written
 from .spec import Heads, MixerSpec
 
 
@@ -205,11 +205,6 @@ def delta_scan(
         rows=rows,
         backend=backend,
     )
-
-
-def widened(x: Tensor) -> Tensor:
-    """x in float32 at least: gates and rates are exponentials of what half precision would round."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def wider(work: Workload) -> int:

@@ -362,8 +362,8 @@ class Mac(MixerSpec):
         keys = 2 * min(config.segment_length, work.length) + config.persistent_tokens
         network = 8 * config.memory_expansion * (config.memory_depth - 1) * config.memory_shape.channels / work.ranks
         documents = (config.conv_kernel + 3) * w if work.documents else 0
-        recall = (10 * w + 12 + documents) * work.m + network
-        return 11 * w * work.e + (1 + w) * keys + memory_kept(work) + recall + (6 * w + 8) * config.dim
+        recall = (10 * w + 4 + documents) * work.m + network
+        return 11 * w * work.e + (1 + w) * keys + memory_kept(work) + recall + 6 * w * config.dim
 
     def states_kept(self, work: Workload) -> float:
         """With documents half a state more for every segment: the weights that are recalled there."""

@@ -7,7 +7,7 @@ from ..config import TitansConfig
 from ..memory import PackedRows
 from .attention import Attention
 from .branches import BranchesMixer, BranchesSpec, BranchesState, Persistent
-from .costs import FLOAT32, Workload
+from .costs import Workload
 from .neural_memory import NeuralMemory, PersistentTokens, combine
 from .parts import Parts, rms_norm
 from .spec import register
@@ -63,4 +63,4 @@ class Mag(BranchesSpec):
 
     def kept(self, work: Workload) -> float:
         """Beside both branches y (x) m."""
-        return super().kept(work) + (2 * work.w + FLOAT32) * (work.e + work.m)
+        return super().kept(work) + 2 * work.w * (work.e + work.m)

@@ -18,8 +18,8 @@ from ..linear import selective_scan
 from ..linear.selective import SELECTIVE_SPAN
 from ..memory import PackedRows
 from .costs import FLOAT32, Workload
-from .linear import Earlier, LinearShape, LinearSpec, LinearState, convolved, initial_dt_bias, initial_taps, widened
-from .parts import FromParts, Parts, heads_of, linear
+from .linear import Earlier, LinearShape, LinearSpec, LinearState, convolved, initial_dt_bias, initial_taps
+from .parts import FromParts, Parts, heads_of, linear, widened
 from .spec import Heads, register
 
 _NUMBERS = 16  # N, of a channel

@@ -25,9 +25,8 @@ from .linear import (
     initial_dt_bias,
     initial_taps,
     linear_heads,
-    widened,
 )
-from .parts import FromParts, Parts, heads_of, linear
+from .parts import FromParts, Parts, heads_of, linear, widened
 from .spec import register
 
 

@@ -21,7 +21,8 @@ from .parts import (
     linear,
     next_token_kernels,
     rms_norm,
-    unit_norm,
+    unit_silu,
+    widened,
     written,
 )
 
@@ -234,7 +235,7 @@ def queries_of(
 ) -> tuple[Tensor, Tensor]:
     """Queries (B, T, H, D) of what causal_conv takes, and its tail."""
     query, tail = causal_conv(query, tail, kernel, rows, start)
-    return unit_norm(F.silu(query)), tail
+    return unit_silu(query), tail
 
 
 def keys_values_gates_of(
@@ -245,10 +246,9 @@ def keys_values_gates_of(
     convolved, tail = causal_conv(convolved, tail, kernel, rows, start)
     if not gates.shape[-1]:  # they are convolved as well
         convolved, gates = convolved.split([kernel.shape[1] - gate_bias.shape[1], gate_bias.shape[1]], -1)
-    keys, values = F.silu(convolved).chunk(2, -1)
+    keys, values = convolved.chunk(2, -1)
     # Gates are close to 0 or 1 where they matter; a half-precision sigmoid would round them there.
-    wide = torch.promote_types(projected.dtype, torch.float32)
-    return unit_norm(keys), values, torch.sigmoid(gates.to(wide) + gate_bias.to(wide)), tail
+    return unit_silu(keys), F.silu(values), torch.sigmoid(widened(gates) + widened(gate_bias)), tail
 
 
 def gated(reads: Tensor, output_gate: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..config import TitansConfig
@@ -212,16 +213,63 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32 at least: gates and rates are exponentials of what half precision would round."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _RmsNorm(torch.autograd.Function):
+    """rms_norm, which keeps its input alone for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        wide = widened(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        inverse = torch.rsqrt(widened(x).square().mean(-1, keepdim=True) + ctx.eps)
+        normed, of_normed = widened(x) * inverse, widened(gradient * weight)
+        along = (of_normed * normed).mean(-1, keepdim=True)
+        of_weight = (gradient * normed.to(x.dtype)).sum_to_size(weight.shape)
+        return (torch.addcmul(of_normed, normed, along, value=-1) * inverse).to(x.dtype), of_weight, None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis, in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return _RmsNorm.apply(x, weight, eps)
 
 
-def unit_norm(x: Tensor) -> Tensor:
-    """x with unit L2 norm over the last axis."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.normalize(wide, dim=-1, eps=1e-6).to(x.dtype)
+_LEAST_NORM = 1e-6  # what is shorter is divided by it
+
+
+class _UnitSilu(torch.autograd.Function):
+    """unit_silu, which keeps its input alone for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.normalize(widened(F.silu(x)), dim=-1, eps=_LEAST_NORM).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        y, of_unit = widened(F.silu(x)), widened(gradient)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        size = norm.clamp_min(_LEAST_NORM)
+        unit = y / size
+        along = (of_unit * unit).sum(-1, keepdim=True) * (norm >= _LEAST_NORM)
+        of_y = torch.addcmul(of_unit, unit, along, value=-1) / size
+        return torch.ops.aten.silu_backward(of_y.to(x.dtype), x)
+
+
+def unit_silu(x: Tensor) -> Tensor:
+    """SiLU, then unit L2 norm over the last axis, in float32 at least."""
+    return _UnitSilu.apply(x)
 
 
 class _Convolution(torch.autograd.Function):

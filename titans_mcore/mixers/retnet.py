@@ -17,7 +17,7 @@ from ..config import TitansConfig
 from ..linear import linear_scan
 from ..memory import PackedRows
 from .costs import Workload
-from .linear import Earlier, LinearSpec, LinearState, wider
+from .linear import Earlier, LinearSpec, LinearState
 from .parts import FromParts, Parts, heads_of, linear, rms_norm
 from .spec import register
 
@@ -92,4 +92,4 @@ class RetNet(LinearSpec):
         """Projections, queries and keys with positions, and their angles; reads up to the gated product."""
         keys, values, _ = self.on_rank(work)
         angles = 2 * self.shape(work.config).keys
-        return work.w * (4 * keys + angles + 7 * values) + wider(work) * values
+        return work.w * (4 * keys + angles + 6 * values)

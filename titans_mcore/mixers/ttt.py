@@ -21,8 +21,8 @@ from ..linear import ttt_scan
 from ..linear.ttt import MINI_BATCH, TTT_EPS, TTT_SPAN, FastWeights
 from ..memory import PackedRows, TensorTree
 from .costs import FLOAT32, Workload
-from .linear import LinearShape, LinearSpec, initial_taps, linear_heads, short_conv, widened
-from .parts import FromParts, Parts, heads_of, linear, rms_norm
+from .linear import LinearShape, LinearSpec, initial_taps, linear_heads, short_conv
+from .parts import FromParts, Parts, heads_of, linear, rms_norm, widened
 from .spec import MixerSpec, register
 
 _START_STD = 0.02  # of the weights that a sequence begins with
@@ -210,12 +210,12 @@ class TTTSpec(LinearSpec):
 
     def kept(self, work: Workload) -> float:
         """Projections, inputs and results of the convolutions of queries and keys, the gate, reads up to the product;
-        in float32 the reads, with and without their mean. In front, whole: what is normalised, in float32, that, and
-        the convolution's input. With documents the taps' gathers, and values in mini-batches.
+        in float32 the reads, with and without their mean. In front, whole: what is normalised and the
+        convolution's input. With documents the taps' gathers, and values in mini-batches.
         """
         whole, own, taps = work.config.dim, work.e, work.config.conv_kernel - 1
         documents = work.w * (taps * (2 * own + whole) + own) if work.documents else 0.0
-        return work.w * (11 * own + 2 * whole) + FLOAT32 * (2 * own + whole) + documents
+        return work.w * (11 * own + 2 * whole) + FLOAT32 * 2 * own + documents
 
 
 class TTTLinearMixer(TTTMixer):
