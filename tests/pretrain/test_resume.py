@@ -67,8 +67,22 @@ def test_a_run_killed_in_the_middle_ends_bitwise_like_an_uninterrupted_one(launc
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [["--parallel.zero-stage", "3"], ["--train.precision", "bf16"], WARM_UPS, CARRIED],
-    ids=["zero 3", "bf16 with fp32 masters", "in the middle of both warm-ups", "with carried states"],
+    [
+        ["--parallel.zero-stage", "3"],
+        ["--train.precision", "bf16"],
+        WARM_UPS,
+        CARRIED,
+        ["--model.persistent-tokens", "0"],
+        ["--model.persistent-tokens", "0", "--parallel.zero-stage", "3"],
+    ],
+    ids=[
+        "zero 3",
+        "bf16 with fp32 masters",
+        "in the middle of both warm-ups",
+        "with carried states",
+        "without persistent tokens",
+        "zero 3, without persistent tokens",
+    ],
 )
 def test_sharded_low_precision_and_warming_runs_go_on_bitwise(launch, tmp_path, settings):
     arguments = ["--nproc", "2", "--train.steps", "6", "--checkpoint.every-steps", "3", *settings]

@@ -38,10 +38,10 @@ _BLOCK = {
 
 
 def _parameters(config: TitansConfig, mixer: MixerSpec) -> list[str]:
-    """Names of a mixer's parameters: it is made once, without memory, and asked."""
+    """Names of a mixer's tensors: it is made once, without memory, and asked."""
     with FakeTensorMode():
         made = mixer.module(config, Parts(config))
-    return [name for name, _ in made.named_parameters()]
+    return list(made.state_dict())
 
 
 def rules(config: TitansConfig) -> list[NameRule]:

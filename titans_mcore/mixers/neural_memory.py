@@ -325,10 +325,16 @@ class PersistentTokens(FromParts):
         parts: Makes the parameters.
     """
 
+    tokens: Tensor
+
     def __init__(self, config: TitansConfig, parts: Parts) -> None:
         super().__init__()
         # They stand beside normalised activations, so they start at their size.
-        self.tokens = parts.replicated(torch.randn(config.persistent_tokens, config.dim))
+        tokens = parts.replicated(torch.randn(config.persistent_tokens, config.dim))
+        if len(tokens):
+            self.tokens = tokens
+        else:
+            self.register_buffer("tokens", tokens.data)  # DeepSpeed takes no parameter without elements
 
     def forward(self, x: Tensor) -> Tensor | None:
         """(1, N, E) in the dtype of x; None if there are none."""
