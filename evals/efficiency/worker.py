@@ -135,7 +135,7 @@ def _our_layer(case: Case) -> Subject:
     norm, mixer = nn.RMSNorm(dim), LmmMixer(config, Parts(config))
     for module in (norm, mixer):
         module.to(case.device, getattr(torch, case.dtype))
-    parameters = [*norm.parameters(), *(p for p in mixer.parameters() if p.numel())]
+    parameters = [*norm.parameters(), *mixer.parameters()]
     return Subject(lambda length: [_randn(case, length, dim)], lambda x: mixer(norm(x[0]), None)[0], parameters)
 
 

@@ -37,17 +37,17 @@ _BLOCK = {
 }
 
 
-def _parameters(config: TitansConfig, mixer: MixerSpec) -> list[str]:
-    """Names of a mixer's tensors: it is made once, without memory, and asked."""
+def _tensor_names(config: TitansConfig, mixer: MixerSpec) -> list[str]:
+    """What a checkpoint has of a mixer: it is made once, without memory, and asked."""
     with FakeTensorMode():
         made = mixer.module(config, Parts(config))
     return list(made.state_dict())
 
 
 def rules(config: TitansConfig) -> list[NameRule]:
-    """The rule of every parameter of a model."""
+    """The rule of every tensor of a model."""
     table = [NameRule("embedding.weight", "model.embedding.weight", vocabulary=True)]
-    names = {mixer.name: _parameters(config, mixer) for mixer in config.mixers}
+    names = {mixer.name: _tensor_names(config, mixer) for mixer in config.mixers}
     for layer, mixer in enumerate(config.blocks):
         block = _BLOCK | {f"mixer.{name}": f"mixer.{name}" for name in names[mixer.name]}
         table += [
