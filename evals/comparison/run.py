@@ -42,7 +42,8 @@ _NEEDLES = ("--repeats", 2, "--questions", 3, "--other-words", 0.25, "--tasks", 
 _TUNE = ("--batch", 8, "--write-cost", 10, "--text-weight", 0.02)  # as launch/recall.sh does it in prose
 _DOCUMENTS = 4_900
 _PROSE_SENTENCES = 20_000
-_ANSWER = 48  # tokens; a uuid has 39
+_DEPTHS = 5  # of a needle, each with so many samples as asked for
+_ANSWER = ("--max-new-tokens", 48)  # a uuid has 39
 _LONG_TOKENS = 32_768  # of held-out text, streamed
 _WARM_UP_STEPS = 20
 
@@ -232,10 +233,24 @@ class _Parts:
             steps = ("--steps", 2 * self.settings.recall_steps, "--seed", seed)
             child("evals.finetune", *words, *steps, *_TUNE, lock=self.lock)
         lengths = [_NEEDLE_TOKENS * times for times in (1, 4, 16, 64)]
-        grid = ("--lengths", *lengths, "--depths", 5, "--samples", self.settings.samples, "--max-new-tokens", _ANSWER)
+        grid = ("--lengths", *lengths, "--depths", _DEPTHS, "--samples", self.settings.samples)
         found = tuned.with_name(f"{tuned.name}-eval")
-        child("evals.niah", "--checkpoint", tuned, "--output", found, "--tasks", "pk", "n", "w", *grid, lock=self.lock)
-        return {"accuracy": read_json(found / "niah.json")["accuracy_by_length"]}
+        child(
+            "evals.niah",
+            "--checkpoint",
+            tuned,
+            "--output",
+            found,
+            "--tasks",
+            "pk",
+            "n",
+            "w",
+            *grid,
+            *_ANSWER,
+            lock=self.lock,
+        )
+        accuracy = read_json(found / "niah.json")["accuracy_by_length"]
+        return {"accuracy": accuracy, "samples": _DEPTHS * self.settings.samples}
 
     def _documents(self, name: str, tokens: int, *more: Any) -> Path:
         """Documents to recall from, made where they are missing; `more` are flags of evals.niah.training_data."""

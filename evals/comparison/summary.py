@@ -3,10 +3,19 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evals.niah.templates import BY_NAME
-from evals.report import bytes_text, markdown_table, mean_interval, plus_minus, write_bytes, write_figure, write_json
+from evals.report import (
+    bytes_text,
+    markdown_table,
+    mean_interval,
+    plus_minus,
+    wilson_interval,
+    write_bytes,
+    write_figure,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,8 +37,17 @@ class Result:
 
 
 Results = Sequence[Result]
-Points = dict[Any, tuple[float, float | None]]
-"""Means and halves of their intervals."""
+
+
+class Point(NamedTuple):
+    """A mean over seeds and its 95 % interval: Student's t over seeds; of shares found, Wilson's over all samples."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    """None of one seed."""
+
+
+Points = dict[Any, Point]
 
 _NOTES = {
     "text": "held-out: nats a token of held-out rows as in training; streamed and beyond: of held-out text in one long "
@@ -69,12 +87,21 @@ def curves(result: Result) -> dict[tuple[str, int], float]:
 
 def means(results: Results, numbers: Callable[[Result], Mapping[Any, float]]) -> dict[str, Points]:
     """Means of such numbers over seeds, by system and key, in the order in which they were first found."""
-    values: dict[str, dict[Any, list[float]]] = {}
+    values: dict[str, dict[Any, list[tuple[float, int | None]]]] = {}
     for result in results:
         own = values.setdefault(result.system, {})
         for key, value in numbers(result).items():
-            own.setdefault(key, []).append(value)
-    return {system: {key: mean_interval(found) for key, found in own.items()} for system, own in values.items()}
+            own.setdefault(key, []).append((value, result.measures.get("samples")))
+    return {system: {key: _point(found) for key, found in own.items()} for system, own in values.items()}
+
+
+def _point(found: Sequence[tuple[float, int | None]]) -> Point:
+    """Of numbers of seeds, or of shares of so many samples each."""
+    mean, half = mean_interval([value for value, _ in found])
+    if all(samples for _, samples in found):
+        interval = wilson_interval(sum(share * n for share, n in found if n), sum(n for _, n in found if n))
+        return Point(mean, interval)
+    return Point(mean, None if half is None else (mean - half, mean + half))
 
 
 def markdown(results: Results) -> str:
@@ -86,17 +113,25 @@ def markdown(results: Results) -> str:
         own = [result for result in results if result.system == system]
         facts = [f"{own[0].measures['parameters']:,}", str(own[0].measures["ffn_dim"])]
         seeds = str(len({result.seed for result in own}))
-        rows.append([system, *facts, seeds, *(_cell(title, *points.get(title, (None, None))) for title in titles)])
-    about = "Parameters: beside the embedding. Means over seeds ± half of the 95 % interval by Student's t."
+        rows.append([system, *facts, seeds, *(_cell(title, points.get(title)) for title in titles)])
+    about = (
+        "Parameters: beside the embedding. Means over seeds, ± half of the 95 % interval by Student's t; of needles "
+    )
+    about += "Wilson's interval over the samples of all seeds."
     notes = [note for part, note in _NOTES.items() if any(result.part == part for result in results)]
     table = markdown_table(("system", "parameters", "ffn_dim", "seeds", *titles), rows)
     return "\n\n".join([table, about, *notes])
 
 
-def _cell(title: str, mean: float | None, half: float | None) -> str:
-    if mean is not None and title.startswith("state"):
+def _cell(title: str, point: Point | None) -> str:
+    if point is None:
+        return ""
+    mean, interval = point
+    if title.startswith("state"):
         return bytes_text(mean)
-    return plus_minus(mean, half, 0 if title == "tokens/s" else 3)
+    if interval and title.startswith("S-NIAH"):
+        return f"{mean:.2f} ({interval[0]:.2f} to {interval[1]:.2f})"
+    return plus_minus(mean, (interval[1] - mean) if interval else None, 0 if title == "tokens/s" else 3)
 
 
 def write_report(output: Path, results: Results) -> str:
@@ -105,7 +140,7 @@ def write_report(output: Path, results: Results) -> str:
         return ""
     table = markdown(results)
     shown = {
-        system: {title: {"mean": mean, "half_interval": half} for title, (mean, half) in points.items()}
+        system: {title: point._asdict() for title, point in points.items()}
         for system, points in means(results, columns).items()
     }
     write_json(output / "comparison.json", {"means": shown, "results": [asdict(result) for result in results]})
@@ -115,7 +150,7 @@ def write_report(output: Path, results: Results) -> str:
 
 
 def plot(results: Results) -> "Figure":
-    """A panel for each thing that was measured; bars are 95 % intervals over seeds."""
+    """A panel for each thing that was measured; bars are 95 % intervals."""
     from matplotlib.figure import Figure
 
     points, lines = means(results, columns), means(results, curves)
@@ -137,10 +172,10 @@ def plot(results: Results) -> "Figure":
     return figure
 
 
-def _draw(axes: "Axes", points: Iterable[tuple[str, tuple[float, float | None], int]]) -> None:
+def _draw(axes: "Axes", points: Iterable[tuple[str, Point, int]]) -> None:
     named = list(points)
-    for row, (_, (mean, half), index) in enumerate(named):
-        axes.errorbar(mean, row, xerr=half, fmt="o", capsize=3, color=_colour(index))
+    for row, (_, point, index) in enumerate(named):
+        axes.errorbar(point.mean, row, xerr=_bars([point]), fmt="o", capsize=3, color=_colour(index))
     axes.set_yticks(range(len(named)), [system for system, *_ in named])
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
@@ -149,14 +184,21 @@ def _draw(axes: "Axes", points: Iterable[tuple[str, tuple[float, float | None], 
 def _draw_curves(axes: "Axes", curves: Mapping[str, Points]) -> None:
     for index, (system, curve) in enumerate(curves.items()):
         if curve:
-            values, halves = zip(*curve.values(), strict=True)
-            errors = [half or 0.0 for half in halves]
-            axes.errorbar(list(curve), values, errors, fmt="o-", ms=3, capsize=2, color=_colour(index), label=system)
+            points = list(curve.values())
+            shape: Any = {"fmt": "o-", "ms": 3, "capsize": 2, "color": _colour(index), "label": system}
+            axes.errorbar(list(curve), [point.mean for point in points], _bars(points), **shape)
     ticks = sorted({place for curve in curves.values() for place in curve})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{place:,}" for place in ticks], rotation=30)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
+
+
+def _bars(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """How far the intervals reach below the means and above them."""
+    ends = [point.interval or (point.mean, point.mean) for point in points]
+    below = [point.mean - low for point, (low, _) in zip(points, ends, strict=True)]
+    return below, [high - point.mean for point, (_, high) in zip(points, ends, strict=True)]
 
 
 def _colour(index: int) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from evals.command_line import EvaluationError
 from evals.comparison import SystemsComparisonSettings
 from evals.comparison.run import ABLATIONS, RECALL_MODEL, choose, compare
-from evals.comparison.summary import Result, columns, markdown, means, write_report
+from evals.comparison.summary import Result, markdown, write_report
 from evals.paper import published
 from evals.paper.tables import ablated
 from evals.record_file import RecordFile
@@ -113,18 +113,27 @@ def test_intervals_are_students() -> None:
 
 
 def test_the_table_has_a_line_for_each_system_and_means_over_its_seeds(tmp_path: Path) -> None:
-    needle = {"accuracy": {"niah_single_1": {"320": 0.5, "1280": 0.25}}, "parameters": 1000, "ffn_dim": 8}
-    results = [text("a", 0, 1.0), text("a", 1, 2.0), text("b", 0, 4.0), Result("b", 0, "needles", needle)]
-    assert means(results, columns)["a"]["held-out"] == mean_interval([1.0, 2.0])
+    needles = [
+        Result(
+            "b",
+            seed,
+            "needles",
+            {"accuracy": {"niah_single_1": found}, "samples": 10, "parameters": 1000, "ffn_dim": 8},
+        )
+        for seed, found in enumerate(({"320": 1.0, "1280": 0.5}, {"320": 1.0, "1280": 0.0}))
+    ]
+    results = [text("a", 0, 1.0), text("a", 1, 2.0), text("b", 0, 4.0), *needles]
     lines = markdown(results).splitlines()
     heads = "| system | parameters | ffn_dim | seeds | held-out | streamed | tokens/s | state at 512 | "
     assert lines[0] == heads + "S-NIAH-PK 320 | S-NIAH-PK 1,280 |"
     assert lines[2] == "| a | 1,000 | 8 | 2 | 1.500 ± 6.353 | 1.500 ± 6.353 | 5 ± 0 | 2.0 kB |  |  |"
-    assert lines[3] == "| b | 1,000 | 8 | 1 | 4.000 | 4.000 | 5 | 2.0 kB | 0.500 | 0.250 |"
+    found = "1.00 (0.84 to 1.00) | 0.25 (0.11 to 0.47)"  # Wilson's, of 20 and of 5 of 20
+    assert lines[3] == f"| b | 1,000 | 8 | 2 | 4.000 | 4.000 | 5 | 2.0 kB | {found} |"
     write_report(tmp_path, results)
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert [Result(**result) for result in written["results"]] == results
-    assert written["means"]["a"]["held-out"]["half_interval"] == pytest.approx(6.353)
+    assert written["means"]["a"]["held-out"] == {"mean": 1.5, "interval": pytest.approx([1.5 - 6.353, 1.5 + 6.353])}
+    assert written["means"]["b"]["held-out"] == {"mean": 4.0, "interval": None}
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "comparison.md").read_text() == markdown(results) + "\n"
 
