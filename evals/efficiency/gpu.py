@@ -162,7 +162,8 @@ def _fast(output: Path, tiny: bool) -> list[list[Step]]:
 def _endurance(work: Path, tiny: bool) -> list[list[Step]]:
     shards, tokenizer, cores = work / "shards", work / "tokenizer.model", len(os.sched_getaffinity(0))
     text = ("--input", "stdlib")  # is there wherever Python is
-    made = (*_PYTHON, "tokenization.train", *text, "--vocab-size", "2048", "--output", str(tokenizer))
+    pieces = "2048" if tiny else "32000"
+    made = (*_PYTHON, "tokenization.train", *text, "--vocab-size", pieces, "--output", str(tokenizer))
     cut = (*_PYTHON, "tokenization.encode", *text, "--tokenizer", str(tokenizer), "--output", str(shards))
     lengths = ("4096", "8192") if tiny else ("65536", "2097152")
     reading = (*_JOBS, "reading", *(("--tiny",) if tiny else ()))

@@ -288,15 +288,18 @@ def gate_widths(config: TitansConfig) -> list[int]:
 def initial_kernels(config: TitansConfig) -> tuple[Tensor, Tensor]:
     """Convolutions before training, of queries (H, D, K), and of keys and values (H, 2 D, K), maybe with gates behind.
 
-    Gates begin as the token's own.
+    Gates begin as the token's own, and queries, keys and values of the memory_init random close to it: an LMM whose
+    kernels were random all through ended 0.07 to 0.10 nats a token behind one without convolution (evals/results).
     """
     (heads, width), taps = config.memory_shape, config.conv_kernel
     gates = torch.zeros(heads, config.gate_convolution * sum(gate_widths(config)), taps)
     gates[..., -1] = 1.0
     if config.memory_init == "random":
-        query, key_value = (torch.randn(heads, channels, taps) / math.sqrt(taps) for channels in (width, 2 * width))
+        kernels = torch.randn(heads, 3 * width, taps) * (0.3 / math.sqrt(taps))
+        kernels[..., -1] = 1.0
     else:
-        query, key_value = next_token_kernels(heads, width, width, taps).split([width, 2 * width], 1)
+        kernels = next_token_kernels(heads, width, width, taps)
+    query, key_value = kernels.split([width, 2 * width], 1)
     return query, torch.cat([key_value, gates], 1)
 
 
