@@ -497,4 +497,4 @@ def _lower_share(memory: Memory, tokens: Tokens, inputs: list[Tensor], deltas: l
         input_square = shard.sum_of_inputs(layer, depth, inputs[layer].square().sum(-1))
         delta_square = shard.sum_of_outputs(layer, depth, deltas[layer].square().sum(-1))
         pull = pull + mass[..., layer] * input_square * delta_square
-    return lower_step_share(loss, pull, memory.rule.chunk_size)
+    return lower_step_share(loss, pull, memory.rule.lower_steps(depth))

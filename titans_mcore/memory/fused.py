@@ -66,7 +66,7 @@ def chunk_mass(rule: Rule, theta: Tensor, eta: Tensor) -> Tensor | None:
     None where the rule holds no step of a lower matrix. What the first of two matrices pulls is this times
     |k|^2 |delta|^2, which the kernels know.
     """
-    return rule.chunk_size * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
+    return rule.lower_steps(len(theta)) * step_mass(theta[0], eta[0]) if rule.exact and len(theta) == 2 else None
 
 
 def why_not_fused(memory: Memory, queries: Tensor, *, channelwise: bool, sharded: bool) -> str:

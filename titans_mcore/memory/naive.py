@@ -139,5 +139,5 @@ def held_steps(
     if theta.shape[-1] == 1:
         return last
     squares = torch.stack([g.square().sum((-1, -2)) for g in gradients[:-1]], -1)
-    share = lower_step_share(removable, (mass[..., :-1] * squares).sum(-1), rule.chunk_size)
+    share = lower_step_share(removable, (mass[..., :-1] * squares).sum(-1), rule.lower_steps(theta.shape[-1]))
     return torch.cat([theta[..., :-1] * share.unsqueeze(-1), last], -1)

@@ -125,7 +125,7 @@ def _setting(operation: Any, memory: Memory, chunks: Chunks, count: int = 1) -> 
         exact=rule.exact,
         holds_last=rule.holds_last,
         rms_limit=rule.rms_limit,
-        whole=rule.chunk_size,
+        lower_steps=rule.lower_steps(len(memory.initial)),
         smallest_decay=SMALLEST_DECAY,
         epsilon=LAYER_NORM_EPS,
     )

@@ -13,7 +13,7 @@ Of the rules, `literal` is the paper's in chunks and nothing else. `stable`, the
   last matrix, so that takes no more than products of keys; see chunk.py.
 - The steps of the matrices below, whose gradients are those at the chunk's start, are *held*: each removes at most
   2 / b of its token's error, or of what the best answer of a network with LayerNorm would remove of it, since all b
-  may pull the same way.
+  may pull the same way. n such matrices move each other's gradients, too, and are held to 2 / (b n!).
 - Forgetting leads back to the learned M_0 instead of to zero: M_t = M_0 + (1 - alpha_t) (M_{t-1} - M_0) + S_t.
 - The *state shell*: after a chunk's last token a matrix, or its momentum, whose root mean square is above a limit is
   scaled back to it. To a LayerNorm the size of a matrix is no information: what is stored stays, and what comes can
@@ -222,7 +222,7 @@ def gelu_gradient(gradient: Tensor, z: Tensor) -> Tensor:
 
 
 RULES = ("stable", "literal")
-VERSION = 5  # of the rule, and of what its native and fused forms take: an exported folder may find others installed
+VERSION = 6  # of the rule, and of what its native and fused forms take: an exported folder may find others installed
 SMALLEST_DECAY = 1e-6  # of the momentum: a saturated gate (eta = 1) must make a step small, not zero
 
 
@@ -252,6 +252,14 @@ class Rule:
             return cls(anchored=False, exact=False, holds_last=False, rms_limit=math.inf, chunk_size=chunk_size)
         limit = 3.0 if residual_norm else 16.0
         return cls(anchored=forgets, exact=True, holds_last=not residual_norm, rms_limit=limit, chunk_size=chunk_size)
+
+    def lower_steps(self, depth: int) -> int:
+        """Steps that are reckoned to pull the same way at the n matrices below the last of `depth`, b n!.
+
+        Two or three that are held as if each moved alone have outer gradients that grow from chunk to chunk; the
+        factorial is the least that stops it (STABILITY.md).
+        """
+        return self.chunk_size * math.factorial(depth - 1)
 
     def beyond(self, mean_square: Tensor) -> Tensor:
         """Where the state shell acts, for mean squares of matrices."""
@@ -310,17 +318,17 @@ def removable_loss(normed: Tensor, aim: Tensor) -> Tensor:
     return 0.5 * root * size.squeeze(-1) * chord.square().sum(-1)
 
 
-def lower_step_share(loss: Tensor, pull: Tensor, chunk_size: int) -> Tensor:
+def lower_step_share(loss: Tensor, pull: Tensor, steps: int) -> Tensor:
     """Factor on theta of the matrices below the last, the same for all of them; any shape.
 
-    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error; 2 / b of it is the most.
+    To first order a step theta removes theta |gradient|^2 / (2 loss) of the error; 2 / steps of it is the most.
 
     Args:
         loss: |M(k) - v|^2, or removable_loss of a network with LayerNorm.
         pull: Sum over the matrices of theta / (1 - eta) |gradient|^2.
-        chunk_size: Tokens b of a whole chunk.
+        steps: lower_steps of the rule.
     """
-    allowed, asked = 4.0 * loss, chunk_size * pull
+    allowed, asked = 4.0 * loss, steps * pull
     held = asked > allowed
     return torch.where(held, allowed / asked.masked_fill(~held, 1.0), 1.0)
 

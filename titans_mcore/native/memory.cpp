@@ -35,7 +35,7 @@ template <typename T>
 struct Problem {
   int64_t rows, heads, chunks, size, group, depth, width[5], padded[5];  // widths: d_in of each matrix, then D
   int64_t norm, anchored, exact, holds_last, closed, old;  // old: tokens of an open chunk that are worked out already
-  double rms_limit, whole, smallest_decay, epsilon;
+  double rms_limit, lower_steps, smallest_decay, epsilon;
   T *queries, *keys, *values, *theta, *eta, *alpha;   // (B, C b, H, D) and (B, C b, H, L)
   T *scale, *shift;                                   // (H, D) or null
   T *anchors[4], *state[2][4], *fresh[2][4];          // M_0 (H, d_in, d_out); W and S (N, d_in, d_out); may be null
@@ -378,7 +378,7 @@ struct Walk {
       T asked = 0, of_share = 0, slope[4], square[4];
       for (int l = first; l < end; l++) {
         const T *h = c.x[l] + t * d[l], *delta = c.delta[l] + t * d[l + 1];
-        slope[l] = l == last ? 2 : T(p.whole) * dot(d[l + 1], delta, delta), square[l] = dot(d[l], h, h);
+        slope[l] = l == last ? 2 : T(p.lower_steps) * dot(d[l + 1], delta, delta), square[l] = dot(d[l], h, h);
         asked += slope[l] * c.mass[l][t] * square[l];
       }
       const T share = (end < L ? allowed(c, t) : 1) / asked;
@@ -392,7 +392,7 @@ struct Walk {
         const T of_asked = -of_share * share / asked;
         of_mass[l][t] += of_asked * slope[l] * square[l];
         add(d[l], 2 * of_asked * slope[l] * c.mass[l][t], c.x[l] + t * d[l], of_input[l] + t * d[l]);
-        const T of_slope = l == last ? 0 : of_asked * T(p.whole) * c.mass[l][t] * square[l];
+        const T of_slope = l == last ? 0 : of_asked * T(p.lower_steps) * c.mass[l][t] * square[l];
         add(d[l + 1], 2 * of_slope, c.delta[l] + t * d[l + 1], of_delta[l] + t * d[l + 1]);
       }
     }

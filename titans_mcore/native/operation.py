@@ -25,7 +25,7 @@ _FIELDS = {
     **dict.fromkeys(("rows", "heads", "chunks", "size", "group", "depth"), 1),
     **dict.fromkeys(("width", "padded"), 5),
     **dict.fromkeys(("norm", "anchored", "exact", "holds_last", "closed", "old"), 1),
-    **dict.fromkeys(("rms_limit", "whole", "smallest_decay", "epsilon"), 1),
+    **dict.fromkeys(("rms_limit", "lower_steps", "smallest_decay", "epsilon"), 1),
     **dict.fromkeys(("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift"), 1),
     **dict.fromkeys(("anchors", "weights", "momentum", "fresh_weights", "fresh_momentum"), 4),
     **dict.fromkeys(("counts", "restarts"), 1),
@@ -55,7 +55,7 @@ class Setting(NamedTuple):
         exact: The rule's.
         holds_last: The rule's.
         rms_limit: The rule's.
-        whole: Tokens of a whole chunk, which an open one has not yet.
+        lower_steps: See Rule.lower_steps.
         smallest_decay: Least 1 - eta of a step's mass.
         epsilon: LayerNorm's.
     """
@@ -68,7 +68,7 @@ class Setting(NamedTuple):
     exact: bool
     holds_last: bool
     rms_limit: float
-    whole: float
+    lower_steps: float
     smallest_decay: float
     epsilon: float
 
@@ -77,7 +77,7 @@ _ARGUMENTS = (
     "Tensor queries, Tensor keys, Tensor values, Tensor theta, Tensor eta, Tensor alpha, Tensor? scale, Tensor? shift,"
     " Tensor[] anchors, Tensor[] weights, Tensor[] momentum, Tensor[] fresh_weights, Tensor[] fresh_momentum,"
     " Tensor? counts, Tensor? restarts, int[] widths, int size, int group, bool closed, bool norm, bool exact,"
-    " bool holds_last, float rms_limit, float whole, float smallest_decay, float epsilon"
+    " bool holds_last, float rms_limit, float lower_steps, float smallest_decay, float epsilon"
 )
 _TENSORS = 15  # arguments in front of the settings
 _NAMES = ("queries", "keys", "values", "theta", "eta", "alpha", "scale", "shift")
