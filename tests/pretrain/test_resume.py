@@ -35,10 +35,12 @@ def tensor_files(run_dir):
     return {name: file["sha256"] for name, file in record["files"].items() if name.endswith(".safetensors")}
 
 
-def wait_for_step(job, run_dir, step, timeout_seconds=300):
+def wait_for_step(job, run_dir, step, *, saved=0, timeout_seconds=300):
+    """Until a step is done, and the checkpoint behind the step `saved`, if any, is on the disk: that may come later."""
+    checkpoint = run_dir / "checkpoints" / f"step-{saved:08d}"
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline and job.process.poll() is None:
-        if any(record["step"] >= step for record in read_metrics(run_dir)):
+        if any(record["step"] >= step for record in read_metrics(run_dir)) and (not saved or checkpoint.is_dir()):
             return
         time.sleep(0.01)
     job.kill()
@@ -48,7 +50,7 @@ def wait_for_step(job, run_dir, step, timeout_seconds=300):
 def test_a_run_killed_in_the_middle_ends_bitwise_like_an_uninterrupted_one(launch, finished_run, tmp_path):
     run_dir = tmp_path / "killed"
     job = launch(run_dir, "--parallel.tensor", "2")
-    wait_for_step(job, run_dir, 12)
+    wait_for_step(job, run_dir, 12, saved=10)
     job.kill()
     job.wait()
     done = len(read_metrics(run_dir))
