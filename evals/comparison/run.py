@@ -235,20 +235,8 @@ class _Parts:
         lengths = [_NEEDLE_TOKENS * times for times in (1, 4, 16, 64)]
         grid = ("--lengths", *lengths, "--depths", _DEPTHS, "--samples", self.settings.samples)
         found = tuned.with_name(f"{tuned.name}-eval")
-        child(
-            "evals.niah",
-            "--checkpoint",
-            tuned,
-            "--output",
-            found,
-            "--tasks",
-            "pk",
-            "n",
-            "w",
-            *grid,
-            *_ANSWER,
-            lock=self.lock,
-        )
+        of, tasks = ("--checkpoint", tuned, "--output", found), ("--tasks", "pk", "n", "w")
+        child("evals.niah", *of, *tasks, *grid, *_ANSWER, lock=self.lock)
         accuracy = read_json(found / "niah.json")["accuracy_by_length"]
         return {"accuracy": accuracy, "samples": _DEPTHS * self.settings.samples}
 

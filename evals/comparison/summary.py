@@ -114,10 +114,8 @@ def markdown(results: Results) -> str:
         facts = [f"{own[0].measures['parameters']:,}", str(own[0].measures["ffn_dim"])]
         seeds = str(len({result.seed for result in own}))
         rows.append([system, *facts, seeds, *(_cell(title, points.get(title)) for title in titles)])
-    about = (
-        "Parameters: beside the embedding. Means over seeds, ± half of the 95 % interval by Student's t; of needles "
-    )
-    about += "Wilson's interval over the samples of all seeds."
+    about = "Parameters: beside the embedding. Means over seeds ± half of the 95 % interval by Student's t; of needles "
+    about += "the mean and Wilson's interval over the samples of all seeds."
     notes = [note for part, note in _NOTES.items() if any(result.part == part for result in results)]
     table = markdown_table(("system", "parameters", "ffn_dim", "seeds", *titles), rows)
     return "\n\n".join([table, about, *notes])

@@ -257,7 +257,7 @@ class Rule:
         """Steps that are reckoned to pull the same way at the n matrices below the last of `depth`, b n!.
 
         Two or three that are held as if each moved alone have outer gradients that grow from chunk to chunk; the
-        factorial is the least that stops it (STABILITY.md).
+        factorial is about the least that stops it (STABILITY.md).
         """
         return self.chunk_size * math.factorial(depth - 1)
 

@@ -289,7 +289,7 @@ def initial_kernels(config: TitansConfig) -> tuple[Tensor, Tensor]:
     """Convolutions before training, of queries (H, D, K), and of keys and values (H, 2 D, K), maybe with gates behind.
 
     Gates begin as the token's own, and queries, keys and values of the memory_init random close to it: an LMM whose
-    kernels were random all through ended 0.07 to 0.10 nats a token behind one without convolution (evals/results).
+    kernels were random all through ended 0.10 to 0.12 nats a token behind one without convolution (evals/results).
     """
     (heads, width), taps = config.memory_shape, config.conv_kernel
     gates = torch.zeros(heads, config.gate_convolution * sum(gate_widths(config)), taps)
