@@ -1,5 +1,6 @@
 """From results to comparison.md, .json and .png: means over seeds with their 95 % intervals."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,20 +88,19 @@ def curves(result: Result) -> dict[tuple[str, int], float]:
 
 def means(results: Results, numbers: Callable[[Result], Mapping[Any, float]]) -> dict[str, Points]:
     """Means of such numbers over seeds, by system and key, in the order in which they were first found."""
-    values: dict[str, dict[Any, list[tuple[float, int | None]]]] = {}
+    values: dict[str, dict[Any, list[tuple[float, int]]]] = {}
     for result in results:
         own = values.setdefault(result.system, {})
         for key, value in numbers(result).items():
-            own.setdefault(key, []).append((value, result.measures.get("samples")))
+            own.setdefault(key, []).append((value, result.measures.get("samples", 0)))
     return {system: {key: _point(found) for key, found in own.items()} for system, own in values.items()}
 
 
-def _point(found: Sequence[tuple[float, int | None]]) -> Point:
-    """Of numbers of seeds, or of shares of so many samples each."""
+def _point(found: Sequence[tuple[float, int]]) -> Point:
+    """Of a number of each seed and, where it is a share, of how many samples."""
     mean, half = mean_interval([value for value, _ in found])
     if all(samples for _, samples in found):
-        interval = wilson_interval(sum(share * n for share, n in found if n), sum(n for _, n in found if n))
-        return Point(mean, interval)
+        return Point(mean, wilson_interval(sum(share * n for share, n in found), sum(n for _, n in found)))
     return Point(mean, None if half is None else (mean - half, mean + half))
 
 
@@ -193,8 +193,8 @@ def _draw_curves(axes: "Axes", curves: Mapping[str, Points]) -> None:
 
 
 def _bars(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """How far the intervals reach below the means and above them."""
-    ends = [point.interval or (point.mean, point.mean) for point in points]
+    """How far the intervals reach below the means and above them; not a number, which is not drawn, without one."""
+    ends = [point.interval or (math.nan, math.nan) for point in points]
     below = [point.mean - low for point, (low, _) in zip(points, ends, strict=True)]
     return below, [high - point.mean for point, (_, high) in zip(points, ends, strict=True)]
 
