@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -22,7 +21,7 @@ from .memory.checkpoint import keeping_scans
 from .mixers.parts import rms_norm
 from .parallel import padded_vocab_size
 from .parallel.context import ContextRelay, SharedState, with_gradients
-from .parallel.parts import MegatronParts, MixerSubmodules
+from .parallel.parts import ColumnLinear, MegatronParts, MixerSubmodules, RowLinear
 
 
 @dataclass
@@ -118,12 +117,12 @@ def titans_layer_spec(config: TitansConfig, block: int = 0, memory_parallel: str
         params={"titans_config": config, "block": block, "memory_parallel": memory_parallel},
         submodules=TitansLayerSubmodules(
             input_norm=RMSNorm,
-            mixer=MixerSubmodules(column=ColumnParallelLinear, row=RowParallelLinear),
+            mixer=MixerSubmodules(column=ColumnLinear, row=RowLinear),
             pre_mlp_norm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
                 params={"ffn_hidden_size": config.ffn_dim},
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
             ),
         ),
     )
@@ -171,7 +170,7 @@ class TitansModel(MegatronModule):
             build_module(spec, config=transformer_config, pg_collection=groups) for spec in specs
         )
         self.final_norm = RMSNorm(transformer_config, config.dim, config.norm_eps)
-        self.output_layer = tensor_parallel.ColumnParallelLinear(
+        self.output_layer = ColumnLinear(
             config.dim,
             padded,
             config=transformer_config,

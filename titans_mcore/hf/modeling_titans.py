@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..config import TitansConfig
 from ..decoding import Decoder
 from ..memory import PackedRows
-from ..mixers.parts import FromParts, Parts, ResidualLinear, rms_norm
+from ..mixers.parts import FromParts, Linear, Parts, ResidualLinear, rms_norm
 from .cache_titans import TitansCache
 from .configuration_titans import CACHE_NAMES, CacheByBothNames, TitansHFConfig, cache_field, given_cache
 from .files_titans import check_weight_files
@@ -47,7 +47,7 @@ class TitansMLP(nn.Module):
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=False)
         self.down_proj = ResidualLinear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -386,7 +386,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def __init__(self, config: TitansHFConfig) -> None:
         super().__init__(config)
         self.model = TitansModel(config)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(

@@ -19,7 +19,7 @@ from ..linear.selective import SELECTIVE_SPAN
 from ..memory import PackedRows
 from .costs import FLOAT32, Workload
 from .linear import Earlier, LinearShape, LinearSpec, LinearState, convolved, initial_dt_bias, initial_taps
-from .parts import FromParts, Parts, heads_of, linear, widened
+from .parts import FromParts, Parts, heads_of, linear, product, widened
 from .spec import Heads, register
 
 _NUMBERS = 16  # N, of a channel
@@ -46,7 +46,7 @@ class TimeSteps(FromParts):
 
     def forward(self, r: Tensor) -> Tensor:
         """(B, T, R), which has passed Parts.copy_to_tp_region(), to the process's channels, in float32 at least."""
-        return F.softplus(widened(F.linear(r, self.weight)) + widened(self.bias))
+        return F.softplus(widened(product(r, self.weight)) + widened(self.bias))
 
 
 class MambaMixer(FromParts):

@@ -12,12 +12,29 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import TitansConfig
 from ..memory import WHOLE, WholeMatrices
-from ..mixers.parts import MemoryParts, Parts, linear
+from ..mixers.parts import MemoryParts, Parts, fits_onednn, linear, product
 from .memory_shard import TPShard, split_axis
+
+
+class _LocalProduct:
+    """Megatron's linear map, by mixers.parts.product on a CPU where nothing is sent along with it."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
+        sends = settings["sequence_parallel"] or settings["allreduce_dgrad"]
+        if not sends and settings["bias"] is None and fits_onednn(input, weight):
+            return product(input, weight)
+        return super()._forward_impl(input, weight, *args, **settings)  # type: ignore[misc]
+
+
+class ColumnLinear(_LocalProduct, tensor_parallel.ColumnParallelLinear):
+    """Splits its output over ranks."""
+
+
+class RowLinear(_LocalProduct, tensor_parallel.RowParallelLinear):
+    """Splits its input over ranks."""
 
 
 @dataclass
@@ -25,8 +42,8 @@ class MixerSubmodules:
     """What a mixer's linear maps are made of.
 
     Attributes:
-        column: Splits its output over ranks, Megatron's ColumnParallelLinear.
-        row: Splits its input over ranks, Megatron's RowParallelLinear.
+        column: Splits its output over ranks, a ColumnLinear.
+        row: Splits its input over ranks, a RowLinear.
     """
 
     column: ModuleSpec | type
@@ -230,7 +247,7 @@ class WholeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
-        return F.linear(_SharedGradient.apply(x, self.ranks), self.weight)
+        return product(_SharedGradient.apply(x, self.ranks), self.weight)
 
 
 class _SharedGradient(torch.autograd.Function):
