@@ -31,11 +31,13 @@ _TARGETS = (
     (4_096, "chunk_size=16 batch_size=16", 30, 4),
     (4_096, "chunk_size=16 batch_size=None", 8, 4),
 )
+_REPEAT_SECONDS = 1.0
 _MOST_MEMORY = {256: 26.7e6, 4_096: 186e6}  # bytes by T: what a layer took in torch operations
 _COMPARED = """Every case runs in a process of its own. On a CPU the repeats of cases of one length take turns, so that
-what else the machine does hits all alike; the median of the repeats counts. Peak memory is what the first two full-size
-runs take above the process with its libraries, inputs and parameters: resident memory on a CPU, allocated memory on a
-GPU. Inputs and parameters are random; denormals are flushed.
+what else the machine does hits all alike; a repeat is as many runs as take a second, or one, and the median of the
+repeats counts. Threads spin while they wait, as torch has it. Peak memory is what the first two full-size runs take
+above the process with its libraries, inputs and parameters: resident memory on a CPU, allocated memory on a GPU. Inputs
+and parameters are random; denormals are flushed.
 
 - titans-mcore layer: pre-norm, projections, convolution, gates per token, head and weight matrix, the memory,
   output norm and gate, output projection; no persistent tokens. scan: `memory_scan` alone, by backend.
@@ -65,7 +67,11 @@ def measure(settings: MemorySettings) -> str:
         raise EvaluationError(f"--only {' '.join(settings.only)} matches no case; see the names in a memory.json")
     settings.output.mkdir(parents=True, exist_ok=True)
     limits = Limits(
-        2 if settings.quick else settings.repeats, settings.threads, settings.limit_seconds, settings.limit_gigabytes
+        repeats=2 if settings.quick else settings.repeats,
+        repeat_seconds=0.0 if settings.quick else _REPEAT_SECONDS,
+        threads=settings.threads,
+        seconds=settings.limit_seconds,
+        gigabytes=settings.limit_gigabytes,
     )
     report = {**circumstances(settings, device), "rows": list[dict[str, Any]]()}
     for group in _groups(cases, device):
@@ -164,11 +170,12 @@ def run_cases(cases: Sequence[Case], limits: Limits) -> list[dict[str, Any]]:
 
 def _started(case: Case, limits: Limits) -> "subprocess.Popen[str]":
     words = [json.dumps(asdict(case)), json.dumps(asdict(limits))]
-    # Threads that wait must not spin.
-    own = {"OMP_NUM_THREADS": str(limits.threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": python_path()}
+    own = {"OMP_NUM_THREADS": str(limits.threads), "PYTHONPATH": python_path()}
+    # One at a time computes: threads may spin while they wait, which is torch's default and not this project's.
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     return subprocess.Popen(
         [sys.executable, "-m", "evals.efficiency.worker", *words],
-        env={**os.environ, **own},
+        env={**others, **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

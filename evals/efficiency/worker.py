@@ -193,9 +193,19 @@ def _randn(case: Case, length: int, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a case may take, and how often it is repeated."""
+    """What a case may take, and how often it is repeated.
+
+    Attributes:
+        repeats: At most so many.
+        repeat_seconds: A repeat is as many runs as take so long, or one. Behind a stop the first run takes up to twice
+            as long as those that follow it, as in training.
+        threads: On a CPU.
+        seconds: In all.
+        gigabytes: On a CPU.
+    """
 
     repeats: int
+    repeat_seconds: float
     threads: int
     seconds: float
     gigabytes: float
@@ -246,17 +256,19 @@ def measured(case: Case, subject: Subject, limits: Limits) -> dict[str, Any]:
         gc.collect()
         finite = all(bool(x.isfinite().all()) for x in run(case, subject, inputs, gradient))
     found = {"baseline_bytes": baseline, "peak_bytes": peak.bytes() - baseline, "finite": finite}
-    seconds, left = list[float](), limits.seconds - (time.monotonic() - began)
-    while len(seconds) < limits.repeats and max(seconds, default=0.0) < left:
+    seconds, left, longest = list[float](), limits.seconds - (time.monotonic() - began), 0.0
+    while len(seconds) < limits.repeats and longest < left:
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.kill(os.getpid(), signal.SIGSTOP)  # until it is this case's turn
         signal.setitimer(signal.ITIMER_REAL, left)
         gc.collect()  # what one run left in cycles is not the next one's memory
-        started = time.perf_counter()
-        run(case, subject, inputs, gradient)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-        left -= seconds[-1]
+        started, runs, took = time.perf_counter(), 0, 0.0
+        while not runs or took < limits.repeat_seconds:
+            run(case, subject, inputs, gradient)
+            synchronize(device)
+            runs, took = runs + 1, time.perf_counter() - started
+        seconds.append(took / runs)
+        left, longest = left - took, max(longest, took)
     signal.setitimer(signal.ITIMER_REAL, 0)
     few = f"{len(seconds)} of {limits.repeats} repeats in --limit-seconds {limits.seconds:g}"
     if not seconds:

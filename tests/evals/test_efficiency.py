@@ -17,7 +17,7 @@ from evals.efficiency.worker import BOTH, OURS, TITANS_PYTORCH, Case, Limits
 from tests.commands import help_of, status_of
 
 REPOSITORY = Path(__file__).parents[2]
-LIMITS = Limits(repeats=2, threads=1, seconds=60.0, gigabytes=4.0)
+LIMITS = Limits(repeats=2, repeat_seconds=0.05, threads=1, seconds=60.0, gigabytes=4.0)
 
 
 def tiny(implementation: str = OURS, **changes: Any) -> Case:
