@@ -52,9 +52,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "lmm_linear": {"memory_depth": 1},
     "lmm_depth_3": {"memory_depth": 3},
     "lmm_depth_4": {"memory_depth": 4},
-    "lmm_no_convolution": {"conv_kernel": 1},
+    "lmm_no_convolution": {"conv_kernel": 1, "memory_init": "random"},  # what next_token finds, it finds by it
     "lmm_no_momentum": {"memory_momentum": False},
     "lmm_no_forgetting": {"memory_forgetting": False},
+    "lmm_forgetting": {"memory_forgetting": True},
     "lmm_no_persistent_tokens": {"persistent_tokens": 0},
 }
 """The paper's Table 5, and its Figure 7 on depths: what differs from LMM."""

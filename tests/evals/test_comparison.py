@@ -164,8 +164,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(budget: tuple[P
     refused(r"nowhere.*manifest.json", data=tmp_path / "nowhere")
     refused("--config bogus is neither a file nor a preset", config="bogus")
     refused(
-        "the preset recall does not suit lmm_no_convolution: .*; or ask for --parts text alone$",
-        "lmm_no_convolution",
+        "lmm_depth_3 has .*; raise model.ffn_dim of the preset recall, .*; or ask for --parts text alone$",
+        "lmm_depth_3",
         parts=("text", "lists"),
     )
     (tmp_path / "file").touch()
