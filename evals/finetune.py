@@ -44,9 +44,9 @@ class FinetuneSettings:
     """Added to the loss of answers, a mean over their tokens: this times the mean over the others, so that the language
     is not forgotten."""
     write_cost: float = 0.0
-    """Added to the loss: this times theta, the mean over blocks, tokens, heads and matrices of what memories write. It
-    grows to this over the first half of the steps: from the first one on it would close gates before answers need
-    them."""
+    """Added to the loss: this times what memories write, theta / (1 - eta), the mean over blocks, tokens, heads and
+    matrices. It grows to this over the first half of the steps: from the first one on it would close gates before
+    answers need them."""
     validation: int = 64
     """Documents, the last ones of the file, that choose the weights of the best of five looks."""
     seed: int = 0
@@ -170,8 +170,8 @@ def _added(
 
     added = output.loss.new_zeros(())
     if settings.write_cost and steps:
-        theta = torch.cat([theta.flatten() for theta in steps]).mean()
-        added = added + settings.write_cost * min(1.0, 2 * progress) * theta
+        written = torch.cat([step.flatten() for step in steps]).mean()
+        added = added + settings.write_cost * min(1.0, 2 * progress) * written
     if settings.text_weight:
         others = batch["input_ids"].masked_fill(batch["labels"] != _IGNORED, _IGNORED)
         if "attention_mask" in batch:

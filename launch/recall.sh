@@ -16,12 +16,12 @@ rows of 512. Run it again and it goes on where it stopped. evals/results/recall/
   --haystack FILE         other text, that they are looked for in
   --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536, with --text 512 8192 32768
   --samples N             samples of each length and depth; default: 4
-  --steps N               updates on answers; default: 400, with --text 1400, then 250 at a higher price on writing
+  --steps N               updates on answers; default: 400, with --text 1400
   --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
 Everything is written to runs/recall/ (with --text runs/recall-prose/): data/ for all, the run VARIANT-SEED-lists/, the
-Hugging Face folder VARIANT-SEED/ (VARIANT-SEED-first/ before it) and VARIANT-SEED-eval/.
+Hugging Face folder VARIANT-SEED/ and VARIANT-SEED-eval/.
 TEXT
 }
 
@@ -81,14 +81,13 @@ for name in text haystack; do
 done
 top=runs/recall list=256 tokens=256 made=4800 updates=400 look=(256 1024 4096 16384 65536)
 answers=(--repeats 2 --questions 3 --other-words 0.25)
-tune=(--write-cost 50 --text-weight 1) asked=(pk --max-new-tokens 16) again=()
+tune=(--write-cost 25 --text-weight 1) asked=(pk --max-new-tokens 16)
 if [[ -n $text ]]; then
     text=$(realpath "$text") haystack=$(realpath "$haystack")
     top=runs/recall-prose list=384 tokens=512 made=11300 updates=1400 look=(512 8192 32768)
     answers=(--needles 3 --questions 2 --other-words 0.5 --text "$text" --tasks pk mk1 mk1 mk1 n w w)
     # Prose is predicted by what was written of it: the weight of its loss keeps gates open.
-    tune=(--write-cost 10 --text-weight 0.02) asked=(pk n w mk1 --text "$haystack" --max-new-tokens 48)
-    again=(--steps 250 --write-cost 200 --learning-rate 1e-3) # at first answers need the gates
+    tune=(--write-cost 5 --text-weight 0.02) asked=(pk n w mk1 --text "$haystack" --max-new-tokens 48)
     settings=(--model.conv-kernel 20 ${settings[@]+"${settings[@]}"}) # the key, and all digits that came, are in sight
 fi
 steps=${steps:-$updates}
@@ -141,16 +140,6 @@ documents() {
         --tokens "$2" --documents "$3" --tokenizer "$data/tokenizer.model" "${@:4}"
 }
 
-# tuned CHECKPOINT FOLDER OPTIONS ...: a model fine-tuned on the answers.
-tuned() {
-    if [[ -f $2/config.json ]]; then
-        say "Fine-tuned on answers, $2 (done already)"
-        return
-    fi
-    step "Fine-tune on answers" "$PYTHON" -m evals.finetune --checkpoint "$1" --documents "$data/answers.jsonl" \
-        --output "$2" --seed "$seed" --batch 8 "${@:3}"
-}
-
 if [[ -z $text ]]; then
     cp evals/results/recall/tokenizer.model "$data" # the documents depend on it
 elif [[ ! -f $data/tokenizer.model ]]; then
@@ -170,8 +159,12 @@ fi
 step "Pretrain $variant, seed $seed, on lists" bash launch/torchrun.sh --config recall --model.variant "$variant" \
     --run-dir "$run-lists" --train.seed "$seed" --nproc 1 --data.path "$data/lists" \
     --train.sequence-length "$list" ${settings[@]+"${settings[@]}"}
-tuned "$run-lists" "$run${again:+-first}" --steps "$steps" "${tune[@]}"
-if ((${#again[@]})); then tuned "$run-first" "$run" "${again[@]}"; fi
+if [[ -f $run/config.json ]]; then
+    say "Fine-tuned on answers, $run (done already)"
+else
+    step "Fine-tune on answers" "$PYTHON" -m evals.finetune --checkpoint "$run-lists" --documents "$data/answers.jsonl" \
+        --output "$run" --seed "$seed" --batch 8 --steps "$steps" "${tune[@]}"
+fi
 
 step "S-NIAH" "$PYTHON" -m evals.niah --checkpoint "$run" --output "$run-eval" --lengths "${lengths[@]}" --depths 5 \
     --samples "$samples" ${controls[@]+"${controls[@]}"} --tasks "${asked[@]}"

@@ -39,7 +39,7 @@ RECALL_MODEL: dict[str, Any] = {
 """Where the parts lists and needles differ from the preset recall."""
 _LIST_TOKENS, _NEEDLE_TOKENS = 256, 320  # of a document; less than 320 cannot hold a haystack with a uuid
 _NEEDLES = ("--repeats", 2, "--questions", 3, "--other-words", 0.25, "--tasks", "pk", "n", "w")
-_TUNE = ("--batch", 8, "--write-cost", 10, "--text-weight", 0.02)  # as launch/recall.sh does it in prose
+_TUNE = ("--batch", 8, "--write-cost", 5, "--text-weight", 0.02)  # as launch/recall.sh does it in prose
 _DOCUMENTS = 4_900
 _PROSE_SENTENCES = 20_000
 _DEPTHS = 5  # of a needle, each with so many samples as asked for

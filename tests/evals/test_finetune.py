@@ -19,6 +19,7 @@ from evals.niah.training_data import TrainingDataSettings, documents
 from titans_mcore.hf.convert import export
 from titans_mcore.hf.exported import open_model, open_tokenizer
 from titans_mcore.hf.verify import verify
+from titans_mcore.mixers.neural_memory import NeuralMemory
 from titans_mcore.mixers.parts import steps_of_memories
 
 from .conftest import MakeRun
@@ -113,6 +114,21 @@ def test_the_steps_of_every_memory_are_seen_and_only_meanwhile(make_run: MakeRun
     with steps_of_memories() as steps:
         load_model(make_run("deltanet")).stream(ids, None)
     assert [beta.shape[:2] for beta in steps] == [(2, 40)] * 2
+
+
+def test_a_step_counts_with_all_that_momentum_makes_of_it(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, usual = [], NeuralMemory._gates
+
+    def gates(self: NeuralMemory, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found.append(usual(self, x))
+        return found[-1]
+
+    monkeypatch.setattr(NeuralMemory, "_gates", gates)
+    with steps_of_memories() as steps, torch.no_grad():
+        load_model(make_run("lmm")).stream(torch.randint(3, 99, (2, 40)), None)
+    for step, (theta, eta, _) in zip(steps, [x for x in found if x[0].shape[1] == 40], strict=True):
+        assert float(eta.mean()) > 0.1
+        torch.testing.assert_close(step, theta / (1 - eta))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..config import TitansConfig
 from ..memory import MemoryState, PackedRows, Probe, TensorTree, memory_read, memory_scan, memory_with_room
 from ..memory.checkpoint import kept
-from ..memory.rule import initial_weights
+from ..memory.rule import initial_weights, step_mass
 from .parts import (
     FromParts,
     Parts,
@@ -118,7 +118,7 @@ class NeuralMemory(FromParts):
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
         tokens = queries, keys, values, *self._gates(gates), list(self.initial_weights)
-        written(tokens[3])
+        written(step_mass(tokens[3], tokens[4]))
         reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
         after = NeuralMemoryState(memory, query_tail, key_value_tail)
         return self.gated(reads, output_gate, self.output_norm, self.config.norm_eps), after
