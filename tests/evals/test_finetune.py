@@ -126,7 +126,7 @@ def test_a_step_counts_with_all_that_momentum_makes_of_it(make_run: MakeRun, mon
     monkeypatch.setattr(NeuralMemory, "_gates", gates)
     with steps_of_memories() as steps, torch.no_grad():
         load_model(make_run("lmm")).stream(torch.randint(3, 99, (2, 40)), None)
-    for step, (theta, eta, _) in zip(steps, [x for x in found if x[0].shape[1] == 40], strict=True):
+    for step, (theta, eta, _) in zip(steps, found, strict=True):
         assert float(eta.mean()) > 0.1
         torch.testing.assert_close(step, theta / (1 - eta))
 
