@@ -197,8 +197,8 @@ class Limits:
 
     Attributes:
         repeats: At most so many.
-        repeat_seconds: A repeat is as many runs as take so long, or one. Behind a stop the first run takes up to twice
-            as long as those that follow it, as in training.
+        repeat_seconds: A repeat is as many runs as take so long, or one: the first one behind a stop takes up to twice
+            as long as runs that follow each other, which is how a training has them.
         threads: On a CPU.
         seconds: In all.
         gigabytes: On a CPU.

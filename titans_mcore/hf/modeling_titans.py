@@ -47,8 +47,8 @@ class TitansMLP(nn.Module):
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.down_proj = ResidualLinear(config.ffn_dim, config.dim, bias=False)
+        self.gate_up_proj = Linear(config.dim, 2 * config.ffn_dim)
+        self.down_proj = ResidualLinear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) to (..., E)."""
@@ -386,7 +386,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
     def __init__(self, config: TitansHFConfig) -> None:
         super().__init__(config)
         self.model = TitansModel(config)
-        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size)
         self.post_init()
 
     def forward(

@@ -193,7 +193,7 @@ def delta_scan(
     """
     q, k, v = tokens.split([shape.keys, shape.keys, shape.values], -1)
     step = widened(beta.squeeze(-1)).sigmoid()
-    written(step)
+    written(lambda: step)
     return linear_scan(
         key_norm(q),
         key_norm(k),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class NeuralMemory(FromParts):
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
         tokens = queries, keys, values, *self._gates(gates), list(self.initial_weights)
-        written(step_mass(tokens[3], tokens[4]))
+        written(partial(step_mass, tokens[3], tokens[4]))
         reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
         after = NeuralMemoryState(memory, query_tail, key_value_tail)
         return self.gated(reads, output_gate, self.output_norm, self.config.norm_eps), after

@@ -5,7 +5,7 @@ Inputs and outputs are (B, T, E); B, T, H, D, L and N as in config.py.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FunctionType
@@ -39,7 +39,7 @@ class MemoryParts:
 
         Head by head, and in a head one thing behind the other, each so wide: query, key, value, gates.
         """
-        return Linear(d_in, self.heads * sum(per_head), bias=False)
+        return Linear(d_in, self.heads * sum(per_head))
 
     def per_head(self, full: Tensor) -> nn.Parameter:
         """A parameter whose first axis is heads, from its value for all H heads; who trains says whether it decays."""
@@ -83,7 +83,7 @@ class Parts(MemoryParts):
 
         It begins as small as one that writes to the residual stream, or like the others where `residual` is false.
         """
-        return (ResidualLinear if residual else Linear)(d_in, d_out, bias=False)
+        return (ResidualLinear if residual else Linear)(d_in, d_out)
 
     def last_row(self, d_in: int, d_out: int) -> nn.Module:
         """The same as a mixer's last map, to be applied by finish()."""
@@ -94,7 +94,7 @@ class Parts(MemoryParts):
 
         What of its output goes to the rank's own heads passes copy_to_tp_region(): its gradient is that of all heads.
         """
-        return Linear(d_in, d_out, bias=False)
+        return Linear(d_in, d_out)
 
     def gather_from_sp_region(self, x: Tensor, *, tensor_parallel_output_grad: bool = True) -> Tensor:
         """x (B, T', E) as the block holds it, in the tp region, (B, T, E).
@@ -190,6 +190,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A linear map without bias."""
 
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) to (..., d_out)."""
         return product(x, self.weight)
@@ -246,10 +249,10 @@ def steps_of_memories() -> Iterator[list[Tensor]]:
         _WRITTEN.reset(before)
 
 
-def written(step: Tensor) -> None:
-    """Gives a memory's steps to steps_of_memories."""
+def written(step: Callable[[], Tensor]) -> None:
+    """Gives a memory's steps to steps_of_memories; they are worked out only where somebody collects them."""
     if (steps := _WRITTEN.get()) is not None:
-        steps.append(step)
+        steps.append(step())
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:
