@@ -332,11 +332,11 @@ class _Convolution(torch.autograd.Function):
         return _convolved(x, kernel, 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, kernel = ctx.saved_tensors
         taps, length = kernel.shape[-1], gradient.shape[1]
-        room = torch.empty_like(gradient)  # one for all: memory that is new for each tap takes longer than its product
+        # One for all taps, where no second gradient is asked for: new memory takes longer than the product in it.
+        room = None if torch.is_grad_enabled() else torch.empty_like(gradient)
         of_taps = [torch.mul(gradient, x[:, tap : tap + length], out=room).sum((0, 1)) for tap in range(taps)]
         return _convolved(gradient, kernel.flip(-1), taps - 1), torch.stack(of_taps, -1)
 
