@@ -103,6 +103,14 @@ def test_a_system_too_large_for_transformers_parameters_is_refused() -> None:
         choose(("mac",), shared)
 
 
+def test_a_system_that_the_shared_settings_do_not_suit_is_named_with_the_reason() -> None:
+    shared = replace(build(*read_config("comparison")).model, variant="transformer", conv_kernel=1)
+    with pytest.raises(
+        EvaluationError, match=r"--config does not suit lmm: memory_init .* conv_kernel is 1; make it 2"
+    ):
+        choose(("mamba", "lmm"), replace(shared, memory_init="next_token"))
+
+
 def test_intervals_are_students() -> None:
     assert mean_interval([3.5]) == (3.5, None)
     mean, half = mean_interval([1.0, 2.0, 3.0])
