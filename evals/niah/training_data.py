@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from evals.niah import TaskLetters, haystacks, templates
 
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
 _CUTS = 3  # of a document's last line: its pieces may be others where it is cut
+_MARKS = (": ", r"\?", r"\w-\w")  # before a value, behind a question, within a key
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class TrainingDataSettings:
     other_words: float = 0.0
     """Share of documents whose noise or prose is sentences of ever other words instead: what is written of them wears a
     memory more than lines that repeat, and teaches it to write less of them."""
+    near_misses: float = 0.0
+    """Share of the documents with prose whose sentences are drawn from those of `text` that have a colon, a question
+    mark or a hyphen, as needles, questions and keys have: else a memory that these alone are to write meets few."""
     lists: bool = False
     """Lists of words that are said again and again, `tokens` long, in place of needles: nearly every token of them can
     be recalled, and recall begins in a fraction of the steps."""
@@ -70,8 +75,9 @@ class TrainingDataSettings:
                 f"--tokens is {self.tokens} and --tokenizer {self.tokenizer}; documents of one length need both, "
                 "others neither"
             )
-        if not 0 <= self.other_words <= 1:
-            raise EvaluationError(f"--other-words is {self.other_words}; it is a share, from 0 to 1")
+        for name in ("other_words", "near_misses"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise EvaluationError(f"--{name.replace('_', '-')} is {share}; it is a share, from 0 to 1")
         if self.lists and not self.tokens:
             raise EvaluationError("--lists makes documents of one length; give --tokens and --tokenizer")
         needles = (self.tasks, self.text, self.needles, self.questions, self.repeats, self.other_words)
@@ -86,6 +92,8 @@ class TrainingDataSettings:
             raise EvaluationError(f"--tasks {prose[0]}: hides its needles in prose; give a file of it as --text")
         if self.text is not None and (not prose or self.other_words == 1):
             raise EvaluationError(f"--text {self.text}: no document has prose; leave it out, or add n to --tasks")
+        if self.near_misses and self.text is None:
+            raise EvaluationError("--near-misses are sentences of a --text; give one, or leave it out")
         if self.output.suffix != ".jsonl":
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
@@ -163,6 +171,12 @@ class Needles:
     def __init__(self, settings: TrainingDataSettings) -> None:
         self._settings, self._words = settings, templates.read_words(settings.words)
         self._sentences = () if settings.text is None else haystacks.read_source(settings.text).sentences_of_file
+        near = [[said for said in self._sentences if re.search(mark, said)] for mark in _MARKS]
+        self._near_misses = [sentences for sentences in near if sentences]
+        if settings.near_misses and not self._near_misses:
+            raise EvaluationError(
+                f"--near-misses: --text {settings.text} has no colon, question mark or hyphen; give another text"
+            )
         tasks = [templates.TASKS[letters] for letters in settings.tasks]
         most = max(settings.needles * task.asked + task.keys for task in tasks)
         if most > self._words.keys:
@@ -211,6 +225,8 @@ class Needles:
     def _lines(self, generator: random.Random, draft: Draft, kind: str) -> Iterator[str]:
         """A haystack without an end."""
         if kind == "prose":
+            if self._settings.near_misses and generator.random() < self._settings.near_misses:
+                return (generator.choice(generator.choice(self._near_misses)) for _ in itertools.count())
             start = generator.randrange(len(self._sentences))
             return (self._sentences[place % len(self._sentences)] for place in itertools.count(start))
         if kind == "noise":

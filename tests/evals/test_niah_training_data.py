@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,27 @@ def test_tasks_are_drawn_as_often_as_they_are_named(tokenizer: Path, prose: Path
     assert shares == pytest.approx([1 / 6, 1 / 3, 1 / 2], abs=0.07)
 
 
+def test_near_misses_are_sentences_with_a_mark_of_needles_drawn_from_anywhere(tokenizer: Path, tmp_path: Path) -> None:
+    near = ["He had it: the spring.", "Was it the summer?", "It was late-autumn then.", "So he said: wait."]
+    text = tmp_path / "prose.txt"
+    text.write_text(" ".join(f"{sentence} Nothing was said at 10:30 - or so." for sentence in near))
+    settings = {"tasks": ("n",), "tokens": 1_500, "tokenizer": tokenizer, "text": text, "documents": 40}
+    orders, counts, whole = set(), Counter[str](), 0
+    for made in texts(**settings, near_misses=0.5):
+        if "at 10:30" in made:
+            whole += 1
+            continue
+        said = re.findall("|".join(map(re.escape, near)), made)
+        assert set(said) == set(near)
+        counts.update(said)
+        orders.add(tuple(said[:8]))
+    assert 10 < whole < 30
+    shares = [counts[sentence] / counts.total() for sentence in near]
+    assert shares == pytest.approx([1 / 6, 1 / 3, 1 / 3, 1 / 6], abs=0.05), "each mark as often, and two have a colon"
+    assert len(orders) == 40 - whole, "each document has its own order"
+    assert texts(**settings, near_misses=0.0) == texts(**settings)
+
+
 def test_a_document_whose_prose_has_one_of_its_keys_is_drawn_again(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "adjectivelist.txt").write_text("old\nnew\nred\nwet\n")
     (tmp_path / "nounlist.txt").write_text("bus\nhat\nsea\ninn\n")
@@ -233,6 +255,8 @@ def test_command_writes_one_document_a_line(tmp_path: Path) -> None:
         ({"needles": 0}, "--needles is 0; give at least 1"),
         ({"most_lines": -1}, "--most-lines is -1; give at least 0"),
         ({"other_words": 1.5}, "--other-words is 1.5; it is a share, from 0 to 1"),
+        ({"near_misses": -0.5}, "--near-misses is -0.5; it is a share, from 0 to 1"),
+        ({"near_misses": 0.5}, "--near-misses are sentences of a --text; give one, or leave it out"),
         (
             {"lists": True, "tokens": 256, "tokenizer": FILE, "needles": 2},
             "--lists has no needles: leave out --tasks, --text, --needles, --questions, --repeats, --other-words",
@@ -249,6 +273,14 @@ def test_command_writes_one_document_a_line(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_are_one_sentence(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(EvaluationError, match=re.escape(sentence)):
         texts(**settings)
+
+
+def test_near_misses_of_a_text_that_has_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").write_text("Nothing was said at 10:30. It was late. " * 9)
+    with pytest.raises(
+        EvaluationError, match=r"--near-misses: --text .*plain.txt has no colon, question mark or hyphen"
+    ):
+        texts(tasks=("n",), text=tmp_path / "plain.txt", near_misses=1.0)
 
 
 def test_another_ending_than_jsonl_is_refused() -> None:
