@@ -44,9 +44,9 @@ class FinetuneSettings:
     """Added to the loss of answers, a mean over their tokens: this times the mean over the others, so that the language
     is not forgotten."""
     write_cost: float = 0.0
-    """Added to the loss: this times what memories write, theta / (1 - eta), the mean over blocks, tokens, heads and
-    matrices. It grows to this over the first half of the steps: from the first one on it would close gates before
-    answers need them."""
+    """Added to the loss: this times what memories write, theta / (1 - eta) before gate_margin cuts theta, the mean over
+    blocks, tokens, heads and matrices. It grows to this over the first half of the steps: from the first one on it
+    would close gates before answers need them."""
     validation: int = 64
     """Documents, the last ones of the file, that choose the weights of the best of five looks."""
     seed: int = 0

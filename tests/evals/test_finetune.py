@@ -116,7 +116,10 @@ def test_the_steps_of_every_memory_are_seen_and_only_meanwhile(make_run: MakeRun
     assert [beta.shape[:2] for beta in steps] == [(2, 40)] * 2
 
 
-def test_a_step_counts_with_all_that_momentum_makes_of_it(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.9])
+def test_a_step_counts_with_all_that_momentum_makes_of_it_and_where_its_gate_is_closed(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, margin: float
+) -> None:
     found, usual = [], NeuralMemory._gates
 
     def gates(self: NeuralMemory, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -125,10 +128,15 @@ def test_a_step_counts_with_all_that_momentum_makes_of_it(make_run: MakeRun, mon
 
     monkeypatch.setattr(NeuralMemory, "_gates", gates)
     with steps_of_memories() as steps, torch.no_grad():
-        load_model(make_run("lmm")).stream(torch.randint(3, 99, (2, 40)), None)
+        load_model(make_run("lmm", gate_margin=margin)).stream(torch.randint(3, 99, (2, 40)), None)
     for step, (theta, eta, _) in zip(steps, found, strict=True):
         assert float(eta.mean()) > 0.1
-        torch.testing.assert_close(step, theta / (1 - eta))
+        closed = theta == 0
+        assert bool(closed.any()) == bool(margin)
+        uncut = (theta + margin) / (1 + margin)
+        torch.testing.assert_close(step[~closed], (uncut / (1 - eta))[~closed])
+        assert bool((step[closed] > 0).all())
+        assert bool((step <= uncut / (1 - eta) * (1 + 1e-6)).all())
 
 
 @pytest.mark.parametrize(

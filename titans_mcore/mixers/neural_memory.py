@@ -119,7 +119,7 @@ class NeuralMemory(FromParts):
         queries, query_tail = self._queries(query, None if state is None else state.query_tail, rows, first)
         keys, values, gates, key_value_tail = self._keys_values_gates(x, state, rows, start)
         tokens = queries, keys, values, *self._gates(gates), list(self.initial_weights)
-        written(partial(step_mass, tokens[3], tokens[4]))
+        written(partial(self._steps, gates))
         reads, memory = kept(memory_scan, *tokens, **self._scan_settings(state, start, rows), close=close)
         after = NeuralMemoryState(memory, query_tail, key_value_tail)
         return self.gated(reads, output_gate, self.output_norm, self.config.norm_eps), after
@@ -205,6 +205,11 @@ class NeuralMemory(FromParts):
                 list(alpha.split(self.config.memory_widths[:-1], -1)),
             )
         return self.config.theta_max * self._for_matrices(theta), self._for_matrices(eta), self._for_matrices(alpha)
+
+    def _steps(self, gates: Tensor) -> Tensor:
+        """step_mass before gate_margin cuts theta: asked for less of what it cut, a gate stops where it just closes."""
+        theta, eta, _ = gates.split(gate_widths(self.config), -1)
+        return step_mass(self.config.theta_max * self._for_matrices(theta), self._for_matrices(eta))
 
     def _for_matrices(self, gate: Tensor) -> Tensor:
         """A gate for each matrix: shared by all, or 0 where it is switched off."""

@@ -238,8 +238,9 @@ def steps_of_memories() -> Iterator[list[Tensor]]:
     """Collects what every memory written meanwhile takes steps of, for objectives that ask for less of it.
 
     Of Titans theta / (1 - eta), (B, T, heads, L_M), all that momentum will make of a step: asked for less of theta
-    alone, a model writes as much by momentum that lasts, and what it has read is there a hundred tokens late. Of the
-    delta rule beta, (B, T, heads).
+    alone, a model writes as much by momentum that lasts, and what it has read is there a hundred tokens late. It is
+    theta before gate_margin cuts it, which falls on where a gate is closed, so that a text which is a little different
+    does not open it. Of the delta rule beta, (B, T, heads).
     """
     steps: list[Tensor] = []
     before = _WRITTEN.set(steps)
