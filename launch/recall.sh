@@ -16,7 +16,7 @@ rows of 512. Run it again and it goes on where it stopped. evals/results/recall/
   --haystack FILE         other text, that they are looked for in
   --lengths N ...         tokens of the samples; default: 256 1024 4096 16384 65536, with --text 512 8192 32768
   --samples N             samples of each length and depth; default: 4
-  --steps N               updates on answers; default: 400, with --text 1400
+  --steps N               updates on answers; default: 600, with --text 1400
   --SECTION.SETTING VALUE overrides one setting of training, such as --optimizer.lr 2e-3
   --help                  shows this
 
@@ -79,13 +79,14 @@ for name in text haystack; do
         exit 2
     fi
 done
-top=runs/recall list=256 tokens=256 made=4800 updates=400 look=(256 1024 4096 16384 65536)
+top=runs/recall list=256 tokens=256 made=4800 updates=600 look=(256 1024 4096 16384 65536)
 answers=(--repeats 2 --questions 3 --other-words 0.25)
 tune=(--write-cost 25 --text-weight 1) asked=(pk --max-new-tokens 16)
 if [[ -n $text ]]; then
     text=$(realpath "$text") haystack=$(realpath "$haystack")
     top=runs/recall-prose list=384 tokens=512 made=11300 updates=1400 look=(512 8192 32768)
-    answers=(--needles 3 --questions 2 --other-words 0.5 --text "$text" --tasks pk mk1 mk1 mk1 n w w)
+    answers=(--needles 3 --questions 2 --other-words 0.5 --near-misses 0.75 --text "$text"
+        --tasks pk mk1 mk1 mk1 n w w)
     # Prose is predicted by what was written of it: the weight of its loss keeps gates open.
     tune=(--write-cost 5 --text-weight 0.02) asked=(pk n w mk1 --text "$haystack" --max-new-tokens 48)
     settings=(--model.conv-kernel 20 ${settings[@]+"${settings[@]}"}) # the key, and all digits that came, are in sight
