@@ -45,7 +45,7 @@ def evaluate(model: EvalModel, settings: BabilongSettings) -> dict[str, Any]:
         own = counted(results.records, texts.identities)
         if len(own) < len(results.records):
             others = len(results.records) - len(own)
-            say(f"{results.path}: {others} results of other weights, tokenizers or texts are left out")
+            say(f"{results.path}: {others} results of other weights, tokenizers, texts or tasks are left out")
         there = {record.name for record in own}
         missing = [sample for sample in samples if sample.name not in there]
         if missing:

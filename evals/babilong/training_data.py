@@ -205,7 +205,7 @@ class _Background:
 def _nearly_told(generator: random.Random, sentence: str, fact: str) -> str:
     """A sentence with some of a fact's words, one behind another, in the place of as many of its own."""
     words, told = sentence.split(), fact.rstrip(".").split()
-    count = generator.randint(1, min(_MOST_TOLD, len(told) - 1))
+    count = generator.randint(1, max(1, min(_MOST_TOLD, len(told) - 1)))
     first = generator.randrange(len(told) - count + 1)
     at = generator.randrange(len(words) + 1)
     return " ".join([*words[:at], *told[first : first + count], *words[at + count :]])

@@ -207,7 +207,7 @@ class NeuralMemory(FromParts):
         return self.config.theta_max * self._for_matrices(theta), self._for_matrices(eta), self._for_matrices(alpha)
 
     def _steps(self, gates: Tensor) -> Tensor:
-        """step_mass before gate_margin cuts theta: asked for less of what it cut, a gate stops where it just closes."""
+        """step_mass before gate_margin cuts theta: what it cuts has no slope, and a gate would stop just closed."""
         theta, eta, _ = gates.split(gate_widths(self.config), -1)
         return step_mass(self.config.theta_max * self._for_matrices(theta), self._for_matrices(eta))
 
