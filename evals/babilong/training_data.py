@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from evals.documents import Document, write_documents
 
 _TRIES = 1_000  # documents drawn one after the other of which none fits: none will
 _WORDS = (8, 30)  # of a sentence of other words
-_MOST_TOLD = 3  # words of a fact in a sentence that nearly tells one
 _SENTENCES = {  # the prompts of the other tasks ask for the answer alone
     "qa1": (r"Where is (\w+)\?", "The most recent location of {0} is {target}."),
     "qa2": (r"Where is the (\w+)\?", "The {0} is in the {target}."),
@@ -37,9 +36,6 @@ class TrainingDataSettings:
     other_words: float = 0.0
     """Share of documents between whose facts the text's words stand in any order, one of a sentence being a fact's: as
     nothing can be known of them before, answers alone decide what a memory keeps."""
-    near_misses: float = 0.0
-    """Share of the other documents in whose sentences of the text up to three words are a fact's: a memory is to be
-    written by facts, and not wherever a place is named."""
     tasks: tuple[str, ...] = ("qa1",)
     """qa1 to qa20; every one is as likely."""
     documents: int = 10_000
@@ -67,12 +63,10 @@ class TrainingDataSettings:
                 f"--tokens is {self.tokens}, --tokenizer {self.tokenizer} and --text {self.text}; documents of one "
                 "length need all three, facts alone none"
             )
-        for name in ("other_words", "near_misses"):
-            option, share = f"--{name.replace('_', '-')}", getattr(self, name)
-            if not 0 <= share <= 1:
-                raise EvaluationError(f"{option} is {share}; it is a share, from 0 to 1")
-            if share and not self.tokens:
-                raise EvaluationError(f"{option} are a --text's; give that, --tokens and --tokenizer, or leave it out")
+        if not 0 <= self.other_words <= 1:
+            raise EvaluationError(f"--other-words is {self.other_words}; it is a share, from 0 to 1")
+        if self.other_words and not self.tokens:
+            raise EvaluationError("--other-words are a --text's; give that, --tokens and --tokenizer, or leave it out")
         if self.output.suffix != ".jsonl":
             raise EvaluationError(f"--output {self.output}: the tokenizer reads it as JSON lines; end it with .jsonl")
 
@@ -126,7 +120,7 @@ class _Background:
     """Sentences between the facts, as many as bring a document to its length."""
 
     def __init__(self, settings: TrainingDataSettings) -> None:
-        self._settings, self._tokens, self._prompts = settings, settings.tokens, load_prompts()
+        self._tokens, self._prompts, self._other_words = settings.tokens, load_prompts(), settings.other_words
         if settings.tokenizer is not None and settings.text is not None:
             from evals.babilong.samples import LEAST_SENTENCE, book_sentences
             from evals.tokens import encoder
@@ -152,7 +146,8 @@ class _Background:
             if rest < 0:
                 return None
             draw = random.Random(seed)
-            sentences = self._fill(draw, rest, self._changed(draw, [fact for facts in new for fact in facts]))
+            other = [fact for facts in new for fact in facts] if draw.random() < self._other_words else None
+            sentences = self._fill(draw, rest, other)
             ends = sorted(draw.randint(0, len(sentences)) for _ in new[1:])
             parts = [sentences[first:last] for first, last in zip([0, *ends], [*ends, None], strict=True)]
             document = self._told(task, stories, [_scatter(draw, *both) for both in zip(new, parts, strict=True)])
@@ -174,20 +169,13 @@ class _Background:
     def _count(self, text: str) -> int:
         return len(self._processor.encode(text)) + 2
 
-    def _changed(self, generator: random.Random, facts: Sequence[str]) -> Callable[[str], str]:
-        """What a document makes of the text's sentences."""
-        if generator.random() < self._settings.other_words:
-            return lambda _: self._words(generator, facts)
-        if self._settings.near_misses and generator.random() < self._settings.near_misses:
-            return lambda sentence: _nearly_told(generator, sentence, generator.choice(facts))
-        return lambda sentence: sentence
-
-    def _fill(self, generator: random.Random, rest: int, changed: Callable[[str], str]) -> list[str]:
-        """Sentences of so many tokens, the last one cut short: what is made of the text's, from anywhere in it on."""
+    def _fill(self, generator: random.Random, rest: int, facts: Sequence[str] | None) -> list[str]:
+        """Sentences of so many tokens, the last one cut short: the text's, or its words and one of facts'."""
         found: list[str] = []
         at = generator.randrange(len(self._sentences))
         while rest:
-            ids = self._encode([changed(self._sentences[at % len(self._sentences)])])[0]
+            sentence = self._sentences[at % len(self._sentences)] if facts is None else self._words(generator, facts)
+            ids = self._encode([sentence])[0]
             at += 1
             if len(ids) >= self._least:
                 found.append(self._processor.decode(ids[:rest]).strip())
@@ -200,15 +188,6 @@ class _Background:
         words = [generator.choice(generator.choice(self._sentences).split() or [""]).rstrip(".") for _ in range(count)]
         words[generator.randrange(len(words))] = generator.choice(generator.choice(facts).rstrip(".").split())
         return " ".join(words).capitalize() + "."
-
-
-def _nearly_told(generator: random.Random, sentence: str, fact: str) -> str:
-    """A sentence with some of a fact's words, one behind another, in the place of as many of its own."""
-    words, told = sentence.split(), fact.rstrip(".").split()
-    count = generator.randint(1, max(1, min(_MOST_TOLD, len(told) - 1)))
-    first = generator.randrange(len(told) - count + 1)
-    at = generator.randrange(len(words) + 1)
-    return " ".join([*words[:at], *told[first : first + count], *words[at + count :]])
 
 
 def _answer(task: str, story: Story) -> str:
