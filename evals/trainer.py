@@ -49,8 +49,8 @@ def train(
         seed: Of the order.
         weight_decay: AdamW's, of matrices.
         collate: Makes a batch; by default transformers'.
-        added: What the loss has beside the model's, of a batch, what the model gave for it, theta of every memory that
-            was written, and the share of the steps that is done, 1 for validation.
+        added: What the loss has beside the model's, of a batch, what the model gave for it, what
+            steps_of_memories collects meanwhile, and the share of the steps that is done, 1 for validation.
 
     Returns:
         The lowest validation loss, and seconds.

@@ -171,7 +171,8 @@ class Needles:
     def __init__(self, settings: TrainingDataSettings) -> None:
         self._settings, self._words = settings, templates.read_words(settings.words)
         self._sentences = () if settings.text is None else haystacks.read_source(settings.text).sentences_of_file
-        near = [[said for said in self._sentences if re.search(mark, said)] for mark in _MARKS]
+        marks = _MARKS if settings.near_misses else ()
+        near = [[said for said in self._sentences if re.search(mark, said)] for mark in marks]
         self._near_misses = [sentences for sentences in near if sentences]
         if settings.near_misses and not self._near_misses:
             raise EvaluationError(
@@ -225,7 +226,7 @@ class Needles:
     def _lines(self, generator: random.Random, draft: Draft, kind: str) -> Iterator[str]:
         """A haystack without an end."""
         if kind == "prose":
-            if self._settings.near_misses and generator.random() < self._settings.near_misses:
+            if self._near_misses and generator.random() < self._settings.near_misses:
                 return (generator.choice(generator.choice(self._near_misses)) for _ in itertools.count())
             start = generator.randrange(len(self._sentences))
             return (self._sentences[place % len(self._sentences)] for place in itertools.count(start))
